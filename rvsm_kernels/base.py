@@ -1,0 +1,342 @@
+"""What every split optimizer shares: options, checks, reading u, and the hand-over to an engine.
+
+A step goes one way: the optimizer validates and fills defaults, then an :class:`Engine` prepares (all checks,
+nothing written) and launches (all writes). Nothing comes back up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .groups import GroupDim
+from .options import OPTIONS, is_split, param_name, validate, validate_param
+from .sparsity import SparsityReport, measure
+
+Group = MutableMapping[str, Any]
+
+
+class Engine(ABC):
+    """Who does the arithmetic. One object belongs to one optimizer."""
+
+    name: str
+
+    @abstractmethod
+    def prepare(
+        self,
+        groups: Sequence[Group],
+        state: MutableMapping[Tensor, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """Check everything that a step over these groups needs; change nothing.
+
+        Returns False if a parameter is on a device that this engine does not serve.
+        """
+
+    @abstractmethod
+    def launch(self) -> None:
+        """Do the step that was prepared."""
+
+    @abstractmethod
+    def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        """w <- prox_{tau P}(w) in place, for parameters of one split group."""
+
+    @abstractmethod
+    def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+        """lam P(u) + beta/2 ||w - u||^2 over the parameters of one split group, 0-dim float64."""
+
+
+def check_gradient(p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, Any], i: int, j: int) -> None:
+    """Raise if the gradient or the momentum of a parameter cannot be used; nothing is changed."""
+    grad, name = p.grad, param_name(group, i, j)
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"RVSM does not support sparse gradients ({name} has layout {grad.layout})")
+    if grad.is_complex():
+        raise RuntimeError(f"RVSM does not support complex gradients ({name})")
+    if grad.shape != p.shape:
+        raise RuntimeError(f"the gradient of {name} has shape {list(grad.shape)}, the parameter {list(p.shape)}")
+    if grad.device != p.device:
+        raise RuntimeError(f"the gradient of {name} is on {grad.device}, the parameter on {p.device}")
+    validate_param(p, group, name)
+    buffer = state[p].get("momentum_buffer") if p in state else None
+    if group["momentum"] and buffer is not None:
+        if (buffer.shape, buffer.dtype, buffer.device) != (p.shape, p.dtype, p.device):
+            raise RuntimeError(
+                f"the momentum_buffer of {name} is {buffer.dtype} {list(buffer.shape)} on {buffer.device},"
+                f" the parameter {p.dtype} {list(p.shape)} on {p.device}"
+            )
+
+
+_read_options = itemgetter(*OPTIONS)
+
+
+class SplittingOptimizer(Optimizer):
+    """SGD with relaxed variable splitting; see :class:`rvsm_kernels.RVSM` for the arguments."""
+
+    # GradScaler then hands grad_scale and found_inf to step() instead of unscaling in a pass of its own.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        penalty: str | None = "l0",
+        lam: float = 1e-6,
+        beta: float = 1e-2,
+        a: float = 1.0,
+        density: float | None = None,
+        group_dim: GroupDim = None,
+        group_scale: bool = False,
+        group_lasso: float = 0.0,
+        decoupled: bool = True,
+        method: str = "rvsm",
+        unit_norm: bool = False,
+        maximize: bool = False,
+        engine: str | None = None,
+    ) -> None:
+        values = locals()
+        defaults = {key: values[key] for key in OPTIONS}
+        validate(defaults)
+        self._start(engine)
+        super().__init__(params, defaults)
+
+    def _start(self, engine: str | None) -> None:
+        """The attributes beside torch's own; none of them is part of the state."""
+        self._requested_engine = engine
+        self._engines: dict[str, Engine] = {}
+        self._validated: list[tuple[Any, ...] | None] = []
+        self._dense: dict[Tensor, Tensor] | None = None  # the weights, while sparse_weights() holds u in them
+        self._engine_name("cpu")  # an unknown or missing engine is an error now, not at the first step
+
+    # ---- engines -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _engine_name(self, device_type: str) -> str:
+        """Which engine serves a device."""
+
+    @abstractmethod
+    def _make_engine(self, device_type: str) -> Engine:
+        """A new engine for a device."""
+
+    def _engine(self, device_type: str) -> Engine:
+        name = self._engine_name(device_type)
+        if name not in self._engines:
+            self._engines[name] = self._make_engine(device_type)
+        return self._engines[name]
+
+    def _by_engine(self) -> list[tuple[Engine, list[Group]]]:
+        """The param groups, divided by the engine that serves each parameter's device."""
+        parts: dict[str, list[Group]] = {}
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                part = parts.setdefault(self._engine(p.device.type).name, [])
+                if not part or part[-1]["index"] != i:
+                    part.append({**group, "index": i, "params": [], "param_names": []})
+                part[-1]["params"].append(p)
+                part[-1]["param_names"].append(param_name(group, i, j))
+        self._engines = {name: self._engines[name] for name in parts}
+        return [(self._engines[name], groups) for name, groups in parts.items()]
+
+    # ---- the step ------------------------------------------------------------------------------------------------
+
+    def _validate_groups(self) -> None:
+        """Check every option that changed since the last time; a scheduler's edit of lr is one."""
+        groups, seen = self.param_groups, self._validated
+        if len(seen) != len(groups):
+            seen[:] = [None] * len(groups)
+        for i, group in enumerate(groups):
+            values = _read_options(group)
+            # A tensor lr can change in place, so its group is checked each time.
+            if seen[i] is None or isinstance(values[0], Tensor) or seen[i] != values:
+                validate(group)
+                for j, p in enumerate(group["params"]):
+                    validate_param(p, group, param_name(group, i, j))
+                seen[i] = values
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step for every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in torch.optim.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: inside :meth:`sparse_weights`; a sparse or complex gradient; a gradient or a momentum
+                buffer that does not fit its parameter.
+            ValueError, TypeError: an option that was edited to something invalid.
+
+        No parameter and no state has changed when an error is raised.
+        """
+        self._refuse_inside_sparse_weights("step()")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._validate_groups()
+        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if len(self._engines) == 1:
+            (engine,) = self._engines.values()
+            if engine.prepare(self.param_groups, self.state, *scaling):
+                engine.launch()
+                return loss
+        parts = self._by_engine()
+        for engine, groups in parts:
+            engine.prepare(groups, self.state, *scaling)
+        for engine, _ in parts:
+            engine.launch()
+        return loss
+
+    # ---- reading u -----------------------------------------------------------------------------------------------
+
+    def _refuse_inside_sparse_weights(self, what: str) -> None:
+        if self._dense is not None:
+            raise RuntimeError(f"{what} inside sparse_weights(): the parameters hold u, not the weights")
+
+    def _split_params(self) -> Iterator[tuple[Group, Engine, list[Tensor]]]:
+        """Every group with a splitting, its engine and its parameters with elements."""
+        self._validate_groups()
+        for group in self.param_groups:
+            if is_split(group):
+                by_device: dict[str, list[Tensor]] = {}
+                for p in group["params"]:
+                    if p.numel() > 0:
+                        by_device.setdefault(p.device.type, []).append(p)
+                for device_type, params in by_device.items():
+                    yield group, self._engine(device_type), params
+
+    @contextlib.contextmanager
+    def sparse_weights(self) -> Iterator[None]:
+        """Hold u = prox_{tau P}(w) in the parameters, and give w back bit for bit afterwards.
+
+        ::
+
+            with optimizer.sparse_weights():
+                validate(model)
+
+        w comes back also when the body raises. Inside, :meth:`step` and a second :meth:`sparse_weights` raise
+        RuntimeError. Costs one copy of the split parameters while it is open.
+        """
+        self._refuse_inside_sparse_weights("sparse_weights()")
+        parts = list(self._split_params())
+        dense = {p: p.detach().clone() for _, _, params in parts for p in params}
+        try:
+            self._dense = dense
+            with torch.no_grad():
+                for group, engine, params in parts:
+                    engine.prox_(params, group)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, w in dense.items():
+                    p.copy_(w)
+            self._dense = None
+
+    @torch.no_grad()
+    def sparsify_(self) -> None:
+        """w <- u for good. Momentum is left alone, so a pruned weight may grow again."""
+        self._refuse_inside_sparse_weights("sparsify_()")
+        for group, engine, params in list(self._split_params()):
+            engine.prox_(params, group)
+
+    @torch.no_grad()
+    def penalty_value(self) -> Tensor:
+        """lam P(u) + beta/2 ||w - u||^2 over all split parameters: ``loss + penalty_value()`` is L_beta(w, u).
+
+        Returns:
+            A 0-dim float64 tensor on the parameters' device; not differentiable.
+        """
+        total: Tensor | None = None
+        for group, engine, params in self._split_params():
+            value = engine.penalty_value([self._weights(p) for p in params], group)
+            total = value if total is None else total + value.to(total.device)
+        if total is None:
+            device = next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
+            total = torch.zeros((), dtype=torch.float64, device=device)
+        return total
+
+    @torch.no_grad()
+    def sparsity(self) -> SparsityReport:
+        """How sparse u is: zeros and zero groups of every split parameter and in total."""
+        rows = []
+        for i, group in enumerate(self.param_groups):
+            if not is_split(group):
+                continue
+            for j, p in enumerate(group["params"]):
+                u = self._weights(p).detach().clone()
+                if u.numel() > 0:
+                    self._engine(u.device.type).prox_([u], group)
+                rows.append(measure(param_name(group, i, j), u, group["group_dim"]))
+        return SparsityReport(rows)
+
+    def _weights(self, p: Tensor) -> Tensor:
+        """The weights of a parameter, also while it holds u."""
+        return p if self._dense is None else self._dense.get(p, p)
+
+    # ---- torch.optim habits --------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.optim; its options are checked before it is added.
+
+        Raises:
+            ValueError, TypeError: as the constructor.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            validate(group)
+            for j, p in enumerate(group["params"]):
+                validate_param(p, group, param_name(group, len(self.param_groups) - 1, j))
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer or of torch.optim.SGD.
+
+        Options that the checkpoint does not name keep the values they have here.
+
+        Raises:
+            RuntimeError: inside :meth:`sparse_weights`.
+            ValueError: groups that do not match, or an invalid option in the checkpoint; nothing has changed then.
+        """
+        self._refuse_inside_sparse_weights("load_state_dict()")
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) == len(self.param_groups):
+            saved_groups = [
+                {**{key: own[key] for key in OPTIONS}, **saved}
+                for own, saved in zip(self.param_groups, saved_groups, strict=True)
+            ]
+            for saved in saved_groups:
+                validate(saved)
+        super().load_state_dict({**state_dict, "param_groups": saved_groups})
+        self._validated.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._dense is not None:
+            raise RuntimeError("an optimizer cannot be copied or pickled inside sparse_weights()")
+        return {**super().__getstate__(), "_requested_engine": self._requested_engine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_engines" not in self.__dict__:  # a new object: unpickled or copied
+            self._start(self._requested_engine)
+        for group in self.param_groups:
+            for key in OPTIONS:
+                group.setdefault(key, self.defaults[key])

@@ -1,0 +1,89 @@
+"""Groups of weights: which elements share a norm, and which dimension that is for a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+GroupDim = int | Sequence[int] | None
+"""The dimensions that index the groups (design 2.2): None is elementwise, () the whole tensor."""
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+STRUCTURES: dict[str, tuple[GroupDim, GroupDim]] = {
+    # structure: (group_dim of Conv and Linear, group_dim of a transposed convolution)
+    "in_channels": (1, 0),
+    "out_channels": (0, 1),
+    "kernels": ((0, 1), (0, 1)),
+    "layers": ((), ()),
+}
+
+
+def structure_dim(module: nn.Module, structure: str | None) -> GroupDim:
+    """The ``group_dim`` that a structure means for a module's weight.
+
+    Raises:
+        ValueError: an unknown structure.
+    """
+    if structure is None:
+        return None
+    if structure not in STRUCTURES:
+        raise ValueError(f"Invalid structure: {structure!r} (choose one of None, {', '.join(map(repr, STRUCTURES))})")
+    return STRUCTURES[structure][isinstance(module, _TRANSPOSED)]
+
+
+def kept_dims(group_dim: GroupDim, ndim: int, name: str = "the tensor") -> tuple[int, ...] | None:
+    """``group_dim`` as a sorted tuple of dimensions in [0, ndim), or None for elementwise.
+
+    Raises:
+        TypeError: not None, an int or a sequence of ints.
+        ValueError: a dimension that the tensor does not have, or one named twice.
+    """
+    if group_dim is None:
+        return None
+    dims = (group_dim,) if isinstance(group_dim, int) else group_dim
+    if isinstance(dims, (str, bytes)) or not isinstance(dims, Sequence):
+        raise TypeError(f"group_dim must be None, an int or a tuple of ints, but got {group_dim!r}")
+    kept = []
+    for d in dims:
+        if isinstance(d, bool) or not isinstance(d, int):
+            raise TypeError(f"group_dim must be None, an int or a tuple of ints, but got {group_dim!r}")
+        if not -ndim <= d < ndim:
+            raise ValueError(
+                f"Invalid group_dim value: {group_dim!r}: {name} has {ndim} dimension(s)"
+                " (rvsm_kernels.param_groups puts biases and norms into a group without a penalty)"
+            )
+        kept.append(d % ndim)
+    if len(set(kept)) != len(kept):
+        raise ValueError(f"Invalid group_dim value: {group_dim!r}: a dimension is named twice for {name}")
+    return tuple(sorted(kept))
+
+
+def group_size(shape: torch.Size, group_dim: GroupDim) -> int:
+    """The number of elements of one group (1 for elementwise)."""
+    kept = kept_dims(group_dim, len(shape))
+    if kept is None:
+        return 1
+    size = 1
+    for d, n in enumerate(shape):
+        size *= 1 if d in kept else n
+    return size
+
+
+def magnitudes(w: Tensor, group_dim: GroupDim) -> Tensor:
+    """|w_i|, or the norms ||w_G||_2 with reduced dimensions of size 1, so that they broadcast over w.
+
+    Norms of float32 are summed in float64 and rounded once: a float32 sum over a large group is off by more than
+    the few ulp that may decide whether the group lives.
+    """
+    kept = kept_dims(group_dim, w.dim())
+    if kept is None:
+        return w.abs()
+    reduced = [d for d in range(w.dim()) if d not in kept]
+    if not reduced:  # every element is its own group; an empty dim list would mean "reduce all"
+        return w.abs()
+    if w.numel() == 0:
+        return w.new_zeros([w.shape[d] if d in kept else 1 for d in range(w.dim())])
+    return torch.linalg.vector_norm(w, dim=reduced, keepdim=True, dtype=torch.float64).to(w.dtype)

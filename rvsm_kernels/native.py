@@ -1,0 +1,97 @@
+"""The compiled engine: hands param groups to the C++ plan, and tensors to the dispatcher ops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Engine
+from .groups import GroupDim, kept_dims
+from .options import is_split
+
+load_error: str | None = None
+"""Why the compiled module is missing, or None."""
+
+try:
+    from . import _C
+except ImportError as error:  # a source tree that was not built, or a build for another torch
+    _C = None  # type: ignore[assignment]
+    load_error = f"the compiled module could not be loaded ({error}); build it with pip install --no-build-isolation ."
+
+_PLAN_OPTIONS = (
+    "lr momentum dampening weight_decay nesterov maximize "
+    "penalty lam beta a group_dim group_scale group_lasso decoupled"
+).split()
+_read = itemgetter(*_PLAN_OPTIONS)
+
+
+def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
+    """Twin of :func:`rvsm_kernels.reference.prox`."""
+    return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, kept_dims(group_dim, w.dim()))
+
+
+class NativeEngine(Engine):
+    """Serves CPU tensors. One C++ plan holds the table of an optimizer's parameters."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._plan = _C.Plan()
+        self._seen: list[tuple[Any, ...]] = []
+
+    def prepare(
+        self,
+        groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        seen, plan = self._seen, self._plan
+        for i, group in enumerate(groups):
+            values = _read(group)
+            if i >= len(seen) or isinstance(values[0], Tensor) or seen[i] != values:
+                plan.set_options(i, _packed(group))
+                seen[i : i + 1] = [values]
+        del seen[len(groups) :]
+        scale = None if grad_scale is None else float(grad_scale)
+        skip = found_inf is not None and float(found_inf) > 0
+        return plan.prepare(groups, state, scale, skip)
+
+    def launch(self) -> None:
+        self._plan.launch()
+
+    def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        torch.ops.rvsm_kernels.prox_(params, *_penalty_arguments(group))
+
+    def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+        return torch.ops.rvsm_kernels.penalty_value(params, *_penalty_arguments(group))
+
+
+def _dims(group_dim: GroupDim) -> list[int] | None:
+    """``group_dim`` as the ops take it."""
+    return group_dim if group_dim is None else [group_dim] if isinstance(group_dim, int) else list(group_dim)
+
+
+def _penalty_arguments(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """(penalty, lam, beta, a, group_dim, group_scale), the order of the ops' schemas."""
+    return (
+        group["penalty"],
+        float(group["lam"]),
+        float(group["beta"]),
+        float(group["a"]),
+        _dims(group["group_dim"]),
+        bool(group["group_scale"]),
+    )
+
+
+def _packed(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group as plain numbers for the plan."""
+    packed = {key: float(group[key]) for key in "lr momentum dampening weight_decay lam beta a group_lasso".split()}
+    packed.update({key: bool(group[key]) for key in "nesterov maximize group_scale decoupled".split()})
+    packed["penalty"] = group["penalty"] if is_split(group) else None
+    packed["group_dim"] = _dims(group["group_dim"])
+    return packed

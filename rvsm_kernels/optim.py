@@ -1,0 +1,91 @@
+"""The public optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Engine, SplittingOptimizer
+from .engines import choose
+from .native import NativeEngine
+from .reference import ReferenceEngine
+
+
+class RVSM(SplittingOptimizer):
+    r"""SGD that trains sparse weights: relaxed variable splitting, fused into one pass over memory.
+
+    Replaces ``torch.optim.SGD``. Minimises f(w) + lam * P(w) through
+
+        L_beta(w, u) = f(w) + lam * P(u) + (beta / 2) * ||w - u||^2
+
+    by a gradient step in w and u = prox_{tau P}(w) with tau = lam / beta. The step, with g the gradient
+    (arXiv 1812.05719, Algorithm 1, without its normalisation; momentum and weight decay as torch.optim.SGD)::
+
+        u = prox(w);  p = w - u
+        g = g + group_lasso * w_G / ||w_G||
+        decoupled=True:   w = w - lr * beta * p,  d = g + weight_decay * w
+        decoupled=False:                          d = g + weight_decay * w + beta * p
+        momentum on d;  w = w - lr * d
+
+    u is never stored: read it with :meth:`sparse_weights` (for evaluation), :meth:`sparsify_` (for good) or
+    :meth:`sparsity`.
+
+    Args:
+        params: parameters, named parameters or groups, as in torch.optim; :func:`rvsm_kernels.param_groups` divides
+            a model. Each option below can be set per group and edited between steps.
+        lr: learning rate, a float or a 1-element tensor, >= 0.
+        momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``. ``maximize`` turns the loss
+            gradient around; the pull, weight decay and group_lasso keep their signs.
+        penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1) or None (plain SGD).
+        lam: strength of the penalty, in units of the loss, >= 0. 0 switches the splitting off.
+        beta: strength of the coupling, >= 0. 0 switches the splitting off. Weights below the cut go to zero in u:
+            sqrt(2 lam / beta) for l0, lam / beta for l1.
+        a: shape of tl1, > 0: small is near l0, large is near l1.
+        group_dim: the dimensions that index the groups: None (elements), 1 (input channels of a Conv or Linear
+            weight), 0 (output channels), (0, 1) (kernels), () (the whole tensor).
+        group_scale: multiply lam by sqrt(group size).
+        group_lasso: strength of group_lasso * sum ||w_G||_2, added to the gradient (needs ``group_dim``).
+        decoupled: the pull moves the weights before the SGD step (True) or is added to the gradient and so passes
+            through momentum (False).
+        method: ``"rvsm"``; ``"rvsm-delayed"`` and ``"admm"`` are reserved.
+        density, unit_norm: reserved.
+        engine: ``"native"``, ``"reference"`` or None, which takes the fastest that serves the device.
+
+    Raises:
+        ValueError: a number out of range, an unknown name, ``group_lasso`` without ``group_dim``, a ``group_dim``
+            that a parameter does not have.
+        TypeError: a parameter or option of the wrong type.
+        RuntimeError: an engine that this build does not have.
+        NotImplementedError: a reserved option.
+
+    Example::
+
+        optimizer = rvsm_kernels.RVSM(
+            rvsm_kernels.param_groups(model, penalty="l0", lam=1e-6, beta=8e-2),
+            lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True,
+        )
+    """
+
+    def _engine_name(self, device_type: str) -> str:
+        return choose(self._requested_engine, device_type)
+
+    def _make_engine(self, device_type: str) -> Engine:
+        return NativeEngine() if self._engine_name(device_type) == "native" else ReferenceEngine()
+
+
+class _Reserved:
+    """A name of the interface that a later version fills."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(f"{type(self).__name__} is not in this version of rvsm_kernels")
+
+
+class RVSMAdamW(_Reserved):
+    """Reserved: the splitting over AdamW's step comes in a later version."""
+
+
+class RVSMWrapper(_Reserved):
+    """Reserved: the fused pull around any torch optimizer comes in a later version."""
+
+
+class AdaptiveHardThreshold(_Reserved):
+    """Reserved: Algorithm 2 of arXiv 1812.05719 comes in a later version."""

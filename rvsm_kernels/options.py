@@ -1,0 +1,110 @@
+"""The options of a param group: their names, their checks, and the numbers that follow from them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .groups import group_size, kept_dims
+from .penalties import PENALTIES
+
+OPTIONS = (
+    "lr momentum dampening weight_decay nesterov maximize "
+    "penalty lam beta a density group_dim group_scale group_lasso decoupled method unit_norm"
+).split()
+"""Every key of a param group that the step reads, ``params`` aside."""
+
+METHODS = ("rvsm", "rvsm-delayed", "admm")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _number(group: Mapping[str, Any], key: str, what: str, *, above: float | None = None) -> float:
+    """The option as a finite float >= 0 (or > above), or an error in torch.optim's wording."""
+    value = group[key]
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {key} must be 1-element")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"Invalid {what}: {value!r} (a number is needed)")
+    in_range = value >= 0.0 if above is None else value > above
+    if not (in_range and math.isfinite(value)):
+        raise ValueError(f"Invalid {what}: {value}")
+    return float(value)
+
+
+def validate(group: Mapping[str, Any]) -> None:
+    """Check every option of a param group; nothing is changed.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range, an unknown name, or options that exclude each other.
+        NotImplementedError: a documented option that this version does not have yet.
+    """
+    _number(group, "lr", "learning rate")
+    momentum = _number(group, "momentum", "momentum value")
+    _number(group, "weight_decay", "weight_decay value")
+    dampening = group["dampening"]
+    if isinstance(dampening, bool) or not isinstance(dampening, numbers.Real):
+        raise TypeError(f"Invalid dampening value: {dampening!r} (a number is needed)")
+    if not math.isfinite(dampening):
+        raise ValueError(f"Invalid dampening value: {dampening}")
+    if group["nesterov"] and (momentum <= 0 or dampening != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    penalty = group["penalty"]
+    known = (*PENALTIES, "topk")
+    if penalty is not None and penalty not in known:
+        raise ValueError(f"Invalid penalty: {penalty!r} (choose one of None, {', '.join(map(repr, known))})")
+    _number(group, "lam", "lam value")
+    _number(group, "beta", "beta value")
+    _number(group, "a", "a value", above=0.0)
+    lasso = _number(group, "group_lasso", "group_lasso value")
+    if lasso != 0 and group["group_dim"] is None:
+        raise ValueError(f"Invalid group_lasso value: {lasso}: group_lasso needs a group_dim")
+    if group["density"] is not None and _number(group, "density", "density value", above=0.0) > 1:
+        raise ValueError(f"Invalid density value: {group['density']}")
+    if group["method"] not in METHODS:
+        raise ValueError(f"Invalid method: {group['method']!r} (choose one of {', '.join(map(repr, METHODS))})")
+
+    if penalty == "topk":
+        raise NotImplementedError("penalty='topk' is not in this version of rvsm_kernels")
+    if group["method"] != "rvsm":
+        raise NotImplementedError(f"method={group['method']!r} is not in this version of rvsm_kernels")
+    if group["unit_norm"]:
+        raise NotImplementedError("unit_norm=True is not in this version of rvsm_kernels")
+
+
+def validate_param(p: torch.Tensor, group: Mapping[str, Any], name: str) -> None:
+    """Check that a parameter can be trained with the options of its group.
+
+    Raises:
+        TypeError: a dtype or layout without a kernel.
+        ValueError: a ``group_dim`` that the tensor does not have.
+    """
+    if p.layout != torch.strided:
+        raise TypeError(f"RVSM does not support parameters of layout {p.layout} ({name})")
+    if p.dtype not in DTYPES:
+        raise TypeError(f"RVSM does not support parameters of dtype {p.dtype} ({name})")
+    kept_dims(group["group_dim"], p.dim(), name)
+
+
+def param_name(group: Mapping[str, Any], group_index: int, param_index: int) -> str:
+    """A parameter's own name where it was given, else its place."""
+    names = group.get("param_names")
+    return names[param_index] if names else f"parameter {param_index} of group {group_index}"
+
+
+def is_split(group: Mapping[str, Any]) -> bool:
+    """Whether the group has a splitting at all: with no penalty, lam = 0 or beta = 0, u is w."""
+    return group["penalty"] is not None and group["lam"] > 0 and group["beta"] > 0
+
+
+def strength(group: Mapping[str, Any], shape: torch.Size) -> float:
+    """lam of one tensor: lam, or lam * sqrt(group size) with ``group_scale``."""
+    lam = float(group["lam"])
+    return lam * math.sqrt(group_size(shape, group["group_dim"])) if group["group_scale"] else lam

@@ -1,0 +1,80 @@
+"""rk.prox: the thresholding itself, out of place and differentiable."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .engines import choose
+from .groups import GroupDim, kept_dims, magnitudes
+from .options import DTYPES
+from .penalties import PENALTIES
+
+
+def _forward(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: GroupDim) -> Tensor:
+    engine = native if choose(None, w.device.type) == "native" else reference
+    return engine.prox(w, penalty, tau, a, group_dim)
+
+
+class _Prox(torch.autograd.Function):
+    """u = v s(r)/r with r = |v|: du = (s/r) dv + (s' - s/r) v <v, dv> / r^2, a symmetric Jacobian."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, penalty: str, tau: float, a: float, group_dim: GroupDim) -> Tensor:
+        u = _forward(w, penalty, tau, a, group_dim)
+        ctx.save_for_backward(w, u)
+        ctx.options = penalty, tau, a, group_dim
+        return u
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        w, u = ctx.saved_tensors
+        penalty, tau, a, group_dim = ctx.options
+        r, s = magnitudes(w, group_dim), magnitudes(u, group_dim)
+        alive = s > 0
+        slope = torch.where(alive, 1 / (1 + tau * PENALTIES[penalty].curvature(s, a)), 0)
+        if group_dim is None:
+            return slope * grad, None, None, None, None
+        ratio, safe = torch.where(alive, s / r, 0), torch.where(alive, r, 1)
+        kept = kept_dims(group_dim, w.dim()) or ()
+        reduced = [d for d in range(w.dim()) if d not in kept]
+        along = (w * grad).sum(dim=reduced, keepdim=True) if reduced else w * grad
+        return ratio * grad + torch.where(alive, (slope - ratio) / safe**2, 0) * along * w, None, None, None, None
+
+
+def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
+    """u = argmin_u ||u - w||^2 / 2 + tau * P(u): the sparse point next to w.
+
+    Args:
+        w: float32, float64, bfloat16 or float16, any shape and layout.
+        penalty: ``"l0"``, ``"l1"``, ``"tl1"`` or None (u is w).
+        tau: lam / beta, >= 0.
+        a: the parameter of tl1, > 0.
+        group_dim: the dimensions that index the groups, None for elements (see :class:`rvsm_kernels.RVSM`).
+
+    Returns:
+        u, a new tensor like ``w``. Differentiable with respect to ``w`` wherever the prox is (almost everywhere);
+        on the cut, where it is not, the derivative is taken as 0.
+
+    Raises:
+        ValueError: an unknown penalty, tau < 0, a <= 0, a dimension that ``w`` does not have.
+        TypeError: a dtype without a kernel.
+    """
+    if penalty is not None and penalty not in PENALTIES:
+        raise ValueError(f"Invalid penalty: {penalty!r} (choose one of None, {', '.join(map(repr, PENALTIES))})")
+    if not (tau >= 0 and math.isfinite(tau)):
+        raise ValueError(f"Invalid tau value: {tau}")
+    if not (a > 0 and math.isfinite(a)):
+        raise ValueError(f"Invalid a value: {a}")
+    if w.dtype not in DTYPES or w.layout != torch.strided:
+        raise TypeError(f"prox does not support {w.layout} tensors of dtype {w.dtype}")
+    kept_dims(group_dim, w.dim())
+    if penalty is None or tau == 0 or w.numel() == 0:
+        return w.clone()
+    if torch.is_grad_enabled() and w.requires_grad:
+        return _Prox.apply(w, penalty, tau, a, group_dim)
+    return _forward(w.detach(), penalty, tau, a, group_dim)

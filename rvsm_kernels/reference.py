@@ -1,0 +1,149 @@
+"""The reference engine: the method in plain PyTorch, short enough to be read as its specification.
+
+``decoupled=True`` is: pull the weights, then ``torch.optim.SGD.step()``; ``decoupled=False`` is: add
+beta * (w - u) to the gradient, then ``torch.optim.SGD.step()``. Both stand on torch's own functional SGD
+(its foreach form). Half types are computed in float32 and stored in their own type, as the kernels do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from .base import Engine, SplittingOptimizer, check_gradient
+from .groups import GroupDim, magnitudes
+from .options import is_split, strength
+from .penalties import PENALTIES, shrink
+
+
+def _arithmetic(t: Tensor) -> Tensor:
+    """The tensor in the type it is computed in: float32 for half types, else its own."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
+    """u = argmin_u ||u - w||^2 / 2 + tau * P(u), out of place; shape, dtype and layout of ``w``.
+
+    P(u) = sum over elements (or groups, see ``group_dim``) of g(|u_i|) (or g(||u_G||_2)).
+    """
+    if penalty is None or tau == 0:
+        return w.clone()
+    v = _arithmetic(w)
+    r = magnitudes(v, group_dim)
+    s = shrink(r, penalty, tau, a)
+    u = torch.copysign(s, v) if group_dim is None else v * torch.where(r == 0, torch.zeros_like(r), s / r)
+    return u.to(w.dtype)
+
+
+def _step(group: Mapping[str, Any], state: MutableMapping[Tensor, Any], grad_scale: Tensor | None) -> None:
+    """One step of one param group: section 2.3 of the design, line by line."""
+    params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+    if not params:
+        return
+    w = [_arithmetic(p.detach()) for p in params]
+    g = [_arithmetic(p.grad.detach().to(p.dtype)) for p in params]
+    if grad_scale is not None:
+        g = [x * grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
+    if group["maximize"]:
+        g = torch._foreach_neg(g)
+    lr, beta, dims = float(group["lr"]), group["beta"], group["group_dim"]
+
+    if group["group_lasso"] != 0:
+        norms = [magnitudes(x, dims) for x in w]
+        unit = [x * torch.where(r == 0, torch.zeros_like(r), 1 / r) for x, r in zip(w, norms, strict=True)]
+    if is_split(group):
+        u = [prox(x, group["penalty"], strength(group, x.shape) / beta, group["a"], dims) for x in w]
+        pull = torch._foreach_sub(w, u)
+        if group["decoupled"]:
+            torch._foreach_add_(w, pull, alpha=-lr * beta)
+        else:
+            g = torch._foreach_add(g, pull, alpha=beta)
+    if group["group_lasso"] != 0:
+        g = torch._foreach_add(g, unit, alpha=float(group["group_lasso"]))
+    if group["nesterov"] and not group["weight_decay"]:
+        g = [x.clone() for x in g]  # torch's foreach SGD would write the Nesterov direction into p.grad
+
+    stored = [state[p].get("momentum_buffer") if group["momentum"] else None for p in params]
+    m = [None if b is None else _arithmetic(b) for b in stored]
+    sgd(
+        w,
+        g,
+        m,
+        lr=lr,
+        weight_decay=float(group["weight_decay"]),
+        momentum=float(group["momentum"]),
+        dampening=float(group["dampening"]),
+        nesterov=bool(group["nesterov"]),
+        maximize=False,
+        foreach=True,
+    )
+    for p, new_w, buffer, new_m in zip(params, w, stored, m, strict=True):
+        if new_w.dtype != p.dtype:  # else new_w is p: the step was in place
+            p.copy_(new_w)
+        if buffer is None and new_m is not None:
+            state[p]["momentum_buffer"] = torch.empty_like(p).copy_(new_m)
+        elif buffer is not None and buffer.dtype != new_m.dtype:
+            buffer.copy_(new_m)
+
+
+class ReferenceEngine(Engine):
+    """Serves every device that torch serves."""
+
+    name = "reference"
+
+    def prepare(
+        self,
+        groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        for i, group in enumerate(groups):
+            for j, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    check_gradient(p, state, group, i, j)
+        self._job = (groups, state, grad_scale, found_inf)
+        return True
+
+    def launch(self) -> None:
+        groups, state, grad_scale, found_inf = self._job
+        del self._job
+        if found_inf is not None and found_inf.item() > 0:
+            return
+        for group in groups:
+            _step(group, state, grad_scale)
+
+    def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        for p in params:
+            tau = strength(group, p.shape) / group["beta"]
+            p.copy_(prox(p, group["penalty"], tau, group["a"], group["group_dim"]))
+
+    def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        for p in params:
+            w, lam = _arithmetic(p), strength(group, p.shape)
+            u = prox(w, group["penalty"], lam / group["beta"], group["a"], group["group_dim"])
+            value = PENALTIES[group["penalty"]].value(magnitudes(u.double(), group["group_dim"]), group["a"])
+            total += lam * value.sum() + group["beta"] / 2 * (w.double() - u.double()).square().sum()
+        return total
+
+
+class RVSM(SplittingOptimizer):
+    """:class:`rvsm_kernels.RVSM` in plain PyTorch: the same signature, options and state."""
+
+    def _make_engine(self, device_type: str) -> Engine:
+        return ReferenceEngine()
+
+    def _engine_name(self, device_type: str) -> str:
+        return "reference"
+
+
+class RVSMAdamW:
+    """Reserved: the splitting over AdamW's step comes in a later version."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("RVSMAdamW is not in this version of rvsm_kernels")
