@@ -57,7 +57,7 @@ class NativeEngine(Engine):
                 plan.set_options(i, _packed(group))
                 seen[i : i + 1] = [values]
         del seen[len(groups) :]
-        scale = None if grad_scale is None else float(grad_scale)
+        scale = 1.0 if grad_scale is None else float(grad_scale)
         skip = found_inf is not None and float(found_inf) > 0
         return plan.prepare(groups, state, scale, skip)
 

@@ -1,0 +1,87 @@
+// The Python module rvsm_kernels._C: the plan, and what python -m rvsm_kernels prints.
+
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <stdexcept>
+
+#include "group_view.h"
+#include "plan.h"
+#include "prox.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using rvsm::GroupOptions;
+using rvsm::Plan;
+
+GroupOptions group_options(const py::dict& d) {
+  GroupOptions g;
+  rvsm::Options& o = g.options;
+  if (!d["penalty"].is_none() && !rvsm::penalty_from_name(d["penalty"].cast<std::string>().c_str(), o.penalty))
+    throw py::value_error("Invalid penalty: " + d["penalty"].cast<std::string>());
+  o.lam = d["lam"].cast<double>();
+  o.beta = d["beta"].cast<double>();
+  o.a = d["a"].cast<double>();
+  o.group_lasso = d["group_lasso"].cast<double>();
+  o.lr = d["lr"].cast<double>();
+  o.momentum = d["momentum"].cast<double>();
+  o.dampening = d["dampening"].cast<double>();
+  o.weight_decay = d["weight_decay"].cast<double>();
+  o.group_scale = d["group_scale"].cast<bool>();
+  o.nesterov = d["nesterov"].cast<bool>();
+  o.decoupled = d["decoupled"].cast<bool>();
+  o.maximize = d["maximize"].cast<bool>();
+  if (!d["group_dim"].is_none()) g.group_dim = d["group_dim"].cast<std::vector<int64_t>>();
+  return g;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["built for"] = "torch " TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["vectors"] = rvsm::cpu::kernels().name;
+  info["architectures"] = "none (no CUDA in this build)";
+  return info;
+}
+
+// Python's collector follows the references that the plan holds.
+int traverse(PyObject* self, visitproc visit, void* arg) {
+#if PY_VERSION_HEX >= 0x03090000
+  Py_VISIT(Py_TYPE(self));
+#endif
+  if (py::detail::is_holder_constructed(self)) {
+    return py::cast<Plan&>(py::handle(self)).traverse(visit, arg);
+  }
+  return 0;
+}
+
+int clear(PyObject* self) {
+  if (py::detail::is_holder_constructed(self)) py::cast<Plan&>(py::handle(self)).clear();
+  return 0;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled engine of rvsm_kernels.";
+  m.def("build_info", &build_info);
+  m.def(
+      "group_view",
+      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& kept) {
+        const rvsm::GroupView v = rvsm::group_view(sizes, strides, kept);
+        return py::make_tuple(v.batch, v.outer, v.groups, v.inner);
+      },
+      "The (batch, outer, groups, inner) view of a dense tensor; ValueError where the kept dimensions do not collapse.");
+  py::class_<Plan>(m, "Plan", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+                     auto* type = &heap_type->ht_type;
+                     type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+                     type->tp_traverse = traverse;
+                     type->tp_clear = clear;
+                   }))
+      .def(py::init<>())
+      .def("set_options", [](Plan& plan, size_t group, const py::dict& d) { plan.set_options(group, group_options(d)); })
+      .def("prepare", &Plan::prepare)
+      .def("launch", &Plan::launch);
+}

@@ -1,0 +1,185 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+
+namespace rvsm::cpu {
+
+namespace {
+
+// Elements of a task: large enough that taking it from the queue costs nothing, small enough that threads finish
+// together and that what the reduction has read is still in the cache when the step comes.
+constexpr int64_t kTask = 32768;
+// Columns of a block with several rows: a factor per column is computed once and used for every row.
+constexpr int64_t kColumns = 2048;
+// A group with more elements than this is summed in parts.
+constexpr int64_t kPart = 131072;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t arithmetic_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
+
+// Norms start on a cache line of their own, also next to another row's.
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+int64_t norm_bytes(const Row& row) { return row.grouped ? row.view.count() * arithmetic_size(row.dtype) : 0; }
+int64_t partial_bytes(const Row& row) {
+  return row.grouped && row.parts > 1 ? row.parts * row.view.count() * int64_t(sizeof(double)) : 0;
+}
+
+}  // namespace
+
+void Job::add(int32_t row, bool reduce, const Block& block, int64_t part) {
+  tasks_.push_back({row, reduce, part, block});
+  if (reduce) ++reductions_[row];
+}
+
+// Every group is summed by one task, along its rows in order, so that no float is added in arrival order; only groups
+// too long for that are cut into parts, which join() adds up in order.
+void Job::divide_reduction(int32_t index) {
+  Row& row = rows[index];
+  const GroupView& v = row.view;
+  const int64_t columns = v.groups * v.inner;
+  row.parts = v.size() >= 2 * kPart ? std::min<int64_t>(ceil_div(v.size(), kPart), std::max(v.outer, v.inner)) : 1;
+  const bool by_rows = v.outer >= row.parts;
+  // Several rows: a width that gives each processor work, but no less than 1 KB of consecutive memory per row.
+  int64_t width = v.outer == 1 ? kTask : std::clamp<int64_t>(columns / 32, 256, 1024);
+  width = std::max<int64_t>(1, width / v.inner) * v.inner;
+  for (int64_t b = 0; b < v.batch; ++b) {
+    for (int64_t c = 0; c < columns; c += width) {
+      const int64_t end = std::min(columns, c + width);
+      for (int64_t p = 0; p < row.parts; ++p) {
+        if (by_rows) {
+          add(index, true, {b, v.outer * p / row.parts, v.outer * (p + 1) / row.parts, c, end}, p);
+        } else {  // one long group: parts of its inner dimension
+          for (int64_t g = c; g < end; g += v.inner)
+            add(index, true, {b, 0, v.outer, g + v.inner * p / row.parts, g + v.inner * (p + 1) / row.parts}, p);
+        }
+      }
+    }
+  }
+}
+
+void Job::divide() {
+  tasks_.clear();
+  reductions_.assign(rows.size(), 0);
+  for (int32_t i = 0; i < int32_t(rows.size()); ++i) {
+    Row& row = rows[i];
+    if (!row.grouped) row.view = {1, 1, row.numel, 1};
+    const GroupView& v = row.view;
+    const int64_t columns = v.groups * v.inner;
+    if (row.grouped) divide_reduction(i);
+    if (row.grouped && action_ == Action::penalty) {  // a function of the norms alone
+      add(i, false, {0, 0, 1, 0, columns});
+      continue;
+    }
+    const int64_t width = v.outer == 1 ? kTask : std::min(columns, kColumns);
+    const int64_t height = std::max<int64_t>(1, kTask / width);
+    for (int64_t b = 0; b < v.batch; ++b)
+      for (int64_t c = 0; c < columns; c += width)
+        for (int64_t o = 0; o < v.outer; o += height)
+          add(i, false, {b, o, std::min(v.outer, o + height), c, std::min(columns, c + width)});
+  }
+  pending_ = std::make_unique<std::atomic<int32_t>[]>(rows.size());
+  sums_.resize(action_ == Action::penalty ? tasks_.size() : 0);
+}
+
+int64_t Job::scratch_bytes() const {
+  int64_t bytes = 0;
+  for (const Row& row : rows) bytes += aligned(norm_bytes(row)) + aligned(partial_bytes(row));
+  return bytes;
+}
+
+void Job::set_scratch(void* memory) {
+  char* next = static_cast<char*>(memory);
+  for (Row& row : rows) {
+    row.norms = next;
+    next += aligned(norm_bytes(row));
+    row.partials = reinterpret_cast<double*>(next);
+    next += aligned(partial_bytes(row));
+  }
+}
+
+int64_t Job::workload() const {
+  int64_t elements = 0;
+  for (const Row& row : rows) elements += row.active ? row.numel : 0;
+  return elements;
+}
+
+void Job::start() {
+  next_.store(0, std::memory_order_relaxed);
+  for (size_t i = 0; i < rows.size(); ++i) pending_[i].store(reductions_[i], std::memory_order_relaxed);
+  std::fill(sums_.begin(), sums_.end(), 0.0);
+}
+
+void Job::work() {
+  const Kernels& k = kernels();
+  const int64_t count = int64_t(tasks_.size());
+  for (;;) {
+    const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+    if (i >= count) return;
+    const Task& task = tasks_[i];
+    const Row& row = rows[task.row];
+    if (!row.active) continue;
+    if (task.reduce) {
+      k.squares(row, task.block, task.part);
+      // acq_rel: the last one sees the parts of all others, and whoever sees 0 sees the norms.
+      if (row.parts == 1) {
+        pending_[task.row].fetch_sub(1, std::memory_order_acq_rel);
+      } else if (pending_[task.row].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        k.join(row);
+        pending_[task.row].store(-1, std::memory_order_release);
+      }
+      continue;
+    }
+    if (row.grouped) {
+      const int32_t done = row.parts == 1 ? 0 : -1;
+      while (pending_[task.row].load(std::memory_order_acquire) != done) std::this_thread::yield();
+    }
+    switch (action_) {
+      case Action::step:
+        k.step(row, task.block);
+        break;
+      case Action::prox:
+        k.prox(row, task.block);
+        break;
+      case Action::penalty:
+        sums_[i] = k.penalty(row, task.block);
+        break;
+    }
+  }
+}
+
+double Job::total() const {
+  double sum = 0;
+  for (const double s : sums_) sum += s;
+  return sum;
+}
+
+extern const Kernels kernels_base;
+#if defined(RVSM_X86)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+#if defined(RVSM_X86)
+    const char* limit = std::getenv("RVSM_ISA");
+    const auto allowed = [&](const char* isa) {
+      return limit == nullptr || std::strcmp(limit, isa) == 0 || std::strcmp(limit, "avx512") == 0;
+    };
+    __builtin_cpu_init();
+    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return kernels_avx512;
+    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2;
+#endif
+    return kernels_base;
+  }();
+  return chosen;
+}
+
+}  // namespace rvsm::cpu

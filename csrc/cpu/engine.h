@@ -1,0 +1,107 @@
+// The CPU engine: one queue of tasks over all tensors of a step, drained by every thread. Without torch.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "../types.h"
+
+namespace rvsm::cpu {
+
+enum class Action { step, prox, penalty };
+
+// One tensor of a job: its shape, then what changes from run to run.
+struct Row {
+  int64_t numel = 0;
+  Dtype dtype = Dtype::f32;
+  bool grouped = false;
+  GroupView view;  // batch * outer * groups * inner == numel where grouped
+
+  bool active = true;  // false: every task of the row is skipped
+  void* w = nullptr;
+  const void* g = nullptr;
+  void* m = nullptr;  // null without momentum
+  Step<double> step{};
+  double lam = 0;  // for the penalty's value: already times sqrt(group size) with group_scale
+  double beta = 0;
+
+  void* norms = nullptr;       // one number of the arithmetic type per group
+  double* partials = nullptr;  // parts x groups sums of squares, where long groups are split
+  int64_t parts = 1;
+};
+
+// A rectangle of a row in its view: one batch, rows [o0, o1) of the outer dimension, columns [c0, c1) of groups x inner.
+// A row without groups is one outer row of numel columns.
+struct Block {
+  int64_t batch, o0, o1, c0, c1;
+};
+
+// The inner loops, compiled once per instruction set (kernels.cpp).
+struct Kernels {
+  const char* name;
+  // One step of the elements of a block (reads row.norms where grouped).
+  void (*step)(const Row&, const Block&);
+  // w <- u.
+  void (*prox)(const Row&, const Block&);
+  // Writes the norms of the groups in a block, or, where the row has parts, adds nothing up yet: the sums of squares of
+  // one part.
+  void (*squares)(const Row&, const Block&, int64_t part);
+  // Adds the parts of every group up, in their order.
+  void (*join)(const Row&);
+  // lam g + beta/2 |w - u|^2 over a block (over all groups where grouped).
+  double (*penalty)(const Row&, const Block&);
+};
+
+// The kernels for this processor; RVSM_ISA=base|avx2|avx512 in the environment asks for less than it has.
+const Kernels& kernels();
+
+// The tasks of a set of rows, for repeated runs.
+//
+// The tasks of a row stand in the queue in the order reduce, apply; a thread that takes an apply task waits until every
+// reduce task of the row is done. Those were taken earlier, so some thread is at work on them and the wait ends. What a
+// task computes does not depend on who runs it: results are the same for every number of threads.
+class Job {
+ public:
+  explicit Job(Action action) : action_(action) {}
+
+  std::vector<Row> rows;
+
+  // Divide the rows into tasks; again whenever a row's shape, dtype or grouping changes.
+  void divide();
+
+  // Bytes of scratch that the rows need (one number per group, and the parts of long groups), and where it is.
+  int64_t scratch_bytes() const;
+  void set_scratch(void* memory);
+
+  // Elements of the active rows: what decides whether threads are worth waking.
+  int64_t workload() const;
+
+  // Call start() once, then work() from any number of threads; work() returns when the queue is empty.
+  void start();
+  void work();
+
+  // Action::penalty: the sum over all tasks, in their order.
+  double total() const;
+
+ private:
+  struct Task {
+    int32_t row;
+    bool reduce;
+    int64_t part;
+    Block block;
+  };
+
+  void divide_reduction(int32_t index);
+  void add(int32_t row, bool reduce, const Block& block, int64_t part = 0);
+
+  Action action_;
+  std::vector<Task> tasks_;
+  std::vector<int32_t> reductions_;  // reduce tasks per row
+  std::unique_ptr<std::atomic<int32_t>[]> pending_;
+  std::atomic<int64_t> next_{0};
+  std::vector<double> sums_;
+};
+
+}  // namespace rvsm::cpu

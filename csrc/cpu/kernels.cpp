@@ -1,0 +1,314 @@
+// The inner loops of the CPU engine. Compiled once per instruction set, with RVSM_ISA naming it; the loops are plain,
+// the compiler vectorises them. Floating-point contraction is off, so every instruction set gives the same bits.
+
+#include <algorithm>
+
+#include "../half.h"
+#include "../update.h"
+#include "engine.h"
+
+namespace rvsm::cpu {
+
+#define RVSM_JOIN2(a, b) a##b
+#define RVSM_JOIN(a, b) RVSM_JOIN2(a, b)
+#define RVSM_KERNELS RVSM_JOIN(kernels_, RVSM_ISA)
+#define RVSM_STRING2(a) #a
+#define RVSM_STRING(a) RVSM_STRING2(a)
+
+namespace {
+
+// Storage types are converted in tiles that stay in the first-level cache.
+constexpr int64_t kTile = 512;
+// Columns whose factors are kept at a time.
+constexpr int64_t kSpan = 2048;
+// Independent sums, added up in their order at the end: enough to hide the latency of an addition.
+constexpr int kLanes = 16;
+
+template <class S>
+constexpr bool kIsHalf = sizeof(S) == 2;
+
+// ---- elements of one contiguous span ---------------------------------------------------------------------------
+
+// What a group's element needs to know of its group: u = w * ratio, w_G / ||w_G|| = w * unit.
+template <class T>
+struct GroupPull {
+  const T* ratio;
+  const T* unit;  // null without a group lasso
+  T u(T w, int64_t i) const { return w * ratio[i]; }
+  T direction(T w, int64_t i) const { return unit == nullptr ? T(0) : w * unit[i]; }
+  GroupPull at(int64_t i) const { return {ratio + i, unit == nullptr ? nullptr : unit + i}; }
+};
+
+template <Penalty kPenalty, class T>
+struct ElementPull {
+  Prox<T> prox;
+  T u(T w, int64_t) const {
+    if (kPenalty == Penalty::none) return w;
+    return std::copysign(shrink<kPenalty>(std::fabs(w), prox), w);
+  }
+  T direction(T, int64_t) const { return T(0); }
+  ElementPull at(int64_t) const { return *this; }
+};
+
+template <bool kMomentum, class T, class Pull>
+inline void step_loop(T* __restrict w, const T* __restrict g, T* __restrict m, int64_t n, const Step<T> s,
+                      const Pull pull) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T wi = w[i];
+    T mi = kMomentum ? m[i] : T(0);
+    sgd_step<kMomentum>(wi, mi, g[i], wi - pull.u(wi, i), pull.direction(wi, i), s);
+    w[i] = wi;
+    if (kMomentum) m[i] = mi;
+  }
+}
+
+template <class T, class Pull>
+inline void prox_loop(T* __restrict w, int64_t n, const Pull pull) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) w[i] = pull.u(w[i], i);
+}
+
+template <class S, class T>
+inline void load_tile(T* __restrict to, const S* __restrict from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
+}
+
+template <class S, class T>
+inline void store_tile(S* __restrict to, const T* __restrict from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
+}
+
+template <bool kMomentum, class S, class T, class Pull>
+void step_span(S* w, const S* g, S* m, int64_t n, const Step<T>& s, const Pull& pull) {
+  if constexpr (kIsHalf<S>) {
+    T wt[kTile], gt[kTile], mt[kTile];
+    for (int64_t i = 0; i < n; i += kTile) {
+      const int64_t k = std::min(kTile, n - i);
+      load_tile(wt, w + i, k);
+      load_tile(gt, g + i, k);
+      if (kMomentum) load_tile(mt, m + i, k);
+      step_loop<kMomentum>(wt, gt, mt, k, s, pull.at(i));
+      store_tile(w + i, wt, k);
+      if (kMomentum) store_tile(m + i, mt, k);
+    }
+  } else {
+    step_loop<kMomentum>(w, g, m, n, s, pull);
+  }
+}
+
+template <class S, class Pull>
+void prox_span(S* w, int64_t n, const Pull& pull) {
+  if constexpr (kIsHalf<S>) {
+    Arithmetic<S> wt[kTile];
+    for (int64_t i = 0; i < n; i += kTile) {
+      const int64_t k = std::min(kTile, n - i);
+      load_tile(wt, w + i, k);
+      prox_loop(wt, k, pull.at(i));
+      store_tile(w + i, wt, k);
+    }
+  } else {
+    prox_loop(w, n, pull);
+  }
+}
+
+// ---- groups ----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Factors {
+  T ratio[kSpan];
+  T unit[kSpan];
+};
+
+// The factors of columns [c0, c1), at most kSpan of them.
+template <Penalty kPenalty, class T>
+void fill_factors(Factors<T>& f, const T* norms, int64_t inner, int64_t c0, int64_t c1, const Prox<T> prox,
+                  bool lasso) {
+  const int64_t g0 = c0 / inner, g1 = (c1 - 1) / inner + 1;
+  T ratio[kSpan], unit[kSpan];
+  for (int64_t g = g0; g < g1; ++g) ratio[g - g0] = shrink_ratio<kPenalty>(norms[g], prox);
+  if (lasso)
+    for (int64_t g = g0; g < g1; ++g) unit[g - g0] = norms[g] == T(0) ? T(0) : T(1) / norms[g];
+  for (int64_t g = g0; g < g1; ++g) {
+    const int64_t from = std::max(c0, g * inner) - c0, to = std::min(c1, (g + 1) * inner) - c0;
+    std::fill(f.ratio + from, f.ratio + to, ratio[g - g0]);
+    if (lasso) std::fill(f.unit + from, f.unit + to, unit[g - g0]);
+  }
+}
+
+// Calls span(offset, length, GroupPull) for the contiguous pieces of a block.
+template <Penalty kPenalty, class T, class Span>
+void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool lasso, const Span& span) {
+  const GroupView& v = row.view;
+  const int64_t columns = v.groups * v.inner;
+  const T* norms = static_cast<const T*>(row.norms) + block.batch * v.groups;
+  Factors<T> f;
+  for (int64_t c = block.c0; c < block.c1; c += kSpan) {
+    const int64_t end = std::min(block.c1, c + kSpan);
+    fill_factors<kPenalty>(f, norms, v.inner, c, end, prox, lasso);
+    for (int64_t o = block.o0; o < block.o1; ++o)
+      span((block.batch * v.outer + o) * columns + c, end - c, GroupPull<T>{f.ratio, lasso ? f.unit : nullptr});
+  }
+}
+
+// ---- sums of squares -------------------------------------------------------------------------------------------
+
+// In double: squares of float are exact, and the rounding of a long sum stays far below the ulp of a float norm.
+template <class S>
+double square_sum(const S* w, int64_t n) {
+  double lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int k = 0; k < kLanes; ++k) lane[k] += double(load(w[i + k])) * double(load(w[i + k]));
+  for (int k = 0; i < n; ++i, ++k) lane[k] += double(load(w[i])) * double(load(w[i]));
+  double sum = 0;
+  for (int k = 0; k < kLanes; ++k) sum += lane[k];
+  return sum;
+}
+
+template <class S>
+inline void add_squares(double* __restrict sums, const S* __restrict w, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = double(load(w[i]));
+    sums[i] += x * x;
+  }
+}
+
+// Calls emit(group, sum) for every group that the block touches.
+template <class S, class Emit>
+void block_squares(const Row& row, const Block& block, const Emit& emit) {
+  const GroupView& v = row.view;
+  const int64_t columns = v.groups * v.inner;
+  const S* base = static_cast<const S*>(row.w) + block.batch * v.outer * columns;
+  if (v.inner >= kLanes && (block.o1 - block.o0 == 1 || v.inner >= kSpan / 2)) {
+    for (int64_t c = block.c0; c < block.c1;) {
+      const int64_t g = c / v.inner, end = std::min(block.c1, (g + 1) * v.inner);
+      double sum = 0;
+      for (int64_t o = block.o0; o < block.o1; ++o) sum += square_sum(base + o * columns + c, end - c);
+      emit(g, sum);
+      c = end;
+    }
+    return;
+  }
+  // Short groups side by side: a sum per column, folded into groups at the end.
+  const int64_t width = kSpan / v.inner * v.inner;
+  double sums[kSpan];
+  for (int64_t c = block.c0; c < block.c1; c += width) {
+    const int64_t n = std::min(width, block.c1 - c);
+    std::fill(sums, sums + n, 0.0);
+    for (int64_t o = block.o0; o < block.o1; ++o) add_squares(sums, base + o * columns + c, n);
+    for (int64_t i = 0; i < n;) {
+      const int64_t g = (c + i) / v.inner, end = std::min(n, (g + 1) * v.inner - c);
+      double sum = 0;
+      for (; i < end; ++i) sum += sums[i];
+      emit(g, sum);
+    }
+  }
+}
+
+// ---- the entries of the table ----------------------------------------------------------------------------------
+
+template <class S>
+void run_step(const Row& row, const Block& block) {
+  using T = Arithmetic<S>;
+  const Step<T> s = narrow<T>(row.step);
+  S* const w = static_cast<S*>(row.w);
+  const S* const g = static_cast<const S*>(row.g);
+  S* const m = static_cast<S*>(row.m);
+  with_penalty(s.prox.penalty, [&](auto tag) {
+    constexpr Penalty kPenalty = decltype(tag)::value;
+    const auto span = [&](int64_t at, int64_t n, const auto& pull) {
+      if (m == nullptr)
+        step_span<false>(w + at, g + at, m, n, s, pull);
+      else
+        step_span<true>(w + at, g + at, m + at, n, s, pull);
+    };
+    if (row.grouped)
+      for_spans<kPenalty>(row, block, s.prox, s.lasso != T(0), span);
+    else
+      span(block.c0, block.c1 - block.c0, ElementPull<kPenalty, T>{s.prox});
+  });
+}
+
+template <class S>
+void run_prox(const Row& row, const Block& block) {
+  using T = Arithmetic<S>;
+  const Prox<T> prox = narrow<T>(row.step.prox);
+  S* const w = static_cast<S*>(row.w);
+  with_penalty(prox.penalty, [&](auto tag) {
+    constexpr Penalty kPenalty = decltype(tag)::value;
+    const auto span = [&](int64_t at, int64_t n, const auto& pull) { prox_span(w + at, n, pull); };
+    if (row.grouped)
+      for_spans<kPenalty>(row, block, prox, false, span);
+    else
+      span(block.c0, block.c1 - block.c0, ElementPull<kPenalty, T>{prox});
+  });
+}
+
+template <class S>
+double run_penalty(const Row& row, const Block& block) {
+  using T = Arithmetic<S>;
+  const Prox<T> prox = narrow<T>(row.step.prox);
+  const int64_t from = row.grouped ? 0 : block.c0, to = row.grouped ? row.view.count() : block.c1;
+  return with_penalty(prox.penalty, [&](auto tag) {
+    constexpr Penalty kPenalty = decltype(tag)::value;
+    double lane[kLanes] = {};
+    for (int64_t i = from; i < to; i += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, to - i);
+      for (int64_t k = 0; k < n; ++k) {
+        const T r = row.grouped ? static_cast<const T*>(row.norms)[i + k]
+                                : std::fabs(load(static_cast<const S*>(row.w)[i + k]));
+        lane[k] += penalty_term<kPenalty>(r, prox, row.lam, row.beta);
+      }
+    }
+    double sum = 0;
+    for (const double x : lane) sum += x;
+    return sum;
+  });
+}
+
+void step(const Row& row, const Block& block) {
+  with_storage(row.dtype, [&](auto s) { run_step<decltype(s)>(row, block); });
+}
+
+void prox(const Row& row, const Block& block) {
+  with_storage(row.dtype, [&](auto s) { run_prox<decltype(s)>(row, block); });
+}
+
+double penalty(const Row& row, const Block& block) {
+  return with_storage(row.dtype, [&](auto s) { return run_penalty<decltype(s)>(row, block); });
+}
+
+void squares(const Row& row, const Block& block, int64_t part) {
+  const int64_t first = block.batch * row.view.groups;
+  with_storage(row.dtype, [&](auto s) {
+    using S = decltype(s);
+    if (row.parts > 1) {
+      double* sums = row.partials + part * row.view.count() + first;
+      block_squares<S>(row, block, [&](int64_t g, double sum) { sums[g] = sum; });
+    } else {
+      auto* norms = static_cast<Arithmetic<S>*>(row.norms) + first;
+      block_squares<S>(row, block, [&](int64_t g, double sum) { norms[g] = Arithmetic<S>(std::sqrt(sum)); });
+    }
+  });
+}
+
+void join(const Row& row) {
+  const int64_t groups = row.view.count();
+  with_storage(row.dtype, [&](auto s) {
+    using T = Arithmetic<decltype(s)>;
+    for (int64_t g = 0; g < groups; ++g) {
+      double sum = 0;
+      for (int64_t p = 0; p < row.parts; ++p) sum += row.partials[p * groups + g];
+      static_cast<T*>(row.norms)[g] = T(std::sqrt(sum));
+    }
+  });
+}
+
+}  // namespace
+
+extern const Kernels RVSM_KERNELS;
+const Kernels RVSM_KERNELS = {RVSM_STRING(RVSM_ISA), step, prox, squares, join, penalty};
+
+}  // namespace rvsm::cpu

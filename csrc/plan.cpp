@@ -1,0 +1,313 @@
+#include "plan.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <sstream>
+#include <stdexcept>
+
+#include "update.h"
+
+namespace rvsm {
+
+namespace py = pybind11;
+
+namespace {
+
+// Threads of Python may run while this many elements are updated.
+constexpr int64_t kReleaseGil = 1 << 20;
+
+PyObject* const kParams = PyUnicode_InternFromString("params");
+PyObject* const kParamNames = PyUnicode_InternFromString("param_names");
+PyObject* const kBuffer = PyUnicode_InternFromString("momentum_buffer");
+
+// Borrowed; null where the key is missing.
+PyObject* get(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// Replace an owned reference.
+void reset(PyObject*& held, PyObject* value) {
+  Py_XINCREF(value);
+  PyObject* old = std::exchange(held, value);
+  Py_XDECREF(old);
+}
+
+PyObject* params_of(PyObject* group) {
+  PyObject* params = PyDict_Check(group) ? get(group, kParams) : nullptr;
+  if (params == nullptr || !PyList_Check(params)) throw py::type_error("a param group needs a list of params");
+  return params;
+}
+
+std::string text(at::IntArrayRef sizes) {
+  std::string s = "[";
+  for (size_t d = 0; d < sizes.size(); ++d) s += (d ? ", " : "") + std::to_string(sizes[d]);
+  return s + "]";
+}
+
+template <class T>
+std::string text_of(const T& value) {
+  std::ostringstream s;
+  s << value;
+  return s.str();
+}
+
+}  // namespace
+
+const at::Tensor& Plan::tensor(const Entry& e) const { return THPVariable_Unpack(e.param); }
+
+std::string Plan::name(const py::list& groups, const Entry& e) const {
+  PyObject* names = get(PyList_GET_ITEM(groups.ptr(), Py_ssize_t(e.group)), kParamNames);
+  if (names != nullptr && PyList_Check(names) && PyList_GET_SIZE(names) > Py_ssize_t(e.index))
+    return py::str(PyList_GET_ITEM(names, Py_ssize_t(e.index)));
+  return "parameter " + std::to_string(e.index) + " of group " + std::to_string(e.group);
+}
+
+void Plan::set_options(size_t group, GroupOptions options) {
+  if (group >= options_.size()) options_.resize(group + 1);
+  GroupOptions& own = options_[group];
+  // Numbers are refreshed row by row; another grouping needs another table.
+  built_ = built_ && own.group_dim == options.group_dim && needs_norms(own.options) == needs_norms(options.options);
+  own = std::move(options);
+}
+
+// Whether the table still describes the groups: the same parameters in the same layouts.
+bool Plan::is_current(const py::list& groups) const {
+  if (!built_) return false;
+  size_t i = 0;
+  const size_t count = entries_.size();
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
+    PyObject* params = params_of(PyList_GET_ITEM(groups.ptr(), g));
+    const Py_ssize_t n = PyList_GET_SIZE(params);
+    for (Py_ssize_t j = 0; j < n; ++j, ++i) {
+      if (i >= count) return false;
+      const Entry& e = entries_[i];
+      if (e.param != PyList_GET_ITEM(params, j) || e.group != size_t(g)) return false;
+      const at::Tensor& w = tensor(e);
+      if (w.sizes() != at::IntArrayRef(e.sizes) || w.strides() != at::IntArrayRef(e.strides) ||
+          w.scalar_type() != e.type || !w.is_cpu())
+        return false;
+    }
+  }
+  return i == count;
+}
+
+bool Plan::rebuild(const py::list& groups) {
+  clear();
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
+    PyObject* params = params_of(PyList_GET_ITEM(groups.ptr(), g));
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params); ++j) {
+      PyObject* p = PyList_GET_ITEM(params, j);
+      if (!THPVariable_Check(p)) throw py::type_error("optimizer can only optimize Tensors");
+      const at::Tensor& w = THPVariable_Unpack(p);
+      if (!w.is_cpu() || w.layout() != at::kStrided) return false;
+      Entry e;
+      e.group = size_t(g);
+      e.index = size_t(j);
+      e.sizes = w.sizes().vec();
+      e.strides = w.strides().vec();
+      e.type = w.scalar_type();
+      e.dense = w.is_non_overlapping_and_dense();
+      const GroupOptions& o = options_.at(e.group);
+      if (!is_supported(e.type))
+        throw py::type_error("RVSM does not support parameters of dtype " + text_of(w.dtype()) + " (" +
+                             name(groups, e) + ")");
+      for (size_t d = 0; d < e.sizes.size() && w.numel() > 0; ++d)
+        if (e.sizes[d] > 1 && e.strides[d] == 0)
+          throw std::runtime_error(name(groups, e) + " is expanded: several of its elements are one in memory");
+      const Dims dims = needs_norms(o.options) ? o.group_dim : Dims{};
+      try {
+        job_.rows.push_back(make_row(e.dense ? w : at::empty_like(w), dims));
+      } catch (const std::invalid_argument& error) {
+        throw py::value_error("Invalid group_dim value for " + name(groups, e) + ": " + error.what());
+      }
+      reset(e.param, p);
+      entries_.push_back(std::move(e));
+    }
+  }
+  for (auto& o : options_) o.changed = true;
+  job_.divide();
+  scratch_ = allocate_scratch(job_);
+  built_ = true;
+  return true;
+}
+
+// One walk over optimizer.state tells whether any of its dicts was replaced; only then they are looked up.
+void Plan::find_states(const py::dict& state) {
+  Py_ssize_t at = 0;
+  size_t i = 0;
+  PyObject *key, *value;
+  bool same = states_.size() == size_t(PyDict_GET_SIZE(state.ptr()));
+  while (same && PyDict_Next(state.ptr(), &at, &key, &value)) {
+    same = states_[i].first == key && states_[i].second == value;
+    ++i;
+  }
+  if (same) return;
+  for (Entry& e : entries_) {
+    PyObject* found = get(state.ptr(), e.param);
+    if (found != nullptr && !PyDict_Check(found)) throw py::type_error("the state of a parameter must be a dict");
+    reset(e.state, found);
+  }
+  states_.clear();
+  at = 0;
+  while (PyDict_Next(state.ptr(), &at, &key, &value)) states_.emplace_back(key, value);
+}
+
+void Plan::find_buffer(const py::list& groups, Entry& e) {
+  PyObject* found = e.state == nullptr ? nullptr : get(e.state, kBuffer);
+  if (found == Py_None) found = nullptr;
+  if (found == e.buffer) return;
+  if (found != nullptr && !THPVariable_Check(found))
+    throw py::type_error("the momentum_buffer of " + name(groups, e) + " is not a tensor");
+  reset(e.buffer, found);
+}
+
+void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double grad_scale) {
+  const at::Tensor& w = tensor(e);
+  const at::Tensor& g = w.grad();
+  row.active = g.defined() && row.numel > 0;
+  if (!g.defined()) return;
+  if (g.layout() != at::kStrided)
+    throw std::runtime_error("RVSM does not support sparse gradients (" + name(groups, e) + " has layout " +
+                             text_of(g.layout()) + ")");
+  if (g.is_complex()) throw std::runtime_error("RVSM does not support complex gradients (" + name(groups, e) + ")");
+  if (g.sizes() != at::IntArrayRef(e.sizes))
+    throw std::runtime_error("the gradient of " + name(groups, e) + " has shape " + text(g.sizes()) +
+                             ", the parameter " + text(e.sizes));
+  if (!g.is_cpu())
+    throw std::runtime_error("the gradient of " + name(groups, e) + " is on " + text_of(g.device()) +
+                             ", the parameter on " + text_of(w.device()));
+  const Options& o = options_[e.group].options;
+  if (o.momentum != 0) {
+    find_buffer(groups, e);
+    if (e.buffer != nullptr) {
+      const at::Tensor& m = THPVariable_Unpack(e.buffer);
+      if (m.sizes() != at::IntArrayRef(e.sizes) || m.scalar_type() != e.type || !m.is_cpu() ||
+          m.layout() != at::kStrided)
+        throw std::runtime_error("the momentum_buffer of " + name(groups, e) + " is " + text_of(m.dtype()) + " " +
+                                 text(m.sizes()) + " on " + text_of(m.device()) + ", the parameter " +
+                                 text_of(w.dtype()) + " " + text(e.sizes) + " on " + text_of(w.device()));
+    }
+  }
+  if (!row.active) return;
+
+  const auto stage = [&](Staged staged, bool writes) {
+    at::Tensor dense = staged.dense();
+    if (staged.is_copy()) staging_.push_back({std::move(staged), writes});
+    return dense;
+  };
+  at::Tensor copy;
+  if (!e.dense) copy = stage(Staged(w), true);
+  const at::Tensor& dense = e.dense ? w : copy;
+  row.w = dense.mutable_data_ptr();
+
+  const bool plain = g.scalar_type() == e.type && g.strides() == dense.strides() && !g.is_neg() && !g._is_zerotensor();
+  row.g = plain ? g.const_data_ptr() : stage(Staged(g, dense), false).const_data_ptr();
+
+  row.m = nullptr;
+  e.first = false;
+  if (o.momentum != 0) {
+    if (e.buffer == nullptr) {
+      e.first = true;
+      new_buffers_.emplace_back(&e - entries_.data(), at::empty_like(dense));
+      row.m = new_buffers_.back().second.mutable_data_ptr();
+    } else {
+      const at::Tensor& m = THPVariable_Unpack(e.buffer);
+      row.m = m.strides() == dense.strides() ? m.mutable_data_ptr()
+                                             : stage(Staged(m, dense), true).mutable_data_ptr();
+    }
+  }
+  row.step.first = e.first;
+  row.step.grad = (o.maximize ? -1 : 1) / grad_scale;
+}
+
+bool Plan::prepare(const py::list& groups, const py::dict& state, double grad_scale, bool skip) {
+  const at::NoGradGuard no_grad;
+  staging_.clear();
+  new_buffers_.clear();
+  if (!is_current(groups) && !rebuild(groups)) return false;
+  bool momentum = false;
+  for (const auto& o : options_) momentum |= o.options.momentum != 0;
+  if (momentum) find_states(state);
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (options_[entries_[i].group].changed) rvsm::set_options(job_.rows[i], options_[entries_[i].group].options, false);
+  for (auto& o : options_) o.changed = false;
+  try {
+    for (size_t i = 0; i < entries_.size(); ++i) prepare_entry(groups, entries_[i], job_.rows[i], grad_scale);
+  } catch (...) {
+    staging_.clear();
+    new_buffers_.clear();
+    throw;
+  }
+  state_ = state.ptr();
+  skip_ = skip;
+  return true;
+}
+
+void Plan::launch() {
+  const at::NoGradGuard no_grad;
+  if (!skip_) {
+    for (auto& [index, buffer] : new_buffers_) {
+      Entry& e = entries_[index];
+      const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(buffer));
+      // state is a defaultdict: asking for the parameter's dict makes it.
+      const auto dict = py::reinterpret_steal<py::object>(PyObject_GetItem(state_, e.param));
+      if (!dict || PyDict_SetItem(dict.ptr(), kBuffer, wrapped.ptr()) != 0) throw py::error_already_set();
+      reset(e.state, dict.ptr());
+      reset(e.buffer, wrapped.ptr());
+    }
+    for (auto& s : staging_) s.staged.load();
+    if (job_.workload() >= kReleaseGil) {
+      // While Python runs, it may drop a gradient: hold the memory.
+      std::vector<c10::Storage> held;
+      for (const Entry& e : entries_) {
+        const at::Tensor& w = tensor(e);
+        held.push_back(w.storage());
+        if (w.grad().defined()) held.push_back(w.grad().storage());
+        if (e.buffer != nullptr) held.push_back(THPVariable_Unpack(e.buffer).storage());
+      }
+      const py::gil_scoped_release release;
+      run(job_);
+    } else {
+      run(job_);
+    }
+    for (auto& s : staging_)
+      if (s.writes) s.staged.store();
+    for (size_t i = 0; i < entries_.size(); ++i) {
+      if (!job_.rows[i].active) continue;
+      bump_version(tensor(entries_[i]));
+      if (job_.rows[i].m != nullptr) bump_version(THPVariable_Unpack(entries_[i].buffer));
+    }
+  }
+  staging_.clear();
+  new_buffers_.clear();
+  state_ = nullptr;
+}
+
+int Plan::traverse(visitproc visit, void* arg) const {
+  for (const Entry& e : entries_) {
+    Py_VISIT(e.param);
+    Py_VISIT(e.state);
+    Py_VISIT(e.buffer);
+  }
+  return 0;
+}
+
+void Plan::clear() {
+  std::vector<Entry> old = std::move(entries_);
+  entries_.clear();
+  job_.rows.clear();
+  states_.clear();
+  staging_.clear();
+  new_buffers_.clear();
+  scratch_ = at::Tensor();
+  built_ = false;
+  for (Entry& e : old) {
+    reset(e.param, nullptr);
+    reset(e.state, nullptr);
+    reset(e.buffer, nullptr);
+  }
+}
+
+}  // namespace rvsm

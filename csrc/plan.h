@@ -1,0 +1,82 @@
+// The plan of an optimizer on the CPU: its table of parameters, kept between steps and rebuilt only where it changed.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "rows.h"
+
+namespace rvsm {
+
+// What one param group asks of its parameters.
+struct GroupOptions {
+  Options options;
+  Dims group_dim;
+  bool changed = true;  // not in the rows yet
+};
+
+class Plan {
+ public:
+  Plan() : job_(cpu::Action::step) {}
+  ~Plan() { clear(); }
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // The options of a group, again whenever one of them was edited.
+  void set_options(size_t group, GroupOptions options);
+
+  // Look at every parameter, gradient and momentum buffer; throws before anything is changed. Returns false if a
+  // parameter is not on the CPU. With `skip` (GradScaler found an Inf) launch() will leave everything as it is.
+  bool prepare(const pybind11::list& groups, const pybind11::dict& state, double grad_scale, bool skip);
+
+  // Do the step that was prepared: one pass over all parameters.
+  void launch();
+
+  // For Python's garbage collector: a hook of a parameter may refer to the optimizer.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
+ private:
+  // A parameter. Python objects are held, not tensors: so Python's collector sees every reference.
+  struct Entry {
+    PyObject* param = nullptr;   // owned
+    PyObject* state = nullptr;   // owned: the dict state[param], or null
+    PyObject* buffer = nullptr;  // owned: the momentum buffer in it, or null
+    size_t group = 0;
+    size_t index = 0;
+    std::vector<int64_t> sizes, strides;
+    at::ScalarType type = at::kFloat;
+    bool dense = true;
+    bool first = false;
+  };
+
+  const at::Tensor& tensor(const Entry& e) const;
+  std::string name(const pybind11::list& groups, const Entry& e) const;
+  bool is_current(const pybind11::list& groups) const;
+  bool rebuild(const pybind11::list& groups);
+  void find_states(const pybind11::dict& state);
+  void find_buffer(const pybind11::list& groups, Entry& e);
+  void prepare_entry(const pybind11::list& groups, Entry& e, cpu::Row& row, double grad_scale);
+
+  std::vector<GroupOptions> options_;
+  std::vector<Entry> entries_;
+  cpu::Job job_;
+  at::Tensor scratch_;
+  bool built_ = false;
+  std::vector<std::pair<PyObject*, PyObject*>> states_;  // optimizer.state as last seen, in its order
+
+  // What prepare() leaves for launch(); empty in between, so that no gradient is kept alive.
+  struct Staging {
+    Staged staged;
+    bool writes;
+  };
+  std::vector<Staging> staging_;
+  std::vector<std::pair<size_t, at::Tensor>> new_buffers_;
+  PyObject* state_ = nullptr;  // borrowed, from prepare() to launch()
+  bool skip_ = false;
+};
+
+}  // namespace rvsm

@@ -1,0 +1,112 @@
+#include "rows.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "group_view.h"
+#include "update.h"
+
+namespace rvsm {
+
+namespace {
+
+// Below this many elements one thread is done before a second one has woken up.
+constexpr int64_t kSerial = 32768;
+
+Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return Dtype::f64;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    default:
+      return Dtype::f32;
+  }
+}
+
+}  // namespace
+
+bool is_supported(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+bool same_layout(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  if (x.sizes() != sizes) return false;
+  const auto own = x.strides();
+  if (own == strides) return true;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && own[d] != strides[d]) return false;
+  return true;
+}
+
+// A lazily conjugated, negated or zero tensor does not hold its values.
+static bool is_plain(const at::Tensor& t) { return !t.is_neg() && !t._is_zerotensor(); }
+
+Staged::Staged(const at::Tensor& tensor, const at::Tensor& like) : tensor_(tensor), dense_(tensor) {
+  const bool fits = tensor.scalar_type() == like.scalar_type() && is_plain(tensor) &&
+                    same_layout(tensor, like.sizes(), like.strides());
+  if (!fits) dense_ = at::empty_strided(like.sizes(), like.strides(), like.options());
+}
+
+Staged::Staged(const at::Tensor& tensor) : tensor_(tensor), dense_(tensor) {
+  if (!tensor.is_non_overlapping_and_dense() || !is_plain(tensor)) dense_ = at::empty_like(tensor);
+}
+
+void Staged::load() {
+  if (is_copy()) dense_.copy_(tensor_);
+}
+
+void Staged::store() {
+  if (is_copy()) tensor_.copy_(dense_);
+}
+
+cpu::Row make_row(const at::Tensor& dense, const Dims& group_dim) {
+  cpu::Row row;
+  row.numel = dense.numel();
+  row.dtype = dtype_of(dense.scalar_type());
+  row.grouped = group_dim.has_value() && row.numel > 0;
+  if (row.grouped) {
+    std::vector<int64_t> kept;
+    for (const int64_t d : *group_dim) {
+      if (d < -dense.dim() || d >= dense.dim())
+        throw std::invalid_argument("dimension " + std::to_string(d) + " of a tensor with " +
+                                    std::to_string(dense.dim()));
+      kept.push_back(d < 0 ? d + dense.dim() : d);
+    }
+    row.view = group_view(dense.sizes().vec(), dense.strides().vec(), kept);
+  }
+  return row;
+}
+
+void set_options(cpu::Row& row, const Options& options, bool first) {
+  const int64_t group_size = row.grouped ? row.view.size() : 1;
+  row.step = make_step(options, group_size, first);
+  row.lam = strength(options, group_size);
+  row.beta = options.beta;
+}
+
+void run(cpu::Job& job) {
+  job.start();
+  const int64_t threads = job.workload() >= kSerial ? at::get_num_threads() : 1;
+  if (threads == 1) {
+    job.work();
+  } else {
+    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { job.work(); });
+  }
+}
+
+void bump_version(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+at::Tensor allocate_scratch(cpu::Job& job) {
+  const int64_t bytes = job.scratch_bytes();
+  at::Tensor scratch = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+  job.set_scratch(bytes > 0 ? scratch.mutable_data_ptr() : nullptr);
+  return scratch;
+}
+
+}  // namespace rvsm

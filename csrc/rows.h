@@ -1,0 +1,57 @@
+// From tensors to the rows of a job: the checks and copies that stand between torch and the kernels.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/engine.h"
+
+namespace rvsm {
+
+using Dims = std::optional<std::vector<int64_t>>;  // group_dim: nothing is elementwise
+
+// Whether kernels exist for the type.
+bool is_supported(at::ScalarType type);
+
+// Whether two tensors of equal sizes put every element at the same offset (strides of dimensions of size 1 are moot).
+bool same_layout(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides);
+
+// A tensor in a dense layout: itself, or a dense copy.
+class Staged {
+ public:
+  // `like` gives the layout to have; it must be dense.
+  Staged(const at::Tensor& tensor, const at::Tensor& like);
+  // Dense in its own order.
+  explicit Staged(const at::Tensor& tensor);
+
+  // Fill the copy, and bring it back.
+  void load();
+  void store();
+
+  const at::Tensor& dense() const { return dense_; }
+  bool is_copy() const { return !dense_.is_same(tensor_); }
+
+ private:
+  at::Tensor tensor_, dense_;
+};
+
+// The row of a dense tensor: shape, type and grouping; pointers are left empty. Throws std::invalid_argument where a
+// dimension does not exist or where they do not collapse.
+cpu::Row make_row(const at::Tensor& dense, const Dims& group_dim);
+
+// Fill the numbers of a row from the options of its group.
+void set_options(cpu::Row& row, const Options& options, bool first);
+
+// Drain a job with the threads of torch's intra-op pool; one thread where there is little to do.
+void run(cpu::Job& job);
+
+// Mark a tensor as written, for autograd's check of saved tensors.
+void bump_version(const at::Tensor& tensor);
+
+// Scratch for a job's norms; keeps it alive.
+at::Tensor allocate_scratch(cpu::Job& job);
+
+}  // namespace rvsm
