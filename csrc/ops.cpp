@@ -30,7 +30,7 @@ void check(const at::Tensor& w) {
                    "rvsm_kernels does not support tensors of dtype ", w.dtype());
 }
 
-cpu::Row row_of(const at::Tensor& dense, const OptionalDims& group_dim, const Options& options) {
+cpu::Row row_of(const at::Tensor& dense, const OptionalDims& group_dim, const Options& options, bool first = false) {
   cpu::Row row;
   try {
     row = make_row(dense, group_dim ? Dims(group_dim->vec()) : Dims());
@@ -38,7 +38,7 @@ cpu::Row row_of(const at::Tensor& dense, const OptionalDims& group_dim, const Op
     TORCH_CHECK_VALUE(false, "Invalid group_dim value: ", error.what());
   }
   row.w = row.numel > 0 ? const_cast<void*>(dense.const_data_ptr()) : nullptr;
-  set_options(row, options, false);
+  set_options(row, options, first);
   return row;
 }
 
@@ -115,11 +115,12 @@ void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_
                 i, " has another shape");
     written.emplace_back(params[i]);
     const at::Tensor dense = written.back().dense();
-    cpu::Row row = row_of(dense, group_dim, options);
-    row.step.first = first_step;
+    cpu::Row row = row_of(dense, group_dim, options, first_step);
     if (row.numel == 0) continue;
     row.w = dense.mutable_data_ptr();
     row.g = read.emplace_back(grads[i], dense).dense().const_data_ptr();
+    // A first step ignores what the buffer holds, an Inf or NaN too.
+    if (momentum != 0 && first_step) momentum_buffers[i].zero_();
     if (momentum != 0) row.m = written.emplace_back(momentum_buffers[i], dense).dense().mutable_data_ptr();
     job.rows.push_back(row);
   }

@@ -206,11 +206,11 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double
   row.g = plain ? g.const_data_ptr() : stage(Staged(g, dense), false).const_data_ptr();
 
   row.m = nullptr;
-  e.first = false;
+  bool first = false;
   if (o.momentum != 0) {
     if (e.buffer == nullptr) {
-      e.first = true;
-      new_buffers_.emplace_back(&e - entries_.data(), at::empty_like(dense));
+      first = true;
+      new_buffers_.emplace_back(&e - entries_.data(), at::zeros_like(dense));
       row.m = new_buffers_.back().second.mutable_data_ptr();
     } else {
       const at::Tensor& m = THPVariable_Unpack(e.buffer);
@@ -218,7 +218,10 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double
                                              : stage(Staged(m, dense), true).mutable_data_ptr();
     }
   }
-  row.step.first = e.first;
+  if (first != e.first) {
+    rvsm::set_options(row, o, first);
+    e.first = first;
+  }
   row.step.grad = (o.maximize ? -1 : 1) / grad_scale;
 }
 
@@ -231,7 +234,8 @@ bool Plan::prepare(const py::list& groups, const py::dict& state, double grad_sc
   for (const auto& o : options_) momentum |= o.options.momentum != 0;
   if (momentum) find_states(state);
   for (size_t i = 0; i < entries_.size(); ++i)
-    if (options_[entries_[i].group].changed) rvsm::set_options(job_.rows[i], options_[entries_[i].group].options, false);
+    if (options_[entries_[i].group].changed)
+      rvsm::set_options(job_.rows[i], options_[entries_[i].group].options, entries_[i].first);
   for (auto& o : options_) o.changed = false;
   try {
     for (size_t i = 0; i < entries_.size(); ++i) prepare_entry(groups, entries_[i], job_.rows[i], grad_scale);

@@ -88,7 +88,7 @@ RVSM_HD T tl1_shrink(T r, const Prox<T>& f) {
   const T x = f.rho * inv;  // q = x^3
   // 1 - q = (1 - x)(1 + x + x^2), and 1 - x = (r - edge) / R without a difference of nearly equal numbers.
   const T rest = (r - f.edge) * inv * (T(1) + x + x * x);
-  const T p = std::sqrt(rest > T(0) ? rest : T(0)) - T(0.5);
+  const T p = std::sqrt(rest < T(0) ? T(0) : rest) - T(0.5);
   T h = Tl1Fit<T>::at(Tl1Fit<T>::kTerms - 1);
 #if defined(__CUDACC__)
 #pragma unroll
@@ -97,7 +97,7 @@ RVSM_HD T tl1_shrink(T r, const Prox<T>& f) {
 #endif
   for (int k = Tl1Fit<T>::kTerms - 2; k >= 0; --k) h = h * p + Tl1Fit<T>::at(k);
   const T s = r - (f.a + r) * (x * x * x) * h;
-  return s > T(0) ? s : T(0);  // rounding may step over zero just above the cut
+  return s < T(0) ? T(0) : s;  // rounding may step over zero just above the cut
 }
 
 // ---- every penalty ---------------------------------------------------------------------------------------------

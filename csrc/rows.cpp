@@ -84,6 +84,7 @@ cpu::Row make_row(const at::Tensor& dense, const Dims& group_dim) {
 void set_options(cpu::Row& row, const Options& options, bool first) {
   const int64_t group_size = row.grouped ? row.view.size() : 1;
   row.step = make_step(options, group_size, first);
+  row.momentum = momentum_of(options);
   row.lam = strength(options, group_size);
   row.beta = options.beta;
 }

@@ -38,21 +38,24 @@ struct Prox {
   T edge;  // tl1: rho - a, formed in double so that r - edge keeps its digits
 };
 
-// The numbers that one step of one tensor needs, filled once on the host in double precision (make_step).
+// The numbers that one step of one tensor needs, filled once on the host in double precision (make_step). Options that
+// are switches are numbers here: an arithmetic with zeros and ones vectorises, a selection by a flag does not.
 template <class T>
 struct Step {
   Prox<T> prox;
-  T grad;   // what the gradient is multiplied with: 1 / grad_scale, negative under maximize
-  T pull;   // lr * beta if decoupled, else beta
-  T decay;  // weight decay
-  T lasso;  // group_lasso
-  T mu;     // momentum
-  T nu;     // 1 - dampening
+  T grad;      // what the gradient is multiplied with: 1 / grad_scale, negative under maximize
+  T pull;      // the pull on the weights: lr * beta if decoupled, else 0
+  T coupling;  // the pull in the gradient: 0 if decoupled, else beta
+  T decay;     // weight decay
+  T lasso;     // group_lasso
+  T keep;      // what stays of the momentum buffer: momentum, 0 at the first step
+  T add;       // what the direction adds to it: 1 - dampening, 1 at the first step
+  T look;      // Nesterov's look ahead: momentum
   T lr;
-  bool decoupled;
-  bool nesterov;
-  bool first;  // no momentum yet: m <- d
 };
+
+// How the direction passes through momentum.
+enum class Momentum : int32_t { none, plain, nesterov };
 
 // A tensor in memory order as batch x outer x groups x inner elements. Elements that share (batch, group) form one
 // group; its number is batch * groups + group.

@@ -5,24 +5,30 @@
 
 namespace rvsm {
 
-// One element. `pull` is w - u and `unit` is w_G / ||w_G|| (0 without a group lasso), both of the weights that the
-// forward pass used.
+// What a step does, apart from its numbers. A kernel that knows it when it is compiled gives constants. Terms that are
+// off are left out, not multiplied by 0, so that an Inf goes where torch.optim.SGD would let it go.
+template <Momentum kMomentum, bool kDecay, bool kPull, bool kLasso>
+struct StepKind {
+  static constexpr Momentum momentum = kMomentum;
+  static constexpr bool decay = kDecay, pull = kPull, lasso = kLasso;
+};
+
+// One element. `gap` is w - u and `unit` is w_G / ||w_G||, both of the weights that the forward pass used.
 //
-//   decoupled:  w' = w - lr beta pull,  d = g + lasso unit + wd w'
-//   coupled:    w' = w,                 d = g + lasso unit + wd w + beta pull
+//   decoupled:  w' = w - lr beta gap,  d = g + lasso unit + wd w'
+//   coupled:    w' = w,                d = g + lasso unit + wd w + beta gap
 //   m = d at the first step, else mu m + (1 - dampening) d;   d = d + mu m if nesterov, else m
 //   w = w' - lr d
-template <bool kMomentum, class T>
-RVSM_HD void sgd_step(T& w, T& m, T grad, T pull, T unit, const Step<T>& s) {
+template <class T, class Kind>
+RVSM_HD void sgd_step(T& w, T& m, T grad, T gap, T unit, const Step<T>& s, Kind kind) {
   T d = grad * s.grad;
-  const T pulled = s.pull * pull;
-  w = s.decoupled ? w - pulled : w;
-  d = s.lasso != T(0) ? d + s.lasso * unit : d;
-  d = s.decay != T(0) ? d + s.decay * w : d;
-  d = s.decoupled ? d : d + pulled;
-  if (kMomentum) {
-    m = s.first ? d : s.mu * m + s.nu * d;
-    d = s.nesterov ? d + s.mu * m : m;
+  if (kind.pull) w = w - s.pull * gap;
+  if (kind.lasso) d = d + s.lasso * unit;
+  if (kind.decay) d = d + s.decay * w;
+  if (kind.pull) d = d + s.coupling * gap;
+  if (kind.momentum != Momentum::none) {
+    m = s.keep * m + s.add * d;
+    d = kind.momentum == Momentum::nesterov ? d + s.look * m : m;
   }
   w = w - s.lr * d;
 }
@@ -49,40 +55,32 @@ RVSM_HD bool is_split(const Options& o) { return o.penalty != Penalty::none && o
 // Whether the groups' norms matter to a step.
 RVSM_HD bool needs_norms(const Options& o) { return is_split(o) || o.group_lasso != 0; }
 
-// The step of one tensor with groups of that many elements.
+// The step of one tensor with groups of that many elements. The momentum buffer of a first step holds zeros.
 RVSM_HD Step<double> make_step(const Options& o, int64_t group_size, bool first) {
   Step<double> s{};
   const bool split = is_split(o);
   s.prox = make_prox(split ? o.penalty : Penalty::none, split ? strength(o, group_size) / o.beta : 0, o.a);
   s.grad = o.maximize ? -1 : 1;  // over grad_scale, which the engine knows only at the step
-  s.pull = !split ? 0 : o.decoupled ? o.lr * o.beta : o.beta;
+  s.pull = split && o.decoupled ? o.lr * o.beta : 0;
+  s.coupling = split && !o.decoupled ? o.beta : 0;
   s.decay = o.weight_decay;
   s.lasso = o.group_lasso;
-  s.mu = o.momentum;
-  s.nu = 1 - o.dampening;
+  s.keep = first ? 0 : o.momentum;
+  s.add = first ? 1 : 1 - o.dampening;
+  s.look = o.momentum;
   s.lr = o.lr;
-  s.decoupled = o.decoupled;
-  s.nesterov = o.nesterov;
-  s.first = first;
   return s;
+}
+
+RVSM_HD Momentum momentum_of(const Options& o) {
+  return o.momentum == 0 ? Momentum::none : o.nesterov ? Momentum::nesterov : Momentum::plain;
 }
 
 // The same numbers in the arithmetic type of a kernel.
 template <class T>
 RVSM_HD Step<T> narrow(const Step<double>& s) {
-  Step<T> n{};
-  n.prox = narrow<T>(s.prox);
-  n.grad = T(s.grad);
-  n.pull = T(s.pull);
-  n.decay = T(s.decay);
-  n.lasso = T(s.lasso);
-  n.mu = T(s.mu);
-  n.nu = T(s.nu);
-  n.lr = T(s.lr);
-  n.decoupled = s.decoupled;
-  n.nesterov = s.nesterov;
-  n.first = s.first;
-  return n;
+  return {narrow<T>(s.prox), T(s.grad), T(s.pull), T(s.coupling), T(s.decay), T(s.lasso),
+          T(s.keep),         T(s.add),  T(s.look), T(s.lr)};
 }
 
 }  // namespace rvsm

@@ -16,6 +16,8 @@ constexpr int64_t kTask = 32768;
 constexpr int64_t kColumns = 2048;
 // A group with more elements than this is summed in parts.
 constexpr int64_t kPart = 131072;
+// Value of a row's counter when its norms are there.
+constexpr int32_t kDone = -1;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -31,9 +33,9 @@ int64_t partial_bytes(const Row& row) {
 
 }  // namespace
 
-void Job::add(int32_t row, bool reduce, const Block& block, int64_t part) {
-  tasks_.push_back({row, reduce, part, block});
-  if (reduce) ++reductions_[row];
+void Job::add(int32_t row, Kind kind, const Block& block, int64_t part) {
+  tasks_.push_back({row, kind, part, block});
+  if (kind == Kind::reduce) ++reductions_[row];
 }
 
 // Every group is summed by one task, along its rows in order, so that no float is added in arrival order; only groups
@@ -42,24 +44,36 @@ void Job::divide_reduction(int32_t index) {
   Row& row = rows[index];
   const GroupView& v = row.view;
   const int64_t columns = v.groups * v.inner;
-  row.parts = v.size() >= 2 * kPart ? std::min<int64_t>(ceil_div(v.size(), kPart), std::max(v.outer, v.inner)) : 1;
-  const bool by_rows = v.outer >= row.parts;
+  const int64_t longest = std::max(v.outer, v.inner);
+  row.parts = v.size() >= 2 * kPart ? std::min(ceil_div(v.size(), kPart), longest) : 1;
+  const bool by_rows = v.outer == longest;
+  // Consecutive groups whose reduction is all that their application waits for.
+  const Kind kind = v.outer == 1 && row.parts == 1 && action_ != Action::penalty ? Kind::both : Kind::reduce;
   // Several rows: a width that gives each processor work, but no less than 1 KB of consecutive memory per row.
-  int64_t width = v.outer == 1 ? kTask : std::clamp<int64_t>(columns / 32, 256, 1024);
-  width = std::max<int64_t>(1, width / v.inner) * v.inner;
+  int64_t width = v.outer == 1 ? kTask : std::clamp<int64_t>(columns / 16, 256, 1024);
+  width = row.parts > 1 && !by_rows ? v.inner : std::max<int64_t>(1, width / v.inner) * v.inner;
   for (int64_t b = 0; b < v.batch; ++b) {
     for (int64_t c = 0; c < columns; c += width) {
       const int64_t end = std::min(columns, c + width);
       for (int64_t p = 0; p < row.parts; ++p) {
-        if (by_rows) {
-          add(index, true, {b, v.outer * p / row.parts, v.outer * (p + 1) / row.parts, c, end}, p);
-        } else {  // one long group: parts of its inner dimension
-          for (int64_t g = c; g < end; g += v.inner)
-            add(index, true, {b, 0, v.outer, g + v.inner * p / row.parts, g + v.inner * (p + 1) / row.parts}, p);
-        }
+        if (by_rows)
+          add(index, kind, {b, v.outer * p / row.parts, v.outer * (p + 1) / row.parts, c, end}, p);
+        else  // one long group, or all of what is not cut
+          add(index, kind, {b, 0, v.outer, c + (end - c) * p / row.parts, c + (end - c) * (p + 1) / row.parts}, p);
       }
     }
   }
+}
+
+void Job::divide_application(int32_t index) {
+  const GroupView& v = rows[index].view;
+  const int64_t columns = v.groups * v.inner;
+  const int64_t width = v.outer == 1 ? kTask : std::min(columns, kColumns);
+  const int64_t height = std::max<int64_t>(1, kTask / width);
+  for (int64_t b = 0; b < v.batch; ++b)
+    for (int64_t o = 0; o < v.outer; o += height)
+      for (int64_t c = 0; c < columns; c += width)
+        add(index, Kind::apply, {b, o, std::min(v.outer, o + height), c, std::min(columns, c + width)});
 }
 
 void Job::divide() {
@@ -68,19 +82,11 @@ void Job::divide() {
   for (int32_t i = 0; i < int32_t(rows.size()); ++i) {
     Row& row = rows[i];
     if (!row.grouped) row.view = {1, 1, row.numel, 1};
-    const GroupView& v = row.view;
-    const int64_t columns = v.groups * v.inner;
     if (row.grouped) divide_reduction(i);
-    if (row.grouped && action_ == Action::penalty) {  // a function of the norms alone
-      add(i, false, {0, 0, 1, 0, columns});
-      continue;
-    }
-    const int64_t width = v.outer == 1 ? kTask : std::min(columns, kColumns);
-    const int64_t height = std::max<int64_t>(1, kTask / width);
-    for (int64_t b = 0; b < v.batch; ++b)
-      for (int64_t c = 0; c < columns; c += width)
-        for (int64_t o = 0; o < v.outer; o += height)
-          add(i, false, {b, o, std::min(v.outer, o + height), c, std::min(columns, c + width)});
+    if (row.grouped && action_ == Action::penalty)
+      add(i, Kind::apply, {0, 0, 1, 0, row.view.groups * row.view.inner});  // a function of the norms alone
+    else if (!row.grouped || reductions_[i] > 0)
+      divide_application(i);
   }
   pending_ = std::make_unique<std::atomic<int32_t>[]>(rows.size());
   sums_.resize(action_ == Action::penalty ? tasks_.size() : 0);
@@ -123,21 +129,17 @@ void Job::work() {
     const Task& task = tasks_[i];
     const Row& row = rows[task.row];
     if (!row.active) continue;
-    if (task.reduce) {
-      k.squares(row, task.block, task.part);
-      // acq_rel: the last one sees the parts of all others, and whoever sees 0 sees the norms.
-      if (row.parts == 1) {
-        pending_[task.row].fetch_sub(1, std::memory_order_acq_rel);
-      } else if (pending_[task.row].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        k.join(row);
-        pending_[task.row].store(-1, std::memory_order_release);
+    if (task.kind != Kind::apply) k.squares(row, task.block, task.part);
+    if (task.kind == Kind::reduce) {
+      // acq_rel: the last one sees the parts of all others, and whoever sees kDone sees the norms.
+      if (pending_[task.row].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        if (row.parts > 1) k.join(row);
+        pending_[task.row].store(kDone, std::memory_order_release);
       }
       continue;
     }
-    if (row.grouped) {
-      const int32_t done = row.parts == 1 ? 0 : -1;
-      while (pending_[task.row].load(std::memory_order_acquire) != done) std::this_thread::yield();
-    }
+    if (row.grouped && task.kind == Kind::apply)
+      while (pending_[task.row].load(std::memory_order_acquire) != kDone) std::this_thread::yield();
     switch (action_) {
       case Action::step:
         k.step(row, task.block);

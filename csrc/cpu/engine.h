@@ -22,8 +22,9 @@ struct Row {
   bool active = true;  // false: every task of the row is skipped
   void* w = nullptr;
   const void* g = nullptr;
-  void* m = nullptr;  // null without momentum
+  void* m = nullptr;  // not read without momentum
   Step<double> step{};
+  Momentum momentum = Momentum::none;
   double lam = 0;  // for the penalty's value: already times sqrt(group size) with group_scale
   double beta = 0;
 
@@ -59,9 +60,11 @@ const Kernels& kernels();
 
 // The tasks of a set of rows, for repeated runs.
 //
-// The tasks of a row stand in the queue in the order reduce, apply; a thread that takes an apply task waits until every
-// reduce task of the row is done. Those were taken earlier, so some thread is at work on them and the wait ends. What a
-// task computes does not depend on who runs it: results are the same for every number of threads.
+// A row without groups is applied block by block. Groups that are short and consecutive in memory are reduced and applied
+// by one task each, while they are in the cache. For other groups the tasks stand in the queue in the order reduce,
+// apply; a thread that takes an apply task waits until every reduce task of the row is done. Those were taken earlier, so
+// some thread is at work on them and the wait ends. What a task computes does not depend on who runs it: results are the
+// same for every number of threads.
 class Job {
  public:
   explicit Job(Action action) : action_(action) {}
@@ -86,15 +89,18 @@ class Job {
   double total() const;
 
  private:
+  enum class Kind : int32_t { reduce, apply, both };
+
   struct Task {
     int32_t row;
-    bool reduce;
+    Kind kind;
     int64_t part;
     Block block;
   };
 
   void divide_reduction(int32_t index);
-  void add(int32_t row, bool reduce, const Block& block, int64_t part = 0);
+  void divide_application(int32_t index);
+  void add(int32_t row, Kind kind, const Block& block, int64_t part = 0);
 
   Action action_;
   std::vector<Task> tasks_;

@@ -2,6 +2,7 @@
 // the compiler vectorises them. Floating-point contraction is off, so every instruction set gives the same bits.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../half.h"
 #include "../update.h"
@@ -23,41 +24,50 @@ constexpr int64_t kTile = 512;
 constexpr int64_t kSpan = 2048;
 // Independent sums, added up in their order at the end: enough to hide the latency of an addition.
 constexpr int kLanes = 16;
+// Rows that a strided sum asks for in advance.
+constexpr int64_t kAhead = 4;
 
 template <class S>
 constexpr bool kIsHalf = sizeof(S) == 2;
 
+// Without momentum there is no buffer, and no pointer arithmetic on it.
+template <class S>
+S* offset(S* p, int64_t n) {
+  return p == nullptr ? nullptr : p + n;
+}
+
 // ---- elements of one contiguous span ---------------------------------------------------------------------------
 
-// What a group's element needs to know of its group: u = w * ratio, w_G / ||w_G|| = w * unit.
+// What an element needs to know of its group: u = w * ratio, w_G / ||w_G|| = w * unit.
 template <class T>
 struct GroupPull {
+  static constexpr bool kPull = true, kLasso = true;
   const T* ratio;
-  const T* unit;  // null without a group lasso
+  const T* unit;  // zeros without a group lasso
   T u(T w, int64_t i) const { return w * ratio[i]; }
-  T direction(T w, int64_t i) const { return unit == nullptr ? T(0) : w * unit[i]; }
-  GroupPull at(int64_t i) const { return {ratio + i, unit == nullptr ? nullptr : unit + i}; }
+  T direction(T w, int64_t i) const { return w * unit[i]; }
+  GroupPull at(int64_t i) const { return {ratio + i, unit + i}; }
 };
 
 template <Penalty kPenalty, class T>
 struct ElementPull {
+  static constexpr bool kPull = kPenalty != Penalty::none, kLasso = false;
   Prox<T> prox;
-  T u(T w, int64_t) const {
-    if (kPenalty == Penalty::none) return w;
-    return std::copysign(shrink<kPenalty>(std::fabs(w), prox), w);
-  }
+  T u(T w, int64_t) const { return kPull ? std::copysign(shrink<kPenalty>(std::fabs(w), prox), w) : w; }
   T direction(T, int64_t) const { return T(0); }
   ElementPull at(int64_t) const { return *this; }
 };
 
-template <bool kMomentum, class T, class Pull>
+template <class Kind, class T, class Pull>
 inline void step_loop(T* __restrict w, const T* __restrict g, T* __restrict m, int64_t n, const Step<T> s,
                       const Pull pull) {
+  constexpr bool kMomentum = Kind::momentum != Momentum::none;
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     T wi = w[i];
     T mi = kMomentum ? m[i] : T(0);
-    sgd_step<kMomentum>(wi, mi, g[i], wi - pull.u(wi, i), pull.direction(wi, i), s);
+    const T gap = Kind::pull ? wi - pull.u(wi, i) : T(0);
+    sgd_step(wi, mi, g[i], gap, pull.direction(wi, i), s, Kind{});
     w[i] = wi;
     if (kMomentum) m[i] = mi;
   }
@@ -79,8 +89,9 @@ inline void store_tile(S* __restrict to, const T* __restrict from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
 }
 
-template <bool kMomentum, class S, class T, class Pull>
+template <class Kind, class S, class T, class Pull>
 void step_span(S* w, const S* g, S* m, int64_t n, const Step<T>& s, const Pull& pull) {
+  constexpr bool kMomentum = Kind::momentum != Momentum::none;
   if constexpr (kIsHalf<S>) {
     T wt[kTile], gt[kTile], mt[kTile];
     for (int64_t i = 0; i < n; i += kTile) {
@@ -88,12 +99,32 @@ void step_span(S* w, const S* g, S* m, int64_t n, const Step<T>& s, const Pull& 
       load_tile(wt, w + i, k);
       load_tile(gt, g + i, k);
       if (kMomentum) load_tile(mt, m + i, k);
-      step_loop<kMomentum>(wt, gt, mt, k, s, pull.at(i));
+      step_loop<Kind>(wt, gt, mt, k, s, pull.at(i));
       store_tile(w + i, wt, k);
       if (kMomentum) store_tile(m + i, mt, k);
     }
   } else {
-    step_loop<kMomentum>(w, g, m, n, s, pull);
+    step_loop<Kind>(w, g, m, n, s, pull);
+  }
+}
+
+// Calls f(StepKind) with what the row's step does.
+template <class Pull, class F>
+void with_kind(const Row& row, const F& f) {
+  const auto with_decay = [&](auto momentum) {
+    constexpr Momentum kMomentum = decltype(momentum)::value;
+    if (row.step.decay != 0)
+      f(StepKind<kMomentum, true, Pull::kPull, Pull::kLasso>{});
+    else
+      f(StepKind<kMomentum, false, Pull::kPull, Pull::kLasso>{});
+  };
+  switch (row.momentum) {
+    case Momentum::plain:
+      return with_decay(std::integral_constant<Momentum, Momentum::plain>{});
+    case Momentum::nesterov:
+      return with_decay(std::integral_constant<Momentum, Momentum::nesterov>{});
+    default:
+      return with_decay(std::integral_constant<Momentum, Momentum::none>{});
   }
 }
 
@@ -124,20 +155,22 @@ struct Factors {
 template <Penalty kPenalty, class T>
 void fill_factors(Factors<T>& f, const T* norms, int64_t inner, int64_t c0, int64_t c1, const Prox<T> prox,
                   bool lasso) {
-  const int64_t g0 = c0 / inner, g1 = (c1 - 1) / inner + 1;
+  const int64_t g0 = c0 / inner, groups = (c1 - 1) / inner + 1 - g0;
   T ratio[kSpan], unit[kSpan];
-  for (int64_t g = g0; g < g1; ++g) ratio[g - g0] = shrink_ratio<kPenalty>(norms[g], prox);
+  for (int64_t g = 0; g < groups; ++g) ratio[g] = shrink_ratio<kPenalty>(norms[g0 + g], prox);
   if (lasso)
-    for (int64_t g = g0; g < g1; ++g) unit[g - g0] = norms[g] == T(0) ? T(0) : T(1) / norms[g];
-  for (int64_t g = g0; g < g1; ++g) {
-    const int64_t from = std::max(c0, g * inner) - c0, to = std::min(c1, (g + 1) * inner) - c0;
-    std::fill(f.ratio + from, f.ratio + to, ratio[g - g0]);
-    if (lasso) std::fill(f.unit + from, f.unit + to, unit[g - g0]);
+    for (int64_t g = 0; g < groups; ++g) unit[g] = norms[g0 + g] == T(0) ? T(0) : T(1) / norms[g0 + g];
+  else
+    std::fill(unit, unit + groups, T(0));
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t from = std::max(c0, (g0 + g) * inner) - c0, to = std::min(c1, (g0 + g + 1) * inner) - c0;
+    std::fill(f.ratio + from, f.ratio + to, ratio[g]);
+    std::fill(f.unit + from, f.unit + to, unit[g]);
   }
 }
 
 // Calls span(offset, length, GroupPull) for the contiguous pieces of a block.
-template <Penalty kPenalty, class T, class Span>
+template <class T, class Span>
 void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool lasso, const Span& span) {
   const GroupView& v = row.view;
   const int64_t columns = v.groups * v.inner;
@@ -145,9 +178,10 @@ void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool las
   Factors<T> f;
   for (int64_t c = block.c0; c < block.c1; c += kSpan) {
     const int64_t end = std::min(block.c1, c + kSpan);
-    fill_factors<kPenalty>(f, norms, v.inner, c, end, prox, lasso);
+    with_penalty(prox.penalty,
+                 [&](auto tag) { fill_factors<decltype(tag)::value>(f, norms, v.inner, c, end, prox, lasso); });
     for (int64_t o = block.o0; o < block.o1; ++o)
-      span((block.batch * v.outer + o) * columns + c, end - c, GroupPull<T>{f.ratio, lasso ? f.unit : nullptr});
+      span((block.batch * v.outer + o) * columns + c, end - c, GroupPull<T>{f.ratio, f.unit});
   }
 }
 
@@ -175,6 +209,12 @@ inline void add_squares(double* __restrict sums, const S* __restrict w, int64_t 
   }
 }
 
+template <class S>
+inline void prefetch(const S* p, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p + i);
+}
+
 // Calls emit(group, sum) for every group that the block touches.
 template <class S, class Emit>
 void block_squares(const Row& row, const Block& block, const Emit& emit) {
@@ -197,7 +237,11 @@ void block_squares(const Row& row, const Block& block, const Emit& emit) {
   for (int64_t c = block.c0; c < block.c1; c += width) {
     const int64_t n = std::min(width, block.c1 - c);
     std::fill(sums, sums + n, 0.0);
-    for (int64_t o = block.o0; o < block.o1; ++o) add_squares(sums, base + o * columns + c, n);
+    for (int64_t o = block.o0; o < block.o1; ++o) {
+      // The processor's own prefetcher stops at the end of a row's piece: ask for the next ones.
+      if (o + kAhead < block.o1) prefetch(base + (o + kAhead) * columns + c, n);
+      add_squares(sums, base + o * columns + c, n);
+    }
     for (int64_t i = 0; i < n;) {
       const int64_t g = (c + i) / v.inner, end = std::min(n, (g + 1) * v.inner - c);
       double sum = 0;
@@ -216,19 +260,21 @@ void run_step(const Row& row, const Block& block) {
   S* const w = static_cast<S*>(row.w);
   const S* const g = static_cast<const S*>(row.g);
   S* const m = static_cast<S*>(row.m);
-  with_penalty(s.prox.penalty, [&](auto tag) {
-    constexpr Penalty kPenalty = decltype(tag)::value;
-    const auto span = [&](int64_t at, int64_t n, const auto& pull) {
-      if (m == nullptr)
-        step_span<false>(w + at, g + at, m, n, s, pull);
-      else
-        step_span<true>(w + at, g + at, m + at, n, s, pull);
-    };
-    if (row.grouped)
-      for_spans<kPenalty>(row, block, s.prox, s.lasso != T(0), span);
-    else
-      span(block.c0, block.c1 - block.c0, ElementPull<kPenalty, T>{s.prox});
-  });
+  if (row.grouped) {
+    with_kind<GroupPull<T>>(row, [&](auto kind) {
+      for_spans(row, block, s.prox, s.lasso != T(0), [&](int64_t at, int64_t n, const auto& pull) {
+        step_span<decltype(kind)>(w + at, g + at, offset(m, at), n, s, pull);
+      });
+    });
+  } else {
+    with_penalty(s.prox.penalty, [&](auto tag) {
+      using Pull = ElementPull<decltype(tag)::value, T>;
+      with_kind<Pull>(row, [&](auto kind) {
+        const int64_t at = block.c0, n = block.c1 - block.c0;
+        step_span<decltype(kind)>(w + at, g + at, offset(m, at), n, s, Pull{s.prox});
+      });
+    });
+  }
 }
 
 template <class S>
@@ -236,14 +282,14 @@ void run_prox(const Row& row, const Block& block) {
   using T = Arithmetic<S>;
   const Prox<T> prox = narrow<T>(row.step.prox);
   S* const w = static_cast<S*>(row.w);
-  with_penalty(prox.penalty, [&](auto tag) {
-    constexpr Penalty kPenalty = decltype(tag)::value;
-    const auto span = [&](int64_t at, int64_t n, const auto& pull) { prox_span(w + at, n, pull); };
-    if (row.grouped)
-      for_spans<kPenalty>(row, block, prox, false, span);
-    else
-      span(block.c0, block.c1 - block.c0, ElementPull<kPenalty, T>{prox});
-  });
+  if (row.grouped) {
+    for_spans(row, block, prox, false,
+              [&](int64_t at, int64_t n, const auto& pull) { prox_span(w + at, n, pull); });
+  } else {
+    with_penalty(prox.penalty, [&](auto tag) {
+      prox_span(w + block.c0, block.c1 - block.c0, ElementPull<decltype(tag)::value, T>{prox});
+    });
+  }
 }
 
 template <class S>

@@ -1,0 +1,94 @@
+// group_view against the meaning of group_dim: walk every element by its index and compare the groups.
+
+#include "../group_view.h"
+
+#include <map>
+#include <numeric>
+
+#include "check.h"
+
+using namespace rvsm;
+
+namespace {
+
+// Strides of a dense tensor whose dimensions lie in memory in the given order, the slowest first.
+std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const std::vector<size_t>& order) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t next = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    strides[order[i]] = next;
+    next *= sizes[order[i]];
+  }
+  return strides;
+}
+
+// Whether the view puts two elements into one group exactly if their kept indices agree.
+void walk(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& kept,
+          const GroupView& v) {
+  const int64_t n = std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<>());
+  CHECK(v.batch * v.outer * v.groups * v.inner == n, "the view has %lld elements of %lld",
+        static_cast<long long>(v.batch * v.outer * v.groups * v.inner), static_cast<long long>(n));
+  std::map<std::vector<int64_t>, int64_t> group_of;
+  std::map<int64_t, int64_t> members;
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t rest = i, offset = 0;
+    std::vector<int64_t> key;
+    for (size_t d = 0; d < sizes.size(); ++d) {
+      const int64_t index = rest % sizes[d];
+      rest /= sizes[d];
+      offset += index * strides[d];
+      if (std::find(kept.begin(), kept.end(), int64_t(d)) != kept.end()) key.push_back(index);
+    }
+    const int64_t group = offset / (v.outer * v.groups * v.inner) * v.groups + offset / v.inner % v.groups;
+    ++members[group];
+    const auto [it, is_new] = group_of.emplace(key, group);
+    CHECK(it->second == group, "two elements of one group are apart");
+    (void)is_new;
+  }
+  CHECK(int64_t(group_of.size()) == v.count() && int64_t(members.size()) == v.count(), "%zu groups, the view has %lld",
+        group_of.size(), static_cast<long long>(v.count()));
+  for (const auto& [group, count] : members) CHECK(count == v.size(), "group %lld", static_cast<long long>(group));
+}
+
+bool refused(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& kept) {
+  try {
+    group_view(sizes, strides, kept);
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+int main() {
+  int64_t cases = 0;
+  const std::vector<std::vector<int64_t>> keeps = {{}, {0}, {1}, {0, 1}};
+  for (int i = 0; i < 400; ++i) {
+    std::vector<int64_t> sizes(size_t(integer(2, 5)));
+    for (auto& s : sizes) s = integer(1, 5);
+    std::vector<size_t> contiguous(sizes.size());
+    std::iota(contiguous.begin(), contiguous.end(), size_t(0));
+    std::vector<size_t> channels_last = contiguous;  // 0, 2, 3, ..., 1
+    std::rotate(channels_last.begin() + 1, channels_last.begin() + 2, channels_last.end());
+    for (const auto& order : {contiguous, channels_last}) {
+      const auto strides = dense_strides(sizes, order);
+      for (const auto& kept : keeps) {
+        walk(sizes, strides, kept, group_view(sizes, strides, kept));
+        ++cases;
+      }
+    }
+    // Any permutation and any kept set: either refused or right.
+    std::shuffle(contiguous.begin(), contiguous.end(), generator());
+    const auto strides = dense_strides(sizes, contiguous);
+    std::vector<int64_t> kept;
+    for (size_t d = 0; d < sizes.size(); ++d)
+      if (integer(0, 1)) kept.push_back(int64_t(d));
+    if (!refused(sizes, strides, kept)) walk(sizes, strides, kept, group_view(sizes, strides, kept));
+    ++cases;
+  }
+  CHECK(refused({2, 3, 4, 5}, {60, 20, 5, 1}, {0, 2}), "(0, 2) of a contiguous weight does not collapse");
+  CHECK(!refused({2, 3, 4, 5}, {60, 1, 15, 3}, {0, 1}), "(0, 1) of a channels-last weight");
+  CHECK(!refused({2, 3, 1, 5}, {15, 5, 5, 1}, {0, 1}), "a dimension of size 1 is in nobody's way");
+  return finish("group_view", cases);
+}
