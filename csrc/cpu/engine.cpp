@@ -12,8 +12,8 @@ namespace {
 // Elements of a task: large enough that taking it from the queue costs nothing, small enough that threads finish
 // together and that what the reduction has read is still in the cache when the step comes.
 constexpr int64_t kTask = 32768;
-// Columns of a block with several rows: a factor per column is computed once and used for every row.
-constexpr int64_t kColumns = 2048;
+// Rows of a block that share their columns' factors, so that computing those costs little.
+constexpr int64_t kRows = 16;
 // A group with more elements than this is summed in parts.
 constexpr int64_t kPart = 131072;
 // Value of a row's counter when its norms are there.
@@ -69,7 +69,7 @@ void Job::divide_application(int32_t index) {
   const GroupView& v = rows[index].view;
   const int64_t columns = v.groups * v.inner;
   const int64_t width = v.outer == 1 ? kTask : std::min(columns, kColumns);
-  const int64_t height = std::max<int64_t>(1, kTask / width);
+  const int64_t height = std::max(kRows, kTask / width);
   for (int64_t b = 0; b < v.batch; ++b)
     for (int64_t o = 0; o < v.outer; o += height)
       for (int64_t c = 0; c < columns; c += width)

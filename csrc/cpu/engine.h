@@ -12,6 +12,9 @@ namespace rvsm::cpu {
 
 enum class Action { step, prox, penalty };
 
+// Columns of a block with several rows: a factor per column is computed once and used for every row.
+constexpr int64_t kColumns = 8192;
+
 // One tensor of a job: its shape, then what changes from run to run.
 struct Row {
   int64_t numel = 0;

@@ -20,12 +20,16 @@ namespace {
 
 // Storage types are converted in tiles that stay in the first-level cache.
 constexpr int64_t kTile = 512;
-// Columns whose factors are kept at a time.
-constexpr int64_t kSpan = 2048;
+// Columns whose factors are kept at a time: long pieces of consecutive memory, and still in the cache.
+constexpr int64_t kSpan = kColumns;
+// Groups with this many consecutive elements need no factor per column.
+constexpr int64_t kLong = 256;
+// Sums per column that a strided reduction keeps at a time.
+constexpr int64_t kSums = 2048;
 // Independent sums, added up in their order at the end: enough to hide the latency of an addition.
 constexpr int kLanes = 16;
-// Rows that a strided sum asks for in advance.
-constexpr int64_t kAhead = 4;
+// Rows that a strided sum takes together, and asks for in advance.
+constexpr int kAhead = 4;
 
 template <class S>
 constexpr bool kIsHalf = sizeof(S) == 2;
@@ -38,15 +42,26 @@ S* offset(S* p, int64_t n) {
 
 // ---- elements of one contiguous span ---------------------------------------------------------------------------
 
-// What an element needs to know of its group: u = w * ratio, w_G / ||w_G|| = w * unit.
-template <class T>
+// What an element needs to know of its group: u = w * ratio, w_G / ||w_G|| = w * unit. Short groups have a factor per
+// column, long ones the same factor for all.
+template <bool kHasLasso, class T>
 struct GroupPull {
-  static constexpr bool kPull = true, kLasso = true;
+  static constexpr bool kPull = true, kLasso = kHasLasso;
   const T* ratio;
-  const T* unit;  // zeros without a group lasso
+  const T* unit;
   T u(T w, int64_t i) const { return w * ratio[i]; }
-  T direction(T w, int64_t i) const { return w * unit[i]; }
+  T direction(T w, int64_t i) const { return kHasLasso ? w * unit[i] : T(0); }
   GroupPull at(int64_t i) const { return {ratio + i, unit + i}; }
+};
+
+template <class T>
+struct LongGroupPull {
+  static constexpr bool kPull = true, kLasso = true;
+  T ratio;
+  T unit;  // 0 without a group lasso
+  T u(T w, int64_t) const { return w * ratio; }
+  T direction(T w, int64_t) const { return w * unit; }
+  LongGroupPull at(int64_t) const { return *this; }
 };
 
 template <Penalty kPenalty, class T>
@@ -151,37 +166,59 @@ struct Factors {
   T unit[kSpan];
 };
 
-// The factors of columns [c0, c1), at most kSpan of them.
+template <class T>
+T unit_of(T norm, bool lasso) {
+  return !lasso || norm == T(0) ? T(0) : T(1) / norm;
+}
+
+// The factors of columns [c0, c1), at most kSpan of them, of groups with `inner` columns each.
 template <Penalty kPenalty, class T>
 void fill_factors(Factors<T>& f, const T* norms, int64_t inner, int64_t c0, int64_t c1, const Prox<T> prox,
                   bool lasso) {
-  const int64_t g0 = c0 / inner, groups = (c1 - 1) / inner + 1 - g0;
-  T ratio[kSpan], unit[kSpan];
-  for (int64_t g = 0; g < groups; ++g) ratio[g] = shrink_ratio<kPenalty>(norms[g0 + g], prox);
-  if (lasso)
-    for (int64_t g = 0; g < groups; ++g) unit[g] = norms[g0 + g] == T(0) ? T(0) : T(1) / norms[g0 + g];
-  else
-    std::fill(unit, unit + groups, T(0));
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t from = std::max(c0, (g0 + g) * inner) - c0, to = std::min(c1, (g0 + g + 1) * inner) - c0;
-    std::fill(f.ratio + from, f.ratio + to, ratio[g]);
-    std::fill(f.unit + from, f.unit + to, unit[g]);
+  if (inner == 1) {
+    for (int64_t i = 0; i < c1 - c0; ++i) f.ratio[i] = shrink_ratio<kPenalty>(norms[c0 + i], prox);
+    for (int64_t i = 0; i < c1 - c0 && lasso; ++i) f.unit[i] = unit_of(norms[c0 + i], true);
+    return;
+  }
+  for (int64_t g = c0 / inner; g * inner < c1; ++g) {
+    const int64_t from = std::max(c0, g * inner) - c0, to = std::min(c1, (g + 1) * inner) - c0;
+    const T ratio = shrink_ratio<kPenalty>(norms[g], prox), unit = unit_of(norms[g], lasso);
+    for (int64_t i = from; i < to; ++i) f.ratio[i] = ratio;
+    for (int64_t i = from; i < to && lasso; ++i) f.unit[i] = unit;
   }
 }
 
-// Calls span(offset, length, GroupPull) for the contiguous pieces of a block.
+// Calls span(offset, length, pull) for the contiguous pieces of a block.
 template <class T, class Span>
 void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool lasso, const Span& span) {
   const GroupView& v = row.view;
   const int64_t columns = v.groups * v.inner;
   const T* norms = static_cast<const T*>(row.norms) + block.batch * v.groups;
+  const auto start = [&](int64_t o, int64_t c) { return (block.batch * v.outer + o) * columns + c; };
+  if (v.inner >= kLong) {
+    for (int64_t o = block.o0; o < block.o1; ++o) {
+      for (int64_t c = block.c0; c < block.c1;) {
+        const T norm = norms[c / v.inner];
+        const int64_t end = std::min(block.c1, (c / v.inner + 1) * v.inner);
+        const T ratio =
+            with_penalty(prox.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(norm, prox); });
+        span(start(o, c), end - c, LongGroupPull<T>{ratio, unit_of(norm, lasso)});
+        c = end;
+      }
+    }
+    return;
+  }
   Factors<T> f;
   for (int64_t c = block.c0; c < block.c1; c += kSpan) {
     const int64_t end = std::min(block.c1, c + kSpan);
     with_penalty(prox.penalty,
                  [&](auto tag) { fill_factors<decltype(tag)::value>(f, norms, v.inner, c, end, prox, lasso); });
-    for (int64_t o = block.o0; o < block.o1; ++o)
-      span((block.batch * v.outer + o) * columns + c, end - c, GroupPull<T>{f.ratio, f.unit});
+    for (int64_t o = block.o0; o < block.o1; ++o) {
+      if (lasso)
+        span(start(o, c), end - c, GroupPull<true, T>{f.ratio, f.unit});
+      else
+        span(start(o, c), end - c, GroupPull<false, T>{f.ratio, f.unit});
+    }
   }
 }
 
@@ -200,15 +237,21 @@ double square_sum(const S* w, int64_t n) {
   return sum;
 }
 
-template <class S>
-inline void add_squares(double* __restrict sums, const S* __restrict w, int64_t n) {
+// sums[i] += the squares of kRows elements one under the other, in their order.
+template <int kRows, class S>
+inline void add_squares(double* __restrict sums, const S* __restrict w, int64_t stride, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
-    const double x = double(load(w[i]));
-    sums[i] += x * x;
+    double sum = sums[i];
+    for (int r = 0; r < kRows; ++r) {
+      const double x = double(load(w[r * stride + i]));
+      sum += x * x;
+    }
+    sums[i] = sum;
   }
 }
 
+// The processor's own prefetcher stops at the end of a row's piece: ask for the next one.
 template <class S>
 inline void prefetch(const S* p, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(S);
@@ -221,7 +264,7 @@ void block_squares(const Row& row, const Block& block, const Emit& emit) {
   const GroupView& v = row.view;
   const int64_t columns = v.groups * v.inner;
   const S* base = static_cast<const S*>(row.w) + block.batch * v.outer * columns;
-  if (v.inner >= kLanes && (block.o1 - block.o0 == 1 || v.inner >= kSpan / 2)) {
+  if (v.inner >= kLanes && (block.o1 - block.o0 == 1 || v.inner >= kSums / 2)) {
     for (int64_t c = block.c0; c < block.c1;) {
       const int64_t g = c / v.inner, end = std::min(block.c1, (g + 1) * v.inner);
       double sum = 0;
@@ -232,16 +275,18 @@ void block_squares(const Row& row, const Block& block, const Emit& emit) {
     return;
   }
   // Short groups side by side: a sum per column, folded into groups at the end.
-  const int64_t width = kSpan / v.inner * v.inner;
-  double sums[kSpan];
+  const int64_t width = kSums / v.inner * v.inner;
+  double sums[kSums];
   for (int64_t c = block.c0; c < block.c1; c += width) {
     const int64_t n = std::min(width, block.c1 - c);
     std::fill(sums, sums + n, 0.0);
-    for (int64_t o = block.o0; o < block.o1; ++o) {
-      // The processor's own prefetcher stops at the end of a row's piece: ask for the next ones.
-      if (o + kAhead < block.o1) prefetch(base + (o + kAhead) * columns + c, n);
-      add_squares(sums, base + o * columns + c, n);
+    int64_t o = block.o0;
+    for (; o + kAhead <= block.o1; o += kAhead) {
+      for (int64_t next = o + kAhead; next < std::min(o + 2 * kAhead, block.o1); ++next)
+        prefetch(base + next * columns + c, n);
+      add_squares<kAhead>(sums, base + o * columns + c, columns, n);
     }
+    for (; o < block.o1; ++o) add_squares<1>(sums, base + o * columns + c, columns, n);
     for (int64_t i = 0; i < n;) {
       const int64_t g = (c + i) / v.inner, end = std::min(n, (g + 1) * v.inner - c);
       double sum = 0;
@@ -261,10 +306,9 @@ void run_step(const Row& row, const Block& block) {
   const S* const g = static_cast<const S*>(row.g);
   S* const m = static_cast<S*>(row.m);
   if (row.grouped) {
-    with_kind<GroupPull<T>>(row, [&](auto kind) {
-      for_spans(row, block, s.prox, s.lasso != T(0), [&](int64_t at, int64_t n, const auto& pull) {
-        step_span<decltype(kind)>(w + at, g + at, offset(m, at), n, s, pull);
-      });
+    for_spans(row, block, s.prox, s.lasso != T(0), [&](int64_t at, int64_t n, const auto& pull) {
+      with_kind<std::decay_t<decltype(pull)>>(
+          row, [&](auto kind) { step_span<decltype(kind)>(w + at, g + at, offset(m, at), n, s, pull); });
     });
   } else {
     with_penalty(s.prox.penalty, [&](auto tag) {
