@@ -97,7 +97,9 @@ RVSM_HD T tl1_shrink(T r, const Prox<T>& f) {
 #endif
   for (int k = Tl1Fit<T>::kTerms - 2; k >= 0; --k) h = h * p + Tl1Fit<T>::at(k);
   const T s = r - (f.a + r) * (x * x * x) * h;
-  return s < T(0) ? T(0) : s;  // rounding may step over zero just above the cut
+  // The slope of shrink is at least 1, so r - cut bounds it from below: rounding cannot reach 0 above the cut.
+  const T least = r - f.cut;
+  return s < least ? least : s;
 }
 
 // ---- every penalty ---------------------------------------------------------------------------------------------

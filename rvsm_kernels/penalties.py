@@ -44,10 +44,19 @@ def _tl1_cut(tau: float, a: float) -> float:
 
 
 def _tl1_shrink(r: Tensor, tau: float, a: float) -> Tensor:
-    # Zhang & Xin's closed form without its cancellation: with q in [0, 1],
-    # r - s = 4/3 (a + r) sin^2(asin(sqrt q) / 3), a product of well-conditioned factors.
-    q = (27 * tau * a * (a + 1) / 4 / (a + r) ** 3).clamp(max=1.0)
-    return (r - (4 / 3) * (a + r) * torch.sin(torch.asin(q.sqrt()) / 3) ** 2).clamp(min=0.0)
+    # Zhang & Xin's closed form without its cancellation: with q = 27 tau a (a + 1) / (4 (a + r)^3) in [0, 1],
+    # r - s = 4/3 (a + r) sin^2(asin(sqrt q) / 3), a product of well-conditioned factors. q is x^3, and near the
+    # critical point 1 - q = (1 - x)(1 + x + x^2) keeps its digits where 1 - x = (r - edge) / (a + r); rho and edge are
+    # formed in double precision.
+    rho = (6.75 * tau * a * (a + 1)) ** (1 / 3)
+    x = rho / (a + r)
+    rest = ((r - (rho - a)) / (a + r) * (1 + x + x * x)).clamp(min=0.0)
+    angle = torch.atan2(x * x.sqrt(), rest.sqrt())  # asin(sqrt q)
+    s = r - (4 / 3) * (a + r) * torch.sin(angle / 3) ** 2
+    # Once through the condition it solves, s = r - tau g'(s) = r - 4/27 rho^3 / (a + s)^2, takes off most of the rounding
+    # so far. The slope of shrink is at least 1, so r - cut bounds it from below: rounding cannot reach 0 above the cut.
+    s = r - (4 / 27 * rho) * (rho / (a + s)) ** 2
+    return torch.maximum(s, r - _tl1_cut(tau, a))
 
 
 PENALTIES: dict[str, Penalty] = {

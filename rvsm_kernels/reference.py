@@ -54,7 +54,7 @@ def _step(group: Mapping[str, Any], state: MutableMapping[Tensor, Any], grad_sca
 
     if group["group_lasso"] != 0:
         norms = [magnitudes(x, dims) for x in w]
-        unit = [x * torch.where(r == 0, torch.zeros_like(r), 1 / r) for x, r in zip(w, norms, strict=True)]
+        unit = [x / torch.where(r == 0, torch.ones_like(r), r) for x, r in zip(w, norms, strict=True)]
     if is_split(group):
         u = [prox(x, group["penalty"], strength(group, x.shape) / beta, group["a"], dims) for x in w]
         pull = torch._foreach_sub(w, u)

@@ -42,25 +42,25 @@ S* offset(S* p, int64_t n) {
 
 // ---- elements of one contiguous span ---------------------------------------------------------------------------
 
-// What an element needs to know of its group: u = w * ratio, w_G / ||w_G|| = w * unit. Short groups have a factor per
-// column, long ones the same factor for all.
+// What an element needs to know of its group: u = w * ratio, w_G / ||w_G|| = w / length (a quotient: 1 / length of a
+// subnormal norm is Inf). Short groups have a factor per column, long ones the same factor for all.
 template <bool kHasLasso, class T>
 struct GroupPull {
   static constexpr bool kPull = true, kLasso = kHasLasso;
   const T* ratio;
-  const T* unit;
+  const T* length;
   T u(T w, int64_t i) const { return w * ratio[i]; }
-  T direction(T w, int64_t i) const { return kHasLasso ? w * unit[i] : T(0); }
-  GroupPull at(int64_t i) const { return {ratio + i, unit + i}; }
+  T direction(T w, int64_t i) const { return kHasLasso ? w / length[i] : T(0); }
+  GroupPull at(int64_t i) const { return {ratio + i, length + i}; }
 };
 
-template <class T>
+template <bool kHasLasso, class T>
 struct LongGroupPull {
-  static constexpr bool kPull = true, kLasso = true;
+  static constexpr bool kPull = true, kLasso = kHasLasso;
   T ratio;
-  T unit;  // 0 without a group lasso
+  T length;
   T u(T w, int64_t) const { return w * ratio; }
-  T direction(T w, int64_t) const { return w * unit; }
+  T direction(T w, int64_t) const { return kHasLasso ? w / length : T(0); }
   LongGroupPull at(int64_t) const { return *this; }
 };
 
@@ -163,12 +163,13 @@ void prox_span(S* w, int64_t n, const Pull& pull) {
 template <class T>
 struct Factors {
   T ratio[kSpan];
-  T unit[kSpan];
+  T length[kSpan];
 };
 
+// What divides the elements of a group of that norm; those of the zero group are 0 and stay 0.
 template <class T>
-T unit_of(T norm, bool lasso) {
-  return !lasso || norm == T(0) ? T(0) : T(1) / norm;
+T length_of(T norm) {
+  return norm == T(0) ? T(1) : norm;
 }
 
 // The factors of columns [c0, c1), at most kSpan of them, of groups with `inner` columns each.
@@ -177,14 +178,14 @@ void fill_factors(Factors<T>& f, const T* norms, int64_t inner, int64_t c0, int6
                   bool lasso) {
   if (inner == 1) {
     for (int64_t i = 0; i < c1 - c0; ++i) f.ratio[i] = shrink_ratio<kPenalty>(norms[c0 + i], prox);
-    for (int64_t i = 0; i < c1 - c0 && lasso; ++i) f.unit[i] = unit_of(norms[c0 + i], true);
+    for (int64_t i = 0; i < c1 - c0 && lasso; ++i) f.length[i] = length_of(norms[c0 + i]);
     return;
   }
   for (int64_t g = c0 / inner; g * inner < c1; ++g) {
     const int64_t from = std::max(c0, g * inner) - c0, to = std::min(c1, (g + 1) * inner) - c0;
-    const T ratio = shrink_ratio<kPenalty>(norms[g], prox), unit = unit_of(norms[g], lasso);
+    const T ratio = shrink_ratio<kPenalty>(norms[g], prox), length = length_of(norms[g]);
     for (int64_t i = from; i < to; ++i) f.ratio[i] = ratio;
-    for (int64_t i = from; i < to && lasso; ++i) f.unit[i] = unit;
+    for (int64_t i = from; i < to && lasso; ++i) f.length[i] = length;
   }
 }
 
@@ -202,7 +203,10 @@ void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool las
         const int64_t end = std::min(block.c1, (c / v.inner + 1) * v.inner);
         const T ratio =
             with_penalty(prox.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(norm, prox); });
-        span(start(o, c), end - c, LongGroupPull<T>{ratio, unit_of(norm, lasso)});
+        if (lasso)
+          span(start(o, c), end - c, LongGroupPull<true, T>{ratio, length_of(norm)});
+        else
+          span(start(o, c), end - c, LongGroupPull<false, T>{ratio, T(1)});
         c = end;
       }
     }
@@ -215,9 +219,9 @@ void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool las
                  [&](auto tag) { fill_factors<decltype(tag)::value>(f, norms, v.inner, c, end, prox, lasso); });
     for (int64_t o = block.o0; o < block.o1; ++o) {
       if (lasso)
-        span(start(o, c), end - c, GroupPull<true, T>{f.ratio, f.unit});
+        span(start(o, c), end - c, GroupPull<true, T>{f.ratio, f.length});
       else
-        span(start(o, c), end - c, GroupPull<false, T>{f.ratio, f.unit});
+        span(start(o, c), end - c, GroupPull<false, T>{f.ratio, f.length});
     }
   }
 }

@@ -1,0 +1,233 @@
+"""The contenders: the engines under test and what they are measured against.
+
+A contender is a function of a problem that gives a step: ``contender(problem)()``. All of them do the same step
+where they can: SGD with momentum and weight decay, the penalised tensors pulled towards u first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+
+import rvsm_kernels as rk
+from rvsm_kernels.groups import group_size
+from rvsm_kernels.penalties import PENALTIES, shrink
+
+from .problems import BETA, CUT, LR, MOMENTUM, SGD_OPTIONS, WEIGHT_DECAY, A, Problem, strength
+from .timing import Step
+
+ENGINES = ("native", "triton")
+
+
+class Unavailable(Exception):
+    """A baseline that this machine or this case does not have; the message is the reason."""
+
+
+def _engine(name: str) -> Callable[[Problem], Step]:
+    def make(problem: Problem) -> Step:
+        optimizer = rk.RVSM(problem.groups(problem.parameters()), **SGD_OPTIONS, engine=name)
+        return optimizer.step
+
+    return make
+
+
+def reference(problem: Problem) -> Step:
+    """The vectorised step in plain PyTorch: the baseline of the quoted speed-up."""
+    return rk.reference.RVSM(problem.groups(problem.parameters()), **SGD_OPTIONS).step
+
+
+def _compute(t: Tensor) -> Tensor:
+    """Half types are computed in float32, as every engine does."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def compiled(problem: Problem) -> Step:
+    """The reference's arithmetic over lists of tensors, under torch.compile."""
+    case = problem.case
+    if case.group_dim is not None:
+        raise Unavailable("the compiled baseline is elementwise")
+    penalty, tau = case.penalty, strength(case.penalty) / BETA
+    flags = [spec.penalised for spec in case.specs]
+
+    def step(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+        for p, grad, buffer, penalised in zip(weights, grads, momenta, flags, strict=True):
+            w = _compute(p)
+            if penalised:
+                u = torch.copysign(shrink(w.abs(), penalty, tau, A), w)
+                w = w - LR * BETA * (w - u)
+            m = MOMENTUM * _compute(buffer) + (_compute(grad) + WEIGHT_DECAY * w)
+            buffer.copy_(m)
+            p.copy_(w - LR * m)
+
+    params = [p.detach() for p in problem.parameters()]
+    momenta = [torch.zeros_like(p) for p in params]
+    # Worker processes would still be starting up, on the cores that are being measured, when timing begins.
+    torch._inductor.config.compile_threads = 1
+    torch._dynamo.reset()  # else the cases count as recompilations of one function, which has a limit
+    # One tensor of any size shares the code, and with it inductor's cache on the disk.
+    fused = torch.compile(step, fullgraph=True, dynamic=len(params) == 1)
+
+    @torch.no_grad()
+    def call() -> None:
+        fused(params, problem.grads, momenta)
+
+    return call
+
+
+def fused_sgd(problem: Problem) -> Step:
+    """torch.optim.SGD(fused=True): the price of the dense step."""
+    params = problem.parameters()
+    if params[0].dtype in (torch.bfloat16, torch.float16) and not _fused_sgd_updates(params[0]):
+        # pytorch#191763: its time would be that of doing nothing.
+        raise Unavailable(f"torch's fused SGD leaves {params[0].dtype} weights on the {problem.device} unchanged")
+    return torch.optim.SGD(params, **SGD_OPTIONS, fused=True).step
+
+
+def _fused_sgd_updates(like: Tensor) -> bool:
+    """Whether a fused step changes every one of some vectors' worth of weights."""
+    p = nn.Parameter(torch.ones(256, dtype=like.dtype, device=like.device))
+    p.grad = torch.ones_like(p)
+    torch.optim.SGD([p], lr=0.5, momentum=MOMENTUM, fused=True).step()
+    return bool((p != 1).all())
+
+
+def foreach_sgd(problem: Problem) -> Step:
+    """torch.optim.SGD(foreach=True)."""
+    return torch.optim.SGD(problem.parameters(), **SGD_OPTIONS, foreach=True).step
+
+
+def channel_loop(problem: Problem) -> Step:
+    """What the released research code does: a Python loop over the channels of every weight, then SGD.
+
+    Written anew after its structure: the norms of one tensor at once, then channel by channel a comparison and a
+    scaling of that channel of a copy; the pull; torch.optim.SGD with its defaults.
+    """
+    case = problem.case
+    if not isinstance(case.group_dim, int):
+        raise Unavailable("the loop is over one channel dimension")
+    dim, penalty, tau = case.group_dim, case.penalty, strength(case.penalty) / BETA
+    cut = PENALTIES[penalty].cut(tau, A)
+    params = problem.parameters()
+    penalised, _ = problem.divided(params)
+    optimizer = torch.optim.SGD(params, **SGD_OPTIONS)
+
+    def thresholded(w: Tensor) -> Tensor:
+        u = w.clone()
+        norms = u.square().sum(dim=[d for d in range(u.dim()) if d != dim]).sqrt()
+        for i in range(len(norms)):
+            channel = u.select(dim, i)
+            if norms[i] <= cut:
+                channel.mul_(0)
+            elif penalty != "l0":
+                channel.mul_(PENALTIES[penalty].shrink(norms[i], tau, A) / norms[i])
+        return u
+
+    @torch.no_grad()
+    def step() -> None:
+        pulled = [(p, thresholded(p)) for p in penalised]
+        for p, u in pulled:
+            p.sub_(p - u, alpha=LR * BETA)
+        optimizer.step()
+
+    return step
+
+
+def pat(problem: Problem) -> Step:
+    """torchao.prototype.pat: a proximal map after each SGD step; not the same method, but the nearest peer.
+
+    Its base optimizer is the fused SGD, the kindest choice.
+    """
+    case = problem.case
+    if case.penalty != "l1":
+        raise Unavailable("torchao.prototype.pat has the lasso and the group lasso only")
+    grouper = _pat_grouper(problem)
+    prune = _import_pat()
+    params = problem.parameters()
+    penalised, dense = problem.divided(params)
+    prox = "ProxLasso" if case.group_dim is None else "ProxGroupLasso"
+    groups: list[dict[str, Any]] = [{"params": penalised, "prox_type": prox, "group_type": grouper}]
+    groups += [{"params": dense}] if dense else []
+    base = torch.optim.SGD(groups, **SGD_OPTIONS, fused=True)
+    # Its threshold is reg_lambda * sqrt(group size) * (the sum of the learning rates so far): this stays below the
+    # weights over the thousands of steps of a benchmark.
+    size = group_size(penalised[0].shape, case.group_dim)
+    return prune(base, reg_lambda=0.1 * CUT / math.sqrt(size)).step
+
+
+def _pat_grouper(problem: Problem) -> str:
+    """PAT's name for the groups of the case, where it has the same ones."""
+    dim = problem.case.group_dim
+    dims = {len(spec.shape) for spec in problem.case.specs if spec.penalised}
+    if dim is None:
+        return "ElemGrouper"
+    if dim == 0:
+        return "Dim0Grouper"
+    if dim == 1 and dims == {2}:
+        return "Dim1Grouper"
+    raise Unavailable(f"torchao.prototype.pat has no such groups (group_dim={dim!r})")
+
+
+def _import_pat() -> Any:
+    """PruneOptimizer; torchao's complaints about its own kernels, which PAT does not use, are kept quiet."""
+    logging.disable(logging.WARNING)
+    try:
+        return importlib.import_module("torchao.prototype.pat.optim").PruneOptimizer
+    except ImportError as error:
+        raise Unavailable(f"torchao.prototype.pat could not be imported: {error}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+CONTENDERS: dict[str, Callable[[Problem], Step]] = {
+    **{name: _engine(name) for name in ENGINES},
+    "reference": reference,
+    "compiled": compiled,
+    "fused_sgd": fused_sgd,
+    "foreach_sgd": foreach_sgd,
+    "channel_loop": channel_loop,
+    "pat": pat,
+}
+
+LABELS = {
+    "native": "rvsm_kernels (native)",
+    "triton": "rvsm_kernels (triton)",
+    "reference": "PyTorch reference",
+    "compiled": "reference under torch.compile",
+    "fused_sgd": "torch.optim.SGD(fused=True)",
+    "foreach_sgd": "torch.optim.SGD(foreach=True)",
+    "channel_loop": "channel-by-channel loop",
+    "pat": "torchao PAT",
+}
+
+
+def without_paths(text: str) -> str:
+    """The first line of a message, the folders of this machine left out of it."""
+    line = text.strip().splitlines()[0] if text.strip() else ""
+    return re.sub(r"(?<![\w.])/(?:[\w.@+~-]+/)+", "", line)[:200]
+
+
+def start(name: str, problem: Problem) -> Step:
+    """A contender after two steps: its states exist, its code is compiled.
+
+    Raises:
+        Unavailable: a baseline that does not run here. An engine's own error is raised as it is: it is a finding.
+    """
+    try:
+        step = CONTENDERS[name](problem)
+        step()
+        step()
+    except Unavailable:
+        raise
+    except Exception as error:
+        if name in (*ENGINES, "reference"):
+            raise
+        raise Unavailable(f"{type(error).__name__}: {without_paths(str(error))}") from error
+    return step

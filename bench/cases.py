@@ -1,0 +1,240 @@
+"""Cases as data: which tensors, which penalty, which groups, which type.
+
+The shape lists are those of the well-known models, written out by small generators so that nothing but torch is
+needed. ``penalised`` follows ``rvsm_kernels.param_groups``: the weights of convolutions and linear layers; biases,
+norms and embeddings stay dense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+GroupDim = int | tuple[int, ...] | None
+
+
+class Spec(NamedTuple):
+    """One parameter tensor."""
+
+    shape: tuple[int, ...]
+    penalised: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+Specs = list[Spec]
+
+
+def _weight(*shape: int) -> Specs:
+    return [Spec(shape, True)]
+
+
+def _dense(*shape: int) -> Specs:
+    return [Spec(shape, False)]
+
+
+def _conv(c_out: int, c_in: int, k: int, bias: bool = False) -> Specs:
+    return _weight(c_out, c_in, k, k) + (_dense(c_out) if bias else [])
+
+
+def _norm(c: int) -> Specs:
+    return _dense(c) + _dense(c)
+
+
+def _linear(c_out: int, c_in: int) -> Specs:
+    return _weight(c_out, c_in) + _dense(c_out)
+
+
+def _basic_block(c_in: int, c: int, stride: int) -> Specs:
+    """Two 3x3 convolutions; a 1x1 convolution on the shortcut where the shape changes."""
+    block = _conv(c, c_in, 3) + _norm(c) + _conv(c, c, 3) + _norm(c)
+    return block + (_conv(c, c_in, 1) + _norm(c) if stride != 1 or c_in != c else [])
+
+
+def _bottleneck(c_in: int, c: int, stride: int) -> Specs:
+    """1x1, 3x3, 1x1 with four times the channels at the end."""
+    block = _conv(c, c_in, 1) + _norm(c) + _conv(c, c, 3) + _norm(c) + _conv(4 * c, c, 1) + _norm(4 * c)
+    return block + (_conv(4 * c, c_in, 1) + _norm(4 * c) if stride != 1 or c_in != 4 * c else [])
+
+
+def _stages(block: Callable[[int, int, int], Specs], c_in: int, channels: list[int], depths: list[int]) -> Specs:
+    specs: Specs = []
+    for i, (c, depth) in enumerate(zip(channels, depths, strict=True)):
+        for j in range(depth):
+            specs += block(c_in, c, 2 if i > 0 and j == 0 else 1)
+            c_in = c if block is _basic_block else 4 * c
+    return specs
+
+
+def resnet20() -> Specs:
+    """The CIFAR-10 ResNet-20 with convolutions on its two changing shortcuts."""
+    body = _stages(_basic_block, 16, [16, 32, 64], [3, 3, 3])
+    return _conv(16, 3, 3) + _norm(16) + body + _linear(10, 64)
+
+
+def resnet18() -> Specs:
+    """The ImageNet ResNet-18."""
+    body = _stages(_basic_block, 64, [64, 128, 256, 512], [2, 2, 2, 2])
+    return _conv(64, 3, 7) + _norm(64) + body + _linear(1000, 512)
+
+
+def resnet50() -> Specs:
+    """The ImageNet ResNet-50."""
+    body = _stages(_bottleneck, 64, [64, 128, 256, 512], [3, 4, 6, 3])
+    return _conv(64, 3, 7) + _norm(64) + body + _linear(1000, 2048)
+
+
+def vgg16() -> Specs:
+    """The ImageNet VGG-16 without batch norm."""
+    specs, c_in = [], 3
+    for c in [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]:
+        specs += _conv(c, c_in, 3, bias=True)
+        c_in = c
+    return specs + _linear(4096, 512 * 7 * 7) + _linear(4096, 4096) + _linear(1000, 4096)
+
+
+def gpt2_small() -> Specs:
+    """GPT-2 small: token and position embeddings (the output layer is the first of them), 12 blocks, a norm."""
+    d = 768
+    block = _norm(d) + _linear(3 * d, d) + _linear(d, d) + _norm(d) + _linear(4 * d, d) + _linear(d, 4 * d)
+    return _dense(50257, d) + _dense(1024, d) + 12 * block + _norm(d)
+
+
+SINGLE = {
+    "1K": 1_000,
+    "10K": 10_000,
+    "100K": 100_000,
+    "1M": 1_000_000,
+    "10M": 10_000_000,
+    "25M": 25_000_000,
+    "100M": 100_000_000,
+}
+"""One tensor of so many elements."""
+
+MODELS: dict[str, Callable[[], Specs]] = {
+    "ResNet-20": resnet20,
+    "ResNet-18": resnet18,
+    "ResNet-50": resnet50,
+    "VGG-16": vgg16,
+    "GPT-2 small": gpt2_small,
+}
+
+
+def specs(shape: str) -> Specs:
+    """The tensors of a named shape: a key of SINGLE or MODELS, sizes as "5000x5000", or many tensors "62 of 1".
+
+    Raises:
+        ValueError: a name that is none of these.
+    """
+    if shape in SINGLE:
+        return _weight(SINGLE[shape])
+    if shape in MODELS:
+        return MODELS[shape]()
+    try:
+        if " of " in shape:
+            count, size = shape.split(" of ")
+            return int(count) * _weight(*map(int, size.split("x")))
+        return _weight(*map(int, shape.split("x")))
+    except ValueError:
+        raise ValueError(f"unknown shape {shape!r}") from None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure."""
+
+    shape: str
+    penalty: str = "l0"
+    group_dim: GroupDim = None
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        group = "" if self.group_dim is None else f", group_dim {self.group_dim}"
+        dtype = "" if self.dtype == "float32" else f", {self.dtype}"
+        return f"{self.shape} {self.penalty}{group}{dtype}"
+
+    @property
+    def specs(self) -> Specs:
+        return specs(self.shape)
+
+    @property
+    def elements(self) -> int:
+        return sum(spec.numel for spec in self.specs)
+
+    @property
+    def itemsize(self) -> int:
+        return {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}[self.dtype]
+
+    @property
+    def counted_bytes(self) -> int:
+        """What a step with momentum must move: read w, g, m; write w, m. u costs nothing."""
+        return 5 * self.itemsize * self.elements
+
+    @property
+    def groups(self) -> int:
+        """How many groups the penalised tensors have (0 for an elementwise case)."""
+        if self.group_dim is None:
+            return 0
+        kept = self.group_dim if isinstance(self.group_dim, tuple) else (self.group_dim,)
+        return sum(math.prod(spec.shape[d] for d in kept) for spec in self.specs if spec.penalised)
+
+
+MATRIX = "5000x5000"
+CONV = "2048x1360x3x3"
+"""25 M elements as a linear weight and as a convolution's."""
+
+_PENALTIES = ("l0", "l1", "tl1")
+_MODEL_VARIANTS = (("l0", None), ("l1", None), ("tl1", None), ("l0", 1), ("l0", 0))
+
+SMOKE_CASES = (Case("1K"), Case("1M"), Case("ResNet-20"), Case("ResNet-20", "l0", 1), Case("300x300", "l1", 0))
+
+QUICK_CASES = (
+    *(Case(shape) for shape in SINGLE if shape != "100M"),
+    Case("25M", "l1"),
+    Case("25M", "tl1"),
+    Case("10M", dtype="bfloat16"),
+    Case("10M", dtype="float64"),
+    Case(MATRIX, "l0", 1),
+    Case(MATRIX, "l0", 0),
+    Case(MATRIX, "l1", 0),
+    Case(CONV, "l0", 1),
+    Case("ResNet-20"),
+    Case("ResNet-20", "l0", 1),
+    Case("ResNet-18"),
+    Case("ResNet-18", "l0", 1),
+    Case("ResNet-50"),
+    Case("GPT-2 small"),
+    Case("1000 of 1"),
+)
+
+FULL_CASES = (
+    *(Case(shape, penalty) for shape in SINGLE for penalty in _PENALTIES),
+    *(Case("10M", penalty, dtype=dtype) for dtype in ("bfloat16", "float64") for penalty in _PENALTIES),
+    *(Case(shape, penalty, dim) for shape in (MATRIX, CONV) for penalty in _PENALTIES for dim in (0, 1)),
+    *(Case(model, penalty, dim) for model in MODELS for penalty, dim in _MODEL_VARIANTS),
+    Case("1000 of 1"),
+)
+
+HOST_COUNTS = (1, 10, 62, 65, 161, 1000)
+"""Numbers of one-element parameters: the models' counts, without their work."""
+
+MEMORY_CASES = (Case(MATRIX), Case(MATRIX, "l0", 1), Case("ResNet-18", "l0", 1))
+
+_SMALL = {
+    "25M": "1M",
+    "100M": "1M",
+    MATRIX: "600x600",
+    "10000x10000": "600x600",
+    CONV: "64x64x3x3",
+    "GPT-2 small": "ResNet-20",
+}
+
+
+def small(case: Case) -> Case:
+    """The case at a size that a smoke run can afford."""
+    return replace(case, shape=_SMALL.get(case.shape, case.shape))

@@ -1,0 +1,308 @@
+"""``python -m bench floors``: what the engine promises, measured on this machine; exits 1 if a floor falls short."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from .baselines import Unavailable, start
+from .cases import CONV, MATRIX, Case, small
+from .config import Config
+from .peak import RSS_RESOLUTION, in_child
+from .problems import build
+from .results import Results, Row
+from .throughput import COPY, copier, release, too_large
+from .timing import clock_for, interleave
+
+_NARROW = 0.15
+"""A floor missed by less than this share is measured once more, with four times the samples: noise is of that size
+on a shared machine."""
+_MORE = 4
+
+_LARGE_MATRIX = "10000x10000"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value, and what it may miss the limit by because the measurement cannot see less."""
+
+    value: float
+    limit: float | None = None
+    allowance: float = 0.0
+    note: str = ""
+
+
+Measure = Callable[[Config, bool, int], Measured]
+"""(config, smoke, more) -> what was measured; ``more`` multiplies the samples."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """One row of the table of floors.
+
+    Attributes:
+        limit: what the value must reach; a measure may give its own (bytes depend on the case).
+    """
+
+    where: str
+    measure: str
+    limit: float
+    run: Measure
+    unit: str
+    at_least: bool
+
+    def passed(self, found: Measured) -> bool:
+        limit = self.limit if found.limit is None else found.limit
+        if self.at_least:
+            return found.value >= limit - found.allowance
+        return found.value <= limit + found.allowance
+
+    def narrow(self, found: Measured) -> bool:
+        """Missed, but by so little that it may be noise."""
+        limit = self.limit if found.limit is None else found.limit
+        return not self.passed(found) and abs(found.value - limit) <= _NARROW * limit
+
+
+def at_most(where: str, measure: str, limit: float, run: Measure, unit: str = "x") -> Floor:
+    """A floor on a price: time, launches, bytes."""
+    return Floor(where, measure, limit, run, unit, at_least=False)
+
+
+def at_least(where: str, measure: str, limit: float, run: Measure, unit: str = "x") -> Floor:
+    """A floor on a gain: a speed-up, a share."""
+    return Floor(where, measure, limit, run, unit, at_least=True)
+
+
+def _sized(case: Case, smoke: bool) -> Case:
+    return small(case) if smoke else case
+
+
+def _fits(case: Case, contenders: int, config: Config) -> None:
+    reason = too_large(case, contenders, config.device)
+    if reason is not None:
+        raise Unavailable(f"{case.name} {reason}")
+
+
+def over(case: Case, other: str | Case, inverse: bool = False) -> Measure:
+    """Time of the engine over a baseline's, or over its own on another case; or the inverse, a speed-up."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        engine, case_here = config.engines[0], _sized(case, smoke)
+        _fits(case_here, 2, config)
+        problem = build(case_here, config.device)
+        steps = {"engine": start(engine, problem)}
+        if isinstance(other, Case):
+            steps["other"] = start(engine, build(_sized(other, smoke), config.device))
+        else:
+            steps["other"] = start(other, problem)
+        timings = interleave(steps, clock_for(config.device), config.effort, more)
+        pair = ("other", "engine") if inverse else ("engine", "other")
+        ratio = timings.ratio(*pair)
+        seconds = timings.seconds("engine").median
+        return Measured(ratio.median, note=f"{ratio.samples} rounds, {seconds * 1e3:.3g} ms per step")
+
+    return run
+
+
+def share(case: Case) -> Measure:
+    """Counted bytes per second over the bytes per second of a large copy."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        case_here = _sized(case, smoke)
+        _fits(case_here, 1, config)
+        copy, copied_bytes = copier(config.device, config.effort)
+        steps = {"engine": start(config.engines[0], build(case_here, config.device)), COPY: copy}
+        timings = interleave(steps, clock_for(config.device), config.effort, more)
+        ratio = timings.ratio(COPY, "engine")
+        bandwidth = copied_bytes / timings.seconds(COPY).median / 1e9
+        value = ratio.median * case_here.counted_bytes / copied_bytes
+        return Measured(value, note=f"{ratio.samples} rounds, copy {bandwidth:.0f} GB/s")
+
+    return run
+
+
+def host_us(case: Case) -> Measure:
+    """Microseconds that step() keeps the host."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        step = start(config.engines[0], build(_sized(case, smoke), config.device))
+        timings = interleave({"engine": step}, clock_for(config.device, host=True), config.effort, more)
+        seconds = timings.seconds("engine")
+        return Measured(seconds.median * 1e6, note=f"{seconds.samples} samples")
+
+    return run
+
+
+def launches(case: Case) -> Measure:
+    """Kernels that one step launches, counted by torch's profiler."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        step = start(config.engines[0], build(_sized(case, smoke), config.device))
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+            torch.cuda.synchronize()
+        events = profile.events() or []
+        # torch marks the span of every optimizer's step on the device too; a mark is not a launch.
+        on_device = [
+            event.name
+            for event in events
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Optimizer.step#")
+        ]
+        copies = [name for name in on_device if name.startswith(("Memcpy", "Memset"))]
+        return Measured(len(on_device) - len(copies), note=f"and {len(copies)} copies")
+
+    return run
+
+
+@functools.cache
+def _sgd_bytes(shape: str, device: str) -> tuple[int, int]:
+    """Peak bytes of torch.optim.SGD, measured twice: the difference shows what the measurement resolves."""
+    answers = [in_child(Case(shape), "fused_sgd", device) for _ in range(2)]
+    if "unavailable" in answers[0]:
+        raise Unavailable(answers[0]["unavailable"])
+    return answers[0]["bytes"], answers[1]["bytes"]
+
+
+def memory(case: Case) -> Measure:
+    """Peak bytes beyond torch.optim.SGD's."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        case_here = _sized(case, smoke)
+        sgd = _sgd_bytes(case_here.shape, config.device)
+        own = in_child(case_here, config.engines[0], config.device)["bytes"]
+        allowance = 0 if config.device == "cuda" else max(RSS_RESOLUTION, abs(sgd[0] - sgd[1]))
+        note = f"the measurement resolves {allowance / 1024:.0f} KiB" if allowance else ""
+        return Measured(own - min(sgd), limit=4.0 * case_here.groups, allowance=allowance, note=note)
+
+    return run
+
+
+_OVER_SGD = "time over torch.optim.SGD(fused=True)"
+
+
+def _cpu() -> list[Floor]:
+    """The floors of a CPU, as the table states them."""
+    big = "CPU, 25 M elements"
+    floors = [at_most(big, f"{p}: {_OVER_SGD}", 1.0, over(Case("25M", p), "fused_sgd")) for p in ("l0", "l1")]
+    floors.append(at_most(big, "time of tl1 over l0", 2.0, over(Case("25M", "tl1"), Case("25M"))))
+    for shape in (MATRIX, CONV):
+        for dim in (0, 1):
+            measure = f"{shape}: time of l0 groups (group_dim {dim}) over elementwise"
+            floors.append(at_most(big, measure, 1.5, over(Case(shape, "l0", dim), Case(shape))))
+    speed_up = over(Case("25M"), "reference", inverse=True)
+    resnet = over(Case("ResNet-20"), "fused_sgd")
+    floors += [
+        at_least(big, "l0: speed-up over the PyTorch reference", 10.0, speed_up),
+        at_most("CPU, ResNet-20-shaped (65 tensors)", _OVER_SGD, 0.5, resnet),
+        at_most("CPU, 1,000 one-element parameters", "step()", 100.0, host_us(Case("1000 of 1")), "us"),
+    ]
+    return floors
+
+
+def _cuda() -> list[Floor]:
+    """The floors of a GPU, as the table states them."""
+    floors = []
+    for shape in ("100M", "GPT-2 small"):
+        for penalty in ("l0", "l1", "tl1"):
+            run = share(Case(shape, penalty))
+            floors.append(at_least(f"GPU, {shape}", f"{penalty}: share of copy bandwidth", 0.9, run, ""))
+    for shape in (_LARGE_MATRIX, "GPT-2 small"):
+        for dim in (0, 1):
+            measure = f"l0 groups (group_dim {dim}): share of copy bandwidth"
+            floors.append(at_least(f"GPU, {shape}", measure, 0.8, share(Case(shape, "l0", dim)), ""))
+    for shape in ("ResNet-18", "ResNet-50", "GPT-2 small"):
+        floors.append(at_most(f"GPU, {shape}-shaped", _OVER_SGD, 1.0, over(Case(shape), "fused_sgd")))
+    for shape in ("100M", "ResNet-18", "GPT-2 small", "1000 of 1"):
+        floors.append(at_most(f"GPU, {shape}", "launches per elementwise step", 1, launches(Case(shape)), ""))
+    for shape in (_LARGE_MATRIX, "ResNet-18", "GPT-2 small"):
+        for dim in (0, 1):
+            measure = f"launches per group step (group_dim {dim})"
+            floors.append(at_most(f"GPU, {shape}", measure, 3, launches(Case(shape, "l0", dim)), ""))
+    host = host_us(Case("ResNet-18"))
+    floors.append(at_most("GPU, ResNet-18-shaped (62 tensors)", "host time of step()", 25.0, host, "us"))
+    return floors
+
+
+def _anywhere() -> list[Floor]:
+    """One float per group at most, so nothing at all for elements."""
+    what = "memory beyond torch.optim.SGD's"
+    matrix_cases = (Case(MATRIX), Case(MATRIX, "l0", 0), Case(MATRIX, "l0", 1))
+    return [at_most("anywhere", f"{case.name}: {what}", 4.0 * case.groups, memory(case), "B") for case in matrix_cases]
+
+
+def floors_of(device: str) -> list[Floor]:
+    """The floors that can be measured on a device."""
+    return (_cuda() if device == "cuda" else _cpu()) + _anywhere()
+
+
+def measure(floor: Floor, config: Config) -> Row:
+    """One row: measured, and once more if narrowly missed."""
+    row: Row = {
+        "where": floor.where,
+        "measure": floor.measure,
+        "at_least": floor.at_least,
+        "limit": floor.limit,
+        "unit": floor.unit,
+    }
+    smoke = config.effort.name == "smoke"
+    try:
+        first = found = floor.run(config, smoke, 1)
+        again = floor.narrow(found) and not smoke
+        if again:
+            found = floor.run(config, smoke, _MORE)
+    except Unavailable as error:
+        return {**row, "value": None, "passed": None, "note": str(error)}
+    return {
+        **row,
+        "limit": floor.limit if found.limit is None else found.limit,
+        "value": found.value,
+        "allowance": found.allowance,
+        "note": found.note,
+        "first_value": first.value if again else None,
+        "passed": floor.passed(found),
+    }
+
+
+def number(value: float, unit: str) -> str:
+    """A value as the floors are written: bytes whole, the rest with three digits."""
+    if unit == "B":
+        return f"{value:,.0f} B"
+    return f"{value:.3g}{' ' + unit if unit == 'us' else unit}"
+
+
+def line(row: Row) -> str:
+    """A row in one line, for the terminal."""
+    if row["value"] is None:
+        return f"----  not measured: {row['where']}: {row['measure']} ({row['note']})"
+    sense = ">=" if row["at_least"] else "<="
+    again = "" if row["first_value"] is None else f"; measured again after {number(row['first_value'], row['unit'])}"
+    return (
+        f"{'pass' if row['passed'] else 'FAIL'}  {number(row['value'], row['unit']):>12}"
+        f" {sense} {number(row['limit'], row['unit']):<10} {row['where']}: {row['measure']} ({row['note']}{again})"
+    )
+
+
+def run(config: Config) -> bool:
+    """Measure every floor of the device, write floors.json, and say whether all hold."""
+    wanted = floors_of(config.device)
+    if config.effort.name == "smoke":
+        wanted = wanted[:-2]  # each measure of memory starts processes: one is enough to show that it can be done
+    with Results("floors", config) as results, tqdm(wanted, desc="floors", unit="floor", disable=None) as bar:
+        for floor in bar:
+            bar.set_postfix_str(floor.measure[:40])
+            results.add(measure(floor, config))
+            release(config.device)
+            tqdm.write(line(results.rows[-1]))
+        missed = sum(row["passed"] is False for row in results.rows)
+        held = sum(row["passed"] is True for row in results.rows)
+    print(f"floors: {held} of {len(wanted)} hold, {missed} missed, {len(wanted) - held - missed} not measured")
+    if config.effort.name == "smoke":
+        print("a smoke run has small sizes and few samples: it shows that the floors can be measured, no more")
+        return True
+    return missed == 0

@@ -1,0 +1,229 @@
+"""Markdown from results: one function per kind, from the JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .baselines import LABELS
+from .floors import number
+from .results import BUSY, Result, Row
+
+NOT_MEASURED = "*not measured yet*"
+
+_HEADLINES = (
+    ("25M", "l0", None),
+    ("25M", "l1", None),
+    ("25M", "tl1", None),
+    ("5000x5000", "l0", 1),
+    ("ResNet-20", "l0", None),
+    ("ResNet-18", "l0", None),
+    ("ResNet-18", "l0", 1),
+    ("ResNet-50", "l0", None),
+    ("GPT-2 small", "l0", None),
+)
+"""What the front page shows, where it was measured."""
+
+_BASELINES = ("reference", "compiled", "fused_sgd", "channel_loop", "pat")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column to the left, numbers to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def device_name(result: Result) -> str:
+    """The device that was measured, with the threads of a CPU."""
+    machine, threads = result["machine"], result["threads"]
+    if result["device"] == "cuda":
+        return machine["gpu"]
+    return f"{machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def stamp(result: Result) -> str:
+    """One line that says where a table comes from."""
+    versions, commit = result["versions"], result["commit"]
+    where = f"{device_name(result)}; {result['machine']['system']}; torch {versions['torch']}"
+    where += f"; rvsm_kernels {versions['rvsm_kernels']}"
+    if commit is not None:
+        head, _, dirty = commit.partition("-")
+        where += f", commit {head[:10]}{'-' + dirty if dirty else ''}"
+    trouble = "" if result.get("complete", True) else " The run was interrupted."
+    busy = result.get("busy_share")
+    if busy is not None and busy > BUSY:
+        trouble += f" Other programs kept {busy:.0%} of the cores busy when it began."
+    return f"*{where}. `{result['command']}`.{trouble}*"
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def microseconds(value: float) -> str:
+    """Whole from 100 on, three digits below."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def group_label(group_dim: object) -> str:
+    if group_dim is None:
+        return "elements"
+    return {"0": "output channels (0)", "1": "input channels (1)"}.get(str(group_dim), f"group_dim {group_dim}")
+
+
+def count(elements: int) -> str:
+    """12,345,678 as 12.3 M."""
+    for unit, size in ((" M", 1e6), (" K", 1e3)):
+        if elements >= size:
+            return f"{elements / size:.3g}{unit}"
+    return str(elements)
+
+
+def speed_up(row: Row, engine: str, baseline: str) -> str:
+    """How many times faster than a baseline, or why there is no number."""
+    ratio = row["time_over"][engine].get(baseline)
+    return "–" if ratio is None else f"{1 / ratio['median']:.3g}×"
+
+
+def _measured(result: Result) -> list[Row]:
+    return [row for row in result["rows"] if "skipped" not in row]
+
+
+def headline(result: Result) -> str:
+    """The short table of the front page."""
+    engine = result["engines"][0]
+    by_key = {
+        (row["shape"], row["penalty"], row["group_dim"]): row
+        for row in _measured(result)
+        if row["dtype"] == "float32" and not isinstance(row["group_dim"], list)
+    }
+    rows = []
+    for key in _HEADLINES:
+        if key not in by_key:
+            continue
+        row = by_key[key]
+        over_sgd = row["time_over"][engine].get("fused_sgd")
+        tensors = f"{row['tensors']} tensor{'s' if row['tensors'] > 1 else ''}"
+        rows.append(
+            [
+                f"{row['shape']} ({tensors}, {count(row['elements'])})",
+                row["penalty"],
+                group_label(row["group_dim"]),
+                duration(row["contenders"][engine]["median_s"]),
+                speed_up(row, engine, "reference"),
+                "–" if over_sgd is None else f"{over_sgd['median']:.2f}",
+                f"{row['contenders'][engine]['share_of_copy']:.0%}",
+            ]
+        )
+    if not rows:
+        return NOT_MEASURED
+    header = [
+        "parameters",
+        "penalty",
+        "over",
+        "step",
+        "speed-up over PyTorch",
+        "time over `SGD(fused=True)`",
+        "share of copy bandwidth",
+    ]
+    return table(header, rows) + "\n\n" + stamp(result)
+
+
+def _missing(result: Result) -> list[str]:
+    """Footnotes: what was not measured, and why."""
+    reasons: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if "skipped" in row:
+            reasons.setdefault(row["skipped"], []).append(row["case"])
+        for name, reason in row.get("not_measured", {}).items():
+            if name != "channel_loop" or row["group_dim"] is not None:  # the loop is for groups; that says itself
+                reasons.setdefault(f"{LABELS[name]}: {reason}", []).append(row["case"])
+    return [f"- {reason} ({len(cases)} case{'s' if len(cases) > 1 else ''})" for reason, cases in reasons.items()]
+
+
+def throughput(result: Result) -> str:
+    """Every case: time, bandwidth, speed-up over every baseline."""
+    parts = []
+    for engine in result["engines"]:
+        baselines = [name for name in _BASELINES if name != engine]
+        rows = [
+            [
+                row["case"],
+                duration(row["contenders"][engine]["median_s"]),
+                f"{row['contenders'][engine]['gb_per_s']:.3g}",
+                f"{row['contenders'][engine]['share_of_copy']:.0%}",
+                *(speed_up(row, engine, name) for name in baselines),
+            ]
+            for row in _measured(result)
+        ]
+        header = ["case", "step", "GB/s", "share of copy", *(f"over {LABELS[name]}" for name in baselines)]
+        title = f"{LABELS[engine]}; the columns to the right are speed-ups, time of the baseline over its own:"
+        parts.append(f"{title}\n\n{table(header, rows)}")
+    missing = _missing(result)
+    if missing:
+        parts.append("Not measured:\n\n" + "\n".join(missing))
+    return "\n\n".join([*parts, stamp(result)])
+
+
+def host(result: Result) -> str:
+    """Microseconds of step() by number of parameters."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["microseconds"]))
+    rows = [
+        [
+            f"{row['parameters']:,}",
+            *(microseconds(row["microseconds"][n]["median"]) if n in row["microseconds"] else "–" for n in names),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["one-element parameters", *(f"{LABELS[name]} (us)" for name in names)]
+    return table(header, rows) + "\n\n" + stamp(result)
+
+
+def memory(result: Result) -> str:
+    """Peak bytes beyond SGD's."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row.get("beyond_sgd_bytes", {})))
+    rows = []
+    for row in result["rows"]:
+        beyond = row.get("beyond_sgd_bytes", {})
+        values = [
+            f"{beyond[n] / 2**20:+.2f} MiB ({row['beyond_sgd_per_parameter'][n]:+.2f} B)" if n in beyond else "–"
+            for n in names
+        ]
+        rows.append([row["case"], f"{row['one_float_per_group'] / 2**20:.2f} MiB", *values])
+    header = ["case", "one float per group", *(f"{LABELS[name]} (per parameter)" for name in names)]
+    reasons = sorted({reason for row in result["rows"] for reason in row["not_measured"].values()})
+    notes = [f"Not measured: {'; '.join(reasons)}"] if reasons else []
+    resolution = max((row["resolution_bytes"] for row in result["rows"]), default=0)
+    if resolution:
+        notes.append(f"Peak of the resident set, which cannot tell differences below {resolution // 1024} KiB.")
+    return "\n\n".join([table(header, rows), *notes, stamp(result)])
+
+
+def floors(result: Result) -> str:
+    """Measured against floor."""
+    rows = []
+    for row in result["rows"]:
+        limit = f"{'≥' if row['at_least'] else '≤'} {number(row['limit'], row['unit'])}"
+        value = "–" if row["value"] is None else number(row["value"], row["unit"])
+        verdict = {True: "holds", False: "**missed**", None: f"not measured: {row['note']}"}[row["passed"]]
+        if row.get("first_value") is not None:
+            verdict += f" (measured twice; first {number(row['first_value'], row['unit'])})"
+        if row.get("allowance"):
+            verdict += f" ({row['note']})"
+        rows.append([f"{row['where']}: {row['measure']}", limit, value, verdict])
+    note = "\n\n*A smoke run: small sizes, not a verdict.*" if result["effort"] == "smoke" else ""
+    return table(["where and what", "floor", "measured", ""], rows) + note + "\n\n" + stamp(result)
+
+
+def train(result: Result) -> str:
+    """The training runs; bench.train knows what is in them."""
+    from . import train as module  # it imports data sets that nothing else here needs
+
+    return module.table(result)
+
+
+KINDS = {"throughput": throughput, "host": host, "memory": memory, "floors": floors, "train": train}
+"""The function of every result file; also the README's blocks, with ``headline`` from throughput.json."""

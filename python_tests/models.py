@@ -1,0 +1,70 @@
+"""Small problems to train on, and the loop that trains."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Small(nn.Module):
+    """A convolution, a norm and two linear layers: every kind of parameter that a user has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 7, 3, padding=1)
+        self.norm = nn.BatchNorm2d(7)
+        self.hidden = nn.Linear(7 * 36, 13)
+        self.head = nn.Linear(13, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images of 6 by 6."""
+        x = torch.tanh(self.norm(self.conv(x)))
+        return self.head(torch.tanh(self.hidden(x.flatten(1))))
+
+
+def small(dtype: torch.dtype = torch.float32, seed: int = 0) -> Small:
+    """The model of a seed."""
+    torch.manual_seed(seed)
+    return Small().to(dtype)
+
+
+BATCHES = 10
+
+
+@functools.cache
+def batch(k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """One of ten batches: images of four classes that differ in their mean."""
+    gen = torch.Generator().manual_seed(1000 + k)
+    y = torch.randint(4, (16,), generator=gen)
+    x = torch.randn(16, 3, 6, 6, generator=gen, dtype=torch.float64)
+    x[:, 0] += (y[:, None, None] - 1.5) * 0.4
+    return x.to(dtype), y
+
+
+def backward(model: nn.Module, optimizer: torch.optim.Optimizer, k: int, scale: float = 1.0) -> Tensor:
+    """The gradients of the k-th batch; returns the loss."""
+    dtype = next(model.parameters()).dtype
+    x, y = batch(k % BATCHES, dtype)
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    (loss * scale).backward()
+    return loss.detach()
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    after: Callable[[], Any] = lambda: None,
+) -> list[float]:
+    """Train on the batches of `steps`, one each; returns the losses."""
+    losses = []
+    for k in steps:
+        losses.append(backward(model, optimizer, k).item())
+        optimizer.step()
+        after()
+    return losses

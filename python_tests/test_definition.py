@@ -1,0 +1,212 @@
+"""The heart of the suite: thousands of random configurations of a step against section 2 of the design."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import rvsm_kernels as rk
+from cases import Built, Case, Layout, TensorCase, build, draw, gradient, tau_of_cut
+from runner import bits, check_reading, checked_step
+
+PER_TEST = 100
+FAMILIES = {
+    "float32": (torch.float32,),
+    "float64": (torch.float64,),
+    "half": (torch.bfloat16, torch.float16),
+    "mixed": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+}
+CHUNKS = [(family, k) for family, n in (("float32", 8), ("float64", 3), ("half", 5), ("mixed", 2)) for k in range(n)]
+
+
+def run(case: Case, engine: str) -> None:
+    """Build the optimizer of a case, take its steps, read its u."""
+    gen = torch.Generator().manual_seed(case.seed)
+    built, groups = [], []
+    for g in case.groups:
+        bs = [build(t, g.options, gen) for t in g.tensors]
+        lr = g.options["lr"] if g.lr is None else torch.tensor(g.options["lr"], dtype=g.lr)
+        groups.append({**g.options, "params": [b.param for b in bs], "lr": lr})
+        built += bs
+    optimizer = rk.RVSM(groups, engine=engine)
+    for b in built:
+        if b.case.momentum is not None:
+            values = torch.randn(b.case.shape, generator=gen, dtype=torch.float64).to(b.case.dtype)
+            optimizer.state[b.param]["momentum_buffer"] = b.case.momentum.place(values)[0]
+    if case.grad_scale is not None:
+        optimizer.grad_scale = torch.tensor(case.grad_scale)
+    for k in range(case.steps):
+        for b in built:
+            b.param.grad = gradient(b.case, gen, case.grad_scale)
+        if case.found_inf is not None:
+            optimizer.found_inf = torch.tensor(case.found_inf if k == 0 else 0.0)
+        foreign = [bits(b.buffer[b.foreign]) for b in built]
+        checked_step(optimizer, f"step {k} of {case}, engine {engine}")
+        check_foreign(built, foreign)
+    check_reading(optimizer, f"{case}, engine {engine}")
+    check_foreign(built, foreign)
+
+
+def check_foreign(built: list[Built], before: list[torch.Tensor]) -> None:
+    """What lies between and around the elements of a parameter belongs to others."""
+    for b, old in zip(built, before, strict=True):
+        assert torch.equal(bits(b.buffer[b.foreign]), old), f"memory outside a parameter changed: {b.case}"
+
+
+@pytest.mark.parametrize(("family", "chunk"), CHUNKS)
+def test_random_configurations(engine: str, family: str, chunk: int) -> None:
+    first = 10_000 * (1 + list(FAMILIES).index(family)) + chunk * PER_TEST
+    failed: dict[int, AssertionError] = {}
+    for seed in range(first, first + PER_TEST):
+        try:
+            run(draw(seed, FAMILIES[family]), engine)
+        except AssertionError as error:
+            failed[seed] = error
+    assert not failed, f"{len(failed)} of {PER_TEST} cases, seeds {list(failed)}; the first: {next(iter(failed.values()))}"
+
+
+# ---- large tensors and extreme numbers -------------------------------------------------------------------------------
+
+LARGE = [
+    ((70_001,), None),
+    ((70_001,), ()),
+    ((257, 263), 0),
+    ((257, 263), 1),
+    ((3, 20_011), 0),
+    ((4_099, 17), 0),
+    ((20_011, 3), 1),
+    ((2, 4_001, 9), 1),
+    ((64, 32, 3, 3), 0),
+    ((64, 32, 3, 3), 1),
+    ((64, 32, 3, 3), (0, 1)),
+    ((64, 32, 3, 3), None),
+]
+
+
+@pytest.mark.parametrize("penalty", ["l0", "l1", "tl1"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large_tensors(engine: str, penalty: str, channels_last: bool) -> None:
+    """Sizes that are divided among threads, in one optimizer, so that pieces of several tensors meet in a thread."""
+    gen = torch.Generator().manual_seed(7)
+    groups: list[dict[str, Any]] = []
+    for shape, group_dim in LARGE:
+        if channels_last and len(shape) < 4:
+            continue
+        size = 1 if group_dim is None else torch.empty(shape).numel() / (64 if len(shape) == 4 else 1)
+        cut = 0.05 * (1.0 if group_dim is None else size**0.5)
+        options = {
+            **{"penalty": penalty, "lam": 0.5 * tau_of_cut(penalty, cut, 1.0), "beta": 0.5, "a": 1.0},
+            **{"group_dim": group_dim, "group_lasso": 0.01 if group_dim is not None else 0.0},
+        }
+        p = nn.Parameter(torch.randn(shape, generator=gen) * 0.05)
+        if channels_last:
+            p.data = p.data.to(memory_format=torch.channels_last)
+        groups.append({"params": [p], **options})
+    optimizer = rk.RVSM(groups, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, engine=engine)
+    for group in groups:
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape, generator=gen)
+            optimizer.state[p]["momentum_buffer"] = torch.randn(p.shape, generator=gen)
+    checked_step(optimizer)
+    check_reading(optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("group_dim", [None, 0, 1, ()])
+def test_extreme_magnitudes(engine: str, dtype: torch.dtype, group_dim: Any) -> None:
+    """Weights whose squares leave the range of float32 (float64: whose cubes leave a comfortable range)."""
+    gen = torch.Generator().manual_seed(3)
+    spreads = (1e-80, 1e-30, 1e30, 1e80) if dtype == torch.float64 else (1e-36, 1e-30, 1e-22, 1e-12, 1e12, 1e18)
+    groups = []
+    for spread in spreads:
+        for penalty in ("l0", "l1", "tl1"):
+            for a in (0.01, 100.0):
+                values = (torch.randn((9, 33), generator=gen, dtype=torch.float64) * spread).to(dtype)
+                size = {None: 1, 0: 33, 1: 9, (): 297}[group_dim]
+                tau = tau_of_cut(penalty, spread * size**0.5, a)
+                options = {"penalty": penalty, "lam": tau * 0.25, "beta": 0.25, "a": a, "group_dim": group_dim}
+                groups.append({"params": [nn.Parameter(values)], **options})
+    optimizer = rk.RVSM(groups, lr=0.5, momentum=0.9, engine=engine)
+    for group in groups:
+        (p,) = group["params"]
+        p.grad = (p.detach() * 0.1).flip(0)
+    checked_step(optimizer)
+    check_reading(optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_dim", [None, 0, ()])
+@pytest.mark.parametrize(("lam", "beta"), [(1e30, 1e-30), (1e-30, 1e30), (1e-300, 1e-2), (1e300, 1e-2), (5e-324, 1.0)])
+def test_extreme_tau(engine: str, dtype: torch.dtype, group_dim: Any, lam: float, beta: float) -> None:
+    """A cut above every weight, or below: u is 0, or w; nothing becomes NaN on the way."""
+    groups = []
+    for penalty in ("l0", "l1", "tl1"):
+        for a in (0.01, 1.0, 100.0):
+            p = nn.Parameter(torch.linspace(-2, 2, 41).reshape(1, 41).repeat(3, 1).to(dtype))
+            p.grad = torch.ones_like(p)
+            groups.append({"params": [p], "penalty": penalty, "a": a})
+    common = {"lam": lam, "beta": beta, "group_dim": group_dim}
+    optimizer = rk.RVSM(groups, lr=0.1 if beta < 1e3 else 0.1 / beta, engine=engine, **common)
+    checked_step(optimizer)
+    with optimizer.sparse_weights():
+        for group in groups:
+            assert not torch.isnan(group["params"][0]).any(), group
+
+
+# ---- the arithmetic by hand ------------------------------------------------------------------------------------------
+
+HAND = {"lr": 0.5, "penalty": "l1", "lam": 0.5, "beta": 0.5}
+BY_HAND = [
+    # One weight w = 2 with gradient 1 and tau = 1, so that u = 1 and the pull is 1: (options, [w after each step]).
+    ({}, [1.25]),  # 2 - .25 - .5
+    ({"decoupled": False}, [1.25]),  # 2 - .5 (1 + .5)
+    ({"weight_decay": 0.1}, [1.1625]),  # w' = 1.75; 1.75 - .5 (1 + .175)
+    ({"weight_decay": 0.1, "decoupled": False}, [1.15]),  # 2 - .5 (1 + .2 + .5)
+    ({"maximize": True}, [2.25]),  # 1.75 + .5: the pull keeps its sign
+    ({"maximize": True, "decoupled": False}, [2.25]),  # 2 - .5 (-1 + .5)
+    ({"momentum": 0.5}, [1.25, 0.25]),  # u = .25, w' = 1, m = 1.5: 1 - .75
+    ({"momentum": 0.5, "dampening": 0.5}, [1.25, 0.5]),  # m = .5 + .5 = 1: 1 - .5
+    ({"momentum": 0.5, "nesterov": True}, [1.0, -0.125]),  # d = 1.5: 1.75 - .75; then u = 0, w' = .75, d = 1.75
+    ({"penalty": "l0"}, [1.5]),  # cut sqrt 2 < 2: u = w
+    ({"penalty": "l0", "lam": 1.0}, [1.0]),  # cut 2 is a tie: u = 0, 2 - .5 - .5
+    ({"penalty": "l1", "lam": 0.0}, [1.5]),
+    ({"beta": 0.0}, [1.5]),
+    ({"penalty": None}, [1.5]),
+    ({"group_dim": (), "group_lasso": 0.5}, [1.0]),  # gradient 1 + .5 sign(w)
+    ({"group_dim": (), "group_lasso": 0.5, "maximize": True}, [2.0]),  # gradient -1 + .5
+    ({"penalty": "tl1", "lam": 4.0}, [1.0]),  # tau = 8: cut sqrt(32) - 1/2 > 2
+]
+
+
+@pytest.mark.parametrize(("options", "weights"), BY_HAND)
+def test_by_hand(engine: str, options: dict[str, Any], weights: list[float]) -> None:
+    p = nn.Parameter(torch.tensor([2.0]))
+    optimizer = rk.RVSM([p], **{**HAND, **options}, engine=engine)
+    for want in weights:
+        p.grad = torch.tensor([1.0])
+        checked_step(optimizer)
+        assert p.item() == pytest.approx(want, rel=1e-6, abs=1e-7)
+
+
+def test_group_scale_by_hand(engine: str) -> None:
+    """l1 over a group of four: tau = .25 * sqrt 4 = .5; a norm of 2 shrinks to 1.5, each element to 3/4 of itself."""
+    p = nn.Parameter(torch.full((4,), -1.0, dtype=torch.float64))
+    optimizer = rk.RVSM([p], penalty="l1", lam=0.25, beta=1.0, group_dim=(), group_scale=True, engine=engine)
+    with optimizer.sparse_weights():
+        assert p.tolist() == [-0.75] * 4
+    assert optimizer.penalty_value().item() == pytest.approx(0.5 * 1.5 + 0.5 * 4 * 0.25**2)
+
+
+def test_layouts_are_what_they_say() -> None:
+    """The suite's own tools: a placed tensor has the values, the strides and the misalignment asked for."""
+    values = torch.arange(24.0).reshape(2, 3, 4)
+    view, buffer = Layout((2, 0, 1), gap=2, pad=1, offset=3).place(values)
+    assert torch.equal(view, values)
+    assert view.stride() == (7, 2, 14)
+    assert view.storage_offset() == 3 and buffer.numel() >= 3 + 4 * 14
+    case = TensorCase(torch.float32, (2, 3, 4), Layout((0, 1, 2)), "negated", None, 1.0)
+    grad = gradient(case, torch.Generator(), None)
+    assert grad is not None and grad.is_neg()

@@ -1,0 +1,375 @@
+"""Every error of section 3: its type, what it names, and that nothing has changed when it is raised."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rvsm_kernels as rk
+from conftest import missing
+from runner import bits, checked_step, same_bits
+
+INF, NAN = float("inf"), float("nan")
+Wrong = tuple[dict[str, Any], type[Exception], str]
+
+OPTIONS: list[Wrong] = [
+    # what is given, the error, a pattern of its text
+    ({"lr": -0.1}, ValueError, r"learning rate.*-0\.1"),
+    ({"lr": NAN}, ValueError, r"learning rate.*nan"),
+    ({"lr": INF}, ValueError, r"learning rate.*inf"),
+    ({"lr": "0.1"}, TypeError, r"learning rate.*0\.1"),
+    ({"lr": None}, TypeError, r"learning rate.*None"),
+    ({"lr": torch.tensor([0.1, 0.2])}, ValueError, r"1-element"),
+    ({"lr": torch.tensor(-0.5)}, ValueError, r"learning rate.*-0\.5"),
+    ({"momentum": -0.9}, ValueError, r"momentum.*-0\.9"),
+    ({"momentum": NAN}, ValueError, r"momentum.*nan"),
+    ({"dampening": NAN}, ValueError, r"dampening.*nan"),
+    ({"dampening": "a"}, TypeError, r"dampening.*a"),
+    ({"weight_decay": -1e-4}, ValueError, r"weight_decay.*-0\.0001"),
+    ({"weight_decay": INF}, ValueError, r"weight_decay.*inf"),
+    ({"nesterov": True}, ValueError, r"Nesterov momentum requires a momentum and zero dampening"),
+    ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, ValueError, r"Nesterov"),
+    ({"lam": -1e-3}, ValueError, r"lam.*-0\.001"),
+    ({"lam": NAN}, ValueError, r"lam.*nan"),
+    ({"lam": INF}, ValueError, r"lam.*inf"),
+    ({"lam": "x"}, TypeError, r"lam.*x"),
+    ({"beta": -2.0}, ValueError, r"beta.*-2"),
+    ({"beta": NAN}, ValueError, r"beta.*nan"),
+    ({"beta": INF}, ValueError, r"beta.*inf"),
+    ({"a": 0.0}, ValueError, r"a value.*0\.0"),
+    ({"a": -1.0}, ValueError, r"a value.*-1"),
+    ({"a": NAN}, ValueError, r"a value.*nan"),
+    ({"a": INF}, ValueError, r"a value.*inf"),
+    ({"density": 0.0}, ValueError, r"density.*0\.0"),
+    ({"density": 1.5}, ValueError, r"density.*1\.5"),
+    ({"density": -0.5}, ValueError, r"density.*-0\.5"),
+    ({"penalty": "l2"}, ValueError, r"penalty.*'l2'(?=.*'l0')(?=.*'l1')(?=.*'tl1')"),
+    ({"penalty": ""}, ValueError, r"penalty.*''"),
+    ({"method": "sgd"}, ValueError, r"method.*'sgd'.*rvsm"),
+    ({"method": None}, ValueError, r"method.*None"),
+    ({"group_lasso": 0.1}, ValueError, r"group_lasso.*0\.1.*group_dim"),
+    ({"group_lasso": -0.1, "group_dim": 0}, ValueError, r"group_lasso.*-0\.1"),
+    ({"group_lasso": NAN, "group_dim": 0}, ValueError, r"group_lasso.*nan"),
+    ({"group_dim": 2}, ValueError, r"group_dim.*2.*parameter 0 of group \d.*2 dim"),
+    ({"group_dim": -3}, ValueError, r"group_dim.*-3"),
+    ({"group_dim": (0, 5)}, ValueError, r"group_dim.*\(0, 5\)"),
+    ({"group_dim": (0, 0)}, ValueError, r"group_dim.*\(0, 0\)"),
+    ({"group_dim": (0, -2)}, ValueError, r"group_dim.*\(0, -2\)"),
+    ({"group_dim": "0"}, TypeError, r"group_dim.*'0'"),
+    ({"group_dim": 0.5}, TypeError, r"group_dim.*0\.5"),
+    ({"group_dim": (0, 1.0)}, TypeError, r"group_dim.*1\.0"),
+]
+
+RESERVED: list[dict[str, Any]] = [
+    {"method": "rvsm-delayed"},
+    {"method": "admm"},
+    {"penalty": "topk", "density": 0.5},
+    {"unit_norm": True},
+]
+
+
+def two() -> list[nn.Parameter]:
+    """Two matrices with gradients."""
+    params = [nn.Parameter(torch.full((3, 4), 0.5)), nn.Parameter(torch.full((4, 3), -0.5))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params
+
+
+class Frozen:
+    """What an optimizer holds, to be found unchanged after an error."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.params = [p for g in optimizer.param_groups for p in g["params"]]
+        self.weights = [bits(p) for p in self.params]
+        self.state = copy.deepcopy({k: dict(optimizer.state[p]) for k, p in enumerate(self.params)})
+        self.versions = [p._version for p in self.params]
+
+    def check(self) -> None:
+        """Not a bit differs."""
+        for k, p in enumerate(self.params):
+            assert torch.equal(bits(p), self.weights[k]), f"parameter {k} changed before the error"
+            assert p._version == self.versions[k], f"parameter {k} was written to before the error"
+            now = self.optimizer.state[p]
+            assert now.keys() == self.state[k].keys(), f"state of parameter {k} changed before the error"
+            for key, value in now.items():
+                old = self.state[k][key]
+                assert value is None or same_bits(value, old), f"{key} of parameter {k} changed before the error"
+
+
+def refused(optimizer: Any, error: type[Exception], text: str, call: Callable[[], Any] | None = None) -> None:
+    """A step raises, says why, and has changed nothing."""
+    frozen = Frozen(optimizer)
+    with pytest.raises(error, match=text):
+        (optimizer.step if call is None else call)()
+    frozen.check()
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "error", "text"), OPTIONS)
+def test_constructor(engine: str, options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        rk.RVSM(two(), **options, engine=engine)
+
+
+@pytest.mark.parametrize(("options", "error", "text"), OPTIONS)
+def test_options_of_a_group(engine: str, options: dict[str, Any], error: type[Exception], text: str) -> None:
+    """In the constructor's list, and in add_param_group, which then adds nothing."""
+    with pytest.raises(error, match=text):
+        rk.RVSM([{"params": two()}, {"params": two(), **options}], engine=engine)
+    optimizer = rk.RVSM(two(), engine=engine)
+    with pytest.raises(error, match=text):
+        optimizer.add_param_group({"params": two(), **options})
+    assert len(optimizer.param_groups) == 1
+    checked_step(optimizer, "after a group that was refused")
+
+
+@pytest.mark.parametrize(("options", "error", "text"), OPTIONS)
+@pytest.mark.parametrize("stepped", [0, 2])
+def test_edits_are_checked_at_the_next_step(
+    engine: str, options: dict[str, Any], error: type[Exception], text: str, stepped: int
+) -> None:
+    """The edit is to the last group: the first must not have been stepped when the error is raised."""
+    optimizer = rk.RVSM([{"params": two()}, {"params": two()}], lr=0.1, momentum=0.0, engine=engine)
+    for _ in range(stepped):
+        optimizer.step()
+    good = {key: optimizer.param_groups[1][key] for key in options}
+    optimizer.param_groups[1].update(options)
+    refused(optimizer, error, text)
+    refused(optimizer, error, text)  # and again: a refused edit is not taken for checked
+    optimizer.param_groups[1].update(good)
+    checked_step(optimizer, "after the edit was taken back")
+
+
+@pytest.mark.parametrize("options", RESERVED)
+def test_reserved_options(engine: str, options: dict[str, Any]) -> None:
+    """Documented, not in this version; still there as names."""
+    name = str(next(iter(options)))
+    with pytest.raises(NotImplementedError, match=name):
+        rk.RVSM(two(), **options, engine=engine)
+    optimizer = rk.RVSM(two(), lr=0.1, engine=engine)
+    optimizer.param_groups[0].update(options)
+    refused(optimizer, NotImplementedError, name)
+
+
+@pytest.mark.parametrize("name", ["RVSMAdamW", "RVSMWrapper", "AdaptiveHardThreshold"])
+def test_reserved_classes(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=name):
+        getattr(rk, name)(two(), lr=0.1)
+
+
+def test_reserved_reference_class() -> None:
+    with pytest.raises(NotImplementedError, match="RVSMAdamW"):
+        rk.reference.RVSMAdamW(two())
+
+
+@pytest.mark.parametrize("options", [{"penalty": "topk", "density": 0.0}, {"penalty": "topk", "density": 2.0}])
+def test_a_wrong_value_is_named_before_a_reserved_option(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="density"):
+        rk.RVSM(two(), **options)
+
+
+@pytest.mark.parametrize("key", ["lambda_", "eps", "threshold"])
+def test_unknown_arguments(key: str) -> None:
+    with pytest.raises(TypeError, match=key):
+        rk.RVSM(two(), **{key: 1.0})
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_engine() -> None:
+    with pytest.raises(ValueError, match=r"engine.*'cuda'.*native.*triton.*reference"):
+        rk.RVSM(two(), engine="cuda")
+
+
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_missing_engine_says_what_to_do(name: str) -> None:
+    """It is refused where the optimizer is made, with the reason."""
+    if missing(name, "cpu") is None:
+        rk.RVSM(two(), engine=name).step()
+        return
+    with pytest.raises(RuntimeError, match=name) as info:
+        rk.RVSM(two(), engine=name)
+    text = str(info.value)
+    assert "engine=None" in text or "install" in text, text
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def sparse(p: Tensor) -> None:
+    p.grad = torch.ones_like(p).to_sparse()
+
+
+def complex_gradient(p: Tensor) -> None:
+    p.grad = torch.ones_like(p)
+    p.data = p.data.to(torch.complex64)
+    p.grad = torch.ones_like(p)
+
+
+def other_shape(p: Tensor) -> None:
+    p.grad = torch.ones_like(p)
+    p.data = p.data[:, :2].clone()
+
+
+def other_rank(p: Tensor) -> None:
+    p.grad = torch.ones_like(p)
+    p.data = p.data.reshape(-1).clone()
+
+
+BAD_GRADIENTS: list[tuple[Callable[[Tensor], None], str]] = [
+    (sparse, "sparse"),
+    (complex_gradient, "complex"),
+    (other_shape, "shape"),
+    (other_rank, "shape"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "text"), BAD_GRADIENTS)
+@pytest.mark.parametrize("stepped", [0, 2])
+@pytest.mark.parametrize("named", [False, True])
+def test_bad_gradients(engine: str, spoil: Callable[[Tensor], None], text: str, stepped: int, named: bool) -> None:
+    """The last parameter of the last group has it; no other may have been touched, and the message says which it is."""
+    first, second = two(), two()
+    names = ("alpha", "omega")
+    last = list(zip(names, second, strict=True)) if named else second
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "lam": 1e-2, "group_dim": 0, "group_lasso": 0.1}
+    groups = [{"params": [(f"first {k}", p) for k, p in enumerate(first)] if named else first}, {"params": last}]
+    optimizer = rk.RVSM(groups, **options, engine=engine)
+    for _ in range(stepped):
+        optimizer.step()
+    spoil(second[1])
+    where = "omega" if named else r"1 of group 1"
+    refused(optimizer, (RuntimeError, TypeError, ValueError), text)  # type: ignore[arg-type]
+    refused(optimizer, (RuntimeError, TypeError, ValueError), where)  # type: ignore[arg-type]
+
+
+def test_momentum_that_does_not_fit(engine: str) -> None:
+    for spoiled in (torch.zeros(3), torch.zeros(4, 3, dtype=torch.float64), torch.zeros(3, 4)):
+        optimizer = rk.RVSM(two(), lr=0.1, momentum=0.9, engine=engine)
+        optimizer.step()
+        optimizer.state[optimizer.param_groups[0]["params"][1]]["momentum_buffer"] = spoiled
+        refused(optimizer, RuntimeError, "momentum_buffer.*1 of group 0")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_parameters_of_other_dtypes(engine: str, dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.zeros(3, 3).to(dtype), requires_grad=False)
+    name = re.escape(str(dtype).removeprefix("torch."))
+    with pytest.raises(TypeError, match=name):
+        rk.RVSM([("odd one", p)], lr=0.1, engine=engine)
+
+
+def test_group_dim_of_a_bias(engine: str) -> None:
+    """The most likely mistake: model.parameters() with a group_dim; the message tells what to do."""
+    with pytest.raises(ValueError, match=r"group_dim.*1.*bias.*param_groups"):
+        rk.RVSM(nn.Linear(3, 4).named_parameters(), lr=0.1, group_dim=1, engine=engine)
+
+
+# ---- NaN and Inf -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("options", [{}, {"group_dim": 0, "group_lasso": 0.1}, {"group_dim": (), "decoupled": False}])
+def test_a_broken_gradient_breaks_its_own_parameter_only(engine: str, bad: float, options: dict[str, Any]) -> None:
+    """As in torch.optim.SGD: it propagates into that element; its neighbours and the other parameters train on."""
+    gen = torch.Generator().manual_seed(1)
+    params = [nn.Parameter(torch.randn(5, 7, generator=gen)) for _ in range(5)]
+    lost: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "lam": 0.1, "beta": 0.5}
+    optimizer = rk.RVSM([{"params": params[:3]}, {"params": params[3:]}], **lost, **options, engine=engine)
+    for p in params:
+        p.grad = torch.randn(5, 7, generator=gen)
+    params[2].grad[3, 4] = bad
+    checked_step(optimizer)
+    assert not math.isfinite(params[2][3, 4].item())
+    assert int((~torch.isfinite(params[2])).sum()) == 1
+    for k, p in enumerate(params):
+        if k != 2:
+            assert torch.isfinite(p).all(), f"parameter {k}"
+            assert torch.isfinite(optimizer.state[p]["momentum_buffer"]).all()
+
+
+@pytest.mark.parametrize("group_dim", [None, 0, 1, ()])
+@pytest.mark.parametrize("penalty", ["l0", "l1", "tl1"])
+def test_a_broken_weight_stays_in_its_group(engine: str, penalty: str, group_dim: Any) -> None:
+    """NaN in a weight shows in u and in the next weights, in its own group and nowhere else."""
+    gen = torch.Generator().manual_seed(2)
+    whole, other = nn.Parameter(torch.randn(6, 8, generator=gen)), nn.Parameter(torch.randn(6, 8, generator=gen))
+    with torch.no_grad():
+        whole[2, 5] = NAN
+    optimizer = rk.RVSM([whole, other], lr=0.1, penalty=penalty, lam=0.1, beta=0.5, group_dim=group_dim, engine=engine)
+    for p in (whole, other):
+        p.grad = torch.ones(6, 8)
+    with optimizer.sparse_weights():
+        assert whole[2, 5].isnan()
+        broken = whole.isnan()
+    optimizer.step()
+    broken |= whole.isnan()
+    mine = torch.zeros(6, 8, dtype=torch.bool)
+    mine[{None: (2, 5), 0: (2, slice(None)), 1: (slice(None), 5), (): (slice(None), slice(None))}[group_dim]] = True
+    assert broken[2, 5] and not (broken & ~mine).any()
+    assert torch.isfinite(other).all()
+
+
+# ---- group_dim in memory ---------------------------------------------------------------------------------------------
+
+SCATTERED = [
+    ((4, 3, 2, 5), (0, 2), False),
+    ((4, 3, 2, 5), (1, 3), False),
+    ((4, 3, 2, 5), (1, 2), True),  # in memory 0 2 3 1
+    ((2, 3, 4), (0, 2), False),
+    ((2, 3, 4, 5, 6), (0, 2, 4), False),
+]
+
+
+def scattered(shape: tuple[int, ...], channels_last: bool) -> nn.Parameter:
+    """A weight with a gradient."""
+    values = torch.from_numpy(np.random.default_rng(0).standard_normal(shape)).float()
+    p = nn.Parameter(values.to(memory_format=torch.channels_last) if channels_last else values)
+    p.grad = torch.ones_like(p)
+    return p
+
+
+@pytest.mark.parametrize(("shape", "group_dim", "channels_last"), SCATTERED)
+def test_kept_dimensions_that_do_not_collapse(
+    native: str, shape: tuple[int, ...], group_dim: tuple[int, ...], channels_last: bool
+) -> None:
+    """ValueError, before anything is touched, and what to do about it."""
+    first, p = scattered(shape, False), scattered(shape, channels_last)
+    groups = [{"params": [first]}, {"params": [p], "group_dim": group_dim}]
+    optimizer = rk.RVSM(groups, lr=0.1, momentum=0.9, lam=0.1, beta=0.5, engine=native)
+    remedy = r"contiguous|permute|engine=.reference|memory"
+    refused(optimizer, ValueError, f"group_dim.*({remedy})")
+    refused(optimizer, ValueError, "0 of group 1")
+
+    refused(optimizer, ValueError, "group_dim", optimizer.sparsify_)
+    refused(optimizer, ValueError, "group_dim", optimizer.penalty_value)
+    refused(optimizer, ValueError, "group_dim", optimizer.sparsity)
+    with pytest.raises(ValueError, match="group_dim"):
+        rk.prox(p, "l0", 0.1, 1.0, group_dim)
+    before = [bits(first), bits(p)]
+    with pytest.raises(ValueError, match="group_dim"), optimizer.sparse_weights():
+        pytest.fail("sparse_weights() was entered")
+    assert torch.equal(bits(first), before[0]) and torch.equal(bits(p), before[1])
+    p.grad = None
+    checked_step(optimizer, "nothing is left open: a step without that parameter's gradient works")
+
+
+@pytest.mark.parametrize(("shape", "group_dim", "channels_last"), SCATTERED)
+def test_the_remedy_works(shape: tuple[int, ...], group_dim: tuple[int, ...], channels_last: bool) -> None:
+    """The reference takes any group_dim."""
+    p = scattered(shape, channels_last)
+    optimizer = rk.RVSM([p], lr=0.1, lam=0.1, beta=0.5, group_dim=group_dim, engine="reference")
+    checked_step(optimizer)
