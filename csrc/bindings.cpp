@@ -73,7 +73,15 @@ PYBIND11_MODULE(_C, m) {
         const rvsm::GroupView v = rvsm::group_view(sizes, strides, kept);
         return py::make_tuple(v.batch, v.outer, v.groups, v.inner);
       },
-      "The (batch, outer, groups, inner) view of a dense tensor; ValueError where the kept dimensions do not collapse.");
+      "The (batch, outer, groups, inner) view of a dense tensor; ValueError where the kept dimensions do not "
+      "collapse.");
+  m.def(
+      "check",
+      [](const std::vector<at::Tensor>& params, const std::vector<int64_t>& group_dim) {
+        for (const at::Tensor& p : params)
+          rvsm::make_row(p.is_non_overlapping_and_dense() ? p : at::empty_like(p), group_dim);
+      },
+      "ValueError unless the group_dim of every tensor collapses in memory.");
   py::class_<Plan>(m, "Plan", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
                      auto* type = &heap_type->ht_type;
                      type->tp_flags |= Py_TPFLAGS_HAVE_GC;
@@ -81,7 +89,8 @@ PYBIND11_MODULE(_C, m) {
                      type->tp_clear = clear;
                    }))
       .def(py::init<>())
-      .def("set_options", [](Plan& plan, size_t group, const py::dict& d) { plan.set_options(group, group_options(d)); })
+      .def("set_options",
+           [](Plan& plan, size_t group, const py::dict& d) { plan.set_options(group, group_options(d)); })
       .def("prepare", &Plan::prepare)
       .def("launch", &Plan::launch);
 }

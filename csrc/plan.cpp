@@ -120,7 +120,8 @@ bool Plan::rebuild(const py::list& groups) {
       try {
         job_.rows.push_back(make_row(e.dense ? w : at::empty_like(w), dims));
       } catch (const std::invalid_argument& error) {
-        throw py::value_error("Invalid group_dim value for " + name(groups, e) + ": " + error.what());
+        e.error = error.what();  // of no weight until the parameter has a gradient
+        job_.rows.emplace_back();
       }
       reset(e.param, p);
       entries_.push_back(std::move(e));
@@ -168,6 +169,7 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double
   const at::Tensor& g = w.grad();
   row.active = g.defined() && row.numel > 0;
   if (!g.defined()) return;
+  if (!e.error.empty()) throw py::value_error("Invalid group_dim value for " + name(groups, e) + ": " + e.error);
   if (g.layout() != at::kStrided)
     throw std::runtime_error("RVSM does not support sparse gradients (" + name(groups, e) + " has layout " +
                              text_of(g.layout()) + ")");
@@ -214,8 +216,7 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double
       row.m = new_buffers_.back().second.mutable_data_ptr();
     } else {
       const at::Tensor& m = THPVariable_Unpack(e.buffer);
-      row.m = m.strides() == dense.strides() ? m.mutable_data_ptr()
-                                             : stage(Staged(m, dense), true).mutable_data_ptr();
+      row.m = m.strides() == dense.strides() ? m.mutable_data_ptr() : stage(Staged(m, dense), true).mutable_data_ptr();
     }
   }
   if (first != e.first) {

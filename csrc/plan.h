@@ -49,6 +49,7 @@ class Plan {
     size_t index = 0;
     std::vector<int64_t> sizes, strides;
     at::ScalarType type = at::kFloat;
+    std::string error;  // why the parameter has no row
     bool dense = true;
     bool first = false;
   };

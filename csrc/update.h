@@ -79,8 +79,8 @@ RVSM_HD Momentum momentum_of(const Options& o) {
 // The same numbers in the arithmetic type of a kernel.
 template <class T>
 RVSM_HD Step<T> narrow(const Step<double>& s) {
-  return {narrow<T>(s.prox), T(s.grad), T(s.pull), T(s.coupling), T(s.decay), T(s.lasso),
-          T(s.keep),         T(s.add),  T(s.look), T(s.lr)};
+  return {narrow<T>(s.prox), T(s.grad), T(s.pull), T(s.coupling), T(s.decay),
+          T(s.lasso),        T(s.keep), T(s.add),  T(s.look),     T(s.lr)};
 }
 
 }  // namespace rvsm

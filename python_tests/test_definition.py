@@ -68,6 +68,22 @@ def test_random_configurations(engine: str, family: str, chunk: int) -> None:
     assert not failed, f"{len(failed)} of {PER_TEST} cases, seeds {list(failed)}; the first: {next(iter(failed.values()))}"
 
 
+@pytest.mark.parametrize("setting", ["float64 is the default dtype", "uninitialised memory is NaN"])
+def test_settings_of_torch(engine: str, setting: str) -> None:
+    """The step depends on its tensors only; with the second, reading memory before it was written shows."""
+    try:
+        if setting.startswith("float64"):
+            torch.set_default_dtype(torch.float64)
+        else:
+            torch.use_deterministic_algorithms(True)
+            assert torch.utils.deterministic.fill_uninitialized_memory
+        for seed in range(60):
+            run(draw(seed, FAMILIES["mixed"]), engine)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+
+
 # ---- large tensors and extreme numbers -------------------------------------------------------------------------------
 
 LARGE = [

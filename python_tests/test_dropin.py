@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import inspect
 import weakref
@@ -234,6 +235,40 @@ def test_what_has_no_gradient_is_skipped(engine: str) -> None:
     assert str(optimizer.sparsity())
 
 
+def test_plain_tensors_and_generators(engine: str) -> None:
+    w = torch.randn(9, requires_grad=True)
+    optimizer = rk.RVSM((x for x in [w]), lr=0.1, momentum=0.9, engine=engine)
+    for k in range(2):
+        (w * w).sum().backward()
+        checked_step(optimizer, f"step {k}")
+    with pytest.raises(ValueError, match="empty parameter list"):
+        rk.RVSM([], lr=0.1, engine=engine)
+
+
+def test_first_momentum_is_a_copy_of_the_gradient(engine: str) -> None:
+    """Also of one that is still part of a graph."""
+    w = torch.randn(40, requires_grad=True)
+    optimizer = rk.RVSM([w], lr=0.1, momentum=0.9, penalty=None, engine=engine)
+    (w * w).sum().backward(create_graph=True)
+    assert w.grad is not None and w.grad.requires_grad
+    optimizer.step()
+    m = optimizer.state[w]["momentum_buffer"]
+    assert not m.requires_grad and m.data_ptr() != w.grad.data_ptr() and w.is_leaf
+    w.grad = torch.ones(40)
+    checked_step(optimizer)
+
+
+def test_many_tiny_parameters(engine: str) -> None:
+    gen = torch.Generator().manual_seed(3)
+    params = [nn.Parameter(torch.randn(1 + k % 5, generator=gen)) for k in range(400)]
+    groups = [{"params": params[:150]}, {"params": params[150:], "group_dim": 0, "penalty": "tl1", "lam": 0.1}]
+    optimizer = rk.RVSM(groups, **BASE, lam=0.3, beta=0.5, engine=engine)
+    for k in range(2):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=gen)
+        checked_step(optimizer, f"step {k}")
+
+
 # ---- GradScaler ------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +427,21 @@ def test_step_in_the_backward_pass(engine: str) -> None:
         backward(other, theirs, k)
         theirs.step()
     assert_same_weights(model, other)
+
+
+def test_optimizers_in_several_threads(engine: str) -> None:
+    """Each thread trains its own model; what it gets is what it would get alone."""
+    alone = [small(seed=k) for k in range(4)]
+    together = [small(seed=k) for k in range(4)]
+    for model in alone:
+        train(model, optimizer_of(model, engine), range(4))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(train, model, optimizer_of(model, engine), range(4)) for model in together]
+        losses = [job.result() for job in jobs]
+    assert all(len(values) == 4 for values in losses)
+    for one, other in zip(alone, together, strict=True):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.allclose(p, q, rtol=1e-4, atol=1e-6)  # torch's own convolutions may differ in rounding
 
 
 def group_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:

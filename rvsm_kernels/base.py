@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .groups import GroupDim
-from .options import OPTIONS, is_split, param_name, validate, validate_param
+from .options import OPTIONS, is_split, param_name, snapshot, validate, validate_param
 from .sparsity import SparsityReport, measure
 
 Group = MutableMapping[str, Any]
@@ -45,6 +45,9 @@ class Engine(ABC):
     def launch(self) -> None:
         """Do the step that was prepared."""
 
+    def check(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:  # noqa: B027 - most need none
+        """Raise ValueError if the groups of a parameter are none that this engine can reduce."""
+
     @abstractmethod
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         """w <- prox_{tau P}(w) in place, for parameters of one split group."""
@@ -68,12 +71,12 @@ def check_gradient(p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, A
         raise RuntimeError(f"the gradient of {name} is on {grad.device}, the parameter on {p.device}")
     validate_param(p, group, name)
     buffer = state[p].get("momentum_buffer") if p in state else None
-    if group["momentum"] and buffer is not None:
-        if (buffer.shape, buffer.dtype, buffer.device) != (p.shape, p.dtype, p.device):
-            raise RuntimeError(
-                f"the momentum_buffer of {name} is {buffer.dtype} {list(buffer.shape)} on {buffer.device},"
-                f" the parameter {p.dtype} {list(p.shape)} on {p.device}"
-            )
+    fits = buffer is None or (buffer.shape, buffer.dtype, buffer.device) == (p.shape, p.dtype, p.device)
+    if group["momentum"] and not fits:
+        raise RuntimeError(
+            f"the momentum_buffer of {name} is {buffer.dtype} {list(buffer.shape)} on {buffer.device},"
+            f" the parameter {p.dtype} {list(p.shape)} on {p.device}"
+        )
 
 
 _read_options = itemgetter(*OPTIONS)
@@ -165,7 +168,7 @@ class SplittingOptimizer(Optimizer):
                 validate(group)
                 for j, p in enumerate(group["params"]):
                     validate_param(p, group, param_name(group, i, j))
-                seen[i] = values
+                seen[i] = snapshot(values)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -210,7 +213,7 @@ class SplittingOptimizer(Optimizer):
             raise RuntimeError(f"{what} inside sparse_weights(): the parameters hold u, not the weights")
 
     def _split_params(self) -> Iterator[tuple[Group, Engine, list[Tensor]]]:
-        """Every group with a splitting, its engine and its parameters with elements."""
+        """Every group with a splitting, its engine, its parameters with elements; checked, so take all before use."""
         self._validate_groups()
         for group in self.param_groups:
             if is_split(group):
@@ -219,6 +222,7 @@ class SplittingOptimizer(Optimizer):
                     if p.numel() > 0:
                         by_device.setdefault(p.device.type, []).append(p)
                 for device_type, params in by_device.items():
+                    self._engine(device_type).check(params, group)
                     yield group, self._engine(device_type), params
 
     @contextlib.contextmanager
@@ -263,7 +267,7 @@ class SplittingOptimizer(Optimizer):
             A 0-dim float64 tensor on the parameters' device; not differentiable.
         """
         total: Tensor | None = None
-        for group, engine, params in self._split_params():
+        for group, engine, params in list(self._split_params()):
             value = engine.penalty_value([self._weights(p) for p in params], group)
             total = value if total is None else total + value.to(total.device)
         if total is None:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .base import Engine
 from .groups import GroupDim, kept_dims
-from .options import is_split
+from .options import is_split, snapshot
 
 load_error: str | None = None
 """Why the compiled module is missing, or None."""
 
 try:
-    from . import _C
+    from . import _C  # type: ignore[attr-defined,unused-ignore]
 except ImportError as error:  # a source tree that was not built, or a build for another torch
     _C = None  # type: ignore[assignment]
     load_error = f"the compiled module could not be loaded ({error}); build it with pip install --no-build-isolation ."
@@ -55,7 +55,7 @@ class NativeEngine(Engine):
             values = _read(group)
             if i >= len(seen) or isinstance(values[0], Tensor) or seen[i] != values:
                 plan.set_options(i, _packed(group))
-                seen[i : i + 1] = [values]
+                seen[i : i + 1] = [snapshot(values)]
         del seen[len(groups) :]
         scale = 1.0 if grad_scale is None else float(grad_scale)
         skip = found_inf is not None and float(found_inf) > 0
@@ -63,6 +63,13 @@ class NativeEngine(Engine):
 
     def launch(self) -> None:
         self._plan.launch()
+
+    def check(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        if group["group_dim"] is not None:
+            try:
+                _C.check(params, _dims(group["group_dim"]))
+            except ValueError as error:
+                raise ValueError(f"Invalid group_dim value: {group['group_dim']!r}: {error}") from None
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         torch.ops.rvsm_kernels.prox_(params, *_penalty_arguments(group))
@@ -90,7 +97,9 @@ def _penalty_arguments(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _packed(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a group as plain numbers for the plan."""
-    packed = {key: float(group[key]) for key in "lr momentum dampening weight_decay lam beta a group_lasso".split()}
+    packed: dict[str, Any] = {
+        key: float(group[key]) for key in "lr momentum dampening weight_decay lam beta a group_lasso".split()
+    }
     packed.update({key: bool(group[key]) for key in "nesterov maximize group_scale decoupled".split()})
     packed["penalty"] = group["penalty"] if is_split(group) else None
     packed["group_dim"] = _dims(group["group_dim"])

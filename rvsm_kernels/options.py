@@ -22,6 +22,11 @@ METHODS = ("rvsm", "rvsm-delayed", "admm")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def snapshot(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Options to compare with later ones: a list is copied, for it can be edited in place."""
+    return tuple(list(v) if isinstance(v, list) else v for v in values)
+
+
 def _number(group: Mapping[str, Any], key: str, what: str, *, above: float | None = None) -> float:
     """The option as a finite float >= 0 (or > above), or an error in torch.optim's wording."""
     value = group[key]

@@ -53,8 +53,9 @@ def _tl1_shrink(r: Tensor, tau: float, a: float) -> Tensor:
     rest = ((r - (rho - a)) / (a + r) * (1 + x + x * x)).clamp(min=0.0)
     angle = torch.atan2(x * x.sqrt(), rest.sqrt())  # asin(sqrt q)
     s = r - (4 / 3) * (a + r) * torch.sin(angle / 3) ** 2
-    # Once through the condition it solves, s = r - tau g'(s) = r - 4/27 rho^3 / (a + s)^2, takes off most of the rounding
-    # so far. The slope of shrink is at least 1, so r - cut bounds it from below: rounding cannot reach 0 above the cut.
+    # Once through the condition it solves, s = r - tau g'(s) = r - 4/27 rho^3 / (a + s)^2, takes off most of the
+    # rounding so far. The slope of shrink is at least 1, so r - cut bounds it from below: rounding cannot reach 0 above
+    # the cut.
     s = r - (4 / 27 * rho) * (rho / (a + s)) ** 2
     return torch.maximum(s, r - _tl1_cut(tau, a))
 

@@ -49,7 +49,7 @@ def _step(group: Mapping[str, Any], state: MutableMapping[Tensor, Any], grad_sca
     if grad_scale is not None:
         g = [x * grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
     if group["maximize"]:
-        g = torch._foreach_neg(g)
+        g = list(torch._foreach_neg(g))
     lr, beta, dims = float(group["lr"]), group["beta"], group["group_dim"]
 
     if group["group_lasso"] != 0:
@@ -61,9 +61,9 @@ def _step(group: Mapping[str, Any], state: MutableMapping[Tensor, Any], grad_sca
         if group["decoupled"]:
             torch._foreach_add_(w, pull, alpha=-lr * beta)
         else:
-            g = torch._foreach_add(g, pull, alpha=beta)
+            g = list(torch._foreach_add(g, pull, alpha=beta))
     if group["group_lasso"] != 0:
-        g = torch._foreach_add(g, unit, alpha=float(group["group_lasso"]))
+        g = list(torch._foreach_add(g, unit, alpha=float(group["group_lasso"])))
     if group["nesterov"] and not group["weight_decay"]:
         g = [x.clone() for x in g]  # torch's foreach SGD would write the Nesterov direction into p.grad
 
@@ -86,7 +86,7 @@ def _step(group: Mapping[str, Any], state: MutableMapping[Tensor, Any], grad_sca
             p.copy_(new_w)
         if buffer is None and new_m is not None:
             state[p]["momentum_buffer"] = torch.empty_like(p).copy_(new_m)
-        elif buffer is not None and buffer.dtype != new_m.dtype:
+        elif buffer is not None and new_m is not None and buffer.dtype != new_m.dtype:
             buffer.copy_(new_m)
 
 

@@ -36,8 +36,8 @@ struct Row {
   int64_t parts = 1;
 };
 
-// A rectangle of a row in its view: one batch, rows [o0, o1) of the outer dimension, columns [c0, c1) of groups x inner.
-// A row without groups is one outer row of numel columns.
+// A rectangle of a row in its view: one batch, rows [o0, o1) of the outer dimension, columns [c0, c1) of groups x
+// inner. A row without groups is one outer row of numel columns.
 struct Block {
   int64_t batch, o0, o1, c0, c1;
 };
@@ -63,11 +63,11 @@ const Kernels& kernels();
 
 // The tasks of a set of rows, for repeated runs.
 //
-// A row without groups is applied block by block. Groups that are short and consecutive in memory are reduced and applied
-// by one task each, while they are in the cache. For other groups the tasks stand in the queue in the order reduce,
-// apply; a thread that takes an apply task waits until every reduce task of the row is done. Those were taken earlier, so
-// some thread is at work on them and the wait ends. What a task computes does not depend on who runs it: results are the
-// same for every number of threads.
+// A row without groups is applied block by block. Groups that are short and consecutive in memory are reduced and
+// applied by one task each, while they are in the cache. For other groups the tasks stand in the queue in the order
+// reduce, apply; a thread that takes an apply task waits until every reduce task of the row is done. Those were taken
+// earlier, so some thread is at work on them and the wait ends. What a task computes does not depend on who runs it:
+// results are the same for every number of threads.
 class Job {
  public:
   explicit Job(Action action) : action_(action) {}

@@ -331,8 +331,7 @@ void run_prox(const Row& row, const Block& block) {
   const Prox<T> prox = narrow<T>(row.step.prox);
   S* const w = static_cast<S*>(row.w);
   if (row.grouped) {
-    for_spans(row, block, prox, false,
-              [&](int64_t at, int64_t n, const auto& pull) { prox_span(w + at, n, pull); });
+    for_spans(row, block, prox, false, [&](int64_t at, int64_t n, const auto& pull) { prox_span(w + at, n, pull); });
   } else {
     with_penalty(prox.penalty, [&](auto tag) {
       prox_span(w + block.c0, block.c1 - block.c0, ElementPull<decltype(tag)::value, T>{prox});

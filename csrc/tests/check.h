@@ -8,14 +8,14 @@
 
 inline int failures = 0;
 
-#define CHECK(condition, ...)                                                     \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      std::printf("%s:%d: %s failed: ", __FILE__, __LINE__, #condition);          \
-      std::printf(__VA_ARGS__);                                                   \
-      std::printf("\n");                                                          \
-      if (++failures > 20) std::exit(1);                                          \
-    }                                                                             \
+#define CHECK(condition, ...)                                            \
+  do {                                                                   \
+    if (!(condition)) {                                                  \
+      std::printf("%s:%d: %s failed: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                          \
+      std::printf("\n");                                                 \
+      if (++failures > 20) std::exit(1);                                 \
+    }                                                                    \
   } while (0)
 
 inline std::mt19937_64& generator() {
@@ -23,7 +23,9 @@ inline std::mt19937_64& generator() {
   return g;
 }
 
-inline double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(generator()); }
+inline double uniform(double low, double high) {
+  return std::uniform_real_distribution<double>(low, high)(generator());
+}
 
 inline double log_uniform(double low, double high) { return std::exp(uniform(std::log(low), std::log(high))); }
 

@@ -1,13 +1,12 @@
 // The CPU engine on plain memory: every element exactly once, all sizes around the vector width, all alignments, every
 // instruction set and every number of threads with the same bits, groups against plain loops.
 
-#include "../cpu/engine.h"
-
 #include <cmath>
 #include <cstring>
 #include <thread>
 #include <vector>
 
+#include "../cpu/engine.h"
 #include "../half.h"
 #include "../update.h"
 #include "check.h"
@@ -65,14 +64,16 @@ struct Tensor {
   std::vector<S> w, g, m;
   int64_t at;
 
-  Tensor(int64_t n, int64_t shift) : w(random_values<S>(n)), g(random_values<S>(n)), m(random_values<S>(n)), at(shift) {}
+  Tensor(int64_t n, int64_t shift)
+      : w(random_values<S>(n)), g(random_values<S>(n)), m(random_values<S>(n)), at(shift) {}
 
   Row row(int64_t n, const Options& o, const GroupView* view = nullptr) {
     Row r;
     r.numel = n;
-    r.dtype = sizeof(S) == 8 ? Dtype::f64
-              : sizeof(S) == 4 ? Dtype::f32
-              : std::is_same_v<S, Float16> ? Dtype::f16 : Dtype::bf16;
+    r.dtype = sizeof(S) == 8               ? Dtype::f64
+              : sizeof(S) == 4             ? Dtype::f32
+              : std::is_same_v<S, Float16> ? Dtype::f16
+                                           : Dtype::bf16;
     r.grouped = view != nullptr;
     if (view != nullptr) r.view = *view;
     r.w = w.data() + at;
@@ -106,12 +107,12 @@ void plain_step(S& w, const S& g, S& m, const Row& row, Arithmetic<S> ratio_or_n
   using T = Arithmetic<S>;
   const Step<T> s = narrow<T>(row.step);
   T wi = load(w), mi = load(m);
-  const T u = std::isnan(ratio_or_nan) ? with_penalty(s.prox.penalty,
-                                                      [&](auto tag) {
-                                                        return std::copysign(
-                                                            shrink<decltype(tag)::value>(std::fabs(wi), s.prox), wi);
-                                                      })
-                                       : wi * ratio_or_nan;
+  const T u = std::isnan(ratio_or_nan)
+                  ? with_penalty(s.prox.penalty,
+                                 [&](auto tag) {
+                                   return std::copysign(shrink<decltype(tag)::value>(std::fabs(wi), s.prox), wi);
+                                 })
+                  : wi * ratio_or_nan;
   const auto step = [&](auto kind) { sgd_step(wi, mi, T(load(g)), wi - u, unit, s, kind); };
   const bool decay = s.decay != T(0);
   if (row.momentum == Momentum::none)
@@ -170,9 +171,9 @@ int64_t grouped() {
   using T = Arithmetic<S>;
   int64_t cases = 0;
   std::vector<GroupView> views = {
-      {1, 1, 1, 1},    {1, 1, 5, 9},      {1, 7, 5, 9},     {1, 64, 3, 49},    {1, 1, 300, 700}, {1, 300, 700, 1},
-      {1, 40, 33, 9},  {4, 9, 16, 1},     {3, 1, 1, 70000}, {1, 1, 1, 300000}, {1, 300001, 1, 1}, {1, 2, 2, 140000},
-      {1, 17, 2100, 1}, {1, 3, 2, 2049},  {1, 150000, 3, 1}, {2, 5, 7, 33},    {1, 1, 4000, 9}};
+      {1, 1, 1, 1},     {1, 1, 5, 9},    {1, 7, 5, 9},      {1, 64, 3, 49},    {1, 1, 300, 700},  {1, 300, 700, 1},
+      {1, 40, 33, 9},   {4, 9, 16, 1},   {3, 1, 1, 70000},  {1, 1, 1, 300000}, {1, 300001, 1, 1}, {1, 2, 2, 140000},
+      {1, 17, 2100, 1}, {1, 3, 2, 2049}, {1, 150000, 3, 1}, {2, 5, 7, 33},     {1, 1, 4000, 9}};
   for (const GroupView& v : views) {
     Options o = random_options();
     o.group_lasso = integer(0, 1) * 0.01;
@@ -209,7 +210,8 @@ int64_t grouped() {
       for (size_t i = 0; i < got.w.size(); ++i) {
         const double error = std::fabs(double(load(got.w[i])) - double(load(want.w[i])));
         CHECK(error <= bound, "view %lld %lld %lld %lld element %zu is off by %g", static_cast<long long>(v.batch),
-              static_cast<long long>(v.outer), static_cast<long long>(v.groups), static_cast<long long>(v.inner), i, error);
+              static_cast<long long>(v.outer), static_cast<long long>(v.groups), static_cast<long long>(v.inner), i,
+              error);
       }
       if (threads == 1)
         first = got;
@@ -258,8 +260,7 @@ int64_t mixed() {
     job.rows.push_back(row);
   }
   run(job, 4);
-  for (size_t i = 0; i < tensors.size(); ++i)
-    CHECK(tensors[i].same(start[i]) == !job.rows[i].active, "row %zu", i);
+  for (size_t i = 0; i < tensors.size(); ++i) CHECK(tensors[i].same(start[i]) == !job.rows[i].active, "row %zu", i);
   return 300;
 }
 

@@ -1,10 +1,9 @@
 // group_view against the meaning of group_dim: walk every element by its index and compare the groups.
 
-#include "../group_view.h"
-
 #include <map>
 #include <numeric>
 
+#include "../group_view.h"
 #include "check.h"
 
 using namespace rvsm;

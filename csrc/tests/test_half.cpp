@@ -1,9 +1,8 @@
 // bfloat16 and float16: every stored value, and every rounding boundary between neighbours.
 
-#include "../half.h"
-
 #include <cmath>
 
+#include "../half.h"
 #include "check.h"
 
 using namespace rvsm;

@@ -1,11 +1,10 @@
 // shrink against its definition: the argmin of (s - r)^2 / 2 + tau g(s), found by search, never by a formula.
 
-#include "../prox.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "../prox.h"
 #include "check.h"
 
 using rvsm::Penalty;
@@ -27,8 +26,8 @@ Real g_slope(Penalty p, Real s, Real a) {
 
 Real objective(Penalty p, Real s, Real r, Real tau, Real a) { return (s - r) * (s - r) / 2 + tau * g(p, s, a); }
 
-// The best s > 0. On s > 0 the derivative s - r + tau g'(s) is convex in s for every penalty, so the last place where it
-// rises through zero is the only local minimum; a scan down from r brackets it, bisection finds it.
+// The best s > 0. On s > 0 the derivative s - r + tau g'(s) is convex in s for every penalty, so the last place where
+// it rises through zero is the only local minimum; a scan down from r brackets it, bisection finds it.
 Real best_positive(Penalty p, Real r, Real tau, Real a) {
   const auto slope = [&](Real s) { return s - r + tau * g_slope(p, s, a); };
   const int steps = 20000;
@@ -66,20 +65,21 @@ void compare(Penalty p, Real r_exact, double tau, double a) {
   // Which side of the cut: by the objective, not by the cut. Within 4 ulp of the cut either is right.
   const Real distance = std::fabs(Real(r) - Real(wide.cut));
   if (distance > 4 * ulp) {
-    CHECK((s > 0) == (best > 0 && gain > 0) || std::fabs(gain) < 1e-17L * r * r, "support: p %d r %.17g tau %g a %g s %g",
-          int(p), double(r), tau, a, double(s));
+    CHECK((s > 0) == (best > 0 && gain > 0) || std::fabs(gain) < 1e-17L * r * r,
+          "support: p %d r %.17g tau %g a %g s %g", int(p), double(r), tau, a, double(s));
   }
   if (s == 0 || best == 0) return;
-  // Near tl1's critical point the root moves infinitely fast with r, and no formula in T can follow: there the rounding of
-  // r alone moves it by slope ulp.
+  // Near tl1's critical point the root moves infinitely fast with r, and no formula in T can follow: there the rounding
+  // of r alone moves it by slope ulp.
   const Real curvature = p == Penalty::tl1 ? -2 * Real(a) * (Real(a) + 1) / std::pow(Real(a) + best, 3) : 0;
   const Real slope = 1 / (1 + tau * curvature);
   const Real allowed = std::max(Real(8), 4 * slope);
-  CHECK(std::fabs(Real(s) - best) <= allowed * ulp, "value: p %d r %.17g tau %g a %g got %.17g, argmin %.17Lg (%.1Lf ulp of %.1Lf)",
-        int(p), double(r), tau, a, double(s), best, std::fabs(Real(s) - best) / ulp, allowed);
+  CHECK(std::fabs(Real(s) - best) <= allowed * ulp,
+        "value: p %d r %.17g tau %g a %g got %.17g, argmin %.17Lg (%.1Lf ulp of %.1Lf)", int(p), double(r), tau, a,
+        double(s), best, std::fabs(Real(s) - best) / ulp, allowed);
   // Everywhere, also there: as good as the argmin, to the precision of the weights.
-  CHECK(objective(p, s, r, tau, a) - objective(p, best, r, tau, a) <= 4 * ulp * Real(r), "objective: p %d r %.17g tau %g a %g",
-        int(p), double(r), tau, a);
+  CHECK(objective(p, s, r, tau, a) - objective(p, best, r, tau, a) <= 4 * ulp * Real(r),
+        "objective: p %d r %.17g tau %g a %g", int(p), double(r), tau, a);
 }
 
 }  // namespace
@@ -91,8 +91,8 @@ int main() {
     for (const Penalty p : all) {
       const double tau = log_uniform(1e-8, 1), a = log_uniform(0.01, 100);
       const double cut = rvsm::cut(p, tau, a);
-      const double at[] = {log_uniform(1e-6, 10),       cut * (1 + 1e-5), cut * (1 - 1e-5), cut * uniform(1, 2),
-                           cut * log_uniform(1, 1e4), cut * (1 + 1e-3)};
+      const double at[] = {log_uniform(1e-6, 10), cut * (1 + 1e-5),          cut * (1 - 1e-5),
+                           cut * uniform(1, 2),   cut * log_uniform(1, 1e4), cut * (1 + 1e-3)};
       for (const double r : at) {
         compare<float>(p, r, tau, a);
         compare<double>(p, r, tau, a);
@@ -102,7 +102,8 @@ int main() {
   }
   for (int i = 0; i < 500; ++i) {  // around tl1's critical tau
     const double a = log_uniform(0.01, 100), critical = a * a / (2 * (a + 1));
-    for (const double tau : {critical, critical * (1 + 1e-7), critical * (1 - 1e-7), critical * 1.01, critical * 0.99}) {
+    for (const double tau :
+         {critical, critical * (1 + 1e-7), critical * (1 - 1e-7), critical * 1.01, critical * 0.99}) {
       compare<double>(Penalty::tl1, rvsm::cut(Penalty::tl1, tau, a) * uniform(0.5, 2), tau, a);
       compare<float>(Penalty::tl1, rvsm::cut(Penalty::tl1, tau, a) * uniform(0.5, 2), tau, a);
       cases += 2;

@@ -1,9 +1,8 @@
 // sgd_step against section 2.3 of the design, written out once more in long double.
 
-#include "../update.h"
-
 #include <cmath>
 
+#include "../update.h"
 #include "check.h"
 
 using namespace rvsm;
@@ -61,8 +60,8 @@ void compare(const Options& o, bool first) {
   // Every operand is at most 1 in size and there are a dozen roundings.
   const Real bound = 16 * std::numeric_limits<T>::epsilon() * (2 + Real(o.beta));
   CHECK(std::fabs(Real(got_w) - want.w) <= bound && std::fabs(Real(got_m) - want.m) <= bound,
-        "decoupled %d momentum %g nesterov %d first %d: w %.17g want %.17Lg, m %.17g want %.17Lg", o.decoupled, o.momentum,
-        o.nesterov, first, double(got_w), want.w, double(got_m), want.m);
+        "decoupled %d momentum %g nesterov %d first %d: w %.17g want %.17Lg, m %.17g want %.17Lg", o.decoupled,
+        o.momentum, o.nesterov, first, double(got_w), want.w, double(got_m), want.m);
 }
 
 }  // namespace

@@ -1,0 +1,455 @@
+"""State never goes stale silently: whatever a user changes between two steps takes effect at the next.
+
+Every test trains a little, so that an engine may have kept whatever it keeps, changes one thing, and steps through
+`checked_step`, which predicts the step from what a user sees: param groups, state and gradients as they are now.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rvsm_kernels as rk
+from cases import Layout
+from runner import bits, check_reading, checked_step, real, same_bits
+
+OPTIONS: dict[str, Any] = {
+    **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    **{"penalty": "tl1", "lam": 0.05, "beta": 0.5, "a": 2.0},
+}
+GROUPED: dict[str, Any] = {"penalty": "l0", "lam": 0.6, "group_dim": 1, "group_lasso": 0.05}
+
+
+class World:
+    """An optimizer over two groups, elementwise and grouped, with all kinds of sizes, and its gradients."""
+
+    def __init__(self, engine: str, steps: int, **options: Any) -> None:
+        self.gen = torch.Generator().manual_seed(9)
+        self.first = [nn.Parameter(torch.randn(s, generator=self.gen)) for s in ((40,), (1,), (7, 5), (3, 4, 3, 3))]
+        self.second = [nn.Parameter(torch.randn(s, generator=self.gen)) for s in ((8, 6, 3, 3), (5, 9))]
+        groups = [{"params": self.first}, {"params": self.second, **GROUPED}]
+        self.optimizer = rk.RVSM(groups, **{**OPTIONS, **options}, engine=engine)
+        self.engine = engine
+        for k in range(steps):
+            self.step(f"before, {k}")
+
+    def params(self) -> list[Tensor]:
+        """Every parameter that the optimizer has now."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def set_gradients(self) -> None:
+        """New gradient tensors."""
+        for p in self.params():
+            values = torch.randn(p.shape, generator=self.gen, dtype=torch.float64).to(p.dtype)
+            p.grad = torch.empty_like(p).copy_(values)
+
+    def step(self, what: str, gradients: bool = True) -> None:
+        """A step against the definition."""
+        if gradients:
+            self.set_gradients()
+        checked_step(self.optimizer, what)
+
+    def go_on(self) -> None:
+        """The change holds, and what is read from the optimizer shows it."""
+        self.step("right after the change")
+        check_reading(self.optimizer, "right after the change")
+        self.step("one step later")
+
+    def momentum(self, p: Tensor) -> Tensor:
+        """A parameter's buffer."""
+        return self.optimizer.state[p]["momentum_buffer"]
+
+
+@pytest.fixture(params=[0, 1, 3], ids=["before the first step", "after one step", "after three"])
+def world(request: pytest.FixtureRequest, engine: str) -> World:
+    """Changes come before anything was built from the parameters, and after."""
+    return World(engine, request.param)
+
+
+@pytest.fixture
+def trained(engine: str) -> World:
+    """An optimizer with momentum."""
+    return World(engine, 2)
+
+
+# ---- momentum --------------------------------------------------------------------------------------------------------
+
+
+def test_momentum_buffer_replaced(trained: World) -> None:
+    for p in trained.params()[::2]:
+        trained.optimizer.state[p]["momentum_buffer"] = torch.full_like(p, 3.0)
+    trained.go_on()
+
+
+def test_momentum_buffer_replaced_in_another_layout(trained: World) -> None:
+    p = trained.second[0]
+    values = torch.randn(p.shape)
+    trained.optimizer.state[p]["momentum_buffer"] = Layout((3, 1, 0, 2), gap=2, offset=1).place(values)[0]
+    trained.go_on()
+
+
+def test_momentum_buffer_shared_with_a_loaded_tensor(trained: World) -> None:
+    """state_dict() and load_state_dict() share tensors: an edit of the shared one is an edit of the momentum."""
+    state = trained.optimizer.state_dict()
+    trained.optimizer.load_state_dict(state)
+    with torch.no_grad():
+        for entry in trained.optimizer.state_dict()["state"].values():
+            entry["momentum_buffer"].mul_(-2.0)
+    trained.go_on()
+
+
+@pytest.mark.parametrize("edit", [lambda m: m.zero_(), lambda m: m.mul_(-3.0), lambda m: m.set_(torch.ones_like(m))])
+def test_momentum_buffer_set_in_place(trained: World, edit: Callable[[Tensor], Any]) -> None:
+    with torch.no_grad():
+        for p in trained.params()[1:]:
+            edit(trained.momentum(p))
+    trained.go_on()
+
+
+@pytest.mark.parametrize("how", ["data", "resize"])
+def test_momentum_buffer_moved(trained: World, how: str) -> None:
+    m = trained.momentum(trained.first[0])
+    if how == "data":
+        m.data = torch.full((40,), 2.0)
+    else:
+        m.resize_(100_000).resize_(40).fill_(2.0)
+    trained.go_on()
+
+
+def test_state_cleared(trained: World) -> None:
+    """The next step is a first step: m is d."""
+    trained.optimizer.state.clear()
+    trained.go_on()
+
+
+def test_state_of_one_parameter_removed(trained: World) -> None:
+    del trained.optimizer.state[trained.second[1]]
+    trained.optimizer.state[trained.first[2]].clear()
+    trained.optimizer.state[trained.first[0]]["momentum_buffer"] = None
+    trained.go_on()
+
+
+def test_state_replaced_by_another_mapping(trained: World) -> None:
+    optimizer = trained.optimizer
+    fresh = copy.deepcopy({k: dict(v) for k, v in optimizer.state_dict()["state"].items()})
+    optimizer.state = type(optimizer.state)(dict)
+    for k, p in enumerate(trained.params()):
+        optimizer.state[p]["momentum_buffer"] = fresh[k]["momentum_buffer"] * 2
+    trained.go_on()
+
+
+def test_momentum_switched_on_and_off(engine: str) -> None:
+    world = World(engine, 2, momentum=0.0, nesterov=False)
+    for momentum, nesterov in ((0.9, False), (0.9, True), (0.0, False), (0.5, False)):
+        for group in world.optimizer.param_groups:
+            group.update(momentum=momentum, nesterov=nesterov)
+        world.go_on()
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtype_changed(engine: str, dtype: torch.dtype) -> None:
+    """model.to(dtype) before the first step; after it the momentum has to be converted too."""
+    model = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 3))
+    for steps in (0, 2):
+        optimizer = rk.RVSM(model.to(torch.float32).parameters(), **OPTIONS, engine=engine)
+        gen = torch.Generator().manual_seed(0)
+
+        def gradients(gen: torch.Generator = gen) -> None:
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=gen, dtype=torch.float64).to(p.dtype)
+
+        for _ in range(steps):
+            gradients()
+            checked_step(optimizer)
+        model.to(dtype)
+        if steps:
+            gradients()
+            before = [bits(p) for p in model.parameters()]
+            with pytest.raises(RuntimeError, match="momentum_buffer"):
+                optimizer.step()
+            assert all(torch.equal(bits(p), b) for p, b in zip(model.parameters(), before, strict=True))
+            optimizer.load_state_dict(optimizer.state_dict())  # torch's way: converts state to the parameter's dtype
+        for k in range(2):
+            gradients()
+            checked_step(optimizer, f"{dtype}, step {k}")
+        check_reading(optimizer)
+
+
+def test_memory_format_changed(world: World) -> None:
+    """channels_last in mid-training: the momentum is still contiguous."""
+    for p in (world.first[3], world.second[0]):
+        p.data = p.data.to(memory_format=torch.channels_last)
+    world.go_on()
+    for p in (world.first[3], world.second[0]):
+        p.data = p.data.contiguous()
+    world.go_on()
+
+
+def test_gradients_in_another_layout(trained: World) -> None:
+    trained.set_gradients()
+    for p in trained.params():
+        order = tuple(reversed(range(p.dim())))
+        p.grad = Layout(order, gap=2, pad=1, offset=3).place(p.grad)[0]
+    trained.step("other strides", gradients=False)
+    trained.go_on()
+
+
+def test_data_replaced(world: World) -> None:
+    """p.data = other: as torch's own load and quantisation code does."""
+    for p in world.params():
+        p.data = torch.randn(p.shape, generator=world.gen)
+    world.go_on()
+
+
+def test_data_is_a_view_of_a_flat_buffer(world: World) -> None:
+    """All parameters moved into one buffer, one after the other, as sharding libraries do."""
+    flat, at = torch.zeros(sum(p.numel() for p in world.params())), 0
+    for p in world.params():
+        piece = flat[at : at + p.numel()].view(p.shape)
+        piece.copy_(p.detach())
+        p.data, at = piece, at + p.numel()
+    world.go_on()
+    assert torch.equal(flat[:40], world.first[0].detach()), "the step did not write into the flat buffer"
+
+
+def test_data_of_another_shape(engine: str) -> None:
+    """A layer that was pruned for good: new shape, new gradient, momentum dropped."""
+    world = World(engine, 2)
+    p = world.second[0]
+    p.data = torch.randn((5, 4, 3, 3), generator=world.gen)
+    p.grad = None
+    del world.optimizer.state[p]
+    q = world.first[0]
+    q.data, q.grad = torch.randn(23, generator=world.gen), None
+    del world.optimizer.state[q]
+    world.go_on()
+
+
+def test_data_of_another_shape_without_momentum(engine: str) -> None:
+    world = World(engine, 2, momentum=0.0, nesterov=False)
+    for p, shape in ((world.second[1], (6, 4)), (world.first[1], (30,)), (world.first[2], (1, 1))):
+        p.data, p.grad = torch.randn(shape, generator=world.gen), None
+    world.go_on()
+
+
+def test_data_became_empty_and_grew(engine: str) -> None:
+    world = World(engine, 2, momentum=0.0, nesterov=False)
+    for shape in ((0, 9), (5, 9)):
+        world.second[1].data, world.second[1].grad = torch.ones(shape), None
+        world.go_on()
+
+
+def test_weights_edited_in_place(trained: World) -> None:
+    """Clipping, weight surgery, a loaded model: norms of groups kept from the last step would be old."""
+    with torch.no_grad():
+        for p in trained.params():
+            p.mul_(0.3)
+    trained.go_on()
+    with torch.no_grad():
+        trained.second[0][:, 1] = 0.0
+        trained.second[1].data[:, 2] *= 10.0
+    trained.go_on()
+
+
+def test_weights_edited_behind_the_version_counter(trained: World) -> None:
+    """p.data.mul_() and numpy bump no version counter of p."""
+    for p in trained.params():
+        p.data.mul_(0.3)
+    trained.go_on()
+    for p in trained.params():
+        p.detach().numpy()[...] *= -2.0
+    trained.go_on()
+
+
+def test_parameters_swapped(trained: World) -> None:
+    """torch.utils.swap_tensors: the same Python object, another tensor inside; refused if an engine holds on to it."""
+    for p in trained.params():
+        p.grad = None
+    for p, shape in ((trained.first[0], (40,)), (trained.second[0], (8, 6, 3, 3))):
+        torch.utils.swap_tensors(p, nn.Parameter(torch.randn(shape, generator=trained.gen)))
+    trained.go_on()
+
+
+def test_parameter_replaced_in_its_group(world: World) -> None:
+    fresh = nn.Parameter(torch.randn((8, 6, 3, 3), generator=world.gen))
+    world.optimizer.param_groups[1]["params"][0] = fresh
+    world.go_on()
+    shorter = nn.Parameter(torch.randn(13, generator=world.gen))
+    world.optimizer.param_groups[0]["params"][0] = shorter
+    world.go_on()
+
+
+def test_parameters_of_a_group_replaced_removed_and_added(world: World) -> None:
+    groups = world.optimizer.param_groups
+    groups[0]["params"] = [groups[0]["params"][2], groups[0]["params"][0]]
+    world.go_on()
+    groups[0]["params"].append(nn.Parameter(torch.randn(17, generator=world.gen)))
+    world.go_on()
+    groups[1]["params"].clear()
+    world.go_on()
+
+
+def test_parameter_moved_to_another_group(world: World) -> None:
+    groups = world.optimizer.param_groups
+    groups[0]["params"].append(groups[1]["params"].pop(0))
+    world.go_on()
+
+
+def test_groups_added_removed_and_swapped(world: World) -> None:
+    more = [nn.Parameter(torch.randn(s, generator=world.gen)) for s in ((6, 6), (300,))]
+    world.optimizer.add_param_group({"params": more, "penalty": "l1", "lam": 0.3, "momentum": 0.5, "nesterov": False})
+    world.go_on()
+    world.optimizer.param_groups.reverse()
+    world.go_on()
+    world.optimizer.param_groups.pop(0)
+    world.go_on()
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+EDITS: list[dict[str, Any]] = [
+    {"lr": 0.01},
+    {"lr": torch.tensor(0.02)},
+    {"lr": 0.0},
+    {"lam": 0.5},
+    {"lam": 0.0},
+    {"beta": 0.05},
+    {"beta": 0.0},
+    {"a": 0.1},
+    {"penalty": "l0"},
+    {"penalty": "l1"},
+    {"penalty": None},
+    {"weight_decay": 0.0},
+    {"weight_decay": 0.2},
+    {"momentum": 0.5},
+    {"nesterov": False},
+    {"nesterov": False, "dampening": 0.3},
+    {"maximize": True},
+    {"decoupled": False},
+    {"group_dim": 0},
+    {"group_dim": (), "group_scale": True},
+    {"group_dim": 0, "group_lasso": 0.5},
+]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_options_edited(world: World, edit: dict[str, Any]) -> None:
+    """Of one group, then of both, then back."""
+    groups = world.optimizer.param_groups
+    old = [{key: group[key] for key in edit} for group in groups]
+    groups[0].update(edit)
+    world.go_on()
+    if "group_lasso" not in edit:
+        groups[1].update(edit if groups[1]["group_lasso"] == 0 or edit.get("group_dim", 1) is not None else {})
+        world.go_on()
+    for group, values in zip(groups, old, strict=True):
+        group.update(values)
+    world.go_on()
+
+
+def test_group_dict_replaced(trained: World) -> None:
+    """The list holds another dict of the same parameters."""
+    groups = trained.optimizer.param_groups
+    groups[0] = {**groups[0], "lam": 0.7, "lr": 0.03}
+    trained.go_on()
+
+
+def test_group_dim_as_a_list_edited_in_place(trained: World) -> None:
+    """Checkpoints and JSON give lists, and a list can change without another object taking its place."""
+    group = trained.optimizer.param_groups[1]
+    group["group_dim"] = [0]
+    trained.go_on()
+    group["group_dim"].append(1)
+    trained.go_on()
+    group["group_dim"].append(7)
+    before = [bits(p) for p in trained.params()]
+    with pytest.raises(ValueError, match=r"group_dim.*\[0, 1, 7\]"):
+        trained.optimizer.step()
+    assert all(torch.equal(bits(p), b) for p, b in zip(trained.params(), before, strict=True))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_vanish_and_come_back(trained: World) -> None:
+    for missing in ([0], [1, 4], [0, 1, 2, 3, 4, 5], [5], []):
+        trained.set_gradients()
+        for k in missing:
+            trained.params()[k].grad = None
+        trained.step(f"without {missing}", gradients=False)
+
+
+def test_first_gradient_comes_late(engine: str) -> None:
+    """A parameter's first step is a first step, whenever it comes: m is d, without dampening."""
+    world = World(engine, 0, nesterov=False, dampening=0.5)
+    for k in range(4):
+        world.set_gradients()
+        for p in world.params()[k + 1 :]:
+            p.grad = None
+        world.step(f"step {k}", gradients=False)
+
+
+def test_gradients_set_in_place_and_replaced(trained: World) -> None:
+    trained.set_gradients()
+    trained.step("new tensors", gradients=False)
+    for p in trained.params():
+        p.grad.mul_(-0.5)
+    trained.step("the same tensors, other values", gradients=False)
+    for p in trained.params():
+        p.grad.data = torch.full_like(p, 0.25)
+    trained.step("the same tensors, other memory", gradients=False)
+
+
+def test_gradient_of_another_dtype(engine: str) -> None:
+    """p.data of another dtype, the gradient left behind: as in torch.optim.SGD it is used for what it says."""
+    p = nn.Parameter(torch.randn(21))
+    optimizer = rk.RVSM([p], lr=0.1, lam=0.1, beta=0.5, engine=engine)
+    p.grad = torch.randn(21)
+    checked_step(optimizer, "float32")
+    p.data = p.data.double()
+    assert p.grad.dtype == torch.float32
+    checked_step(optimizer, "a float32 gradient of a float64 parameter")
+
+
+# ---- sparse_weights and sparsify_ between steps ----------------------------------------------------------------------
+
+
+def test_reading_between_steps_changes_no_bit(engine: str) -> None:
+    quiet, read = World(engine, 2), World(engine, 2)
+    for k in range(3):
+        with read.optimizer.sparse_weights():
+            pass
+        read.optimizer.penalty_value()
+        read.optimizer.sparsity()
+        for world in (quiet, read):
+            world.step(f"step {k}")
+    for p, q in zip(quiet.params(), read.params(), strict=True):
+        assert same_bits(p, q)
+
+
+def test_sparsify_between_steps(trained: World) -> None:
+    """The step goes on from u; momentum is left alone."""
+    before = {p: bits(trained.momentum(p)) for p in trained.params()}
+    trained.optimizer.sparsify_()
+    for p in trained.params():
+        assert torch.equal(bits(trained.momentum(p)), before[p])
+    assert (real(trained.first[0]) == 0).any()
+    trained.go_on()
+
+
+def test_load_state_dict_in_mid_training(world: World) -> None:
+    """Other numbers and other momentum from one step to the next."""
+    other = World(world.engine, 4, lr=0.02, lam=0.3, momentum=0.7, penalty="l0")
+    world.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))
+    assert world.optimizer.param_groups[0]["lr"] == 0.02
+    for p, q in zip(world.params(), other.params(), strict=True):
+        assert same_bits(world.momentum(p), other.momentum(q))
+    world.go_on()
