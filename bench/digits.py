@@ -110,8 +110,9 @@ class Method:
     @property
     def setting(self) -> str:
         """The setting in words, without what the label says."""
-        hidden = ("penalty", "structure", "a")
-        words = [f"{key} {value:.3g}" for key, value in self.options.items() if key not in hidden]
+        told = ("penalty", "structure", "a")
+        options = {key: value for key, value in self.options.items() if key not in told}
+        words = [f"{key} {value if isinstance(value, bool) else f'{value:.3g}'}" for key, value in options.items()]
         return ", ".join([f"lr {self.lr:g}", *words])
 
 
@@ -143,10 +144,8 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer, data: Images) ->
         }
 
 
-def train(
-    method: Method, engine: str, seed: int, data: tuple[Images, Images], epochs: int, every: int = 1
-) -> Run:
-    """Train from scratch and measure on the second part of the data after every ``every`` epochs and at the end."""
+def train(method: Method, engine: str, seed: int, data: tuple[Images, Images], epochs: int, every: int = 1) -> Run:
+    """Train from scratch on the first part of the data; measure on the second, every so many epochs and at the end."""
     images, held_out = data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -24,31 +24,25 @@ What to expect beyond the numbers:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 import rvsm_kernels as rk
 
 from . import digits, tables
 from .config import RESULTS
+from .digits import Method, Run
 from .results import environment, write_json
 
 EPOCHS = 30
 SEEDS = (0, 1, 2)
 ENGINES = ("reference", "native")
 
-Run = dict[str, Any]
 Result = dict[str, Any]
-
 
 METHODS = (
     Method("dense", "dense SGD", 0.05),
@@ -99,7 +93,7 @@ def main(out: Path, smoke: bool = False) -> Result:
         **environment("cpu", f"python -m bench train{' --smoke' if smoke else ''}"),
         "complete": False,
         "epochs": epochs,
-        "batch": BATCH,
+        "batch": digits.BATCH,
         "smoke": smoke,
         "methods": [asdict(method) for method in METHODS],
         "rows": [],
@@ -108,7 +102,7 @@ def main(out: Path, smoke: bool = False) -> Result:
     with tqdm(runs, desc="train", unit="run") as bar:
         for seed, method, engine in bar:
             bar.set_postfix_str(f"{method.name}, {engine}, seed {seed}")
-            result["rows"].append(train(method, engine, seed, data, epochs))
+            result["rows"].append(digits.train(method, engine, seed, data, epochs))
             write_json(out / "train.json", result)
     result["complete"] = True
     write_json(out / "train.json", result)
@@ -129,9 +123,9 @@ def _last(rows: Sequence[Run], key: str) -> list[float]:
     return [row["curve"][-1][key] for row in rows]
 
 
-def _spread(values: Sequence[float], digits_: int = 1) -> str:
+def _spread(values: Sequence[float], places: int = 1) -> str:
     """Mean and, in brackets, the least and the greatest, in percent."""
-    low, mean, high = (f"{100 * v:.{digits_}f}" for v in (min(values), statistics.fmean(values), max(values)))
+    low, mean, high = (f"{100 * v:.{places}f}" for v in (min(values), statistics.fmean(values), max(values)))
     return mean if low == high else f"{mean} ({low}–{high})"
 
 
@@ -263,3 +257,97 @@ def plot(result: Result, path: Path) -> None:
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(figure)
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+ALLOWANCE = 0.005
+"""What u may lose against the best dense run on the validation images; half of what is asked on the test images."""
+
+
+def grid() -> Iterator[Method]:
+    """Every setting that was tried. The cut depends on lam / beta, so the grid is in beta and lam / beta."""
+    by_name = {method.name: method for method in METHODS}
+    for lr in (0.02, 0.05, 0.1, 0.2):
+        yield replace(by_name["dense"], lr=lr)
+    for name, betas, ratios in (
+        ("l0", (1, 3, 6), (5e-4, 6e-4, 7e-4)),
+        ("l1", (3, 6, 10), (6e-4, 1e-3, 1.6e-3)),
+        ("tl1", (3, 6, 10), (3e-4, 5e-4, 8e-4)),
+    ):
+        for lr, beta, ratio in product((0.05, 0.1), betas, ratios):
+            yield _changed(by_name[name], lr, beta, ratio)
+    # lam is per group, or times the square root of the group's size with group_scale: 17 or 24 here.
+    for scale, lasso, ratios in (
+        (True, (0.0,), (5e-3, 7e-3)),
+        (False, (0.0,), (8e-2, 1.2e-1)),
+        (True, (2e-3, 2.5e-3, 3e-3), (4.5e-4, 1.2e-3)),
+        (False, (2e-3, 2.5e-3, 3e-3), (1e-2, 2e-2)),
+    ):
+        for beta, group_lasso, ratio in product((1, 3), lasso, ratios):
+            yield _changed(by_name["rgsm"], 0.1, beta, ratio, group_scale=scale, group_lasso=group_lasso)
+
+
+def _changed(method: Method, lr: float, beta: float, ratio: float, **options: Any) -> Method:
+    lam = float(f"{beta * ratio:.3g}")
+    return replace(method, lr=lr, options={**method.options, "lam": lam, "beta": float(beta), **options})
+
+
+def choose(rows: Sequence[Run]) -> dict[str, Run]:
+    """The best setting of each method by the rule at the head of this file; a method without one is left out."""
+    dense = max((row for row in rows if row["name"] == "dense"), key=lambda row: statistics.fmean(row["accuracy_u"]))
+    chosen = {"dense": dense}
+    for row in rows:
+        losses = [d - u for d, u in zip(dense["accuracy_u"], row["accuracy_u"], strict=True)]
+        if row["name"] == "dense" or statistics.fmean(losses) > ALLOWANCE or max(losses) > 2 * ALLOWANCE:
+            continue
+        best = chosen.get(row["name"])
+        if best is None or _aim(row) > _aim(best):
+            chosen[row["name"]] = row
+    return chosen
+
+
+def _aim(row: Run) -> float:
+    return statistics.fmean(row["zero_channels" if row["name"] == "rgsm" else "zeros"])
+
+
+def search(out: Path) -> Result:
+    """Train every setting of :func:`grid`, print what came of it and write out/train_search.json."""
+    from tqdm import tqdm
+
+    engine = engines()[-1]
+    divisions = [(seed, digits.train_and_validation(seed)) for seed in SEEDS]
+    result: Result = {**environment("cpu", "python -m bench.train --search"), "complete": False, "rows": []}
+    for method in tqdm(list(grid()), desc="search", unit="setting"):
+        runs = [digits.train(method, engine, seed, data, EPOCHS, every=EPOCHS) for seed, data in divisions]
+        values = {key: _last(runs, key) for key in ("accuracy_w", "accuracy_u", "zeros", "zero_channels")}
+        result["rows"].append({**asdict(method), "setting": method.setting, **values})
+        write_json(out / "train_search.json", result)
+    result["complete"] = True
+    write_json(out / "train_search.json", result)
+    print(f"\n{search_table(result)}\n\nwrote {out / 'train_search.json'}")
+    return result
+
+
+def search_table(result: Result) -> str:
+    """The Markdown table of a search, in the order of the grid; the chosen settings are bold."""
+    chosen = choose(result["rows"])
+    lines = []
+    for row in result["rows"]:
+        percents = [_spread(row[key]) for key in ("accuracy_w", "accuracy_u", "zeros", "zero_channels")]
+        setting = f"**{row['setting']}**" if row is chosen.get(row["name"]) else row["setting"]
+        lines.append([f"{row['label']}: {setting}", *percents])
+    header = ["tried", "validation accuracy with w, %", "with u, %", "zero weights, %", "zero channels, %"]
+    return "\n\n".join([tables.table(header, lines), tables.stamp(result)])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__.partition("\n")[0])
+    parser.add_argument("--search", action="store_true", help="search for the settings instead (a quarter of an hour)")
+    parser.add_argument("--smoke", action="store_true", help="seconds; shows that it runs")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=RESULTS / "local", help="default: %(default)s")
+    given = parser.parse_args()
+    if given.search:
+        search(given.out)
+    else:
+        main(given.out, given.smoke)

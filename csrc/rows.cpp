@@ -90,12 +90,12 @@ void set_options(cpu::Row& row, const Options& options, bool first) {
 }
 
 void run(cpu::Job& job) {
-  job.start();
   const int64_t threads = job.workload() >= kSerial ? at::get_num_threads() : 1;
+  job.start(threads);
   if (threads == 1) {
-    job.work();
+    job.work(0, 1);
   } else {
-    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { job.work(); });
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { job.work(begin, end); });
   }
 }
 

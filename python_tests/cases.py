@@ -125,7 +125,7 @@ def _draw_layout(rng: random.Random, ndim: int) -> Layout:
         order = [0, *range(2, ndim), 1]
     elif kind in ("permuted", "strided"):
         rng.shuffle(order)
-    gap, pad = (rng.choice(((2, 0), (1, 3), (3, 1))) if kind == "strided" and ndim else (1, 0))
+    gap, pad = rng.choice(((2, 0), (1, 3), (3, 1))) if kind == "strided" and ndim else (1, 0)
     return Layout(tuple(order), gap, pad, rng.choice((0, 0, 0, 1, 2, 3, 5)))
 
 

@@ -1,40 +1,13 @@
-"""Engines and devices as fixtures."""
+"""Engines as fixtures, and what every test starts from."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-import rvsm_kernels as rk
-
-ENGINES = ("native", "reference")
-DEVICES = ("cpu",)
-
-
-def missing(engine: str, device: str) -> str | None:
-    """Why this build has no such engine for a device, or None."""
-    table = rk.engines()[engine]
-    state = table.get(device, table.get("any", f"does not serve {device}"))
-    return None if state == "available" else state
-
-
-def need(engine: str, device: str = "cpu") -> None:
-    """Skip, with the reason, a test whose engine this build lacks; fail if the build was to have it."""
-    reason = missing(engine, device)
-    if reason is None:
-        return
-    if engine == "native" and os.environ.get("RVSM_REQUIRE_NATIVE") == "1":
-        pytest.fail(f"RVSM_REQUIRE_NATIVE=1, but the native engine is missing for {device}: {reason}")
-    pytest.skip(f"engine {engine} on {device}: {reason}")
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Every device type that the suite covers."""
-    return request.param
+from builds import ENGINES, need
+from world import World
 
 
 @pytest.fixture(params=ENGINES)
@@ -51,15 +24,30 @@ def native() -> str:
     return "native"
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Gives the number of torch's threads back afterwards."""
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Each test starts from the same random state, on one thread: its tensors are too small to share."""
     count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(count)
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Each test starts from the same random state."""
-    torch.manual_seed(0)
+@pytest.fixture
+def threads(alone: None) -> int:
+    """For tests of large tensors: more threads than divide anything evenly. They may set another number."""
+    torch.set_num_threads(3)
+    return 3
+
+
+@pytest.fixture(params=[0, 1, 3], ids=["before the first step", "after one step", "after three"])
+def world(request: pytest.FixtureRequest, engine: str) -> World:
+    """Changes come before anything was built from the parameters, and after."""
+    return World(engine, request.param)
+
+
+@pytest.fixture
+def trained(engine: str) -> World:
+    """An optimizer with momentum."""
+    return World(engine, 2)

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import rvsm_kernels as rk
+from runner import same_bits
+
 
 class Small(nn.Module):
     """A convolution, a norm and two linear layers: every kind of parameter that a user has."""
@@ -68,3 +71,23 @@ def train(
         optimizer.step()
         after()
     return losses
+
+
+SPLIT: dict[str, Any] = {"penalty": "l0", "lam": 2e-3, "beta": 0.5}
+BASE: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+
+
+def optimizer_of(model: nn.Module, engine: str, **options: Any) -> rk.RVSM:
+    """RVSM over the weights of a model as a user sets it up."""
+    return rk.RVSM(rk.param_groups(model, **SPLIT), **{**BASE, **options}, engine=engine)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    """Copies of all parameters."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+    """Bit for bit."""
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert same_bits(p, q), f"{name} differs by {(p - q).abs().max().item()}"

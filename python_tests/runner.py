@@ -99,7 +99,7 @@ def mismatch(got: Tensor, wants: Sequence[tuple[Array, Array, Array]], dtype: to
 
 def right_u(w: Array, options: Mapping[str, Any], arithmetic: type) -> list[tuple[Array, Array]]:
     """Every u that is right, as (low, high): the prox; near the cut both choices; near the critical tau a range."""
-    tau, penalty, a, dims = definition.step_tau(options, w.shape), options["penalty"], options["a"], options["group_dim"]
+    tau, (penalty, a, dims) = definition.step_tau(options, w.shape), (options[k] for k in ("penalty", "a", "group_dim"))
     if tau is None or w.size == 0:
         return [(w, w)]
     us = [definition.prox(w, penalty, tau, a, dims)]
@@ -191,7 +191,7 @@ def copied(value: Any) -> Any:
 def check_u(u: Tensor, w: Array, options: Mapping[str, Any]) -> None:
     """u as read from an optimizer: values within the bound of shrink, zeros exactly where they belong."""
     arithmetic = ARITHMETIC[u.dtype]
-    tau, penalty, a, dims = definition.step_tau(options, w.shape), options["penalty"], options["a"], options["group_dim"]
+    tau, (penalty, a, dims) = definition.step_tau(options, w.shape), (options[k] for k in ("penalty", "a", "group_dim"))
     if tau is None or w.size == 0:
         assert np.array_equal(real(u), w), "u is not w without a splitting"
         return

@@ -53,7 +53,7 @@ def test_two_runs_are_bit_identical(engine: str, split: dict[str, Any]) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("penalty", ["l0", "tl1"])
 def test_the_number_of_threads_changes_no_bit(
-    native: str, threads: None, group_dim: Any, channels_last: bool, penalty: str
+    native: str, threads: int, group_dim: Any, channels_last: bool, penalty: str
 ) -> None:
     """Tensors that are divided among threads, alone and many together; also what is read from the optimizer.
 
@@ -111,7 +111,7 @@ def test_resume_from_a_file(engine: str, split: dict[str, Any], tmp_path: Path) 
 
 
 def test_every_option_is_a_plain_value_of_the_group(engine: str) -> None:
-    model, optimizer = pair(engine, SPLITS[2])
+    _, optimizer = pair(engine, SPLITS[2])
     options = "lr momentum dampening weight_decay nesterov maximize penalty lam beta a density group_dim group_scale"
     for group in optimizer.state_dict()["param_groups"]:
         assert set(f"{options} group_lasso decoupled method unit_norm".split()) <= set(group)

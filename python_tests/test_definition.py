@@ -65,7 +65,8 @@ def test_random_configurations(engine: str, family: str, chunk: int) -> None:
             run(draw(seed, FAMILIES[family]), engine)
         except AssertionError as error:
             failed[seed] = error
-    assert not failed, f"{len(failed)} of {PER_TEST} cases, seeds {list(failed)}; the first: {next(iter(failed.values()))}"
+    first_error = next(iter(failed.values()), None)
+    assert not failed, f"{len(failed)} of {PER_TEST} cases, seeds {list(failed)}; the first: {first_error}"
 
 
 @pytest.mark.parametrize("setting", ["float64 is the default dtype", "uninitialised memory is NaN"])
@@ -104,7 +105,7 @@ LARGE = [
 
 @pytest.mark.parametrize("penalty", ["l0", "l1", "tl1"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_large_tensors(engine: str, penalty: str, channels_last: bool) -> None:
+def test_large_tensors(engine: str, threads: int, penalty: str, channels_last: bool) -> None:
     """Sizes that are divided among threads, in one optimizer, so that pieces of several tensors meet in a thread."""
     gen = torch.Generator().manual_seed(7)
     groups: list[dict[str, Any]] = []

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builds import missing
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
-from conftest import missing
 from runner import bits, checked_step, same_bits
 
 INF, NAN = float("inf"), float("nan")

@@ -62,7 +62,9 @@ class Pair:
                 if "momentum_buffer" in ours.state[p]:
                     theirs.state[q]["momentum_buffer"] = ours.state[p]["momentum_buffer"].clone()
 
-    def compare(self, ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, scale: list[Tensor], what: str) -> None:
+    def compare(
+        self, ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, scale: list[Tensor], what: str
+    ) -> None:
         """Weights and momentum within the bound of a step; both sides may use it up."""
         share = 2 * STEP[ARITHMETIC[self.dtype]]
         for p, q, s in zip(self.ours, self.theirs, scale, strict=True):
@@ -171,9 +173,8 @@ def test_engines_agree_step_by_step(native: str, dtype: torch.dtype, split: dict
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_engines_train_to_the_same_loss(native: str, threads: None, dtype: torch.dtype, split: dict[str, Any]) -> None:
+def test_engines_train_to_the_same_loss(native: str, dtype: torch.dtype, split: dict[str, Any]) -> None:
     """Three hundred steps, each engine on its own."""
-    torch.set_num_threads(1)  # the model is too small to share
     losses = {}
     for engine in (native, "reference"):
         model = nn.Sequential(nn.Flatten(), nn.Linear(108, 24), nn.Tanh(), nn.Linear(24, 4)).to(dtype)

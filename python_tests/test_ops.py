@@ -1,4 +1,4 @@
-"""The dispatcher ops: schemas that tell the truth, fake tensors, torch.compile, and the same numbers as the optimizer."""
+"""The dispatcher ops: schemas that tell the truth, fake tensors, torch.compile, the numbers of the optimizer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from builds import need
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
-from conftest import need
 from runner import check_u, real, same_bits
 
 SCHEMAS = {

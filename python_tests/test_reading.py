@@ -1,4 +1,4 @@
-"""What can be read from an optimizer and a model (design 2.4): u, its value, its zeros; and the engines of the build."""
+"""What can be read (design 2.4): u, its value, its zeros, those of a model, and the engines of the build."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def params_of(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     """Weights of several sizes and layouts, some groups of them scaled down."""
     gen = torch.Generator().manual_seed(6)
     params = []
-    for shape, order in (((9, 7, 3, 3), (0, 1, 2, 3)), ((8, 6, 3, 3), (0, 2, 3, 1)), ((12, 17), (1, 0)), ((2, 0), (0, 1))):
+    orders = {(9, 7, 3, 3): (0, 1, 2, 3), (8, 6, 3, 3): (0, 2, 3, 1), (12, 17): (1, 0), (2, 0): (0, 1)}
+    for shape, order in orders.items():
         w = torch.randn(shape, generator=gen, dtype=torch.float64)
         w *= torch.rand(w.shape[:2], generator=gen, dtype=torch.float64).reshape(w.shape[:2] + (1,) * (w.dim() - 2))
         params.append(nn.Parameter(Layout(order).place(w.to(dtype))[0]))

@@ -57,6 +57,10 @@ class Engine(ABC):
         """lam P(u) + beta/2 ||w - u||^2 over the parameters of one split group, 0-dim float64."""
 
 
+def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return t.shape, t.dtype, t.device
+
+
 def check_gradient(p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, Any], i: int, j: int) -> None:
     """Raise if the gradient or the momentum of a parameter cannot be used; nothing is changed."""
     grad, name = p.grad, param_name(group, i, j)
@@ -71,8 +75,7 @@ def check_gradient(p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, A
         raise RuntimeError(f"the gradient of {name} is on {grad.device}, the parameter on {p.device}")
     validate_param(p, group, name)
     buffer = state[p].get("momentum_buffer") if p in state else None
-    fits = buffer is None or (buffer.shape, buffer.dtype, buffer.device) == (p.shape, p.dtype, p.device)
-    if group["momentum"] and not fits:
+    if group["momentum"] and buffer is not None and _kind(buffer) != _kind(p):
         raise RuntimeError(
             f"the momentum_buffer of {name} is {buffer.dtype} {list(buffer.shape)} on {buffer.device},"
             f" the parameter {p.dtype} {list(p.shape)} on {p.device}"

@@ -36,10 +36,11 @@ def _number(group: Mapping[str, Any], key: str, what: str, *, above: float | Non
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"Invalid {what}: {value!r} (a number is needed)")
-    in_range = value >= 0.0 if above is None else value > above
-    if not (in_range and math.isfinite(value)):
+    number = float(value)
+    in_range = number >= 0.0 if above is None else number > above
+    if not (in_range and math.isfinite(number)):
         raise ValueError(f"Invalid {what}: {value}")
-    return float(value)
+    return number
 
 
 def validate(group: Mapping[str, Any]) -> None:

@@ -78,6 +78,7 @@ void Job::divide_application(int32_t index) {
 
 void Job::divide() {
   tasks_.clear();
+  lanes_.clear();
   reductions_.assign(rows.size(), 0);
   for (int32_t i = 0; i < int32_t(rows.size()); ++i) {
     Row& row = rows[i];
@@ -114,43 +115,91 @@ int64_t Job::workload() const {
   return elements;
 }
 
-void Job::start() {
-  next_.store(0, std::memory_order_relaxed);
+// Tasks that wait for nobody go by the elements before them: each thread gets one stretch of memory. The tasks of a row
+// that is reduced first are dealt phase by phase, or one thread would wait while the other reduces.
+void Job::deal(int64_t threads) {
+  lanes_.clear();
+  for (int64_t t = 0; t < threads; ++t) lanes_.push_back(std::make_unique<Lane>());
+  const auto elements = [](const Block& b) { return (b.o1 - b.o0) * (b.c1 - b.c0); };
+  int64_t total = 0;
+  for (const Task& t : tasks_) total += reductions_[t.row] == 0 ? elements(t.block) : 0;
+  int64_t before = 0;
+  for (int64_t i = 0; i < int64_t(tasks_.size());) {
+    const Task& task = tasks_[i];
+    if (reductions_[task.row] == 0) {
+      lanes_[before * threads / std::max<int64_t>(total, 1)]->tasks.push_back(i++);
+      before += elements(task.block);
+      continue;
+    }
+    int64_t end = i;
+    while (end < int64_t(tasks_.size()) && tasks_[end].row == task.row && tasks_[end].kind == task.kind) ++end;
+    for (int64_t k = i; k < end; ++k) lanes_[(k - i) * threads / (end - i)]->tasks.push_back(k);
+    i = end;
+  }
+}
+
+void Job::start(int64_t threads) {
+  if (threads != int64_t(lanes_.size())) deal(threads);
+  for (auto& lane : lanes_) lane->next.store(0, std::memory_order_relaxed);
   for (size_t i = 0; i < rows.size(); ++i) pending_[i].store(reductions_[i], std::memory_order_relaxed);
   std::fill(sums_.begin(), sums_.end(), 0.0);
 }
 
-void Job::work() {
-  const Kernels& k = kernels();
-  const int64_t count = int64_t(tasks_.size());
+void Job::work(int64_t begin, int64_t end) {
+  const int64_t threads = int64_t(lanes_.size());
+  for (int64_t t = begin; t < end; ++t) drain(*lanes_[t]);
+  for (int64_t t = end; t < begin + threads; ++t) drain(*lanes_[t % threads]);
+}
+
+void Job::drain(Lane& lane) {
+  const int64_t count = int64_t(lane.tasks.size());
   for (;;) {
-    const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+    const int64_t i = lane.next.fetch_add(1, std::memory_order_relaxed);
     if (i >= count) return;
-    const Task& task = tasks_[i];
-    const Row& row = rows[task.row];
-    if (!row.active) continue;
-    if (task.kind != Kind::apply) k.squares(row, task.block, task.part);
-    if (task.kind == Kind::reduce) {
-      // acq_rel: the last one sees the parts of all others, and whoever sees kDone sees the norms.
-      if (pending_[task.row].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        if (row.parts > 1) k.join(row);
-        pending_[task.row].store(kDone, std::memory_order_release);
-      }
-      continue;
+    run(lane.tasks[i]);
+  }
+}
+
+// Take one task that stands before `index`, from the front of any lane; false if all of those are taken.
+bool Job::help(int64_t index) {
+  for (auto& lane : lanes_) {
+    int64_t i = lane->next.load(std::memory_order_relaxed);
+    if (i < int64_t(lane->tasks.size()) && lane->tasks[i] < index &&
+        lane->next.compare_exchange_strong(i, i + 1, std::memory_order_relaxed)) {
+      run(lane->tasks[i]);
+      return true;
     }
-    if (row.grouped && task.kind == Kind::apply)
-      while (pending_[task.row].load(std::memory_order_acquire) != kDone) std::this_thread::yield();
-    switch (action_) {
-      case Action::step:
-        k.step(row, task.block);
-        break;
-      case Action::prox:
-        k.prox(row, task.block);
-        break;
-      case Action::penalty:
-        sums_[i] = k.penalty(row, task.block);
-        break;
+  }
+  return false;
+}
+
+void Job::run(int64_t index) {
+  const Kernels& k = kernels();
+  const Task& task = tasks_[index];
+  const Row& row = rows[task.row];
+  if (!row.active) return;
+  if (task.kind != Kind::apply) k.squares(row, task.block, task.part);
+  if (task.kind == Kind::reduce) {
+    // acq_rel: the last one sees the parts of all others, and whoever sees kDone sees the norms.
+    if (pending_[task.row].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      if (row.parts > 1) k.join(row);
+      pending_[task.row].store(kDone, std::memory_order_release);
     }
+    return;
+  }
+  if (row.grouped && task.kind == Kind::apply)
+    while (pending_[task.row].load(std::memory_order_acquire) != kDone)
+      if (!help(index)) std::this_thread::yield();
+  switch (action_) {
+    case Action::step:
+      k.step(row, task.block);
+      break;
+    case Action::prox:
+      k.prox(row, task.block);
+      break;
+    case Action::penalty:
+      sums_[index] = k.penalty(row, task.block);
+      break;
   }
 }
 

@@ -1,4 +1,4 @@
-// The CPU engine: one queue of tasks over all tensors of a step, drained by every thread. Without torch.
+// The CPU engine: one list of tasks over all tensors of a step, dealt to the threads. Without torch.
 #pragma once
 
 #include <atomic>
@@ -64,10 +64,13 @@ const Kernels& kernels();
 // The tasks of a set of rows, for repeated runs.
 //
 // A row without groups is applied block by block. Groups that are short and consecutive in memory are reduced and
-// applied by one task each, while they are in the cache. For other groups the tasks stand in the queue in the order
-// reduce, apply; a thread that takes an apply task waits until every reduce task of the row is done. Those were taken
-// earlier, so some thread is at work on them and the wait ends. What a task computes does not depend on who runs it:
-// results are the same for every number of threads.
+// applied by one task each, while they are in the cache. For other groups the tasks stand in the order reduce, apply,
+// and a thread that takes an apply task waits until every reduce task of the row is done.
+//
+// Each thread has a lane of tasks, the same in every run, so that it finds its elements in its own cache; when its lane
+// is empty it takes from the others. A thread that waits takes tasks that stand before its own, so the wait ends
+// however few threads there are. What a task computes does not depend on who runs it: results are the same for every
+// number of threads.
 class Job {
  public:
   explicit Job(Action action) : action_(action) {}
@@ -84,9 +87,10 @@ class Job {
   // Elements of the active rows: what decides whether threads are worth waking.
   int64_t workload() const;
 
-  // Call start() once, then work() from any number of threads; work() returns when the queue is empty.
-  void start();
-  void work();
+  // Call start(n) once, then work(begin, end) for parts [begin, end) that cover [0, n), one thread each, all at the
+  // same time (or one after the other in one thread, in this order). work() returns when no task is left to take.
+  void start(int64_t threads);
+  void work(int64_t begin, int64_t end);
 
   // Action::penalty: the sum over all tasks, in their order.
   double total() const;
@@ -101,6 +105,15 @@ class Job {
     Block block;
   };
 
+  struct alignas(64) Lane {
+    std::vector<int64_t> tasks;
+    std::atomic<int64_t> next{0};
+  };
+
+  void deal(int64_t threads);
+  void drain(Lane& lane);
+  void run(int64_t index);
+  bool help(int64_t index);
   void divide_reduction(int32_t index);
   void divide_application(int32_t index);
   void add(int32_t row, Kind kind, const Block& block, int64_t part = 0);
@@ -109,7 +122,7 @@ class Job {
   std::vector<Task> tasks_;
   std::vector<int32_t> reductions_;  // reduce tasks per row
   std::unique_ptr<std::atomic<int32_t>[]> pending_;
-  std::atomic<int64_t> next_{0};
+  std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<double> sums_;
 };
 

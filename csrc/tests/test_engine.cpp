@@ -89,17 +89,20 @@ struct Tensor {
   }
 };
 
-// Runs a job on its own scratch with some threads.
-void run(Job& job, int threads) {
+// Runs a job on its own scratch, dealt for so many threads and done by as many workers, or by fewer.
+void run(Job& job, int threads, int workers) {
   job.divide();
   std::vector<char> scratch(size_t(job.scratch_bytes()) + 64);
   job.set_scratch(scratch.data());
-  job.start();
+  job.start(threads);
   std::vector<std::thread> pool;
-  for (int t = 1; t < threads; ++t) pool.emplace_back([&] { job.work(); });
-  job.work();
+  for (int t = 1; t < workers; ++t)
+    pool.emplace_back([&, t] { job.work(threads * t / workers, threads * (t + 1) / workers); });
+  job.work(0, threads / workers);
   for (auto& t : pool) t.join();
 }
+
+void run(Job& job, int threads) { run(job, threads, threads); }
 
 // The step of one element in plain code, straight from update.h.
 template <class S>
@@ -200,11 +203,11 @@ int64_t grouped() {
       plain_step(w, want.g[size_t(i + 1)], want.m[size_t(i + 1)], row, ratio[group(i)], direction);
     }
     Tensor<S> first = start;
-    for (const int threads : {1, 2, 4}) {
+    for (const auto& [threads, workers] : {std::pair{1, 1}, {2, 2}, {4, 4}, {3, 1}, {4, 2}, {7, 3}}) {
       Tensor<S> got = start;
       Job job(Action::step);
       job.rows.push_back(got.row(n, o, &v));
-      run(job, threads);
+      run(job, threads, workers);
       // The order of a sum is the engine's own: an ulp of a norm.
       const double bound = sizeof(S) == 8 ? 1e-14 : sizeof(S) == 4 ? 1e-6 : 0.01;
       for (size_t i = 0; i < got.w.size(); ++i) {
