@@ -197,6 +197,9 @@ _STYLES = {
     "tl1": ("#009E73", "v", "-."),
     "rgsm": ("#CC79A7", "D", "-"),
 }
+_ACCURACY_TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8)
+_LEAST_ERROR = 1e-3
+"""Where the axis of the accuracy ends; less than half an image of the test set."""
 
 
 def _draw(axes: Any, result: Result, of: Callable[[dict[str, float]], float]) -> None:
@@ -231,20 +234,26 @@ def plot(result: Result, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(12.5, 4.2))
-    _draw(panels[0], result, lambda point: 1 - point["accuracy_u"])
+    # What is missing to 100 %, on a log scale upside down: differences near the top can be seen, and up is better.
+    _draw(panels[0], result, lambda point: max(1 - point["accuracy_u"], _LEAST_ERROR))
     panels[0].set_yscale("log")
-    panels[0].set_title("test error with u (log scale)", loc="left", fontsize=10)
+    panels[0].set_ylim(100, 100 * _LEAST_ERROR)
+    panels[0].set_yticks([100 - accuracy for accuracy in _ACCURACY_TICKS])
+    panels[0].minorticks_off()
+    panels[0].set_title("test accuracy with u", loc="left", fontsize=10)
     _draw(panels[1], result, lambda point: point["zeros"])
     panels[1].set_title("zero weights in u", loc="left", fontsize=10)
     _draw(panels[2], result, lambda point: point["zero_channels"])
     panels[2].set_title("zero input channels in u", loc="left", fontsize=10)
-    for axes in panels:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[1:]:
         axes.set_ylim(-2, 102)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    panels[0].yaxis.set_major_formatter(lambda value, _: f"{100 - value:g}%")
+    for axes in panels:
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     seeds = len({row["seed"] for row in result["rows"]})
     figure.suptitle(
         f"Handwritten digits, mean of {seeds} seed{'s' if seeds > 1 else ''} and all engines; bands: least to greatest",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .groups import GroupDim, magnitudes
+from .groups import GroupDim, kept_dims, magnitudes
 from .modules import penalised_weights
 
 ZERO_NORM = 1e-15
@@ -91,6 +91,7 @@ def measure(name: str, u: Tensor, group_dim: GroupDim = None) -> SparsityRow:
     zeros = u.numel() - int(torch.count_nonzero(u))
     if group_dim is None:
         return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zeros, u.numel())
+    kept_dims(group_dim, u.dim(), name)  # an error names the parameter
     norms = magnitudes(u, group_dim)
     return SparsityRow(name, tuple(u.shape), zeros, u.numel(), int((norms < ZERO_NORM).sum()), norms.numel())
 
