@@ -72,27 +72,6 @@ void Plan::set_options(size_t group, GroupOptions options) {
   own = std::move(options);
 }
 
-// Whether the table still describes the groups: the same parameters in the same layouts.
-bool Plan::is_current(const py::list& groups) const {
-  if (!built_) return false;
-  size_t i = 0;
-  const size_t count = entries_.size();
-  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
-    PyObject* params = params_of(PyList_GET_ITEM(groups.ptr(), g));
-    const Py_ssize_t n = PyList_GET_SIZE(params);
-    for (Py_ssize_t j = 0; j < n; ++j, ++i) {
-      if (i >= count) return false;
-      const Entry& e = entries_[i];
-      if (e.param != PyList_GET_ITEM(params, j) || e.group != size_t(g)) return false;
-      const at::Tensor& w = tensor(e);
-      if (w.sizes() != at::IntArrayRef(e.sizes) || w.strides() != at::IntArrayRef(e.strides) ||
-          w.scalar_type() != e.type || !w.is_cpu())
-        return false;
-    }
-  }
-  return i == count;
-}
-
 bool Plan::rebuild(const py::list& groups) {
   clear();
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
@@ -105,8 +84,8 @@ bool Plan::rebuild(const py::list& groups) {
       Entry e;
       e.group = size_t(g);
       e.index = size_t(j);
-      e.sizes = w.sizes().vec();
-      e.strides = w.strides().vec();
+      e.sizes = at::DimVector(w.sizes());
+      e.strides = at::DimVector(w.strides());
       e.type = w.scalar_type();
       e.dense = w.is_non_overlapping_and_dense();
       const GroupOptions& o = options_.at(e.group);
@@ -120,7 +99,7 @@ bool Plan::rebuild(const py::list& groups) {
       try {
         job_.rows.push_back(make_row(e.dense ? w : at::empty_like(w), dims));
       } catch (const std::invalid_argument& error) {
-        e.error = error.what();  // of no weight until the parameter has a gradient
+        errors_[entries_.size()] = error.what();  // of no weight until the parameter has a gradient
         job_.rows.emplace_back();
       }
       reset(e.param, p);
@@ -169,7 +148,11 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double
   const at::Tensor& g = w.grad();
   row.active = g.defined() && row.numel > 0;
   if (!g.defined()) return;
-  if (!e.error.empty()) throw py::value_error("Invalid group_dim value for " + name(groups, e) + ": " + e.error);
+  if (!errors_.empty()) {
+    const auto error = errors_.find(size_t(&e - entries_.data()));
+    if (error != errors_.end())
+      throw py::value_error("Invalid group_dim value for " + name(groups, e) + ": " + error->second);
+  }
   if (g.layout() != at::kStrided)
     throw std::runtime_error("RVSM does not support sparse gradients (" + name(groups, e) + " has layout " +
                              text_of(g.layout()) + ")");
@@ -226,20 +209,51 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double
   row.step.grad = (o.maximize ? -1 : 1) / grad_scale;
 }
 
+// One walk over all parameters. Returns false where the table no longer describes them: other parameters, or other
+// layouts.
+bool Plan::look(const py::list& groups, const py::dict& state, double grad_scale) {
+  bool momentum = false, changed = false;
+  for (const auto& o : options_) {
+    momentum |= o.options.momentum != 0;
+    changed |= o.changed;
+  }
+  if (momentum) find_states(state);
+  if (changed) {
+    for (size_t i = 0; i < entries_.size(); ++i)
+      if (options_[entries_[i].group].changed)
+        rvsm::set_options(job_.rows[i], options_[entries_[i].group].options, entries_[i].first);
+    for (auto& o : options_) o.changed = false;
+  }
+  size_t i = 0;
+  const size_t count = entries_.size();
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
+    PyObject* params = params_of(PyList_GET_ITEM(groups.ptr(), g));
+    const Py_ssize_t n = PyList_GET_SIZE(params);
+    for (Py_ssize_t j = 0; j < n; ++j, ++i) {
+      if (i >= count) return false;
+      Entry& e = entries_[i];
+      if (e.param != PyList_GET_ITEM(params, j) || e.group != size_t(g)) return false;
+      const at::Tensor& w = tensor(e);
+      if (w.sizes() != at::IntArrayRef(e.sizes) || w.strides() != at::IntArrayRef(e.strides) ||
+          w.scalar_type() != e.type || !w.is_cpu())
+        return false;
+      prepare_entry(groups, e, job_.rows[i], grad_scale);
+    }
+  }
+  return i == count;
+}
+
 bool Plan::prepare(const py::list& groups, const py::dict& state, double grad_scale, bool skip) {
   const at::NoGradGuard no_grad;
   staging_.clear();
   new_buffers_.clear();
-  if (!is_current(groups) && !rebuild(groups)) return false;
-  bool momentum = false;
-  for (const auto& o : options_) momentum |= o.options.momentum != 0;
-  if (momentum) find_states(state);
-  for (size_t i = 0; i < entries_.size(); ++i)
-    if (options_[entries_[i].group].changed)
-      rvsm::set_options(job_.rows[i], options_[entries_[i].group].options, entries_[i].first);
-  for (auto& o : options_) o.changed = false;
   try {
-    for (size_t i = 0; i < entries_.size(); ++i) prepare_entry(groups, entries_[i], job_.rows[i], grad_scale);
+    if (!built_ && !rebuild(groups)) return false;
+    if (!look(groups, state, grad_scale)) {
+      if (!rebuild(groups)) return false;
+      if (!look(groups, state, grad_scale))
+        throw std::runtime_error("the parameters changed while a step was prepared");
+    }
   } catch (...) {
     staging_.clear();
     new_buffers_.clear();
@@ -304,6 +318,7 @@ void Plan::clear() {
   entries_.clear();
   job_.rows.clear();
   states_.clear();
+  errors_.clear();
   staging_.clear();
   new_buffers_.clear();
   scratch_ = at::Tensor();

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -47,16 +48,15 @@ class Plan {
     PyObject* buffer = nullptr;  // owned: the momentum buffer in it, or null
     size_t group = 0;
     size_t index = 0;
-    std::vector<int64_t> sizes, strides;
+    at::DimVector sizes, strides;
     at::ScalarType type = at::kFloat;
-    std::string error;  // why the parameter has no row
     bool dense = true;
     bool first = false;
   };
 
   const at::Tensor& tensor(const Entry& e) const;
   std::string name(const pybind11::list& groups, const Entry& e) const;
-  bool is_current(const pybind11::list& groups) const;
+  bool look(const pybind11::list& groups, const pybind11::dict& state, double grad_scale);
   bool rebuild(const pybind11::list& groups);
   void find_states(const pybind11::dict& state);
   void find_buffer(const pybind11::list& groups, Entry& e);
@@ -64,6 +64,7 @@ class Plan {
 
   std::vector<GroupOptions> options_;
   std::vector<Entry> entries_;
+  std::map<size_t, std::string> errors_;  // why an entry has no row
   cpu::Job job_;
   at::Tensor scratch_;
   bool built_ = false;

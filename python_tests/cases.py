@@ -18,6 +18,21 @@ WIDTHS = [*range(1, 71), 127, 128, 129, 255, 256, 257, 1023, 1024, 1025]
 """Sizes around the widths of vectors, of unrolled loops and of blocks."""
 
 
+LONG = [
+    (2, 300),
+    (300, 2),
+    (3, 257, 2),
+    (3, 2, 513),
+    (2, 2100),
+    (5, 520),
+    (1, 2500),
+    (2, 3, 5, 260),
+    (9, 4, 300),
+    (2, 2, 2, 2, 130),
+]
+"""Shapes with runs longer than tiles and blocks are likely to be."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a tensor lies in memory.
@@ -106,6 +121,8 @@ def draw(seed: int, dtypes: Sequence[torch.dtype]) -> Case:
 
 
 def _draw_shape(rng: random.Random) -> tuple[int, ...]:
+    if rng.random() < 0.06:
+        return rng.choice(LONG)
     ndim = rng.choice((0, 1, 1, 1, 2, 2, 3, 4, 4, 5))
     if ndim == 1:
         return (rng.choice(WIDTHS),)

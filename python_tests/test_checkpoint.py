@@ -66,7 +66,7 @@ def test_the_number_of_threads_changes_no_bit(
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
         gen = torch.Generator().manual_seed(5)
-        shapes = [(65, 33, 5, 5), (1, 1, 1, 1), (7, 3, 3, 3), (3, 4001, 3, 1)] + [(2, 3, 1, 1)] * 20
+        shapes = [(65, 33, 5, 5), (6, 5, 100, 100), (1, 1, 1, 1), (7, 3, 3, 3), (3, 4001, 3, 1)] + [(2, 3, 1, 1)] * 20
         params = [nn.Parameter(torch.randn(shape, generator=gen)) for shape in shapes]
         if channels_last:
             for p in params:
@@ -165,7 +165,8 @@ def test_a_checkpoint_of_sgd_keeps_the_penalty_of_the_optimizer(engine: str) -> 
     model = small()
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     train(model, sgd, range(2))
-    ours = rk.RVSM(model.parameters(), lr=1.0, penalty="tl1", lam=1e-2, beta=0.3, a=2.0, engine=engine)
+    split = {"penalty": "tl1", "lam": 1e-2, "beta": 0.3, "a": 2.0}  # of the group; the defaults are others
+    ours = rk.RVSM([{"params": model.parameters(), **split}], lr=1.0, engine=engine)
     ours.load_state_dict(sgd.state_dict())
     group = ours.param_groups[0]
     assert [group[k] for k in ("lr", "momentum", "penalty", "lam", "beta", "a")] == [0.05, 0.9, "tl1", 1e-2, 0.3, 2.0]

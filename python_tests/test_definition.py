@@ -10,7 +10,8 @@ from torch import nn
 
 import rvsm_kernels as rk
 from cases import Built, Case, Layout, TensorCase, build, draw, gradient, tau_of_cut
-from runner import bits, check_reading, checked_step
+from definition import group_size, magnitudes
+from runner import bits, check_reading, checked_step, real
 
 PER_TEST = 100
 FAMILIES = {
@@ -87,7 +88,7 @@ def test_settings_of_torch(engine: str, setting: str) -> None:
 
 # ---- large tensors and extreme numbers -------------------------------------------------------------------------------
 
-LARGE = [
+LARGE: list[tuple[tuple[int, ...], Any]] = [
     ((70_001,), None),
     ((70_001,), ()),
     ((257, 263), 0),
@@ -95,6 +96,9 @@ LARGE = [
     ((3, 20_011), 0),
     ((4_099, 17), 0),
     ((20_011, 3), 1),
+    ((5, 5_003), 1),
+    ((3, 7, 300), 1),
+    ((3, 300, 5, 5), (0, 1)),
     ((2, 4_001, 9), 1),
     ((64, 32, 3, 3), 0),
     ((64, 32, 3, 3), 1),
@@ -112,8 +116,7 @@ def test_large_tensors(engine: str, threads: int, penalty: str, channels_last: b
     for shape, group_dim in LARGE:
         if channels_last and len(shape) < 4:
             continue
-        size = 1 if group_dim is None else torch.empty(shape).numel() / (64 if len(shape) == 4 else 1)
-        cut = 0.05 * (1.0 if group_dim is None else size**0.5)
+        cut = 0.05 * group_size(shape, group_dim) ** 0.5
         options = {
             **{"penalty": penalty, "lam": 0.5 * tau_of_cut(penalty, cut, 1.0), "beta": 0.5, "a": 1.0},
             **{"group_dim": group_dim, "group_lasso": 0.01 if group_dim is not None else 0.0},
@@ -129,6 +132,33 @@ def test_large_tensors(engine: str, threads: int, penalty: str, channels_last: b
             optimizer.state[p]["momentum_buffer"] = torch.randn(p.shape, generator=gen)
     checked_step(optimizer)
     check_reading(optimizer)
+
+
+HUGE_GROUPS: list[tuple[tuple[int, ...], Any, bool]] = [
+    # shape, group_dim, channels-last
+    ((300_007,), (), False),
+    ((2, 140_001), 0, False),
+    ((140_001, 2), 1, False),
+    ((3, 2, 50_001), 1, False),
+    ((2, 3, 220, 221), (0, 1), True),
+    ((2, 3, 220, 221), 1, True),
+]
+
+
+@pytest.mark.parametrize(("shape", "group_dim", "channels_last"), HUGE_GROUPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_huge_groups(native: str, threads: int, shape: Any, group_dim: Any, channels_last: bool, dtype: Any) -> None:
+    """Norms that no single thread sums: on both sides of the cut, closer to it than a float32 sum would be right."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(8)).to(dtype)
+    w = w.to(memory_format=torch.channels_last) if channels_last else w
+    norms = magnitudes(real(w), group_dim)
+    optimizer = rk.RVSM([nn.Parameter(w)], penalty="l0", beta=0.5, group_dim=group_dim, group_lasso=0.1, engine=native)
+    for distance in (1e-5, -1e-5, 1e-6, -1e-6):
+        optimizer.param_groups[0]["lam"] = float(0.25 * (norms.flat[0] * (1 + distance)) ** 2)
+        check_reading(optimizer, f"{distance} from the cut")
+    (p,) = optimizer.param_groups[0]["params"]
+    p.grad = torch.ones_like(p)
+    checked_step(optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -272,6 +272,14 @@ def test_parameters_of_other_dtypes(engine: str, dtype: torch.dtype) -> None:
         rk.RVSM([("odd one", p)], lr=0.1, engine=engine)
 
 
+def test_expanded_parameters(engine: str) -> None:
+    """Several elements are one in memory: torch's own optimizers refuse to write there, and so the others stay too."""
+    first, p = two()[0], nn.Parameter(torch.ones(1, 3).expand(4, 3))
+    p.grad = torch.ones(4, 3)
+    optimizer = rk.RVSM([{"params": [first]}, {"params": [p], "penalty": None}], lr=0.1, engine=engine)
+    refused(optimizer, RuntimeError, "expand|single memory location")
+
+
 def test_group_dim_of_a_bias(engine: str) -> None:
     """The most likely mistake: model.parameters() with a group_dim; the message tells what to do."""
     with pytest.raises(ValueError, match=r"group_dim.*1.*bias.*param_groups"):
