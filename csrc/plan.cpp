@@ -40,6 +40,16 @@ PyObject* params_of(PyObject* group) {
   return params;
 }
 
+// Whether two tensors agree in all that a kernel asks of them. The key set says device, layout and whether the values
+// are there (no lazy negation), so that one comparison stands for five questions; a thousand parameters ask them each
+// step.
+bool is_twin(const at::Tensor& t, const at::Tensor& w) {
+  const c10::TensorImpl* x = t.unsafeGetTensorImpl();
+  const c10::TensorImpl* y = w.unsafeGetTensorImpl();
+  return x->key_set() == y->key_set() && x->dtype() == y->dtype() && x->sizes() == y->sizes() &&
+         x->strides() == y->strides();
+}
+
 std::string text(at::IntArrayRef sizes) {
   std::string s = "[";
   for (size_t d = 0; d < sizes.size(); ++d) s += (d ? ", " : "") + std::to_string(sizes[d]);
@@ -87,7 +97,7 @@ bool Plan::rebuild(const py::list& groups) {
       e.sizes = at::DimVector(w.sizes());
       e.strides = at::DimVector(w.strides());
       e.type = w.scalar_type();
-      e.dense = w.is_non_overlapping_and_dense();
+      e.dense = w.is_non_overlapping_and_dense() && !w.is_neg() && !w._is_zerotensor();
       const GroupOptions& o = options_.at(e.group);
       if (!is_supported(e.type))
         throw py::type_error("RVSM does not support parameters of dtype " + text_of(w.dtype()) + " (" +
@@ -143,16 +153,13 @@ void Plan::find_buffer(const py::list& groups, Entry& e) {
   reset(e.buffer, found);
 }
 
-void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double grad_scale) {
+// Raise what a gradient or a momentum buffer that does not fit deserves.
+void Plan::check_entry(const py::list& groups, const Entry& e, bool momentum) const {
   const at::Tensor& w = tensor(e);
   const at::Tensor& g = w.grad();
-  row.active = g.defined() && row.numel > 0;
-  if (!g.defined()) return;
-  if (!errors_.empty()) {
-    const auto error = errors_.find(size_t(&e - entries_.data()));
-    if (error != errors_.end())
-      throw py::value_error("Invalid group_dim value for " + name(groups, e) + ": " + error->second);
-  }
+  const auto error = errors_.find(size_t(&e - entries_.data()));
+  if (error != errors_.end())
+    throw py::value_error("Invalid group_dim value for " + name(groups, e) + ": " + error->second);
   if (g.layout() != at::kStrided)
     throw std::runtime_error("RVSM does not support sparse gradients (" + name(groups, e) + " has layout " +
                              text_of(g.layout()) + ")");
@@ -163,50 +170,59 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double
   if (!g.is_cpu())
     throw std::runtime_error("the gradient of " + name(groups, e) + " is on " + text_of(g.device()) +
                              ", the parameter on " + text_of(w.device()));
-  const Options& o = options_[e.group].options;
-  if (o.momentum != 0) {
-    find_buffer(groups, e);
-    if (e.buffer != nullptr) {
-      const at::Tensor& m = THPVariable_Unpack(e.buffer);
-      if (m.sizes() != at::IntArrayRef(e.sizes) || m.scalar_type() != e.type || !m.is_cpu() ||
-          m.layout() != at::kStrided)
-        throw std::runtime_error("the momentum_buffer of " + name(groups, e) + " is " + text_of(m.dtype()) + " " +
-                                 text(m.sizes()) + " on " + text_of(m.device()) + ", the parameter " +
-                                 text_of(w.dtype()) + " " + text(e.sizes) + " on " + text_of(w.device()));
-    }
-  }
-  if (!row.active) return;
+  if (!momentum || e.buffer == nullptr) return;
+  const at::Tensor& m = THPVariable_Unpack(e.buffer);
+  if (m.sizes() != at::IntArrayRef(e.sizes) || m.scalar_type() != e.type || !m.is_cpu() || m.layout() != at::kStrided)
+    throw std::runtime_error("the momentum_buffer of " + name(groups, e) + " is " + text_of(m.dtype()) + " " +
+                             text(m.sizes()) + " on " + text_of(m.device()) + ", the parameter " + text_of(w.dtype()) +
+                             " " + text(e.sizes) + " on " + text_of(w.device()));
+}
 
+// The pointers of an unusual entry: a first step, or tensors that do not lie in memory as the kernels need them.
+void Plan::stage_entry(Entry& e, cpu::Row& row, bool momentum) {
   const auto stage = [&](Staged staged, bool writes) {
     at::Tensor dense = staged.dense();
     if (staged.is_copy()) staging_.push_back({std::move(staged), writes});
     return dense;
   };
-  at::Tensor copy;
-  if (!e.dense) copy = stage(Staged(w), true);
-  const at::Tensor& dense = e.dense ? w : copy;
+  const at::Tensor dense = e.dense ? tensor(e) : stage(Staged(tensor(e)), true);
   row.w = dense.mutable_data_ptr();
+  row.g = stage(Staged(tensor(e).grad(), dense), false).const_data_ptr();
+  if (!momentum) {
+    row.m = nullptr;
+  } else if (e.buffer == nullptr) {
+    new_buffers_.emplace_back(&e - entries_.data(), at::zeros_like(dense));
+    row.m = new_buffers_.back().second.mutable_data_ptr();
+  } else {
+    row.m = stage(Staged(THPVariable_Unpack(e.buffer), dense), true).mutable_data_ptr();
+  }
+}
 
-  const bool plain = g.scalar_type() == e.type && g.strides() == dense.strides() && !g.is_neg() && !g._is_zerotensor();
-  row.g = plain ? g.const_data_ptr() : stage(Staged(g, dense), false).const_data_ptr();
-
-  row.m = nullptr;
-  bool first = false;
-  if (o.momentum != 0) {
-    if (e.buffer == nullptr) {
-      first = true;
-      new_buffers_.emplace_back(&e - entries_.data(), at::zeros_like(dense));
-      row.m = new_buffers_.back().second.mutable_data_ptr();
-    } else {
-      const at::Tensor& m = THPVariable_Unpack(e.buffer);
-      row.m = m.strides() == dense.strides() ? m.mutable_data_ptr() : stage(Staged(m, dense), true).mutable_data_ptr();
-    }
+void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double grad_factor) {
+  const at::Tensor& w = tensor(e);
+  const at::Tensor& g = w.grad();
+  row.active = g.defined() && row.numel > 0;
+  if (!g.defined()) return;
+  const Options& o = options_[e.group].options;
+  const bool momentum = o.momentum != 0;
+  if (momentum) find_buffer(groups, e);
+  const bool first = momentum && e.buffer == nullptr;
+  const at::Tensor* m = momentum && !first ? &THPVariable_Unpack(e.buffer) : nullptr;
+  const bool usual = e.dense && errors_.empty() && is_twin(g, w) && (m == nullptr || is_twin(*m, w));
+  if (!usual) check_entry(groups, e, momentum);
+  if (!row.active) return;
+  if (usual && !first) {
+    row.w = w.mutable_data_ptr();
+    row.g = g.const_data_ptr();
+    row.m = m != nullptr ? m->mutable_data_ptr() : nullptr;
+  } else {
+    stage_entry(e, row, momentum);
   }
   if (first != e.first) {
     rvsm::set_options(row, o, first);
     e.first = first;
   }
-  row.step.grad = (o.maximize ? -1 : 1) / grad_scale;
+  row.step.grad = o.maximize ? -grad_factor : grad_factor;
 }
 
 // One walk over all parameters. Returns false where the table no longer describes them: other parameters, or other
@@ -237,7 +253,7 @@ bool Plan::look(const py::list& groups, const py::dict& state, double grad_scale
       if (w.sizes() != at::IntArrayRef(e.sizes) || w.strides() != at::IntArrayRef(e.strides) ||
           w.scalar_type() != e.type || !w.is_cpu())
         return false;
-      prepare_entry(groups, e, job_.rows[i], grad_scale);
+      prepare_entry(groups, e, job_.rows[i], 1 / grad_scale);
     }
   }
   return i == count;

@@ -60,7 +60,9 @@ class Plan {
   bool rebuild(const pybind11::list& groups);
   void find_states(const pybind11::dict& state);
   void find_buffer(const pybind11::list& groups, Entry& e);
-  void prepare_entry(const pybind11::list& groups, Entry& e, cpu::Row& row, double grad_scale);
+  void check_entry(const pybind11::list& groups, const Entry& e, bool momentum) const;
+  void stage_entry(Entry& e, cpu::Row& row, bool momentum);
+  void prepare_entry(const pybind11::list& groups, Entry& e, cpu::Row& row, double grad_factor);
 
   std::vector<GroupOptions> options_;
   std::vector<Entry> entries_;

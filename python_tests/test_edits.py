@@ -110,7 +110,7 @@ def test_gradients_set_in_place_and_replaced(trained: World) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_gradient_of_another_dtype(engine: str, dtype: torch.dtype) -> None:
-    """p.data of another dtype, the gradient left behind: as in torch.optim.SGD it is used for what it says, unrounded."""
+    """p.data of another dtype, the gradient left behind: it is used as it is, unrounded, as torch.optim.SGD does."""
     p = nn.Parameter(torch.randn(21))
     optimizer = rk.RVSM([p], lr=0.1, lam=0.1, beta=0.5, engine=engine)
     p.grad = torch.randn(21)

@@ -22,6 +22,8 @@ namespace {
 constexpr int64_t kTile = 512;
 // Columns whose factors are kept at a time: long pieces of consecutive memory, and still in the cache.
 constexpr int64_t kSpan = kColumns;
+// Elements behind the factors that may be written (see spread).
+constexpr int64_t kSpill = 16;
 // Groups with this many consecutive elements need no factor per column.
 constexpr int64_t kLong = 256;
 // Sums per column that a strided reduction keeps at a time.
@@ -162,9 +164,17 @@ void prox_span(S* w, int64_t n, const Pull& pull) {
 
 template <class T>
 struct Factors {
-  T ratio[kSpan];
-  T length[kSpan];
+  T ratio[kSpan + kSpill];
+  T length[kSpan + kSpill];
 };
+
+// n copies of a factor, n >= 1; up to kSpill elements behind them are overwritten as well. The groups of a 3x3 kernel
+// are so short that a store of fixed length beats a loop of the right one.
+template <class T>
+inline void spread(T* to, int64_t n, T factor) {
+  for (int64_t i = 0; i < n; i += kSpill)
+    for (int64_t k = 0; k < kSpill; ++k) to[i + k] = factor;
+}
 
 // What divides the elements of a group of that norm; those of the zero group are 0 and stay 0.
 template <class T>
@@ -183,9 +193,8 @@ void fill_factors(Factors<T>& f, const T* norms, int64_t inner, int64_t c0, int6
   }
   for (int64_t g = c0 / inner; g * inner < c1; ++g) {
     const int64_t from = std::max(c0, g * inner) - c0, to = std::min(c1, (g + 1) * inner) - c0;
-    const T ratio = shrink_ratio<kPenalty>(norms[g], prox), length = length_of(norms[g]);
-    for (int64_t i = from; i < to; ++i) f.ratio[i] = ratio;
-    for (int64_t i = from; i < to && lasso; ++i) f.length[i] = length;
+    spread(f.ratio + from, to - from, shrink_ratio<kPenalty>(norms[g], prox));
+    if (lasso) spread(f.length + from, to - from, length_of(norms[g]));
   }
 }
 
