@@ -73,6 +73,8 @@ def check_gradient(p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, A
         raise RuntimeError(f"the gradient of {name} has shape {list(grad.shape)}, the parameter {list(p.shape)}")
     if grad.device != p.device:
         raise RuntimeError(f"the gradient of {name} is on {grad.device}, the parameter on {p.device}")
+    if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+        raise RuntimeError(f"{name} is expanded: several of its elements are one in memory")
     validate_param(p, group, name)
     buffer = state[p].get("momentum_buffer") if p in state else None
     if group["momentum"] and buffer is not None and _kind(buffer) != _kind(p):
