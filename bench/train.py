@@ -52,18 +52,18 @@ METHODS = (
     Method(
         "rgsm",
         "RGSM l0 (input channels)",
-        0.1,
+        0.05,
         {
             "penalty": "l0",
             "structure": "in_channels",
-            "lam": 4.5e-4,
-            "beta": 1.0,
+            "lam": 2.7e-3,
+            "beta": 6.0,
             "group_scale": True,
-            "group_lasso": 3e-3,
+            "group_lasso": 1.05e-2,
         },
     ),
 )
-"""What :func:`search` found best, dense first."""
+"""Dense first; what was tried is in bench/NOTES.md and :func:`grid`."""
 
 
 # ---- the job ---------------------------------------------------------------------------------------------------------
