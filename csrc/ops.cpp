@@ -47,7 +47,7 @@ void prox_list(at::TensorList params, const Options& options, const OptionalDims
   std::vector<Staged> staged;
   for (const at::Tensor& w : params) {
     check(w);
-    staged.emplace_back(w);
+    staged.emplace_back(w, w.scalar_type());
     job.rows.push_back(row_of(staged.back().dense(), group_dim, options));
     if (w.numel() > 0) job.rows.back().w = staged.back().dense().mutable_data_ptr();
   }
@@ -78,7 +78,7 @@ at::Tensor penalty_value(at::TensorList params, Names penalty, double lam, doubl
   std::vector<Staged> staged;
   for (const at::Tensor& w : params) {
     check(w);
-    staged.emplace_back(w);
+    staged.emplace_back(w, w.scalar_type());
     staged.back().load();
     job.rows.push_back(row_of(staged.back().dense(), group_dim, options));
   }
@@ -113,7 +113,7 @@ void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_
     TORCH_CHECK(grads[i].sizes() == params[i].sizes(), "the gradient of parameter ", i, " has another shape");
     TORCH_CHECK(momentum == 0 || momentum_buffers[i].sizes() == params[i].sizes(), "the momentum buffer of parameter ",
                 i, " has another shape");
-    written.emplace_back(params[i]);
+    written.emplace_back(params[i], row_type(params[i].scalar_type(), grads[i].scalar_type()));
     const at::Tensor dense = written.back().dense();
     cpu::Row row = row_of(dense, group_dim, options, first_step);
     if (row.numel == 0) continue;

@@ -112,6 +112,7 @@ bool Plan::rebuild(const py::list& groups) {
         errors_[entries_.size()] = error.what();  // of no weight until the parameter has a gradient
         job_.rows.emplace_back();
       }
+      e.dtype = job_.rows.back().dtype;
       reset(e.param, p);
       entries_.push_back(std::move(e));
     }
@@ -185,14 +186,17 @@ void Plan::stage_entry(Entry& e, cpu::Row& row, bool momentum) {
     if (staged.is_copy()) staging_.push_back({std::move(staged), writes});
     return dense;
   };
-  const at::Tensor dense = e.dense ? tensor(e) : stage(Staged(tensor(e)), true);
+  const at::Tensor& w = tensor(e);
+  const at::Tensor& g = w.grad();
+  const at::Tensor dense = stage(Staged(w, row_type(e.type, g.scalar_type())), true);
+  row.dtype = dtype_of(dense.scalar_type());
   row.w = dense.mutable_data_ptr();
-  row.g = stage(Staged(tensor(e).grad(), dense), false).const_data_ptr();
+  row.g = stage(Staged(g, dense), false).const_data_ptr();
   if (!momentum) {
     row.m = nullptr;
   } else if (e.buffer == nullptr) {
-    new_buffers_.emplace_back(&e - entries_.data(), at::zeros_like(dense));
-    row.m = new_buffers_.back().second.mutable_data_ptr();
+    new_buffers_.emplace_back(&e - entries_.data(), at::zeros_like(dense, e.type));
+    row.m = stage(Staged(new_buffers_.back().second, dense), true).mutable_data_ptr();
   } else {
     row.m = stage(Staged(THPVariable_Unpack(e.buffer), dense), true).mutable_data_ptr();
   }
@@ -215,6 +219,7 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double
     row.w = w.mutable_data_ptr();
     row.g = g.const_data_ptr();
     row.m = m != nullptr ? m->mutable_data_ptr() : nullptr;
+    row.dtype = e.dtype;
   } else {
     stage_entry(e, row, momentum);
   }

@@ -50,6 +50,7 @@ class Plan {
     size_t index = 0;
     at::DimVector sizes, strides;
     at::ScalarType type = at::kFloat;
+    Dtype dtype = Dtype::f32;  // the same, as the kernels name it
     bool dense = true;
     bool first = false;
   };

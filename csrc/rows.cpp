@@ -14,6 +14,16 @@ namespace {
 // Below this many elements one thread is done before a second one has woken up.
 constexpr int64_t kSerial = 32768;
 
+}  // namespace
+
+bool is_supported(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+at::ScalarType row_type(at::ScalarType param, at::ScalarType grad) {
+  return at::isReducedFloatingType(param) && grad != param ? at::kFloat : param;
+}
+
 Dtype dtype_of(at::ScalarType type) {
   switch (type) {
     case at::kDouble:
@@ -25,12 +35,6 @@ Dtype dtype_of(at::ScalarType type) {
     default:
       return Dtype::f32;
   }
-}
-
-}  // namespace
-
-bool is_supported(at::ScalarType type) {
-  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
 bool same_layout(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides) {
@@ -51,8 +55,9 @@ Staged::Staged(const at::Tensor& tensor, const at::Tensor& like) : tensor_(tenso
   if (!fits) dense_ = at::empty_strided(like.sizes(), like.strides(), like.options());
 }
 
-Staged::Staged(const at::Tensor& tensor) : tensor_(tensor), dense_(tensor) {
-  if (!tensor.is_non_overlapping_and_dense() || !is_plain(tensor)) dense_ = at::empty_like(tensor);
+Staged::Staged(const at::Tensor& tensor, at::ScalarType type) : tensor_(tensor), dense_(tensor) {
+  const bool fits = tensor.scalar_type() == type && is_plain(tensor) && tensor.is_non_overlapping_and_dense();
+  if (!fits) dense_ = at::empty_like(tensor, type);
 }
 
 void Staged::load() {

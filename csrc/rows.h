@@ -16,6 +16,13 @@ using Dims = std::optional<std::vector<int64_t>>;  // group_dim: nothing is elem
 // Whether kernels exist for the type.
 bool is_supported(at::ScalarType type);
 
+// The type of a row for a parameter and a gradient of these types. A half type is computed in float32, so a gradient of
+// another type is used unrounded where the row is float32.
+at::ScalarType row_type(at::ScalarType param, at::ScalarType grad);
+
+// The kernels' name of a supported type.
+Dtype dtype_of(at::ScalarType type);
+
 // Whether two tensors of equal sizes put every element at the same offset (strides of dimensions of size 1 are moot).
 bool same_layout(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides);
 
@@ -24,8 +31,8 @@ class Staged {
  public:
   // `like` gives the layout to have; it must be dense.
   Staged(const at::Tensor& tensor, const at::Tensor& like);
-  // Dense in its own order.
-  explicit Staged(const at::Tensor& tensor);
+  // Dense in its own order, in the given type.
+  Staged(const at::Tensor& tensor, at::ScalarType type);
 
   // Fill the copy, and bring it back.
   void load();

@@ -120,6 +120,22 @@ def test_ops_are_the_optimizer(penalty: str | None, dims: list[int] | None, dtyp
         assert all(same_bits(p, w) for p, w in zip(params, ws, strict=True))
 
 
+def test_step_op_with_wider_gradients() -> None:
+    """float32 gradients of bfloat16 tensors are used unrounded, as in the optimizer."""
+    params, ws = [nn.Parameter(w) for w in weights()], weights(torch.bfloat16)
+    base = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+    optimizer = rk.RVSM(params, **base, penalty="l1", lam=0.2, beta=0.5, engine="native")
+    ms = [torch.empty_like(w) for w in ws]
+    for p, w in zip(params, ws, strict=True):
+        p.grad = torch.randn(p.shape)
+        p.data = w.clone()
+    grads = [p.grad for p in params]
+    op("step_")(ws, grads, ms, *step_arguments("l1", None, True))
+    optimizer.step()
+    for p, w, m in zip(params, ws, ms, strict=True):
+        assert same_bits(p, w) and same_bits(optimizer.state[p]["momentum_buffer"], m)
+
+
 def test_prox_op_is_rk_prox() -> None:
     for w in weights():
         u = op("prox")(w, "tl1", 0.4, 2.0, [1])

@@ -45,7 +45,7 @@ def _step(group: Mapping[str, Any], state: MutableMapping[Tensor, Any], grad_sca
     if not params:
         return
     w = [_arithmetic(p.detach()) for p in params]
-    g = [_arithmetic(p.grad.detach().to(p.dtype)) for p in params]
+    g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True)]
     if grad_scale is not None:
         g = [x * grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
     if group["maximize"]:
