@@ -40,17 +40,15 @@ void Job::add(int32_t row, Kind kind, const Block& block, int64_t part) {
 
 // Every group is summed by one task, along its rows in order, so that no float is added in arrival order; only groups
 // too long for that are cut into parts, which join() adds up in order.
-void Job::divide_reduction(int32_t index) {
-  Row& row = rows[index];
+void Job::divide_reduction(int32_t index, int64_t threads) {
+  const Row& row = rows[index];
   const GroupView& v = row.view;
   const int64_t columns = v.groups * v.inner;
-  const int64_t longest = std::max(v.outer, v.inner);
-  row.parts = v.size() >= 2 * kPart ? std::min(ceil_div(v.size(), kPart), longest) : 1;
-  const bool by_rows = v.outer == longest;
+  const bool by_rows = v.outer >= v.inner;
   // Consecutive groups whose reduction is all that their application waits for.
   const Kind kind = v.outer == 1 && row.parts == 1 && action_ != Action::penalty ? Kind::both : Kind::reduce;
-  // Several rows: a width that gives each processor work, but no less than 1 KB of consecutive memory per row.
-  int64_t width = v.outer == 1 ? kTask : std::clamp<int64_t>(columns / 16, 256, 1024);
+  // Several rows: a width that gives each thread work, but no less than 1 KB of consecutive memory per row.
+  int64_t width = v.outer == 1 ? kTask : std::clamp<int64_t>(columns / (2 * threads), 256, kStrip);
   width = row.parts > 1 && !by_rows ? v.inner : std::max<int64_t>(1, width / v.inner) * v.inner;
   for (int64_t b = 0; b < v.batch; ++b) {
     for (int64_t c = 0; c < columns; c += width) {
@@ -77,13 +75,21 @@ void Job::divide_application(int32_t index) {
 }
 
 void Job::divide() {
-  tasks_.clear();
   lanes_.clear();
+  for (Row& row : rows) {
+    if (!row.grouped) row.view = {1, 1, row.numel, 1};
+    const GroupView& v = row.view;
+    const bool cut = row.grouped && v.size() >= 2 * kPart;
+    row.parts = cut ? std::min(ceil_div(v.size(), kPart), std::max(v.outer, v.inner)) : 1;
+  }
+}
+
+void Job::divide_for(int64_t threads) {
+  tasks_.clear();
   reductions_.assign(rows.size(), 0);
   for (int32_t i = 0; i < int32_t(rows.size()); ++i) {
-    Row& row = rows[i];
-    if (!row.grouped) row.view = {1, 1, row.numel, 1};
-    if (row.grouped) divide_reduction(i);
+    const Row& row = rows[i];
+    if (row.grouped) divide_reduction(i, threads);
     if (row.grouped && action_ == Action::penalty)
       add(i, Kind::apply, {0, 0, 1, 0, row.view.groups * row.view.inner});  // a function of the norms alone
     else if (!row.grouped || reductions_[i] > 0)
@@ -139,7 +145,10 @@ void Job::deal(int64_t threads) {
 }
 
 void Job::start(int64_t threads) {
-  if (threads != int64_t(lanes_.size())) deal(threads);
+  if (threads != int64_t(lanes_.size())) {
+    divide_for(threads);
+    deal(threads);
+  }
   for (auto& lane : lanes_) lane->next.store(0, std::memory_order_relaxed);
   for (size_t i = 0; i < rows.size(); ++i) pending_[i].store(reductions_[i], std::memory_order_relaxed);
   std::fill(sums_.begin(), sums_.end(), 0.0);

@@ -14,6 +14,9 @@ enum class Action { step, prox, penalty };
 
 // Columns of a block with several rows: a factor per column is computed once and used for every row.
 constexpr int64_t kColumns = 8192;
+// Most columns whose sums are kept at a time while a reduction walks over rows: long pieces of consecutive memory, and
+// sums that stay in the first-level cache.
+constexpr int64_t kStrip = 2560;
 
 // One tensor of a job: its shape, then what changes from run to run.
 struct Row {
@@ -77,7 +80,7 @@ class Job {
 
   std::vector<Row> rows;
 
-  // Divide the rows into tasks; again whenever a row's shape, dtype or grouping changes.
+  // Take note of the rows; again whenever a row's shape, dtype or grouping changes.
   void divide();
 
   // Bytes of scratch that the rows need (one number per group, and the parts of long groups), and where it is.
@@ -110,11 +113,12 @@ class Job {
     std::atomic<int64_t> next{0};
   };
 
+  void divide_for(int64_t threads);
   void deal(int64_t threads);
   void drain(Lane& lane);
   void run(int64_t index);
   bool help(int64_t index);
-  void divide_reduction(int32_t index);
+  void divide_reduction(int32_t index, int64_t threads);
   void divide_application(int32_t index);
   void add(int32_t row, Kind kind, const Block& block, int64_t part = 0);
 

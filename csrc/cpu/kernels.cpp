@@ -27,11 +27,11 @@ constexpr int64_t kSpill = 16;
 // Groups with this many consecutive elements need no factor per column.
 constexpr int64_t kLong = 256;
 // Sums per column that a strided reduction keeps at a time.
-constexpr int64_t kSums = 2048;
-// Independent sums, added up in their order at the end: enough to hide the latency of an addition.
+constexpr int64_t kSums = kStrip;
+// Independent sums that an instruction or two can take together.
 constexpr int kLanes = 16;
 // Rows that a strided sum takes together, and asks for in advance.
-constexpr int kAhead = 4;
+constexpr int kAhead = 8;
 
 template <class S>
 constexpr bool kIsHalf = sizeof(S) == 2;
@@ -237,16 +237,38 @@ void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool las
 
 // ---- sums of squares -------------------------------------------------------------------------------------------
 
-// In double: squares of float are exact, and the rounding of a long sum stays far below the ulp of a float norm.
+// sum + w^2 in double: squares of float are exact, and the rounding of a long sum stays far below the ulp of a float
+// norm. Because they are exact, a fused multiply-add gives the same bits where there is one.
+template <class S>
+inline double add_square(double sum, S w) {
+  const double x = double(load(w));
+#ifdef __FMA__
+  if constexpr (!std::is_same_v<S, double>) return __builtin_fma(x, x, sum);
+#endif
+  return sum + x * x;
+}
+
+// Adds the squares of the next kLanes elements.
+template <class S>
+inline void add_lanes(double* __restrict lane, const S* __restrict w) {
+  for (int k = 0; k < kLanes; ++k) lane[k] = add_square(lane[k], w[k]);
+}
+
 template <class S>
 double square_sum(const S* w, int64_t n) {
-  double lane[kLanes] = {};
+  // Named one by one, so that the compiler keeps them in registers.
+  double a[kLanes] = {}, b[kLanes] = {}, c[kLanes] = {}, d[kLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int k = 0; k < kLanes; ++k) lane[k] += double(load(w[i + k])) * double(load(w[i + k]));
-  for (int k = 0; i < n; ++i, ++k) lane[k] += double(load(w[i])) * double(load(w[i]));
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    add_lanes(a, w + i);
+    add_lanes(b, w + i + kLanes);
+    add_lanes(c, w + i + 2 * kLanes);
+    add_lanes(d, w + i + 3 * kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) add_lanes(a, w + i);
+  for (int k = 0; i < n; ++i, ++k) a[k] = add_square(a[k], w[i]);
   double sum = 0;
-  for (int k = 0; k < kLanes; ++k) sum += lane[k];
+  for (int k = 0; k < kLanes; ++k) sum += (a[k] + b[k]) + (c[k] + d[k]);
   return sum;
 }
 
@@ -256,10 +278,7 @@ inline void add_squares(double* __restrict sums, const S* __restrict w, int64_t 
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     double sum = sums[i];
-    for (int r = 0; r < kRows; ++r) {
-      const double x = double(load(w[r * stride + i]));
-      sum += x * x;
-    }
+    for (int r = 0; r < kRows; ++r) sum = add_square(sum, w[r * stride + i]);
     sums[i] = sum;
   }
 }
