@@ -12,8 +12,10 @@ namespace {
 // Elements of a task: large enough that taking it from the queue costs nothing, small enough that threads finish
 // together and that what the reduction has read is still in the cache when the step comes.
 constexpr int64_t kTask = 32768;
-// Rows of a block that share their columns' factors, so that computing those costs little.
-constexpr int64_t kRows = 16;
+// Rows of a block that share their columns' factors: enough that computing those costs little, at most so many that
+// threads finish together.
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kManyRows = 64;
 // A group with more elements than this is summed in parts.
 constexpr int64_t kPart = 131072;
 // Value of a row's counter when its norms are there.
@@ -63,11 +65,11 @@ void Job::divide_reduction(int32_t index, int64_t threads) {
   }
 }
 
-void Job::divide_application(int32_t index) {
+void Job::divide_application(int32_t index, int64_t threads) {
   const GroupView& v = rows[index].view;
   const int64_t columns = v.groups * v.inner;
   const int64_t width = v.outer == 1 ? kTask : std::min(columns, kColumns);
-  const int64_t height = std::max(kRows, kTask / width);
+  const int64_t height = std::max(kTask / width, std::clamp(v.outer / (8 * threads), kFewRows, kManyRows));
   for (int64_t b = 0; b < v.batch; ++b)
     for (int64_t o = 0; o < v.outer; o += height)
       for (int64_t c = 0; c < columns; c += width)
@@ -93,7 +95,7 @@ void Job::divide_for(int64_t threads) {
     if (row.grouped && action_ == Action::penalty)
       add(i, Kind::apply, {0, 0, 1, 0, row.view.groups * row.view.inner});  // a function of the norms alone
     else if (!row.grouped || reductions_[i] > 0)
-      divide_application(i);
+      divide_application(i, threads);
   }
   pending_ = std::make_unique<std::atomic<int32_t>[]>(rows.size());
   sums_.resize(action_ == Action::penalty ? tasks_.size() : 0);

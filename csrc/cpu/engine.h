@@ -119,7 +119,7 @@ class Job {
   void run(int64_t index);
   bool help(int64_t index);
   void divide_reduction(int32_t index, int64_t threads);
-  void divide_application(int32_t index);
+  void divide_application(int32_t index, int64_t threads);
   void add(int32_t row, Kind kind, const Block& block, int64_t part = 0);
 
   Action action_;

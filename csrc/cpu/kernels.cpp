@@ -32,6 +32,8 @@ constexpr int64_t kSums = kStrip;
 constexpr int kLanes = 16;
 // Rows that a strided sum takes together, and asks for in advance.
 constexpr int kAhead = 8;
+// Columns of those rows between two rounds of asking: the memory takes so many requests at a time.
+constexpr int64_t kPiece = 64;
 
 template <class S>
 constexpr bool kIsHalf = sizeof(S) == 2;
@@ -314,9 +316,13 @@ void block_squares(const Row& row, const Block& block, const Emit& emit) {
     std::fill(sums, sums + n, 0.0);
     int64_t o = block.o0;
     for (; o + kAhead <= block.o1; o += kAhead) {
-      for (int64_t next = o + kAhead; next < std::min(o + 2 * kAhead, block.o1); ++next)
-        prefetch(base + next * columns + c, n);
-      add_squares<kAhead>(sums, base + o * columns + c, columns, n);
+      const S* rows = base + o * columns + c;
+      const int64_t ahead = o + 2 * kAhead <= block.o1 ? kAhead : 0;
+      for (int64_t i = 0; i < n; i += kPiece) {
+        const int64_t m = std::min(kPiece, n - i);
+        for (int64_t r = ahead; r < 2 * ahead; ++r) prefetch(rows + r * columns + i, m);
+        add_squares<kAhead>(sums + i, rows + i, columns, m);
+      }
     }
     for (; o < block.o1; ++o) add_squares<1>(sums, base + o * columns + c, columns, n);
     for (int64_t i = 0; i < n;) {
