@@ -13,7 +13,7 @@ namespace rvsm::cpu {
 enum class Action { step, prox, penalty };
 
 // Columns of a block with several rows: a factor per column is computed once and used for every row.
-constexpr int64_t kColumns = 8192;
+constexpr int64_t kColumns = 16384;
 // Most columns whose sums are kept at a time while a reduction walks over rows: long pieces of consecutive memory, and
 // sums that stay in the first-level cache.
 constexpr int64_t kStrip = 2560;
