@@ -40,14 +40,22 @@ PyObject* params_of(PyObject* group) {
   return params;
 }
 
+// Numbers of a shape: so few that a call of memcmp costs more than the comparison.
+bool equal(at::IntArrayRef a, at::IntArrayRef b) {
+  if (a.size() != b.size()) return false;
+  for (size_t d = 0; d < a.size(); ++d)
+    if (a[d] != b[d]) return false;
+  return true;
+}
+
 // Whether two tensors agree in all that a kernel asks of them. The key set says device, layout and whether the values
 // are there (no lazy negation), so that one comparison stands for five questions; a thousand parameters ask them each
 // step.
 bool is_twin(const at::Tensor& t, const at::Tensor& w) {
   const c10::TensorImpl* x = t.unsafeGetTensorImpl();
   const c10::TensorImpl* y = w.unsafeGetTensorImpl();
-  return x->key_set() == y->key_set() && x->dtype() == y->dtype() && x->sizes() == y->sizes() &&
-         x->strides() == y->strides();
+  return x->key_set() == y->key_set() && x->dtype() == y->dtype() && equal(x->sizes(), y->sizes()) &&
+         equal(x->strides(), y->strides());
 }
 
 std::string text(at::IntArrayRef sizes) {
@@ -146,7 +154,10 @@ void Plan::find_states(const py::dict& state) {
 }
 
 void Plan::find_buffer(const py::list& groups, Entry& e) {
-  PyObject* found = e.state == nullptr ? nullptr : get(e.state, kBuffer);
+  PyObject *found = nullptr, *key = nullptr;
+  Py_ssize_t at = 0;
+  // It is mostly the first of the dict: looking there saves a lookup.
+  if (e.state != nullptr && !(PyDict_Next(e.state, &at, &key, &found) && key == kBuffer)) found = get(e.state, kBuffer);
   if (found == Py_None) found = nullptr;
   if (found == e.buffer) return;
   if (found != nullptr && !THPVariable_Check(found))
@@ -255,8 +266,7 @@ bool Plan::look(const py::list& groups, const py::dict& state, double grad_scale
       Entry& e = entries_[i];
       if (e.param != PyList_GET_ITEM(params, j) || e.group != size_t(g)) return false;
       const at::Tensor& w = tensor(e);
-      if (w.sizes() != at::IntArrayRef(e.sizes) || w.strides() != at::IntArrayRef(e.strides) ||
-          w.scalar_type() != e.type || !w.is_cpu())
+      if (!equal(w.sizes(), e.sizes) || !equal(w.strides(), e.strides) || w.scalar_type() != e.type || !w.is_cpu())
         return false;
       prepare_entry(groups, e, job_.rows[i], 1 / grad_scale);
     }
