@@ -119,13 +119,14 @@ void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_
     if (row.numel == 0) continue;
     row.w = dense.mutable_data_ptr();
     row.g = read.emplace_back(grads[i], dense).dense().const_data_ptr();
-    // A first step ignores what the buffer holds, an Inf or NaN too.
-    if (momentum != 0 && first_step) momentum_buffers[i].zero_();
     if (momentum != 0) row.m = written.emplace_back(momentum_buffers[i], dense).dense().mutable_data_ptr();
     job.rows.push_back(row);
   }
   job.divide();
   const at::Tensor scratch = allocate_scratch(job);
+  // A first step ignores what the buffers hold, an Inf or NaN too.
+  if (momentum != 0 && first_step)
+    for (const at::Tensor& m : momentum_buffers) m.zero_();
   for (auto& s : read) s.load();
   for (auto& s : written) s.load();
   run(job);

@@ -36,7 +36,8 @@ void reset(PyObject*& held, PyObject* value) {
 
 PyObject* params_of(PyObject* group) {
   PyObject* params = PyDict_Check(group) ? get(group, kParams) : nullptr;
-  if (params == nullptr || !PyList_Check(params)) throw py::type_error("a param group needs a list of params");
+  if (params == nullptr || !(PyList_Check(params) || PyTuple_Check(params)))
+    throw py::type_error("a param group needs a list of params");
   return params;
 }
 
@@ -94,8 +95,8 @@ bool Plan::rebuild(const py::list& groups) {
   clear();
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
     PyObject* params = params_of(PyList_GET_ITEM(groups.ptr(), g));
-    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(params); ++j) {
-      PyObject* p = PyList_GET_ITEM(params, j);
+    for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(params); ++j) {
+      PyObject* p = PySequence_Fast_GET_ITEM(params, j);
       if (!THPVariable_Check(p)) throw py::type_error("optimizer can only optimize Tensors");
       const at::Tensor& w = THPVariable_Unpack(p);
       if (!w.is_cpu() || w.layout() != at::kStrided) return false;
@@ -110,9 +111,6 @@ bool Plan::rebuild(const py::list& groups) {
       if (!is_supported(e.type))
         throw py::type_error("RVSM does not support parameters of dtype " + text_of(w.dtype()) + " (" +
                              name(groups, e) + ")");
-      for (size_t d = 0; d < e.sizes.size() && w.numel() > 0; ++d)
-        if (e.sizes[d] > 1 && e.strides[d] == 0)
-          throw std::runtime_error(name(groups, e) + " is expanded: several of its elements are one in memory");
       const Dims dims = needs_norms(o.options) ? o.group_dim : Dims{};
       try {
         job_.rows.push_back(make_row(e.dense ? w : at::empty_like(w), dims));
@@ -137,7 +135,7 @@ void Plan::find_states(const py::dict& state) {
   Py_ssize_t at = 0;
   size_t i = 0;
   PyObject *key, *value;
-  bool same = states_.size() == size_t(PyDict_GET_SIZE(state.ptr()));
+  bool same = states_seen_ && states_.size() == size_t(PyDict_GET_SIZE(state.ptr()));
   while (same && PyDict_Next(state.ptr(), &at, &key, &value)) {
     same = states_[i].first == key && states_[i].second == value;
     ++i;
@@ -151,6 +149,7 @@ void Plan::find_states(const py::dict& state) {
   states_.clear();
   at = 0;
   while (PyDict_Next(state.ptr(), &at, &key, &value)) states_.emplace_back(key, value);
+  states_seen_ = true;
 }
 
 void Plan::find_buffer(const py::list& groups, Entry& e) {
@@ -172,6 +171,9 @@ void Plan::check_entry(const py::list& groups, const Entry& e, bool momentum) co
   const auto error = errors_.find(size_t(&e - entries_.data()));
   if (error != errors_.end())
     throw py::value_error("Invalid group_dim value for " + name(groups, e) + ": " + error->second);
+  for (size_t d = 0; d < e.sizes.size() && w.numel() > 0; ++d)
+    if (e.sizes[d] > 1 && e.strides[d] == 0)
+      throw std::runtime_error(name(groups, e) + " is expanded: several of its elements are one in memory");
   if (g.layout() != at::kStrided)
     throw std::runtime_error("RVSM does not support sparse gradients (" + name(groups, e) + " has layout " +
                              text_of(g.layout()) + ")");
@@ -184,7 +186,7 @@ void Plan::check_entry(const py::list& groups, const Entry& e, bool momentum) co
                              ", the parameter on " + text_of(w.device()));
   if (!momentum || e.buffer == nullptr) return;
   const at::Tensor& m = THPVariable_Unpack(e.buffer);
-  if (m.sizes() != at::IntArrayRef(e.sizes) || m.scalar_type() != e.type || !m.is_cpu() || m.layout() != at::kStrided)
+  if (m.sizes() != at::IntArrayRef(e.sizes) || !m.is_floating_point() || !m.is_cpu() || m.layout() != at::kStrided)
     throw std::runtime_error("the momentum_buffer of " + name(groups, e) + " is " + text_of(m.dtype()) + " " +
                              text(m.sizes()) + " on " + text_of(m.device()) + ", the parameter " + text_of(w.dtype()) +
                              " " + text(e.sizes) + " on " + text_of(w.device()));
@@ -205,8 +207,11 @@ void Plan::stage_entry(Entry& e, cpu::Row& row, bool momentum) {
   row.g = stage(Staged(g, dense), false).const_data_ptr();
   if (!momentum) {
     row.m = nullptr;
-  } else if (e.buffer == nullptr) {
-    new_buffers_.emplace_back(&e - entries_.data(), at::zeros_like(dense, e.type));
+  } else if (e.buffer == nullptr || THPVariable_Unpack(e.buffer).scalar_type() != e.type) {
+    // The first step, or a parameter that was moved to another dtype: its momentum follows it.
+    at::Tensor buffer = at::zeros_like(dense, e.type);
+    if (e.buffer != nullptr) buffer.copy_(THPVariable_Unpack(e.buffer));
+    new_buffers_.emplace_back(&e - entries_.data(), std::move(buffer));
     row.m = stage(Staged(new_buffers_.back().second, dense), true).mutable_data_ptr();
   } else {
     row.m = stage(Staged(THPVariable_Unpack(e.buffer), dense), true).mutable_data_ptr();
@@ -260,11 +265,11 @@ bool Plan::look(const py::list& groups, const py::dict& state, double grad_scale
   const size_t count = entries_.size();
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
     PyObject* params = params_of(PyList_GET_ITEM(groups.ptr(), g));
-    const Py_ssize_t n = PyList_GET_SIZE(params);
+    const Py_ssize_t n = PySequence_Fast_GET_SIZE(params);
     for (Py_ssize_t j = 0; j < n; ++j, ++i) {
       if (i >= count) return false;
       Entry& e = entries_[i];
-      if (e.param != PyList_GET_ITEM(params, j) || e.group != size_t(g)) return false;
+      if (e.param != PySequence_Fast_GET_ITEM(params, j) || e.group != size_t(g)) return false;
       const at::Tensor& w = tensor(e);
       if (!equal(w.sizes(), e.sizes) || !equal(w.strides(), e.strides) || w.scalar_type() != e.type || !w.is_cpu())
         return false;
@@ -306,6 +311,7 @@ void Plan::launch() {
       if (!dict || PyDict_SetItem(dict.ptr(), kBuffer, wrapped.ptr()) != 0) throw py::error_already_set();
       reset(e.state, dict.ptr());
       reset(e.buffer, wrapped.ptr());
+      states_seen_ = false;  // the new dict may be gone again before the next step
     }
     for (auto& s : staging_) s.staged.load();
     if (job_.workload() >= kReleaseGil) {
@@ -349,6 +355,7 @@ void Plan::clear() {
   entries_.clear();
   job_.rows.clear();
   states_.clear();
+  states_seen_ = false;
   errors_.clear();
   staging_.clear();
   new_buffers_.clear();

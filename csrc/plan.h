@@ -72,6 +72,7 @@ class Plan {
   at::Tensor scratch_;
   bool built_ = false;
   std::vector<std::pair<PyObject*, PyObject*>> states_;  // optimizer.state as last seen, in its order
+  bool states_seen_ = false;                             // false: states_ tells nothing
 
   // What prepare() leaves for launch(); empty in between, so that no gradient is kept alive.
   struct Staging {

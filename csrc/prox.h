@@ -1,4 +1,4 @@
-// The penalties: g, cut and shrink of section 2.1 of the design. Without torch, for host and device.
+// The penalties: g, cut and shrink of section 1 of docs/method.md. Without torch, for host and device.
 //
 //   shrink(r) = argmin_{s >= 0} (s - r)^2 / 2 + tau * g(s)
 //

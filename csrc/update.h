@@ -1,4 +1,4 @@
-// The register arithmetic of one step (section 2.3 of the design). Without torch, for host and device.
+// The register arithmetic of one step (section 3 of docs/method.md). Without torch, for host and device.
 #pragma once
 
 #include "prox.h"

@@ -1,4 +1,4 @@
-"""Section 2 of the design in numpy: the mathematics only, in the widest real there is, written to be read.
+"""docs/method.md in numpy: the mathematics only, in the widest real there is, written to be read.
 
 Independent of the package: shrink is the minimiser of its objective (found by Newton's method from the right, where it
 cannot fail), groups are loops over indices, the step is the lines of section 2.3.

@@ -1,4 +1,4 @@
-"""The heart of the suite: thousands of random configurations of a step against section 2 of the design."""
+"""The heart of the suite: thousands of random configurations of a step against docs/method.md."""
 
 from __future__ import annotations
 

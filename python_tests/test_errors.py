@@ -257,7 +257,7 @@ def test_bad_gradients(engine: str, spoil: Callable[[Tensor], None], text: str, 
 
 
 def test_momentum_that_does_not_fit(engine: str) -> None:
-    for spoiled in (torch.zeros(3), torch.zeros(4, 3, dtype=torch.float64), torch.zeros(3, 4)):
+    for spoiled in (torch.zeros(3), torch.zeros(4, 3, dtype=torch.int64), torch.zeros(3, 4)):
         optimizer = rk.RVSM(two(), lr=0.1, momentum=0.9, engine=engine)
         optimizer.step()
         optimizer.state[optimizer.param_groups[0]["params"][1]]["momentum_buffer"] = spoiled

@@ -45,7 +45,7 @@ def critical(a: float) -> float:
 @pytest.mark.parametrize("a", SHAPES_OF_TL1)
 @pytest.mark.parametrize("tau", [1e-6, 1e-3, 0.1, 1.0, 30.0])
 def test_the_cut_is_where_the_argmin_leaves_zero(penalty: str, a: float, tau: float) -> None:
-    """Bisection on the argmin finds the formula of the design's table."""
+    """Bisection on the argmin finds the formula of the table in docs/method.md."""
     low, high = REAL(0), REAL(4) * (tau + np.sqrt(REAL(tau)) + 1) * (1 + 1 / a)
     assert definition.shrink(penalty, high, tau, a) > 0
     for _ in range(80):

@@ -1,4 +1,4 @@
-"""What can be read (design 2.4): u, its value, its zeros, those of a model, and the engines of the build."""
+"""What can be read (docs/method.md, section 4): u, its value, its zeros, those of a model, the engines of the build."""
 
 from __future__ import annotations
 

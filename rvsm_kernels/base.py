@@ -14,10 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .groups import GroupDim
-from .options import OPTIONS, is_split, param_name, snapshot, validate, validate_param
+from .options import (
+    OPTIONS,
+    differ,
+    is_split,
+    param_name,
+    refuse_expanded,
+    snapshot,
+    validate,
+    validate_param,
+)
 from .sparsity import SparsityReport, measure
 
 Group = MutableMapping[str, Any]
@@ -45,7 +55,7 @@ class Engine(ABC):
     def launch(self) -> None:
         """Do the step that was prepared."""
 
-    def check(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:  # noqa: B027 - most need none
+    def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:  # noqa: B027 - most need none
         """Raise ValueError if the groups of a parameter are none that this engine can reduce."""
 
     @abstractmethod
@@ -55,10 +65,6 @@ class Engine(ABC):
     @abstractmethod
     def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
         """lam P(u) + beta/2 ||w - u||^2 over the parameters of one split group, 0-dim float64."""
-
-
-def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return t.shape, t.dtype, t.device
 
 
 def check_gradient(p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, Any], i: int, j: int) -> None:
@@ -73,11 +79,12 @@ def check_gradient(p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, A
         raise RuntimeError(f"the gradient of {name} has shape {list(grad.shape)}, the parameter {list(p.shape)}")
     if grad.device != p.device:
         raise RuntimeError(f"the gradient of {name} is on {grad.device}, the parameter on {p.device}")
-    if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
-        raise RuntimeError(f"{name} is expanded: several of its elements are one in memory")
+    refuse_expanded(p, name)
     validate_param(p, group, name)
     buffer = state[p].get("momentum_buffer") if p in state else None
-    if group["momentum"] and buffer is not None and _kind(buffer) != _kind(p):
+    if not group["momentum"] or buffer is None:
+        return
+    if (buffer.shape, buffer.device) != (p.shape, p.device) or not buffer.is_floating_point():
         raise RuntimeError(
             f"the momentum_buffer of {name} is {buffer.dtype} {list(buffer.shape)} on {buffer.device},"
             f" the parameter {p.dtype} {list(p.shape)} on {p.device}"
@@ -168,8 +175,7 @@ class SplittingOptimizer(Optimizer):
             seen[:] = [None] * len(groups)
         for i, group in enumerate(groups):
             values = _read_options(group)
-            # A tensor lr can change in place, so its group is checked each time.
-            if seen[i] is None or isinstance(values[0], Tensor) or seen[i] != values:
+            if differ(values, seen[i]):
                 validate(group)
                 for j, p in enumerate(group["params"]):
                     validate_param(p, group, param_name(group, i, j))
@@ -220,14 +226,15 @@ class SplittingOptimizer(Optimizer):
     def _split_params(self) -> Iterator[tuple[Group, Engine, list[Tensor]]]:
         """Every group with a splitting, its engine, its parameters with elements; checked, so take all before use."""
         self._validate_groups()
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
             if is_split(group):
                 by_device: dict[str, list[Tensor]] = {}
-                for p in group["params"]:
-                    if p.numel() > 0:
+                for j, p in enumerate(group["params"]):
+                    if not is_lazy(p) and p.numel() > 0:
+                        refuse_expanded(p, param_name(group, i, j))
+                        self._engine(p.device.type).check(p, group, param_name(group, i, j))
                         by_device.setdefault(p.device.type, []).append(p)
                 for device_type, params in by_device.items():
-                    self._engine(device_type).check(params, group)
                     yield group, self._engine(device_type), params
 
     @contextlib.contextmanager
@@ -252,10 +259,21 @@ class SplittingOptimizer(Optimizer):
                     engine.prox_(params, group)
             yield
         finally:
-            with torch.no_grad():
-                for p, w in dense.items():
-                    p.copy_(w)
             self._dense = None
+            self._restore(dense)
+
+    @staticmethod
+    @torch.no_grad()
+    def _restore(dense: Mapping[Tensor, Tensor]) -> None:
+        """Give every parameter its weights back, also after one that cannot take them."""
+        errors = []
+        for p, w in dense.items():
+            try:
+                p.copy_(w)
+            except RuntimeError as error:  # the body gave it another shape
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     @torch.no_grad()
     def sparsify_(self) -> None:
@@ -282,16 +300,21 @@ class SplittingOptimizer(Optimizer):
 
     @torch.no_grad()
     def sparsity(self) -> SparsityReport:
-        """How sparse u is: zeros and zero groups of every split parameter and in total."""
+        """How sparse u is: zeros and zero groups of every parameter with a penalty, and in total."""
+        self._validate_groups()
         rows = []
         for i, group in enumerate(self.param_groups):
-            if not is_split(group):
+            if group["penalty"] is None:
                 continue
             for j, p in enumerate(group["params"]):
+                name = param_name(group, i, j)
+                if is_lazy(p):
+                    continue
                 u = self._weights(p).detach().clone()
-                if u.numel() > 0:
+                if is_split(group) and u.numel() > 0:  # else u is w
+                    self._engine(u.device.type).check(u, group, name)
                     self._engine(u.device.type).prox_([u], group)
-                rows.append(measure(param_name(group, i, j), u, group["group_dim"]))
+                rows.append(measure(name, u, group["group_dim"]))
         return SparsityReport(rows)
 
     def _weights(self, p: Tensor) -> Tensor:
@@ -326,15 +349,7 @@ class SplittingOptimizer(Optimizer):
             ValueError: groups that do not match, or an invalid option in the checkpoint; nothing has changed then.
         """
         self._refuse_inside_sparse_weights("load_state_dict()")
-        saved_groups = state_dict["param_groups"]
-        if len(saved_groups) == len(self.param_groups):
-            saved_groups = [
-                {**{key: own[key] for key in OPTIONS}, **saved}
-                for own, saved in zip(self.param_groups, saved_groups, strict=True)
-            ]
-            for saved in saved_groups:
-                validate(saved)
-        super().load_state_dict({**state_dict, "param_groups": saved_groups})
+        super().load_state_dict(state_dict)  # runs the pre-hooks, then hands the groups to __setstate__
         self._validated.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -343,8 +358,16 @@ class SplittingOptimizer(Optimizer):
         return {**super().__getstate__(), "_requested_engine": self._requested_engine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        loading = "_engines" in self.__dict__  # else a new object: unpickled or copied
+        if loading:
+            for i, (own, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True)):
+                for key in OPTIONS:
+                    loaded.setdefault(key, own[key])
+                validate(loaded)
+                for j, p in enumerate(loaded["params"]):
+                    validate_param(p, loaded, param_name(loaded, i, j))
         super().__setstate__(state)
-        if "_engines" not in self.__dict__:  # a new object: unpickled or copied
+        if not loading:
             self._start(self._requested_engine)
         for group in self.param_groups:
             for key in OPTIONS:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 from . import native
 
 NAMES = ("native", "triton", "reference")
 """Every engine, the preferred first."""
 
 _AVAILABLE = "available"
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"rvsm_kernels runs on its slow reference engine: {reason}", stacklevel=2)
 
 
 def engines() -> dict[str, dict[str, str]]:
@@ -18,7 +26,7 @@ def engines() -> dict[str, dict[str, str]]:
     cpu = _AVAILABLE if native.load_error is None else native.load_error
     return {
         "native": {"cpu": cpu, "cuda": "not in this version of rvsm_kernels"},
-        "triton": {"cuda": "not in this version of rvsm_kernels"},
+        "triton": {"any": "not in this version of rvsm_kernels"},
         "reference": {"any": _AVAILABLE},
     }
 
@@ -36,6 +44,8 @@ def choose(requested: str | None, device_type: str) -> str:
     for name in NAMES if requested is None else (requested,):
         state = table[name].get(device_type, table[name].get("any", f"does not serve {device_type} tensors"))
         if state == _AVAILABLE:
+            if name == "reference" and requested is None and native.load_error is not None:
+                _warn_once(native.load_error)
             return name
     raise RuntimeError(
         f"engine={requested!r} is not available for {device_type} tensors: {state}."

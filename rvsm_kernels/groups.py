@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 GroupDim = int | Sequence[int] | None
-"""The dimensions that index the groups (design 2.2): None is elementwise, () the whole tensor."""
+"""The dimensions that index the groups (docs/method.md, section 2): None is elementwise, () the whole tensor."""
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

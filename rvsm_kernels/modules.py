@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .groups import GroupDim, structure_dim
 from .options import OPTIONS
@@ -34,7 +35,8 @@ def penalised_weights(
         weight = getattr(module, "weight", None)
         if not isinstance(module, include) or not isinstance(weight, nn.Parameter):
             continue
-        if weight.dim() >= 2 and id(weight) not in embeddings and id(weight) not in seen:
+        # A lazy module's weight has no shape yet; it will be a matrix or a convolution's.
+        if (is_lazy(weight) or weight.dim() >= 2) and id(weight) not in embeddings and id(weight) not in seen:
             seen.add(id(weight))
             yield f"{prefix}.weight" if prefix else "weight", weight, module
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .base import Engine
 from .groups import GroupDim, kept_dims
-from .options import is_split, snapshot
+from .options import differ, is_split, snapshot
 
 load_error: str | None = None
 """Why the compiled module is missing, or None."""
@@ -20,7 +21,12 @@ try:
     from . import _C  # type: ignore[attr-defined,unused-ignore]
 except ImportError as error:  # a source tree that was not built, or a build for another torch
     _C = None  # type: ignore[assignment]
-    load_error = f"the compiled module could not be loaded ({error}); build it with pip install --no-build-isolation ."
+    load_error = f"{Path(__file__).parent} has no compiled module that loads here ({error})"
+    if "partially initialized" in str(error):  # what Python says of a module that is not there
+        load_error = (
+            f"{Path(__file__).parent} holds no compiled module; build it there with make build, or, if"
+            " rvsm_kernels is installed, run Python outside the source tree"
+        )
 
 _PLAN_OPTIONS = (
     "lr momentum dampening weight_decay nesterov maximize "
@@ -41,7 +47,7 @@ class NativeEngine(Engine):
 
     def __init__(self) -> None:
         self._plan = _C.Plan()
-        self._seen: list[tuple[Any, ...]] = []
+        self._seen: list[tuple[Any, ...] | None] = []
 
     def prepare(
         self,
@@ -53,7 +59,7 @@ class NativeEngine(Engine):
         seen, plan = self._seen, self._plan
         for i, group in enumerate(groups):
             values = _read(group)
-            if i >= len(seen) or isinstance(values[0], Tensor) or seen[i] != values:
+            if i >= len(seen) or differ(values, seen[i]):
                 plan.set_options(i, _packed(group))
                 seen[i : i + 1] = [snapshot(values)]
         del seen[len(groups) :]
@@ -64,12 +70,12 @@ class NativeEngine(Engine):
     def launch(self) -> None:
         self._plan.launch()
 
-    def check(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+    def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
         if group["group_dim"] is not None:
             try:
-                _C.check(params, _dims(group["group_dim"]))
+                _C.check([p], _dims(group["group_dim"]))
             except ValueError as error:
-                raise ValueError(f"Invalid group_dim value: {group['group_dim']!r}: {error}") from None
+                raise ValueError(f"Invalid group_dim value for {name}: {group['group_dim']!r}: {error}") from None
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         torch.ops.rvsm_kernels.prox_(params, *_penalty_arguments(group))

@@ -22,9 +22,16 @@ METHODS = ("rvsm", "rvsm-delayed", "admm")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def snapshot(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Options to compare with later ones: a list is copied, for it can be edited in place."""
+def snapshot(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Options to compare with later ones by :func:`differ`: a list is copied, for it can be edited in place."""
+    if any(isinstance(v, torch.Tensor) for v in values):
+        return None
     return tuple(list(v) if isinstance(v, list) else v for v in values)
+
+
+def differ(values: tuple[Any, ...], seen: tuple[Any, ...] | None) -> bool:
+    """Whether options may have changed since their snapshot. A tensor can change in place, so it always may."""
+    return seen is None or torch.Tensor in map(type, values) or values != seen
 
 
 def _number(group: Mapping[str, Any], key: str, what: str, *, above: float | None = None) -> float:
@@ -92,6 +99,8 @@ def validate_param(p: torch.Tensor, group: Mapping[str, Any], name: str) -> None
         TypeError: a dtype or layout without a kernel.
         ValueError: a ``group_dim`` that the tensor does not have.
     """
+    if torch.nn.parameter.is_lazy(p):
+        return  # it has no shape and no gradient yet
     if p.layout != torch.strided:
         raise TypeError(f"RVSM does not support parameters of layout {p.layout} ({name})")
     if p.dtype not in DTYPES:
@@ -99,10 +108,18 @@ def validate_param(p: torch.Tensor, group: Mapping[str, Any], name: str) -> None
     kept_dims(group["group_dim"], p.dim(), name)
 
 
+def refuse_expanded(p: torch.Tensor, name: str) -> None:
+    """Raise RuntimeError for a parameter that cannot be written element by element."""
+    if p.numel() > 0 and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+        raise RuntimeError(f"{name} is expanded: several of its elements are one in memory")
+
+
 def param_name(group: Mapping[str, Any], group_index: int, param_index: int) -> str:
     """A parameter's own name where it was given, else its place."""
     names = group.get("param_names")
-    return names[param_index] if names else f"parameter {param_index} of group {group_index}"
+    if names is None or param_index >= len(names):
+        return f"parameter {param_index} of group {group_index}"
+    return names[param_index]
 
 
 def is_split(group: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The penalties: one scalar function each (design: every prox is v * shrink(|v|) / |v|).
+"""The penalties: one scalar function each (docs/method.md: every prox is v * shrink(|v|) / |v|).
 
 A penalty is g(r) for r >= 0. Its prox with step tau is
 

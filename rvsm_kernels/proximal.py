@@ -12,7 +12,7 @@ from . import native, reference
 from .engines import choose
 from .groups import GroupDim, kept_dims, magnitudes
 from .options import DTYPES
-from .penalties import PENALTIES
+from .penalties import PENALTIES, shrink
 
 
 def _forward(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: GroupDim) -> Tensor:
@@ -24,26 +24,32 @@ class _Prox(torch.autograd.Function):
     """u = v s(r)/r with r = |v|: du = (s/r) dv + (s' - s/r) v <v, dv> / r^2, a symmetric Jacobian."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, penalty: str, tau: float, a: float, group_dim: GroupDim) -> Tensor:
-        u = _forward(w, penalty, tau, a, group_dim)
-        ctx.save_for_backward(w, u)
-        ctx.options = penalty, tau, a, group_dim
-        return u
+    def forward(w: Tensor, penalty: str, tau: float, a: float, group_dim: GroupDim) -> Tensor:
+        return _forward(w, penalty, tau, a, group_dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.options = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        w, u = ctx.saved_tensors
+        (w,) = ctx.saved_tensors
         penalty, tau, a, group_dim = ctx.options
-        r, s = magnitudes(w, group_dim), magnitudes(u, group_dim)
+        v, dv = reference.arithmetic(w), reference.arithmetic(grad)  # half types are computed in float32
+        r = magnitudes(v, group_dim)
+        s = shrink(r, penalty, tau, a)
         alive = s > 0
         slope = torch.where(alive, 1 / (1 + tau * PENALTIES[penalty].curvature(s, a)), 0)
         if group_dim is None:
-            return slope * grad, None, None, None, None
-        ratio, safe = torch.where(alive, s / r, 0), torch.where(alive, r, 1)
+            return (slope * dv).to(w.dtype), None, None, None, None
+        safe = torch.where(alive, r, 1)
+        ratio = torch.where(alive, s, 0) / safe
         kept = kept_dims(group_dim, w.dim()) or ()
         reduced = [d for d in range(w.dim()) if d not in kept]
-        along = (w * grad).sum(dim=reduced, keepdim=True) if reduced else w * grad
-        return ratio * grad + torch.where(alive, (slope - ratio) / safe**2, 0) * along * w, None, None, None, None
+        along = (v * dv).sum(dim=reduced, keepdim=True) if reduced else v * dv
+        dw = ratio * dv + torch.where(alive, slope - ratio, 0) * (along / safe) * (v / safe)
+        return dw.to(w.dtype), None, None, None, None
 
 
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
@@ -64,6 +70,8 @@ def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: 
         ValueError: an unknown penalty, tau < 0, a <= 0, a dimension that ``w`` does not have.
         TypeError: a dtype without a kernel.
     """
+    if penalty == "topk":
+        raise NotImplementedError("penalty='topk' is not in this version of rvsm_kernels")
     if penalty is not None and penalty not in PENALTIES:
         raise ValueError(f"Invalid penalty: {penalty!r} (choose one of None, {', '.join(map(repr, PENALTIES))})")
     if not (tau >= 0 and math.isfinite(tau)):

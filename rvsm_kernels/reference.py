@@ -20,7 +20,7 @@ from .options import is_split, strength
 from .penalties import PENALTIES, shrink
 
 
-def _arithmetic(t: Tensor) -> Tensor:
+def arithmetic(t: Tensor) -> Tensor:
     """The tensor in the type it is computed in: float32 for half types, else its own."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
@@ -32,19 +32,27 @@ def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: 
     """
     if penalty is None or tau == 0:
         return w.clone()
-    v = _arithmetic(w)
+    v = arithmetic(w)
     r = magnitudes(v, group_dim)
     s = shrink(r, penalty, tau, a)
     u = torch.copysign(s, v) if group_dim is None else v * torch.where(r == 0, torch.zeros_like(r), s / r)
     return u.to(w.dtype)
 
 
+def _buffer(p: Tensor, state: MutableMapping[str, Any]) -> Tensor | None:
+    """The momentum of a parameter; it follows a parameter that was moved to another dtype."""
+    buffer = state.get("momentum_buffer")
+    if buffer is not None and buffer.dtype != p.dtype:
+        state["momentum_buffer"] = buffer = buffer.to(p.dtype)
+    return buffer
+
+
 def _step(group: Mapping[str, Any], state: MutableMapping[Tensor, Any], grad_scale: Tensor | None) -> None:
-    """One step of one param group: section 2.3 of the design, line by line."""
+    """One step of one param group: section 3 of docs/method.md, line by line."""
     params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
     if not params:
         return
-    w = [_arithmetic(p.detach()) for p in params]
+    w = [arithmetic(p.detach()) for p in params]
     g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True)]
     if grad_scale is not None:
         g = [x * grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
@@ -67,8 +75,8 @@ def _step(group: Mapping[str, Any], state: MutableMapping[Tensor, Any], grad_sca
     if group["nesterov"] and not group["weight_decay"]:
         g = [x.clone() for x in g]  # torch's foreach SGD would write the Nesterov direction into p.grad
 
-    stored = [state[p].get("momentum_buffer") if group["momentum"] else None for p in params]
-    m = [None if b is None else _arithmetic(b) for b in stored]
+    stored = [_buffer(p, state[p]) if group["momentum"] else None for p in params]
+    m = [None if b is None else arithmetic(b) for b in stored]
     sgd(
         w,
         g,
@@ -125,7 +133,7 @@ class ReferenceEngine(Engine):
     def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=params[0].device)
         for p in params:
-            w, lam = _arithmetic(p), strength(group, p.shape)
+            w, lam = arithmetic(p), strength(group, p.shape)
             u = prox(w, group["penalty"], lam / group["beta"], group["a"], group["group_dim"])
             value = PENALTIES[group["penalty"]].value(magnitudes(u.double(), group["group_dim"]), group["a"])
             total += lam * value.sum() + group["beta"] / 2 * (w.double() - u.double()).square().sum()

@@ -1,4 +1,4 @@
-// sgd_step against section 2.3 of the design, written out once more in long double.
+// sgd_step against section 3 of docs/method.md, written out once more in long double.
 
 #include <cmath>
 
