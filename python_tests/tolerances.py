@@ -13,8 +13,8 @@ ARITHMETIC = {
     torch.bfloat16: np.float32,
     torch.float16: np.float32,
 }
-"""The type a storage type is computed in (docs/method.md, section 3). Half types are computed in float32 and rounded once
-on store, so their bound is float32's before that one rounding; `bracket` does the rounding."""
+"""The type a storage type is computed in (docs/method.md, section 3). Half types are computed in float32 and rounded
+once on store, so their bound is float32's before that one rounding; `bracket` does the rounding."""
 
 STEP = {np.float32: 1e-6, np.float64: 1e-14}
 """Design 7, as a share of |w| + lr |d|: about 16 (45) roundings of half an ulp, a step has about ten.
