@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp cmake/*) CMakeLists.txt
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h cmake/*) CMakeLists.txt
 TESTS := $(wildcard csrc/tests/*)
 PYTHON_SOURCES := rvsm_kernels bench python_tests setup.py csrc/fit_tl1.py
 CMAKE := cmake -G Ninja -DPython3_EXECUTABLE=$(abspath $(BIN)/python)

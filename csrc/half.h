@@ -34,6 +34,11 @@ RVSM_HD double load(double x) { return x; }
 RVSM_HD float load(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
 
 RVSM_HD float load(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
+  return f;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   // Exponent 31 is Inf or NaN; exponent 0 a multiple of 2^-24, made by subtracting 2^-14 from 2^-14 + magnitude, so
@@ -43,18 +48,26 @@ RVSM_HD float load(Float16 x) {
   const uint32_t tiny = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
   const uint32_t r = magnitude >= (31u << 23) ? special : (magnitude < (1u << 23) ? tiny : normal);
   return float_of(r | sign);
+#endif
 }
 
 RVSM_HD void store(float& to, float x) { to = x; }
 RVSM_HD void store(double& to, double x) { to = x; }
 
 RVSM_HD void store(BFloat16& to, float x) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
   const uint32_t b = bits_of(x);
   const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
   to.bits = uint16_t((b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
 }
 
 RVSM_HD void store(Float16& to, float x) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
   const uint32_t b = bits_of(x);
   const uint32_t sign = (b >> 16) & 0x8000u;
   const uint32_t magnitude = b & 0x7fffffffu;
@@ -66,6 +79,7 @@ RVSM_HD void store(Float16& to, float x) {
   r = magnitude >= 0x477ff000u ? 0x7c00u : r;  // 65520 and above round to Inf
   r = magnitude > 0x7f800000u ? 0x7e00u : r;   // NaN
   to.bits = uint16_t(r | sign);
+#endif
 }
 
 // The type a storage type is computed in.

@@ -11,7 +11,8 @@
 #include "types.h"
 
 #if defined(__CUDACC__)
-#define RVSM_HD __host__ __device__ __forceinline__
+// static, so that a member function is one too.
+#define RVSM_HD static __host__ __device__ __forceinline__
 #else
 // Internal linkage and always inlined: the CPU kernels compile these lines once per instruction set, and the linker
 // must never hand one set's copy to another.

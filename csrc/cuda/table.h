@@ -1,0 +1,182 @@
+// What a launch is told about its tensors, and where each block and thread finds its elements. For host and device,
+// without the CUDA runtime: the C++ tests walk every index here.
+#pragma once
+
+#include <cstdint>
+
+#include "../half.h"
+#include "../types.h"
+
+namespace rvsm::cuda {
+
+#if defined(__CUDACC__)
+#define RVSM_UNROLL _Pragma("unroll")
+#define RVSM_HD_MEMBER __host__ __device__ __forceinline__
+#else
+#define RVSM_UNROLL
+#define RVSM_HD_MEMBER inline
+#endif
+
+constexpr int kThreads = 256;
+// Vectors of 16 bytes that a thread takes one after the other from each array of its chunk.
+constexpr int kVectors = 4;
+
+template <class S>
+constexpr int kWidth = 16 / int(sizeof(S));
+
+// Elements of a chunk, the share of one block.
+template <class S>
+constexpr int64_t kChunk = int64_t(kThreads) * kVectors * kWidth<S>;
+
+// ---- the table: kernel parameters, so that no copy to the device stands before a launch -----------------------------
+
+// One tensor. Its chunks belong to the blocks from `first` up to the next entry's.
+struct Entry {
+  void* w;
+  const void* g;
+  void* m;          // null without momentum
+  uint32_t first;   // its first block
+  uint16_t rest;    // elements of its last chunk; kScalar is added where vectors of w, g and m do not line up
+  uint16_t record;  // the slot of its Record
+};
+
+constexpr uint16_t kScalar = 0x8000;
+
+// Division of numbers below 2^31 by a divisor that the host knows: a product and a shift (Granlund & Montgomery).
+struct Divider {
+  uint32_t factor = 1, shift = 0;
+
+  RVSM_HD_MEMBER uint32_t operator()(uint32_t n) const { return (uint32_t(uint64_t(n) * factor >> 32) + n) >> shift; }
+};
+
+inline Divider divider(int64_t d) {
+  Divider r;
+  while ((int64_t(1) << r.shift) < d) ++r.shift;
+  r.factor = uint32_t((uint64_t(1) << 32) * ((uint64_t(1) << r.shift) - uint64_t(d)) / uint64_t(d) + 1);
+  return r;
+}
+
+// How a tensor in groups finds the factors of the element at a place in memory: that of group
+// at / batch * groups + at % columns / inner, where batch is the size of a batch and columns is groups * inner.
+struct alignas(32) Columns {
+  const void* ratio;   // shrink(norm) / norm of each group
+  const void* length;  // its norm, with group_lasso
+  int64_t columns, inner, groups, batch;
+  Divider by_columns, by_inner, by_batch;  // of tensors with fewer than 2^31 elements
+
+  // The number of the group.
+  RVSM_HD_MEMBER int64_t group(uint64_t at) const {
+    return int64_t(at / uint64_t(batch)) * groups + int64_t(at % uint64_t(columns) / uint64_t(inner));
+  }
+  RVSM_HD_MEMBER uint32_t group(uint32_t at) const {
+    return by_batch(at) * uint32_t(groups) + by_inner(at - by_columns(at) * uint32_t(columns));
+  }
+};
+
+// The numbers of a step, shared by all tensors that have them in common. A Columns follows where `grouped`.
+template <class T>
+struct alignas(32) Record {
+  Step<T> step;
+  uint8_t momentum;  // Momentum
+  bool decay, lasso, grouped;
+};
+
+// A kernel takes 32,764 bytes of parameters.
+constexpr int kSlots = 1022;
+
+// Entries fill the slots from the front, records from the back.
+struct Table {
+  uint32_t entries = 0;
+  uint32_t blocks = 0;
+  const float* grad_scale = nullptr;  // on the device; null: 1
+  const float* found_inf = nullptr;   // on the device; above 0 nothing is written
+  uint64_t unused = 0;
+  Entry slots[kSlots];
+};
+static_assert(sizeof(Entry) == 32 && sizeof(Columns) == 96 && sizeof(Table) <= 32764);
+
+template <class X>
+constexpr int kSlotsOf = int(sizeof(X) / sizeof(Entry));
+
+template <class T>
+RVSM_HD const Record<T>& record_of(const Table& t, const Entry& e) {
+  return *reinterpret_cast<const Record<T>*>(&t.slots[e.record]);
+}
+
+template <class T>
+RVSM_HD const Columns& columns_of(const Table& t, const Entry& e) {
+  return *reinterpret_cast<const Columns*>(&t.slots[e.record + kSlotsOf<Record<T>>]);
+}
+
+// ---- block -> (tensor, chunk) ---------------------------------------------------------------------------------------
+
+// Any struct with `first`, in rising order: the last one that starts at or before the block.
+template <class E>
+RVSM_HD int find(const E* entries, int count, uint32_t block) {
+  int low = 0, high = count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (entries[middle].first <= block)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+// Elements before the first 16-byte boundary.
+template <class S>
+RVSM_HD int64_t elements_before_boundary(const void* p) {
+  return int64_t((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(S));
+}
+
+// The share of one block: `head` elements one by one from `begin`, then `count` elements in vectors, and one by one
+// what is left of them.
+struct Span {
+  int64_t begin;
+  int head;
+  int count;
+  bool vectors;
+};
+
+template <class S>
+RVSM_HD Span span_of(const Entry& e, uint32_t chunk, uint32_t chunks) {
+  const bool vectors = (e.rest & kScalar) == 0;
+  const int64_t head = vectors ? elements_before_boundary<S>(e.w) : 0;
+  const int count = chunk + 1 == chunks ? int(e.rest & ~kScalar) : int(kChunk<S>);
+  if (chunk == 0) return {0, int(head), count, vectors};
+  return {head + int64_t(chunk) * kChunk<S>, 0, count, vectors};
+}
+
+// Calls vector(offset) for the thread's vectors and scalar(offset) for its single elements, counted from `begin`: 32
+// bits beside an address that all threads share.
+template <class S, class Vector, class Scalar>
+RVSM_HD void for_elements(const Span& s, int thread, const Vector& vector, const Scalar& scalar) {
+  const uint32_t head = uint32_t(s.head), count = uint32_t(s.count), width = kWidth<S>, t = uint32_t(thread);
+  if (t < head) scalar(t);
+  const uint32_t whole = s.vectors ? count / width * width : 0;
+  for (uint32_t i = t * width; i < whole; i += kThreads * width) vector(head + i);
+  for (uint32_t i = whole + t; i < count; i += kThreads) scalar(head + i);
+}
+
+// ---- host: one tensor becomes an entry ------------------------------------------------------------------------------
+
+// Chunks of a tensor, and `rest` of its entry. Vectors are possible where w, g and m are equally far from a boundary
+// and there is more than what stands before it.
+struct Chunks {
+  uint32_t count;
+  uint16_t rest;
+};
+
+template <class S>
+inline Chunks chunks_of(int64_t numel, const void* w, const void* g, const void* m) {
+  const int64_t head = elements_before_boundary<S>(w);
+  const bool vectors = head < numel && (g == nullptr || elements_before_boundary<S>(g) == head) &&
+                       (m == nullptr || elements_before_boundary<S>(m) == head);
+  const int64_t body = vectors ? numel - head : numel;
+  const int64_t count = (body + kChunk<S> - 1) / kChunk<S>;
+  const int64_t rest = body - (count - 1) * kChunk<S>;
+  return {uint32_t(count), uint16_t(rest | (vectors ? 0 : kScalar))};
+}
+
+}  // namespace rvsm::cuda
