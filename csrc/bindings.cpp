@@ -5,6 +5,8 @@
 
 #include <stdexcept>
 
+#include "cpu/engine.h"
+#include "cuda/kernels.h"
 #include "group_view.h"
 #include "plan.h"
 #include "prox.h"
@@ -42,7 +44,11 @@ py::dict build_info() {
   info["built for"] = "torch " TORCH_VERSION;
   info["compiler"] = __VERSION__;
   info["vectors"] = rvsm::cpu::kernels().name;
+#if defined(RVSM_CUDA)
+  info["architectures"] = rvsm::cuda::architectures;
+#else
   info["architectures"] = "none (no CUDA in this build)";
+#endif
   return info;
 }
 
@@ -67,6 +73,13 @@ int clear(PyObject* self) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled engine of rvsm_kernels.";
   m.def("build_info", &build_info);
+#if defined(RVSM_CUDA)
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.def("interpret_cuda", &rvsm::interpret_cuda,
+        "Run CPU tensors through the CUDA engine's lines, interpreted on the host: for tests.");
   m.def(
       "group_view",
       [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& kept) {
@@ -91,6 +104,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("set_options",
            [](Plan& plan, size_t group, const py::dict& d) { plan.set_options(group, group_options(d)); })
-      .def("prepare", &Plan::prepare)
+      .def("prepare",
+           [](Plan& plan, const py::list& groups, const py::dict& state, const std::optional<at::Tensor>& grad_scale,
+              const std::optional<at::Tensor>& found_inf) {
+             return plan.prepare(groups, state, {grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())});
+           })
       .def("launch", &Plan::launch);
 }

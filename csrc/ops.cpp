@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "device_job.h"
 #include "prox.h"
 #include "rows.h"
 
@@ -30,8 +31,8 @@ void check(const at::Tensor& w) {
                    "rvsm_kernels does not support tensors of dtype ", w.dtype());
 }
 
-cpu::Row row_of(const at::Tensor& dense, const OptionalDims& group_dim, const Options& options, bool first = false) {
-  cpu::Row row;
+Row row_of(const at::Tensor& dense, const OptionalDims& group_dim, const Options& options, bool first = false) {
+  Row row;
   try {
     row = make_row(dense, group_dim ? Dims(group_dim->vec()) : Dims());
   } catch (const std::invalid_argument& error) {
@@ -43,18 +44,19 @@ cpu::Row row_of(const at::Tensor& dense, const OptionalDims& group_dim, const Op
 }
 
 void prox_list(at::TensorList params, const Options& options, const OptionalDims& group_dim) {
-  cpu::Job job(cpu::Action::prox);
+  Jobs jobs(Action::prox);
   std::vector<Staged> staged;
   for (const at::Tensor& w : params) {
     check(w);
     staged.emplace_back(w, w.scalar_type());
-    job.rows.push_back(row_of(staged.back().dense(), group_dim, options));
-    if (w.numel() > 0) job.rows.back().w = staged.back().dense().mutable_data_ptr();
+    const at::Tensor dense = staged.back().dense();
+    Row row = row_of(dense, group_dim, options);
+    if (w.numel() > 0) row.w = dense.mutable_data_ptr();
+    jobs[jobs.of(w.device())].rows.push_back(row);
   }
-  job.divide();
-  const at::Tensor scratch = allocate_scratch(job);
+  jobs.divide();
   for (auto& s : staged) s.load();
-  run(job);
+  jobs.run();
   for (auto& s : staged) s.store();
   for (const at::Tensor& w : params) bump_version(w);
 }
@@ -66,26 +68,40 @@ void prox_(at::TensorList w, Names penalty, double lam, double beta, double a, O
 
 at::Tensor prox(const at::Tensor& w, Names penalty, double tau, double a, OptionalDims group_dim) {
   check(w);
-  at::Tensor u = at::empty_like(w).copy_(w);
-  prox_list({u}, penalty_options(penalty, tau, 1, a, false), group_dim);
+  const Options options = penalty_options(penalty, tau, 1, a, false);
+  at::Tensor u = at::empty_like(w);
+  Jobs jobs(Action::prox);
+  DeviceJob& job = jobs[jobs.of(w.device())];
+  Row row = row_of(u, group_dim, options);
+  if (w.numel() == 0) return u;
+  row.w = u.mutable_data_ptr();
+  const bool same = job.takes_source && !Staged(w, u).is_copy();
+  if (same)
+    row.g = w.const_data_ptr();
+  else
+    u.copy_(w);
+  job.rows.push_back(row);
+  job.divide();
+  job.run();
   return u;
 }
 
 at::Tensor penalty_value(at::TensorList params, Names penalty, double lam, double beta, double a,
                          OptionalDims group_dim, bool group_scale) {
   const Options options = penalty_options(penalty, lam, beta, a, group_scale);
-  cpu::Job job(cpu::Action::penalty);
+  Jobs jobs(Action::penalty);
   std::vector<Staged> staged;
   for (const at::Tensor& w : params) {
     check(w);
     staged.emplace_back(w, w.scalar_type());
     staged.back().load();
-    job.rows.push_back(row_of(staged.back().dense(), group_dim, options));
+    jobs[jobs.of(w.device())].rows.push_back(row_of(staged.back().dense(), group_dim, options));
   }
-  job.divide();
-  const at::Tensor scratch = allocate_scratch(job);
-  run(job);
-  return at::scalar_tensor(job.total(), at::kDouble);
+  jobs.divide();
+  jobs.run();
+  at::Tensor total;
+  for (const auto& job : jobs) total = total.defined() ? total + job->total().to(total.device()) : job->total();
+  return total;
 }
 
 void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, Names penalty, double lam,
@@ -106,30 +122,32 @@ void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_
   options.decoupled = decoupled;
   options.maximize = maximize;
 
-  cpu::Job job(cpu::Action::step);
+  Jobs jobs(Action::step);
   std::vector<Staged> written, read;
   for (size_t i = 0; i < params.size(); ++i) {
     check(params[i]);
+    TORCH_CHECK(grads[i].device() == params[i].device(), "the gradient of parameter ", i, " is on another device");
+    TORCH_CHECK(momentum == 0 || momentum_buffers[i].device() == params[i].device(),
+                "the momentum buffer of parameter ", i, " is on another device");
     TORCH_CHECK(grads[i].sizes() == params[i].sizes(), "the gradient of parameter ", i, " has another shape");
     TORCH_CHECK(momentum == 0 || momentum_buffers[i].sizes() == params[i].sizes(), "the momentum buffer of parameter ",
                 i, " has another shape");
     written.emplace_back(params[i], row_type(params[i].scalar_type(), grads[i].scalar_type()));
     const at::Tensor dense = written.back().dense();
-    cpu::Row row = row_of(dense, group_dim, options, first_step);
+    Row row = row_of(dense, group_dim, options, first_step);
     if (row.numel == 0) continue;
     row.w = dense.mutable_data_ptr();
     row.g = read.emplace_back(grads[i], dense).dense().const_data_ptr();
     if (momentum != 0) row.m = written.emplace_back(momentum_buffers[i], dense).dense().mutable_data_ptr();
-    job.rows.push_back(row);
+    jobs[jobs.of(dense.device())].rows.push_back(row);
   }
-  job.divide();
-  const at::Tensor scratch = allocate_scratch(job);
+  jobs.divide();
   // A first step ignores what the buffers hold, an Inf or NaN too.
   if (momentum != 0 && first_step)
     for (const at::Tensor& m : momentum_buffers) m.zero_();
   for (auto& s : read) s.load();
   for (auto& s : written) s.load();
-  run(job);
+  jobs.run();
   for (auto& s : written) s.store();
   for (const at::Tensor& w : params) bump_version(w);
   for (const at::Tensor& m : momentum_buffers) bump_version(m);
@@ -160,12 +178,18 @@ TORCH_LIBRARY(rvsm_kernels, m) {
       "float weight_decay, bool nesterov, bool decoupled, bool maximize, bool first_step) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) {
+// The same functions for every device: they ask each tensor for its own.
+static void implement(torch::Library& m) {
   m.impl("prox", prox);
   m.impl("prox_", prox_);
   m.impl("penalty_value", penalty_value);
   m.impl("step_", step_);
 }
+
+TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) { implement(m); }
+#if defined(RVSM_CUDA)
+TORCH_LIBRARY_IMPL(rvsm_kernels, CUDA, m) { implement(m); }
+#endif
 
 TORCH_LIBRARY_IMPL(rvsm_kernels, Meta, m) {
   m.impl("prox", prox_meta);

@@ -49,14 +49,14 @@ bool equal(at::IntArrayRef a, at::IntArrayRef b) {
   return true;
 }
 
-// Whether two tensors agree in all that a kernel asks of them. The key set says device, layout and whether the values
-// are there (no lazy negation), so that one comparison stands for five questions; a thousand parameters ask them each
+// Whether two tensors agree in all that a kernel asks of them. The key set says layout and whether the values are
+// there (no lazy negation), so that one comparison stands for four questions; a thousand parameters ask them each
 // step.
 bool is_twin(const at::Tensor& t, const at::Tensor& w) {
   const c10::TensorImpl* x = t.unsafeGetTensorImpl();
   const c10::TensorImpl* y = w.unsafeGetTensorImpl();
-  return x->key_set() == y->key_set() && x->dtype() == y->dtype() && equal(x->sizes(), y->sizes()) &&
-         equal(x->strides(), y->strides());
+  return x->key_set() == y->key_set() && x->device() == y->device() && x->dtype() == y->dtype() &&
+         equal(x->sizes(), y->sizes()) && equal(x->strides(), y->strides());
 }
 
 std::string text(at::IntArrayRef sizes) {
@@ -87,7 +87,9 @@ void Plan::set_options(size_t group, GroupOptions options) {
   if (group >= options_.size()) options_.resize(group + 1);
   GroupOptions& own = options_[group];
   // Numbers are refreshed row by row; another grouping needs another table.
-  built_ = built_ && own.group_dim == options.group_dim && needs_norms(own.options) == needs_norms(options.options);
+  const Options &old = own.options, &next = options.options;
+  built_ = built_ && own.group_dim == options.group_dim && needs_norms(old) == needs_norms(next) &&
+           (old.group_lasso != 0) == (next.group_lasso != 0);
   own = std::move(options);
 }
 
@@ -99,8 +101,12 @@ bool Plan::rebuild(const py::list& groups) {
       PyObject* p = PySequence_Fast_GET_ITEM(params, j);
       if (!THPVariable_Check(p)) throw py::type_error("optimizer can only optimize Tensors");
       const at::Tensor& w = THPVariable_Unpack(p);
-      if (!w.is_cpu() || w.layout() != at::kStrided) return false;
+      if (!DeviceJob::serves(w.device()) || w.layout() != at::kStrided) return false;
       Entry e;
+      e.job = jobs_.of(w.device());
+      e.device = w.device();
+      std::vector<Row>& rows = jobs_[e.job].rows;
+      e.row = rows.size();
       e.group = size_t(g);
       e.index = size_t(j);
       e.sizes = at::DimVector(w.sizes());
@@ -113,19 +119,20 @@ bool Plan::rebuild(const py::list& groups) {
                              name(groups, e) + ")");
       const Dims dims = needs_norms(o.options) ? o.group_dim : Dims{};
       try {
-        job_.rows.push_back(make_row(e.dense ? w : at::empty_like(w), dims));
+        rows.push_back(make_row(e.dense ? w : at::empty_like(w), dims));
       } catch (const std::invalid_argument& error) {
         errors_[entries_.size()] = error.what();  // of no weight until the parameter has a gradient
-        job_.rows.emplace_back();
+        rows.emplace_back();
       }
-      e.dtype = job_.rows.back().dtype;
+      rows.back().group = int32_t(g);
+      rvsm::set_options(rows.back(), o.options, false);
+      e.dtype = rows.back().dtype;
       reset(e.param, p);
       entries_.push_back(std::move(e));
     }
   }
   for (auto& o : options_) o.changed = true;
-  job_.divide();
-  scratch_ = allocate_scratch(job_);
+  jobs_.divide();
   built_ = true;
   return true;
 }
@@ -181,19 +188,20 @@ void Plan::check_entry(const py::list& groups, const Entry& e, bool momentum) co
   if (g.sizes() != at::IntArrayRef(e.sizes))
     throw std::runtime_error("the gradient of " + name(groups, e) + " has shape " + text(g.sizes()) +
                              ", the parameter " + text(e.sizes));
-  if (!g.is_cpu())
+  if (g.device() != w.device())
     throw std::runtime_error("the gradient of " + name(groups, e) + " is on " + text_of(g.device()) +
                              ", the parameter on " + text_of(w.device()));
   if (!momentum || e.buffer == nullptr) return;
   const at::Tensor& m = THPVariable_Unpack(e.buffer);
-  if (m.sizes() != at::IntArrayRef(e.sizes) || !m.is_floating_point() || !m.is_cpu() || m.layout() != at::kStrided)
+  if (m.sizes() != at::IntArrayRef(e.sizes) || !m.is_floating_point() || m.device() != w.device() ||
+      m.layout() != at::kStrided)
     throw std::runtime_error("the momentum_buffer of " + name(groups, e) + " is " + text_of(m.dtype()) + " " +
                              text(m.sizes()) + " on " + text_of(m.device()) + ", the parameter " + text_of(w.dtype()) +
                              " " + text(e.sizes) + " on " + text_of(w.device()));
 }
 
 // The pointers of an unusual entry: a first step, or tensors that do not lie in memory as the kernels need them.
-void Plan::stage_entry(Entry& e, cpu::Row& row, bool momentum) {
+void Plan::stage_entry(Entry& e, Row& row, bool momentum) {
   const auto stage = [&](Staged staged, bool writes) {
     at::Tensor dense = staged.dense();
     if (staged.is_copy()) staging_.push_back({std::move(staged), writes});
@@ -218,7 +226,7 @@ void Plan::stage_entry(Entry& e, cpu::Row& row, bool momentum) {
   }
 }
 
-void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double grad_factor) {
+void Plan::prepare_entry(const py::list& groups, Entry& e, Row& row, double grad_factor) {
   const at::Tensor& w = tensor(e);
   const at::Tensor& g = w.grad();
   row.active = g.defined() && row.numel > 0;
@@ -248,7 +256,7 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, cpu::Row& row, double
 
 // One walk over all parameters. Returns false where the table no longer describes them: other parameters, or other
 // layouts.
-bool Plan::look(const py::list& groups, const py::dict& state, double grad_scale) {
+bool Plan::look(const py::list& groups, const py::dict& state) {
   bool momentum = false, changed = false;
   for (const auto& o : options_) {
     momentum |= o.options.momentum != 0;
@@ -258,7 +266,7 @@ bool Plan::look(const py::list& groups, const py::dict& state, double grad_scale
   if (changed) {
     for (size_t i = 0; i < entries_.size(); ++i)
       if (options_[entries_[i].group].changed)
-        rvsm::set_options(job_.rows[i], options_[entries_[i].group].options, entries_[i].first);
+        rvsm::set_options(row(entries_[i]), options_[entries_[i].group].options, entries_[i].first);
     for (auto& o : options_) o.changed = false;
   }
   size_t i = 0;
@@ -271,33 +279,68 @@ bool Plan::look(const py::list& groups, const py::dict& state, double grad_scale
       Entry& e = entries_[i];
       if (e.param != PySequence_Fast_GET_ITEM(params, j) || e.group != size_t(g)) return false;
       const at::Tensor& w = tensor(e);
-      if (!equal(w.sizes(), e.sizes) || !equal(w.strides(), e.strides) || w.scalar_type() != e.type || !w.is_cpu())
+      if (!equal(w.sizes(), e.sizes) || !equal(w.strides(), e.strides) || w.scalar_type() != e.type ||
+          w.device() != e.device)
         return false;
-      prepare_entry(groups, e, job_.rows[i], 1 / grad_scale);
+      prepare_entry(groups, e, row(e),
+                    jobs_[e.job].scales_on_device && scaling_.grad_scale.defined() ? 1 : host_factor_);
     }
   }
   return i == count;
 }
 
-bool Plan::prepare(const py::list& groups, const py::dict& state, double grad_scale, bool skip) {
+// What must be known on the host before a step: by an engine that scales there, or of a grad_scale that is not the
+// float32 of GradScaler.
+void Plan::read_scaling(const Scaling& given) {
+  scaling_ = given;
+  host_factor_ = 1;
+  skip_ = false;
+  if (!given.grad_scale.defined() && !given.found_inf.defined()) return;
+  bool on_host = false;
+  for (const auto& job : jobs_) on_host |= !job->scales_on_device;
+  const bool odd = given.grad_scale.defined() && given.grad_scale.scalar_type() != at::kFloat;
+  if (given.grad_scale.defined() && (on_host || odd)) host_factor_ = 1 / given.grad_scale.item<double>();
+  if (odd) scaling_.grad_scale = at::Tensor();
+  if (given.found_inf.defined() && on_host) skip_ = given.found_inf.item<double>() > 0;
+}
+
+bool Plan::prepare(const py::list& groups, const py::dict& state, const Scaling& scaling) {
   const at::NoGradGuard no_grad;
   staging_.clear();
   new_buffers_.clear();
   try {
     if (!built_ && !rebuild(groups)) return false;
-    if (!look(groups, state, grad_scale)) {
+    read_scaling(scaling);
+    if (!look(groups, state)) {
       if (!rebuild(groups)) return false;
-      if (!look(groups, state, grad_scale))
-        throw std::runtime_error("the parameters changed while a step was prepared");
+      read_scaling(scaling);
+      if (!look(groups, state)) throw std::runtime_error("the parameters changed while a step was prepared");
     }
+    // Whether buffers appear is decided here, so that a first step waits for the device; no other does.
+    if (!new_buffers_.empty() && scaling_.found_inf.defined() && !skip_) skip_ = scaling_.found_inf.item<double>() > 0;
   } catch (...) {
     staging_.clear();
     new_buffers_.clear();
     throw;
   }
   state_ = state.ptr();
-  skip_ = skip;
   return true;
+}
+
+void Plan::run_jobs() {
+  int64_t workload = 0;
+  for (const auto& job : jobs_) workload += job->workload();
+  if (workload < kReleaseGil) return jobs_.run(scaling_);
+  // While Python runs, it may drop a gradient: hold the memory.
+  std::vector<c10::Storage> held;
+  for (const Entry& e : entries_) {
+    const at::Tensor& w = tensor(e);
+    held.push_back(w.storage());
+    if (w.grad().defined()) held.push_back(w.grad().storage());
+    if (e.buffer != nullptr) held.push_back(THPVariable_Unpack(e.buffer).storage());
+  }
+  const py::gil_scoped_release release;
+  jobs_.run(scaling_);
 }
 
 void Plan::launch() {
@@ -314,30 +357,19 @@ void Plan::launch() {
       states_seen_ = false;  // the new dict may be gone again before the next step
     }
     for (auto& s : staging_) s.staged.load();
-    if (job_.workload() >= kReleaseGil) {
-      // While Python runs, it may drop a gradient: hold the memory.
-      std::vector<c10::Storage> held;
-      for (const Entry& e : entries_) {
-        const at::Tensor& w = tensor(e);
-        held.push_back(w.storage());
-        if (w.grad().defined()) held.push_back(w.grad().storage());
-        if (e.buffer != nullptr) held.push_back(THPVariable_Unpack(e.buffer).storage());
-      }
-      const py::gil_scoped_release release;
-      run(job_);
-    } else {
-      run(job_);
-    }
+    run_jobs();
     for (auto& s : staging_)
       if (s.writes) s.staged.store();
-    for (size_t i = 0; i < entries_.size(); ++i) {
-      if (!job_.rows[i].active) continue;
-      bump_version(tensor(entries_[i]));
-      if (job_.rows[i].m != nullptr) bump_version(THPVariable_Unpack(entries_[i].buffer));
+    for (const Entry& e : entries_) {
+      const Row& r = row(e);
+      if (!r.active) continue;
+      bump_version(tensor(e));
+      if (r.m != nullptr) bump_version(THPVariable_Unpack(e.buffer));
     }
   }
   staging_.clear();
   new_buffers_.clear();
+  scaling_ = {};
   state_ = nullptr;
 }
 
@@ -353,13 +385,12 @@ int Plan::traverse(visitproc visit, void* arg) const {
 void Plan::clear() {
   std::vector<Entry> old = std::move(entries_);
   entries_.clear();
-  job_.rows.clear();
+  jobs_.clear();
   states_.clear();
   states_seen_ = false;
   errors_.clear();
   staging_.clear();
   new_buffers_.clear();
-  scratch_ = at::Tensor();
   built_ = false;
   for (Entry& e : old) {
     reset(e.param, nullptr);

@@ -1,4 +1,4 @@
-// The plan of an optimizer on the CPU: its table of parameters, kept between steps and rebuilt only where it changed.
+// The plan of an optimizer: its table of parameters, kept between steps and rebuilt only where it changed.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "device_job.h"
 #include "rows.h"
 
 namespace rvsm {
@@ -21,7 +22,7 @@ struct GroupOptions {
 
 class Plan {
  public:
-  Plan() : job_(cpu::Action::step) {}
+  Plan() : jobs_(Action::step) {}
   ~Plan() { clear(); }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -30,10 +31,11 @@ class Plan {
   void set_options(size_t group, GroupOptions options);
 
   // Look at every parameter, gradient and momentum buffer; throws before anything is changed. Returns false if a
-  // parameter is not on the CPU. With `skip` (GradScaler found an Inf) launch() will leave everything as it is.
-  bool prepare(const pybind11::list& groups, const pybind11::dict& state, double grad_scale, bool skip);
+  // parameter is on a device that this build has no engine for. Where found_inf is above 0, launch() will leave
+  // everything as it is.
+  bool prepare(const pybind11::list& groups, const pybind11::dict& state, const Scaling& scaling);
 
-  // Do the step that was prepared: one pass over all parameters.
+  // Do the step that was prepared: one pass over all parameters of a device.
   void launch();
 
   // For Python's garbage collector: a hook of a parameter may refer to the optimizer.
@@ -48,6 +50,8 @@ class Plan {
     PyObject* buffer = nullptr;  // owned: the momentum buffer in it, or null
     size_t group = 0;
     size_t index = 0;
+    size_t job = 0, row = 0;  // of its device, and in that job
+    at::Device device = at::kCPU;
     at::DimVector sizes, strides;
     at::ScalarType type = at::kFloat;
     Dtype dtype = Dtype::f32;  // the same, as the kernels name it
@@ -56,20 +60,22 @@ class Plan {
   };
 
   const at::Tensor& tensor(const Entry& e) const;
+  Row& row(const Entry& e) const { return jobs_[e.job].rows[e.row]; }
   std::string name(const pybind11::list& groups, const Entry& e) const;
-  bool look(const pybind11::list& groups, const pybind11::dict& state, double grad_scale);
+  bool look(const pybind11::list& groups, const pybind11::dict& state);
   bool rebuild(const pybind11::list& groups);
   void find_states(const pybind11::dict& state);
   void find_buffer(const pybind11::list& groups, Entry& e);
   void check_entry(const pybind11::list& groups, const Entry& e, bool momentum) const;
-  void stage_entry(Entry& e, cpu::Row& row, bool momentum);
-  void prepare_entry(const pybind11::list& groups, Entry& e, cpu::Row& row, double grad_factor);
+  void stage_entry(Entry& e, Row& row, bool momentum);
+  void prepare_entry(const pybind11::list& groups, Entry& e, Row& row, double grad_factor);
+  void read_scaling(const Scaling& given);
+  void run_jobs();
 
   std::vector<GroupOptions> options_;
   std::vector<Entry> entries_;
   std::map<size_t, std::string> errors_;  // why an entry has no row
-  cpu::Job job_;
-  at::Tensor scratch_;
+  Jobs jobs_;
   bool built_ = false;
   std::vector<std::pair<PyObject*, PyObject*>> states_;  // optimizer.state as last seen, in its order
   bool states_seen_ = false;                             // false: states_ tells nothing
@@ -82,6 +88,8 @@ class Plan {
   std::vector<Staging> staging_;
   std::vector<std::pair<size_t, at::Tensor>> new_buffers_;
   PyObject* state_ = nullptr;  // borrowed, from prepare() to launch()
+  Scaling scaling_;
+  double host_factor_ = 1;  // 1 / grad_scale, for engines that take it with the rows
   bool skip_ = false;
 };
 

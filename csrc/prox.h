@@ -107,6 +107,12 @@ RVSM_HD T shrink_ratio(T r, const Prox<T>& f) {
   return r == T(0) ? T(0) : s / r;
 }
 
+// What divides the elements of a group of that norm; those of the zero group are 0 and stay 0.
+template <class T>
+RVSM_HD T length_of(T norm) {
+  return norm == T(0) ? T(1) : norm;
+}
+
 // ---- host only: cuts in double precision -----------------------------------------------------------------------
 
 RVSM_HD double cut(Penalty penalty, double tau, double a) {

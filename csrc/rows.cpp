@@ -1,20 +1,11 @@
 #include "rows.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #include "group_view.h"
 #include "update.h"
 
 namespace rvsm {
-
-namespace {
-
-// Below this many elements one thread is done before a second one has woken up.
-constexpr int64_t kSerial = 32768;
-
-}  // namespace
 
 bool is_supported(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
@@ -68,8 +59,8 @@ void Staged::store() {
   if (is_copy()) tensor_.copy_(dense_);
 }
 
-cpu::Row make_row(const at::Tensor& dense, const Dims& group_dim) {
-  cpu::Row row;
+Row make_row(const at::Tensor& dense, const Dims& group_dim) {
+  Row row;
   row.numel = dense.numel();
   row.dtype = dtype_of(dense.scalar_type());
   row.grouped = group_dim.has_value() && row.numel > 0;
@@ -86,7 +77,7 @@ cpu::Row make_row(const at::Tensor& dense, const Dims& group_dim) {
   return row;
 }
 
-void set_options(cpu::Row& row, const Options& options, bool first) {
+void set_options(Row& row, const Options& options, bool first) {
   const int64_t group_size = row.grouped ? row.view.size() : 1;
   row.step = make_step(options, group_size, first);
   row.momentum = momentum_of(options);
@@ -94,25 +85,8 @@ void set_options(cpu::Row& row, const Options& options, bool first) {
   row.beta = options.beta;
 }
 
-void run(cpu::Job& job) {
-  const int64_t threads = job.workload() >= kSerial ? at::get_num_threads() : 1;
-  job.start(threads);
-  if (threads == 1) {
-    job.work(0, 1);
-  } else {
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { job.work(begin, end); });
-  }
-}
-
 void bump_version(const at::Tensor& tensor) {
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
-}
-
-at::Tensor allocate_scratch(cpu::Job& job) {
-  const int64_t bytes = job.scratch_bytes();
-  at::Tensor scratch = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
-  job.set_scratch(bytes > 0 ? scratch.mutable_data_ptr() : nullptr);
-  return scratch;
 }
 
 }  // namespace rvsm

@@ -1,4 +1,4 @@
-// From tensors to the rows of a job: the checks and copies that stand between torch and the kernels.
+// From tensors to rows: the checks and copies that stand between torch and the kernels.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/engine.h"
+#include "row.h"
 
 namespace rvsm {
 
@@ -47,18 +47,12 @@ class Staged {
 
 // The row of a dense tensor: shape, type and grouping; pointers are left empty. Throws std::invalid_argument where a
 // dimension does not exist or where they do not collapse.
-cpu::Row make_row(const at::Tensor& dense, const Dims& group_dim);
+Row make_row(const at::Tensor& dense, const Dims& group_dim);
 
 // Fill the numbers of a row from the options of its group.
-void set_options(cpu::Row& row, const Options& options, bool first);
-
-// Drain a job with the threads of torch's intra-op pool; one thread where there is little to do.
-void run(cpu::Job& job);
+void set_options(Row& row, const Options& options, bool first);
 
 // Mark a tensor as written, for autograd's check of saved tensors.
 void bump_version(const at::Tensor& tensor);
-
-// Scratch for a job's norms; keeps it alive.
-at::Tensor allocate_scratch(cpu::Job& job);
 
 }  // namespace rvsm

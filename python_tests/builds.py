@@ -8,7 +8,8 @@ import pytest
 
 import rvsm_kernels as rk
 
-ENGINES = ("native", "reference")
+ENGINES = ("native", "interpreted", "reference")
+"""``interpreted``: the native engine, with its CUDA plan and kernels run on CPU tensors by the host's interpreter."""
 
 
 def missing(engine: str, device: str) -> str | None:

@@ -9,19 +9,31 @@ import torch
 from builds import ENGINES, need
 from world import World
 
+import rvsm_kernels as rk
+
+
+def start(engine: str) -> Iterator[str]:
+    """The name that an optimizer knows the engine by; while the test runs, the engine is what it says."""
+    interpreted = engine == "interpreted"
+    name = "native" if interpreted else engine
+    need(name)
+    if interpreted:
+        rk.native._C.interpret_cuda(True)
+    yield name
+    if interpreted:
+        rk.native._C.interpret_cuda(False)
+
 
 @pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> str:
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every engine of this build."""
-    need(request.param)
-    return request.param
+    yield from start(request.param)
 
 
-@pytest.fixture
-def native() -> str:
-    """The native engine only."""
-    need("native")
-    return "native"
+@pytest.fixture(params=["native", "interpreted"])
+def native(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The compiled engines only."""
+    yield from start(request.param)
 
 
 @pytest.fixture(autouse=True)

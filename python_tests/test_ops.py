@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from builds import need
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -26,8 +25,8 @@ PENALTIES = [("l0", None), ("l1", [0]), ("tl1", [1]), ("tl1", []), ("l0", [0, 1]
 
 
 @pytest.fixture(autouse=True)
-def needs_native() -> None:
-    need("native")
+def compiled(native: str) -> None:
+    """Every test here runs on the compiled engines."""
 
 
 def op(name: str) -> Any:

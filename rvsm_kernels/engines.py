@@ -25,7 +25,7 @@ def engines() -> dict[str, dict[str, str]]:
     """
     cpu = _AVAILABLE if native.load_error is None else native.load_error
     return {
-        "native": {"cpu": cpu, "cuda": "not in this version of rvsm_kernels"},
+        "native": {"cpu": cpu, "cuda": native.missing_cuda() or _AVAILABLE},
         "triton": {"any": "not in this version of rvsm_kernels"},
         "reference": {"any": _AVAILABLE},
     }

@@ -28,6 +28,19 @@ except ImportError as error:  # a source tree that was not built, or a build for
             " rvsm_kernels is installed, run Python outside the source tree"
         )
 
+
+
+def missing_cuda() -> str | None:
+    """Why there is no compiled engine for CUDA tensors here, or None."""
+    if load_error is not None:
+        return load_error
+    if torch.version.hip is not None:
+        return "the compiled kernels are CUDA's, this torch is built for ROCm"
+    if not _C.has_cuda:
+        return "this build found no nvcc; rebuild where nvcc (12.1 or newer) is on PATH or under CUDA_HOME"
+    return None
+
+
 _PLAN_OPTIONS = (
     "lr momentum dampening weight_decay nesterov maximize "
     "penalty lam beta a group_dim group_scale group_lasso decoupled"
@@ -41,7 +54,10 @@ def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: 
 
 
 class NativeEngine(Engine):
-    """Serves CPU tensors. One C++ plan holds the table of an optimizer's parameters."""
+    """Serves CPU tensors and, where the build found nvcc, CUDA tensors.
+
+    One C++ plan holds the table of an optimizer's parameters.
+    """
 
     name = "native"
 
@@ -63,9 +79,7 @@ class NativeEngine(Engine):
                 plan.set_options(i, _packed(group))
                 seen[i : i + 1] = [snapshot(values)]
         del seen[len(groups) :]
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        skip = found_inf is not None and float(found_inf) > 0
-        return plan.prepare(groups, state, scale, skip)
+        return plan.prepare(groups, state, grad_scale, found_inf)
 
     def launch(self) -> None:
         self._plan.launch()

@@ -21,8 +21,6 @@ constexpr int64_t kPart = 131072;
 // Value of a row's counter when its norms are there.
 constexpr int32_t kDone = -1;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t arithmetic_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 // Norms start on a cache line of their own, also next to another row's.

@@ -6,38 +6,15 @@
 #include <memory>
 #include <vector>
 
-#include "../types.h"
+#include "../row.h"
 
 namespace rvsm::cpu {
-
-enum class Action { step, prox, penalty };
 
 // Columns of a block with several rows: a factor per column is computed once and used for every row.
 constexpr int64_t kColumns = 16384;
 // Most columns whose sums are kept at a time while a reduction walks over rows: long pieces of consecutive memory, and
 // sums that stay in the first-level cache.
 constexpr int64_t kStrip = 2560;
-
-// One tensor of a job: its shape, then what changes from run to run.
-struct Row {
-  int64_t numel = 0;
-  Dtype dtype = Dtype::f32;
-  bool grouped = false;
-  GroupView view;  // batch * outer * groups * inner == numel where grouped
-
-  bool active = true;  // false: every task of the row is skipped
-  void* w = nullptr;
-  const void* g = nullptr;
-  void* m = nullptr;  // not read without momentum
-  Step<double> step{};
-  Momentum momentum = Momentum::none;
-  double lam = 0;  // for the penalty's value: already times sqrt(group size) with group_scale
-  double beta = 0;
-
-  void* norms = nullptr;       // one number of the arithmetic type per group
-  double* partials = nullptr;  // parts x groups sums of squares, where long groups are split
-  int64_t parts = 1;
-};
 
 // A rectangle of a row in its view: one batch, rows [o0, o1) of the outer dimension, columns [c0, c1) of groups x
 // inner. A row without groups is one outer row of numel columns.

@@ -178,12 +178,6 @@ inline void spread(T* to, int64_t n, T factor) {
     for (int64_t k = 0; k < kSpill; ++k) to[i + k] = factor;
 }
 
-// What divides the elements of a group of that norm; those of the zero group are 0 and stay 0.
-template <class T>
-T length_of(T norm) {
-  return norm == T(0) ? T(1) : norm;
-}
-
 // The factors of columns [c0, c1), at most kSpan of them, of groups with `inner` columns each.
 template <Penalty kPenalty, class T>
 void fill_factors(Factors<T>& f, const T* norms, int64_t inner, int64_t c0, int64_t c1, const Prox<T> prox,

@@ -1,77 +1,168 @@
-// From the rows of a step to the tables of its launches: as few as the kernel parameters allow.
+// From rows to the tables of launches: as few as the kernel parameters allow.
 #pragma once
 
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
-#include "../cpu/engine.h"
-#include "../update.h"
-#include "table.h"
+#include "../row.h"
+#include "step.h"
+#include "sums.h"
 
 namespace rvsm::cuda {
 
-// The tables of all rows of one storage type.
+// The tables of all rows of one storage type. A step's are filled anew each time: that costs less than finding out what
+// changed, and no pointer or option is ever stale.
 template <class S>
 class Builder {
  public:
   using T = Arithmetic<S>;
 
-  // A row with elements. `ratio` and `length` are its groups' factors on the device, null for a row without groups.
-  void add(const cpu::Row& row, const void* ratio = nullptr, const void* length = nullptr) {
-    const Chunks chunks = chunks_of<S>(row.numel, row.w, row.g, row.m);
-    Record<T> record{};
-    record.step = narrow<T>(row.step);
-    record.momentum = uint8_t(row.momentum);
-    record.decay = row.step.decay != 0;
-    record.lasso = row.grouped && row.step.lasso != 0;
-    record.grouped = row.grouped;
-    int slot = tables_.empty() || row.grouped ? kNone : known(record);
-    const int needed = slot != kNone ? 1 : 1 + kSlotsOf<Record<T>> + (row.grouped ? kSlotsOf<Columns> : 0);
-    if (tables_.empty() || free_ - int(table().entries) < needed) {
-      tables_.push_back(std::make_unique<Table>());
-      free_ = kSlots;
-      records_.clear();
-      slot = kNone;
-    }
-    if (slot == kNone) slot = place(record, row, ratio, length);
-    Table& t = table();
-    t.slots[t.entries++] = {row.w, row.g, row.m, t.blocks, chunks.rest, uint16_t(slot)};
-    t.blocks += chunks.count;
+  struct Launch {
+    std::unique_ptr<Table> table = std::make_unique<Table>();
+    bool groups_inside = false;
+    std::vector<int32_t> groups;  // the param groups in it, for error messages
+  };
+
+  void clear() { used_ = 0; }
+
+  // A row of a step or, with `source` in the place of the gradient, of a prox.
+  void add(const Row& row, const void* source) {
+    Record<T> record = record_of(row);
+    const int slot = begin(row, 1, record);
+    push(row, source, uint16_t(slot));
   }
 
-  const std::vector<std::unique_ptr<Table>>& tables() const { return tables_; }
+  // A row in groups, whose factors a launch before this one makes.
+  void add(const Row& row, const void* source, const Columns& columns) {
+    Record<T> record = record_of(row);
+    record.lasso = row.step.lasso != 0;
+    record.step.prox = {record.step.prox.penalty, 0, 0, 0, 0, 0};
+    const int slot = begin(row, 1 + kSlotsOf<Columns>, record);
+    launches_[used_ - 1].groups_inside = true;
+    free_ -= kSlotsOf<Columns>;
+    Columns own = columns;
+    own.record = uint32_t(slot);
+    put(free_, own);
+    push(row, source, uint16_t(free_ | kGrouped));
+  }
+
+  // Numbers whose penalty is asked for: weights, or the norms of groups.
+  void add_value(const Row& row, const void* numbers, int64_t count) {
+    Row values;
+    values.numel = count;
+    values.group = row.group;
+    Value<T> value;
+    std::memset(static_cast<void*>(&value), 0, sizeof value);
+    value.prox = narrow<T>(row.step.prox);
+    value.lam = row.lam;
+    value.beta = row.beta;
+    const int slot = begin(values, 1, value);
+    push(values, numbers, uint16_t(slot));
+  }
+
+  Launch* begin() { return launches_.data(); }
+  Launch* end() { return launches_.data() + used_; }
 
  private:
   static constexpr int kNone = -1;
 
-  Table& table() { return *tables_.back(); }
+  Table& table() { return *launches_[used_ - 1].table; }
 
-  // The slot of an equal record without groups.
-  int known(const Record<T>& record) const {
-    for (const int slot : records_)
-      if (std::memcmp(&tables_.back()->slots[slot], &record, sizeof record) == 0) return slot;
-    return kNone;
+  // The same padding each time, so that records can be compared as bytes.
+  static Record<T> record_of(const Row& row) {
+    Record<T> record;
+    std::memset(static_cast<void*>(&record), 0, sizeof record);
+    record.step = narrow<T>(row.step);
+    record.momentum = uint8_t(row.momentum);
+    record.decay = row.step.decay != 0;
+    return record;
   }
 
-  int place(const Record<T>& record, const cpu::Row& row, const void* ratio, const void* length) {
-    free_ -= kSlotsOf<Record<T>> + (row.grouped ? kSlotsOf<Columns> : 0);
-    std::memcpy(static_cast<void*>(&table().slots[free_]), &record, sizeof record);
-    if (row.grouped) {
-      const GroupView& v = row.view;
-      const int64_t columns = v.groups * v.inner, batch = v.outer * columns;
-      const Columns c{ratio, length,           columns,          v.inner,       v.groups,
-                      batch, divider(columns), divider(v.inner), divider(batch)};
-      std::memcpy(static_cast<void*>(&table().slots[free_ + kSlotsOf<Record<T>>]), &c, sizeof c);
-    } else {
-      records_.push_back(free_);
+  // Room for an entry in the last table or a new one, and the slot of its record.
+  template <class R>
+  int begin(const Row& row, int slots, const R& record) {
+    int slot = used_ > 0 ? known(record) : kNone;
+    const bool fits = used_ > 0 && free_ - int(table().entries) >= slots + (slot == kNone ? kSlotsOf<R> : 0);
+    if (!fits) {
+      if (++used_ > launches_.size()) launches_.emplace_back();
+      Launch& l = launches_[used_ - 1];
+      l.groups_inside = false;
+      l.groups.clear();
+      l.table->entries = l.table->blocks = 0;
+      free_ = kSlots;
+      records_.clear();
+      slot = kNone;
     }
+    Launch& l = launches_[used_ - 1];
+    if (l.groups.empty() || l.groups.back() != row.group) l.groups.push_back(row.group);
+    if (slot != kNone) return slot;
+    free_ -= kSlotsOf<R>;
+    put(free_, record);
+    records_.push_back(free_);
     return free_;
   }
 
-  std::vector<std::unique_ptr<Table>> tables_;
-  std::vector<int> records_;  // slots of the records without groups in the last table
-  int free_ = 0;              // its records begin here
+  void push(const Row& row, const void* source, uint16_t slot) {
+    const Chunks chunks = chunks_of<S>(row.numel, row.w, source, row.m);
+    Table& t = table();
+    t.slots[t.entries++] = {row.w, source, row.m, t.blocks, chunks.rest, slot};
+    t.blocks += chunks.count;
+  }
+
+  template <class R>
+  void put(int slot, const R& record) {
+    std::memcpy(static_cast<void*>(&table().slots[slot]), &record, sizeof record);
+  }
+
+  // The slot of an equal record.
+  template <class R>
+  int known(const R& record) {
+    for (const int slot : records_)
+      if (std::memcmp(&table().slots[slot], &record, sizeof record) == 0) return slot;
+    return kNone;
+  }
+
+  std::vector<Launch> launches_;  // kept from step to step
+  size_t used_ = 0;
+  std::vector<int> records_;  // slots of the records in the last table
+  int free_ = 0;              // the records begin here
+};
+
+// The tables of sums.
+class SumBuilder {
+ public:
+  struct Launch {
+    std::unique_ptr<SumTable> table = std::make_unique<SumTable>();
+    std::vector<int32_t> groups;
+  };
+
+  void clear() { used_ = 0; }
+
+  void add(const SumEntry& entry, int64_t batches, int32_t group) {
+    if (used_ == 0 || int(launches_[used_ - 1].table->entries) == kEntries) {
+      if (++used_ > launches_.size()) launches_.emplace_back();
+      Launch& l = launches_[used_ - 1];
+      l.table->entries = l.table->blocks = 0;
+      l.groups.clear();
+    }
+    Launch& l = launches_[used_ - 1];
+    SumTable& t = *l.table;
+    SumEntry& own = t.at[t.entries++];
+    own = entry;
+    own.first = t.blocks;
+    t.blocks += uint32_t(batches * entry.tiles * entry.parts);
+    if (l.groups.empty() || l.groups.back() != group) l.groups.push_back(group);
+  }
+
+  Launch* begin() { return launches_.data(); }
+  Launch* end() { return launches_.data() + used_; }
+
+ private:
+  static constexpr int kEntries = int(sizeof(SumTable::at) / sizeof(SumEntry));
+  std::vector<Launch> launches_;
+  size_t used_ = 0;
 };
 
 }  // namespace rvsm::cuda

@@ -1,5 +1,5 @@
-// What one thread of the step's and the prox's kernels does: load, arithmetic, store. For host and device: the C++
-// tests run these very lines over memory of the host.
+// What one thread of the step's, the prox's and the penalty's kernels does: load, arithmetic, store. For host and
+// device: interpret.cpp runs these very lines over memory of the host.
 #pragma once
 
 #include <type_traits>
@@ -34,29 +34,30 @@ struct ElementPull {
 };
 
 // Groups: u = w * ratio, w_G / ||w_G|| = w / length, by factors that a launch before this one has made.
-template <class Index, class T>
+template <class T>
 struct GroupPull {
   const Columns& c;
   bool lasso;
   RVSM_HD_MEMBER void operator()(T w, int64_t at, T& u, T& unit) const {
-    const auto group = c.group(Index(at));
+    const auto group = c.group(uint32_t(at));
     u = w * static_cast<const T*>(c.ratio)[group];
     unit = lasso ? w / static_cast<const T*>(c.length)[group] : T(0);
   }
 };
 
-// What the entries of a launch have in common: no groups; groups of tensors with fewer than 2^31 elements, whose
-// divisions cost a quarter; other groups.
-enum class Grouping { none, narrow, wide };
-
-// Calls f(pull) with what the record asks for; a block decides once.
-template <Grouping kGrouping, class T, class F>
-RVSM_HD void with_pull(const Record<T>& record, const Columns& columns, const F& f) {
-  if constexpr (kGrouping != Grouping::none) {
-    using Index = std::conditional_t<kGrouping == Grouping::narrow, uint32_t, uint64_t>;
-    if (record.grouped) return f(GroupPull<Index, T>{columns, record.lasso});
+// Calls f(record, pull) with what the entry asks for; a block decides once. kGroups: whether any entry has groups.
+template <bool kGroups, class T, class F>
+RVSM_HD void with_pull(const Table& t, const Entry& e, const F& f) {
+  if constexpr (kGroups) {
+    if (e.record & kGrouped) {
+      const Columns& columns = slot_of<Columns>(t, e.record & ~kGrouped);
+      const Record<T>& record = slot_of<Record<T>>(t, columns.record);
+      return f(record, GroupPull<T>{columns, record.lasso});
+    }
   }
-  with_penalty(record.step.prox.penalty, [&](auto tag) { f(ElementPull<decltype(tag)::value, T>{record.step.prox}); });
+  const Record<T>& record = slot_of<Record<T>>(t, e.record);
+  with_penalty(record.step.prox.penalty,
+               [&](auto tag) { f(record, ElementPull<decltype(tag)::value, T>{record.step.prox}); });
 }
 
 // ---- the step -------------------------------------------------------------------------------------------------------
@@ -76,21 +77,21 @@ RVSM_HD Place place_of(const Table& t, uint32_t block) {
 }
 
 // One thread of one block.
-template <class S, Grouping kGrouping>
+template <class S, bool kGroups>
 RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
   using T = Arithmetic<S>;
   if (t.found_inf != nullptr && *t.found_inf > 0) return;
   const Place place = place_of<S>(t, block);
   const Entry& e = place.entry;
-  const Record<T>& record = record_of<T>(t, e);
   const T scale = t.grad_scale != nullptr ? T(1) / T(*t.grad_scale) : T(1);
-  const RunKind kind{Momentum(record.momentum), record.decay, record.step.prox.penalty != Penalty::none, record.lasso};
-  const bool momentum = kind.momentum != Momentum::none;
   const int64_t begin = place.span.begin;
-  S* const w = static_cast<S*>(e.w) + begin;
-  const S* const g = static_cast<const S*>(e.g) + begin;
-  S* const m = momentum ? static_cast<S*>(e.m) + begin : nullptr;
-  with_pull<kGrouping>(record, columns_of<T>(t, e), [&](const auto& pull) {
+  with_pull<kGroups, T>(t, e, [&](const Record<T>& record, const auto& pull) {
+    const bool split = record.step.prox.penalty != Penalty::none;
+    const RunKind kind{Momentum(record.momentum), record.decay, split, record.lasso};
+    const bool momentum = kind.momentum != Momentum::none;
+    S* const w = static_cast<S*>(e.w) + begin;
+    const S* const g = static_cast<const S*>(e.g) + begin;
+    S* const m = momentum ? static_cast<S*>(e.m) + begin : nullptr;
     const auto element = [&](S& ws, S gs, S& ms, int64_t at) {
       T wi = load(ws), mi = momentum ? T(load(ms)) : T(0), u, unit;
       pull(wi, at, u, unit);
@@ -119,32 +120,59 @@ RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
   });
 }
 
-// ---- w <- u ---------------------------------------------------------------------------------------------------------
+// ---- u
+// ----------------------------------------------------------------------------------------------------------------
 
-template <class S, Grouping kGrouping>
+// entry.w <- u of entry.g, which may be the same.
+template <class S, bool kGroups>
 RVSM_HD void prox_thread(const Table& t, uint32_t block, int thread) {
   using T = Arithmetic<S>;
   const Place place = place_of<S>(t, block);
-  const Entry& e = place.entry;
-  const Record<T>& record = record_of<T>(t, e);
   const int64_t begin = place.span.begin;
-  S* const w = static_cast<S*>(e.w) + begin;
-  with_pull<kGrouping>(record, columns_of<T>(t, e), [&](const auto& pull) {
-    const auto element = [&](S& ws, int64_t at) {
-      T u, unit;
-      pull(T(load(ws)), at, u, unit);
-      store(ws, u);
+  S* const u = static_cast<S*>(place.entry.w) + begin;
+  const S* const w = static_cast<const S*>(place.entry.g) + begin;
+  with_pull<kGroups, T>(t, place.entry, [&](const Record<T>&, const auto& pull) {
+    const auto element = [&](S& us, S ws, int64_t at) {
+      T ui, unit;
+      pull(T(load(ws)), at, ui, unit);
+      store(us, ui);
     };
     for_elements<S>(
         place.span, thread,
         [&](uint32_t i) {
-          Vector<S> wv = *reinterpret_cast<const Vector<S>*>(w + i);
+          Vector<S> v = *reinterpret_cast<const Vector<S>*>(w + i);
           RVSM_UNROLL
-          for (int k = 0; k < kWidth<S>; ++k) element(wv.at[k], begin + i + k);
-          *reinterpret_cast<Vector<S>*>(w + i) = wv;
+          for (int k = 0; k < kWidth<S>; ++k) element(v.at[k], v.at[k], begin + i + k);
+          *reinterpret_cast<Vector<S>*>(u + i) = v;
         },
-        [&](uint32_t i) { element(w[i], begin + i); });
+        [&](uint32_t i) { element(u[i], w[i], begin + i); });
   });
+}
+
+// ---- the penalty's value
+// ----------------------------------------------------------------------------------------------
+
+// lam P(u) + beta/2 |w - u|^2 over the thread's elements, which are weights or norms of groups.
+template <class S>
+RVSM_HD double penalty_thread(const Table& t, const Place& place, int thread) {
+  using T = Arithmetic<S>;
+  const Value<T>& value = slot_of<Value<T>>(t, place.entry.record);
+  const S* const w = static_cast<const S*>(place.entry.g) + place.span.begin;
+  double sum = 0;
+  with_penalty(value.prox.penalty, [&](auto tag) {
+    const auto add = [&](S r) {
+      sum += penalty_term<decltype(tag)::value>(std::fabs(T(load(r))), value.prox, value.lam, value.beta);
+    };
+    for_elements<S>(
+        place.span, thread,
+        [&](uint32_t i) {
+          const Vector<S> v = *reinterpret_cast<const Vector<S>*>(w + i);
+          RVSM_UNROLL
+          for (int k = 0; k < kWidth<S>; ++k) add(v.at[k]);
+        },
+        [&](uint32_t i) { add(w[i]); });
+  });
+  return sum;
 }
 
 }  // namespace rvsm::cuda

@@ -2,6 +2,7 @@
 // without the CUDA runtime: the C++ tests walk every index here.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../half.h"
@@ -33,14 +34,15 @@ constexpr int64_t kChunk = int64_t(kThreads) * kVectors * kWidth<S>;
 // One tensor. Its chunks belong to the blocks from `first` up to the next entry's.
 struct Entry {
   void* w;
-  const void* g;
+  const void* g;    // the gradient of a step; what a prox reads
   void* m;          // null without momentum
   uint32_t first;   // its first block
   uint16_t rest;    // elements of its last chunk; kScalar is added where vectors of w, g and m do not line up
-  uint16_t record;  // the slot of its Record
+  uint16_t record;  // the slot of its Record, or of its Columns where kGrouped is added
 };
 
 constexpr uint16_t kScalar = 0x8000;
+constexpr uint16_t kGrouped = 0x8000;
 
 // Division of numbers below 2^31 by a divisor that the host knows: a product and a shift (Granlund & Montgomery).
 struct Divider {
@@ -57,28 +59,47 @@ inline Divider divider(int64_t d) {
 }
 
 // How a tensor in groups finds the factors of the element at a place in memory: that of group
-// at / batch * groups + at % columns / inner, where batch is the size of a batch and columns is groups * inner.
+// at / batch * groups + at % columns / inner, where batch is the size of a batch and columns is groups * inner. Its
+// elements are fewer than 2^31 (see for_pieces).
 struct alignas(32) Columns {
   const void* ratio;   // shrink(norm) / norm of each group
   const void* length;  // its norm, with group_lasso
-  int64_t columns, inner, groups, batch;
-  Divider by_columns, by_inner, by_batch;  // of tensors with fewer than 2^31 elements
+  uint32_t columns, groups;
+  Divider by_columns, by_inner, by_batch;
+  uint32_t record;  // the slot of the Record
 
   // The number of the group.
-  RVSM_HD_MEMBER int64_t group(uint64_t at) const {
-    return int64_t(at / uint64_t(batch)) * groups + int64_t(at % uint64_t(columns) / uint64_t(inner));
-  }
   RVSM_HD_MEMBER uint32_t group(uint32_t at) const {
-    return by_batch(at) * uint32_t(groups) + by_inner(at - by_columns(at) * uint32_t(columns));
+    return by_batch(at) * groups + by_inner(at - by_columns(at) * columns);
   }
 };
 
-// The numbers of a step, shared by all tensors that have them in common. A Columns follows where `grouped`.
+inline Columns make_columns(const GroupView& v, const void* ratio, const void* length) {
+  const int64_t columns = v.groups * v.inner;
+  return {ratio,
+          length,
+          uint32_t(columns),
+          uint32_t(v.groups),
+          divider(columns),
+          divider(v.inner),
+          divider(v.outer * columns),
+          0};
+}
+
+// The numbers of a step, shared by all tensors that have them in common. A tensor in groups needs no numbers of a
+// penalty, only whether there is one: its factors are made before.
 template <class T>
 struct alignas(32) Record {
   Step<T> step;
   uint8_t momentum;  // Momentum
-  bool decay, lasso, grouped;
+  bool decay, lasso;
+};
+
+// The numbers of a penalty's value.
+template <class T>
+struct alignas(32) Value {
+  Prox<T> prox;
+  double lam, beta;
 };
 
 // A kernel takes 32,764 bytes of parameters.
@@ -90,22 +111,17 @@ struct Table {
   uint32_t blocks = 0;
   const float* grad_scale = nullptr;  // on the device; null: 1
   const float* found_inf = nullptr;   // on the device; above 0 nothing is written
-  uint64_t unused = 0;
+  double* totals = nullptr;           // of a penalty's value: one number per block
   Entry slots[kSlots];
 };
-static_assert(sizeof(Entry) == 32 && sizeof(Columns) == 96 && sizeof(Table) <= 32764);
+static_assert(sizeof(Entry) == 32 && sizeof(Columns) == 64 && sizeof(Table) <= 32764);
 
 template <class X>
 constexpr int kSlotsOf = int(sizeof(X) / sizeof(Entry));
 
-template <class T>
-RVSM_HD const Record<T>& record_of(const Table& t, const Entry& e) {
-  return *reinterpret_cast<const Record<T>*>(&t.slots[e.record]);
-}
-
-template <class T>
-RVSM_HD const Columns& columns_of(const Table& t, const Entry& e) {
-  return *reinterpret_cast<const Columns*>(&t.slots[e.record + kSlotsOf<Record<T>>]);
+template <class X>
+RVSM_HD const X& slot_of(const Table& t, uint32_t slot) {
+  return *reinterpret_cast<const X*>(&t.slots[slot]);
 }
 
 // ---- block -> (tensor, chunk) ---------------------------------------------------------------------------------------
@@ -177,6 +193,42 @@ inline Chunks chunks_of(int64_t numel, const void* w, const void* g, const void*
   const int64_t count = (body + kChunk<S> - 1) / kChunk<S>;
   const int64_t rest = body - (count - 1) * kChunk<S>;
   return {uint32_t(count), uint16_t(rest | (vectors ? 0 : kScalar))};
+}
+
+// Elements below which a tensor in groups is one entry: index arithmetic in 32 bits costs a quarter.
+constexpr int64_t kNarrow = int64_t(1) << 31;
+
+// Calls f(offset, view, group) for the pieces of a tensor in groups, each with fewer than `limit` elements: the view of
+// a piece that begins `offset` elements into the tensor and whose first group has that number.
+template <class F>
+inline void for_pieces(const GroupView& v, int64_t limit, const F& f) {
+  const int64_t columns = v.groups * v.inner, size = v.outer * columns;
+  if (size < limit) {
+    const int64_t most = (limit - 1) / size;
+    for (int64_t b = 0; b < v.batch; b += most)
+      f(b * size, GroupView{std::min(most, v.batch - b), v.outer, v.groups, v.inner}, b * v.groups);
+    return;
+  }
+  for (int64_t b = 0; b < v.batch; ++b) {
+    if (columns < limit) {
+      const int64_t most = (limit - 1) / columns;
+      for (int64_t o = 0; o < v.outer; o += most)
+        f(b * size + o * columns, GroupView{1, std::min(most, v.outer - o), v.groups, v.inner}, b * v.groups);
+      continue;
+    }
+    for (int64_t o = 0; o < v.outer; ++o) {
+      const int64_t row = b * size + o * columns, first = b * v.groups;
+      if (v.inner < limit) {
+        const int64_t most = (limit - 1) / v.inner;
+        for (int64_t g = 0; g < v.groups; g += most)
+          f(row + g * v.inner, GroupView{1, 1, std::min(most, v.groups - g), v.inner}, first + g);
+        continue;
+      }
+      for (int64_t g = 0; g < v.groups; ++g)
+        for (int64_t i = 0; i < v.inner; i += limit - 1)
+          f(row + g * v.inner + i, GroupView{1, 1, 1, std::min(limit - 1, v.inner - i)}, first + g);
+    }
+  }
 }
 
 }  // namespace rvsm::cuda

@@ -1,20 +1,42 @@
 // The CUDA engine without a GPU: its index arithmetic walked element by element, and the very functions that its
-// threads run, run over memory of the host.
+// threads run, run over memory of the host and held against the CPU engine.
 
 #include <cmath>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
-#include "../cuda/builder.h"
+#include "../cpu/engine.h"
+#include "../cuda/job.h"
 #include "../cuda/step.h"
 #include "check.h"
 
 using namespace rvsm;
 using namespace rvsm::cuda;
+using rvsm::cuda::Job;
 
 namespace {
 
 int64_t checked = 0;
+
+template <class S>
+Dtype dtype_of() {
+  if (sizeof(S) == 8) return Dtype::f64;
+  if (sizeof(S) == 4) return Dtype::f32;
+  return std::is_same_v<S, Float16> ? Dtype::f16 : Dtype::bf16;
+}
+
+// The value of a penalty job over rows, whose momentum it must not look at.
+double value_of(Job& job, std::vector<Row> rows) {
+  for (Row& row : rows) row.m = nullptr;
+  job.rows = std::move(rows);
+  job.divide();
+  std::vector<char> scratch(size_t(job.scratch_bytes()));
+  job.set_scratch(scratch.data());
+  double total = -1;
+  job.run({}, {}, &total);
+  return total;
+}
 
 void check_dividers() {
   for (int i = 0; i < 20000; ++i) {
@@ -92,10 +114,82 @@ void walk_far() {
   }
 }
 
+// The pieces of large tensors hold every element once, each with the number of its group.
+void check_pieces() {
+  const GroupView views[] = {{1, 1, 7, 5}, {3, 2, 4, 3}, {1, 1, 1, 37}, {7, 1, 3, 4}, {1, 9, 5, 1}, {2, 3, 2, 9}};
+  for (const GroupView& v : views) {
+    for (int64_t limit = 2; limit < 60; ++limit) {
+      const int64_t n = v.count() * v.size(), columns = v.groups * v.inner;
+      int64_t next = 0;
+      for_pieces(v, limit, [&](int64_t offset, const GroupView& piece, int64_t group) {
+        CHECK(offset == next && piece.count() * piece.size() < limit, "a piece at %lld",
+              static_cast<long long>(offset));
+        const Columns c = make_columns(piece, nullptr, nullptr);
+        for (int64_t i = 0; i < piece.count() * piece.size(); ++i, ++next) {
+          const int64_t want = next / (v.outer * columns) * v.groups + next % columns / v.inner;
+          CHECK(group + c.group(uint32_t(i)) == want, "element %lld", static_cast<long long>(next));
+        }
+      });
+      CHECK(next == n, "%lld elements of %lld", static_cast<long long>(next), static_cast<long long>(n));
+      ++checked;
+    }
+  }
+  int pieces = 0;
+  int64_t elements = 0;
+  for_pieces({1, 3, 1 << 20, 5000}, kNarrow, [&](int64_t, const GroupView& piece, int64_t) {
+    ++pieces;
+    elements += piece.count() * piece.size();
+  });
+  CHECK(pieces == 9 && elements == int64_t(3) * (1 << 20) * 5000, "%d pieces", pieces);
+}
+
+// Every element of a tensor in exactly one thread's sum, for every view, and each group's sum right: the numbers are
+// powers of two, whose squares add up exactly in any order.
+template <class S>
+void sums() {
+  const GroupView views[] = {{1, 1, 7, 5},     {1, 11, 5, 1},    {1, 4, 6, 9},     {3, 2, 4, 3},    {1, 1, 1, 37},
+                             {1, 700, 3, 2},   {1, 1, 3, 70000}, {1, 3000, 64, 1}, {1, 37, 3, 100}, {2, 5, 3, 128},
+                             {1, 500, 600, 1}, {1, 300, 40, 9},  {1, 1, 1, 99999}, {300, 9, 8, 1},  {1, 900, 1, 300},
+                             {1, 20000, 1, 1}, {1, 2, 1, 66000}, {5, 1, 9, 9},     {1, 1, 5000, 8}};
+  for (const GroupView& v : views) {
+    const int64_t n = v.count() * v.size(), count = v.count();
+    for (int64_t at = 0; at < kWidth<S>; ++at) {
+      std::vector<S> x(size_t(n + 2 * kWidth<S>));
+      const int64_t first = elements_before_boundary<S>(x.data()) + at;
+      for (S& value : x) store(value, Arithmetic<S>(1 << 10));  // an element too many would show
+      std::vector<double> want(size_t(count), 0.0);
+      for (int64_t i = 0; i < n; ++i) {
+        const double value = std::ldexp(1.0, int(integer(-3, 3)));
+        store(x[size_t(first + i)], Arithmetic<S>(value));
+        want[size_t(i / (v.outer * v.groups * v.inner) * v.groups + i / v.inner % v.groups)] += value * value;
+      }
+      Job job(Action::penalty, host_kernels);  // of l1, lam 1 and tau 0: the sum of the norms
+      Row row;
+      row.numel = n;
+      row.dtype = dtype_of<S>();
+      row.grouped = true;
+      row.view = v;
+      row.w = x.data() + first;
+      row.step.prox = make_prox(Penalty::l1, 0, 1);
+      row.lam = 1;
+      double sum = 0;
+      for (const double w : want) sum += double(Arithmetic<S>(std::sqrt(w)));
+      const double got = value_of(job, {row});
+      CHECK(std::fabs(got - sum) <= 1e-12 * sum, "the norms of %lld %lld %lld %lld at %lld: %.17g, not %.17g",
+            static_cast<long long>(v.batch), static_cast<long long>(v.outer), static_cast<long long>(v.groups),
+            static_cast<long long>(v.inner), static_cast<long long>(at), got, sum);
+      ++checked;
+    }
+  }
+}
+
+// ---- the engine against the CPU's
+// ------------------------------------------------------------------------------------
+
 Options random_options(bool grouped) {
   Options o;
   o.penalty = Penalty(integer(0, 3));
-  o.lam = log_uniform(1e-3, 0.1);
+  o.lam = log_uniform(1e-3, 0.1) * (grouped ? 3 : 1);
   o.beta = 0.5;
   o.a = log_uniform(0.1, 10);
   o.lr = 0.1;
@@ -103,141 +197,200 @@ Options random_options(bool grouped) {
   o.nesterov = o.momentum != 0 && integer(0, 1);
   o.weight_decay = double(integer(0, 1)) * 0.01;
   o.decoupled = integer(0, 1);
+  o.maximize = integer(0, 1);
   o.group_lasso = grouped ? double(integer(0, 1)) * 0.1 : 0;
+  o.group_scale = grouped && integer(0, 1);
   return o;
 }
 
-template <class S>
+// A tensor of any type with guard elements around it.
 struct Tensor {
-  std::vector<S> w, g, m;
-  std::vector<Arithmetic<S>> ratio, length;
-  cpu::Row row;
-  int64_t at = 0;
+  Row row;
+  std::vector<char> w, g, m;
+  int64_t at;
 
-  Tensor(int64_t n, const GroupView* view) : at(integer(0, kWidth<S> - 1)) {
-    for (auto* v : {&w, &g, &m}) {
-      v->resize(size_t(n + 2 * kWidth<S>));
-      for (auto& x : *v) store(x, Arithmetic<S>(uniform(-1, 1)));
+  explicit Tensor(int64_t most) : at(integer(0, 7)) {
+    static const GroupView views[] = {{1, 1, 7, 5},  {1, 11, 5, 1},  {1, 4, 6, 9},  {3, 2, 4, 3},
+                                      {1, 1, 1, 37}, {1, 700, 3, 2}, {1, 3, 2, 64}, {1, 30, 64, 9}};
+    row.dtype = Dtype(integer(0, 3));
+    row.grouped = integer(0, 2) == 0;
+    row.numel = integer(0, 9) == 0 ? integer(1, most) : integer(0, 40);
+    if (row.grouped) {
+      row.view = views[integer(0, 7)];
+      if (integer(0, 19) == 0) row.view = {1, 2000, 16, 1};  // in parts
+      row.numel = row.view.count() * row.view.size();
     }
-    const Options o = random_options(view != nullptr);
-    row.numel = n;
-    row.grouped = view != nullptr;
-    if (view != nullptr) row.view = *view;
-    row.step = make_step(o, view != nullptr ? view->size() : 1, integer(0, 1));
+    const Options o = random_options(row.grouped);
+    const int64_t size = row.grouped ? row.view.size() : 1;
+    row.step = make_step(o, size, integer(0, 1));
     row.momentum = momentum_of(o);
-    if (view != nullptr) {
-      for (int64_t k = 0; k < view->count(); ++k) {
-        ratio.push_back(Arithmetic<S>(uniform(0, 1)));
-        length.push_back(Arithmetic<S>(uniform(0.5, 2)));
+    row.lam = strength(o, size);
+    row.beta = o.beta;
+    row.active = integer(0, 9) != 0 && row.numel > 0;
+    with_storage(row.dtype, [&](auto s) {
+      using S = decltype(s);
+      for (auto* v : {&w, &g, &m}) {
+        v->resize(size_t(row.numel + 16) * sizeof(S));
+        for (int64_t i = 0; i < row.numel + 16; ++i)
+          store(reinterpret_cast<S*>(v->data())[i], Arithmetic<S>(uniform(-1, 1)));
       }
-    }
+    });
     aim();
   }
   // Vectors move with the object.
   void aim() {
-    row.w = w.data() + at;
-    row.g = g.data() + (integer(0, 3) == 0 ? 1 : at);  // sometimes out of line
-    row.m = row.momentum == Momentum::none ? nullptr : m.data() + at;
+    with_storage(row.dtype, [&](auto s) {
+      using S = decltype(s);
+      row.w = reinterpret_cast<S*>(w.data()) + at;
+      row.g = reinterpret_cast<S*>(g.data()) + (row.numel % 4 == 0 ? 1 : at);  // sometimes out of line
+      row.m = row.momentum == Momentum::none ? nullptr : reinterpret_cast<S*>(m.data()) + at;
+    });
   }
 };
 
-// One element by update.h.
+// Equal bits, or, where the order of a sum is the engine's own, near.
 template <class S>
-void plain_step(const Tensor<S>& x, int64_t i, S& w, S& m) {
-  using T = Arithmetic<S>;
-  const Step<T> s = narrow<T>(x.row.step);
-  T wi = load(w), mi = load(m), u = wi, unit = 0;
-  if (x.row.grouped) {
-    const GroupView& v = x.row.view;
-    const int64_t columns = v.groups * v.inner, batch = v.outer * columns;
-    const size_t g = size_t(i / batch * v.groups + i % columns / v.inner);
-    u = wi * x.ratio[g];
-    if (s.lasso != 0) unit = wi / x.length[g];
-  } else {
-    u = with_penalty(s.prox.penalty,
-                     [&](auto tag) { return std::copysign(shrink<decltype(tag)::value>(std::fabs(wi), s.prox), wi); });
+void compare(const Tensor& got, const Tensor& want, const char* what) {
+  const double bound = !got.row.grouped ? 0 : sizeof(S) == 8 ? 1e-14 : sizeof(S) == 4 ? 1e-6 : 0.02;
+  for (const auto& [x, y] : {std::pair{&got.w, &want.w}, std::pair{&got.m, &want.m}}) {
+    for (int64_t i = 0; i < got.row.numel + 16; ++i) {
+      const double a = double(load(reinterpret_cast<const S*>(x->data())[i]));
+      const double b = double(load(reinterpret_cast<const S*>(y->data())[i]));
+      CHECK(std::fabs(a - b) <= bound, "%s: element %lld of %lld is %.9g, not %.9g", what, static_cast<long long>(i),
+            static_cast<long long>(got.row.numel), a, b);
+    }
   }
-  const RunKind kind{x.row.momentum, s.decay != 0, s.prox.penalty != Penalty::none, x.row.grouped && s.lasso != 0};
-  sgd_step(wi, mi, T(load(static_cast<const S*>(x.row.g)[i])), wi - u, unit, s, kind);
-  store(w, wi);
-  if (kind.momentum != Momentum::none) store(m, mi);
 }
 
-// Many tensors of all kinds in as many tables as they need, every thread of every block.
-template <class S>
-void steps(int count) {
-  const GroupView views[] = {{1, 1, 7, 5}, {1, 11, 5, 1}, {1, 4, 6, 9}, {3, 2, 4, 3}, {1, 1, 1, 37}, {1, 700, 3, 2}};
-  std::vector<Tensor<S>> tensors;
-  tensors.reserve(size_t(count));
-  Builder<S> builder;
+// Many tensors of all kinds and types in as many tables as they need, every thread of every block.
+void engines(int count, Action action) {
+  std::vector<Tensor> got;
+  for (int i = 0; i < count; ++i) got.emplace_back(3 * kChunk<float>);
+  std::vector<Tensor> want = got;
+  Job job(action, host_kernels);
+  cpu::Job cpu_job(action);
   for (int i = 0; i < count; ++i) {
-    const GroupView* view = integer(0, 2) == 0 ? &views[integer(0, 5)] : nullptr;
-    const int64_t n = view != nullptr      ? view->count() * view->size()
-                      : integer(0, 9) == 0 ? integer(1, 2 * kChunk<S> + 99)
-                                           : integer(1, 5 * kWidth<S>);
-    tensors.emplace_back(n, view);
-    Tensor<S>& x = tensors.back();
-    builder.add(x.row, view != nullptr ? x.ratio.data() : nullptr, view != nullptr ? x.length.data() : nullptr);
+    got[size_t(i)].aim();
+    want[size_t(i)].aim();
+    job.rows.push_back(got[size_t(i)].row);
+    cpu_job.rows.push_back(want[size_t(i)].row);
+    if (action == Action::prox) job.rows.back().g = nullptr;
   }
-  const std::vector<Tensor<S>> before = tensors;
-  float grad_scale = 1, found_inf = 1;
-  for (const auto& table : builder.tables()) {  // an Inf was found: nothing happens
-    table->found_inf = &found_inf;
-    for (uint32_t block = 0; block < table->blocks; ++block) step_thread<S, Grouping::narrow>(*table, block, 0);
+  std::vector<char> scratch;
+  const auto prepare = [&](auto& j) {
+    if constexpr (std::is_same_v<decltype(j), Job&>)
+      j.divide(action == Action::prox ? 50 : kNarrow);  // in pieces, as tensors of 2^31 elements are
+    else
+      j.divide();
+    scratch.assign(size_t(j.scratch_bytes()) + 64, 0x7f);
+    j.set_scratch(scratch.data() + 64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64);
+  };
+  prepare(cpu_job);
+  cpu_job.start(1);
+  cpu_job.work(0, 1);
+  if (action == Action::penalty) {
+    const double value = value_of(job, job.rows);
+    CHECK(std::fabs(value - cpu_job.total()) <= 1e-6 * (1 + cpu_job.total()), "a penalty of %.17g, not %.17g", value,
+          cpu_job.total());
+    return;
   }
-  found_inf = 0;
-  for (size_t k = 0; k < builder.tables().size(); ++k) {
-    Table& table = *builder.tables()[k];
-    table.grad_scale = &grad_scale;
-    for (uint32_t block = 0; block < table.blocks; ++block)
-      for (int thread = 0; thread < kThreads; ++thread)
-        k % 2 == 0 ? step_thread<S, Grouping::narrow>(table, block, thread)
-                   : step_thread<S, Grouping::wide>(table, block, thread);
+  prepare(job);
+  const float scale = 1, inf = 1;
+  const std::vector<Tensor> before = got;
+  if (action == Action::step) {
+    job.run({}, {nullptr, &inf});  // nothing happens
+    for (int i = 0; i < count; ++i)
+      CHECK(got[size_t(i)].w == before[size_t(i)].w && got[size_t(i)].m == before[size_t(i)].m,
+            "a step in spite of Inf");
   }
-  for (int i = 0; i < count; ++i) {
-    Tensor<S> want = before[size_t(i)];
-    for (int64_t k = 0; k < want.row.numel; ++k)
-      plain_step(tensors[size_t(i)], k, want.w[size_t(want.at + k)], want.m[size_t(want.at + k)]);
-    const bool same = std::memcmp(want.w.data(), tensors[size_t(i)].w.data(), want.w.size() * sizeof(S)) == 0 &&
-                      std::memcmp(want.m.data(), tensors[size_t(i)].m.data(), want.m.size() * sizeof(S)) == 0;
-    CHECK(same, "tensor %d with %lld elements", i, static_cast<long long>(want.row.numel));
+  const float finite = 0;
+  job.run({}, {action == Action::step ? &scale : nullptr, action == Action::step ? &finite : nullptr});
+  for (size_t i = 0; i < got.size(); ++i) {
+    with_storage(got[i].row.dtype,
+                 [&](auto s) { compare<decltype(s)>(got[i], want[i], action == Action::step ? "step" : "prox"); });
     ++checked;
   }
 }
 
-// A thousand small tensors with the same options are one launch.
-void one_launch() {
-  std::vector<float> memory(4000);
-  Builder<float> builder;
+// A thousand small tensors with the same options are one launch, 250 in groups two.
+int launches = 0;
+
+void launch_counts() {
+  std::vector<float> memory(20000);
   Options o;
   o.penalty = Penalty::l0;
   o.lam = o.beta = o.lr = 0.1;
-  for (int i = 0; i < 1000; ++i) {
-    cpu::Row row;
-    row.numel = 1 + i % 3;
-    row.w = memory.data() + i;
-    row.g = memory.data() + i;
-    row.step = make_step(o, 1, false);
-    builder.add(row);
+  Kernels counting = host_kernels;
+  counting.step = [](const Queue&, Dtype, bool, const Table&) -> const char* { return ++launches, nullptr; };
+  counting.squares = [](const Queue&, Dtype, const SumTable&) -> const char* { return ++launches, nullptr; };
+  for (const bool grouped : {false, true}) {
+    Job job(Action::step, counting);
+    for (int i = 0; i < (grouped ? 250 : 1000); ++i) {
+      Row row;
+      row.numel = 12 + i % 3;
+      row.grouped = grouped;
+      row.view = {1, 1, row.numel, 1};
+      row.w = memory.data() + i;
+      row.g = memory.data() + i;
+      row.step = make_step(o, 1, false);
+      job.rows.push_back(row);
+    }
+    job.divide();
+    std::vector<char> scratch(size_t(job.scratch_bytes()));
+    job.set_scratch(scratch.data());
+    launches = 0;
+    job.run({}, {});
+    CHECK(launches == (grouped ? 2 : 1), "%d launches", launches);
+    ++checked;
   }
-  CHECK(builder.tables().size() == 1, "%zu launches", builder.tables().size());
+}
+
+// What a failed launch says.
+void errors() {
+  Kernels failing = host_kernels;
+  failing.step = [](const Queue&, Dtype, bool, const Table&) { return "out of order"; };
+  Job job(Action::step, failing);
+  float x = 1;
+  for (const int group : {2, 5}) {
+    Row row;
+    row.numel = 1;
+    row.group = group;
+    row.w = &x;
+    row.g = &x;
+    job.rows.push_back(row);
+  }
+  job.divide();
+  std::string message;
+  try {
+    job.run({}, {});
+  } catch (const std::runtime_error& error) {
+    message = error.what();
+  }
+  CHECK(message.find("step kernel") != std::string::npos && message.find("2, 5") != std::string::npos &&
+            message.find("out of order") != std::string::npos,
+        "%s", message.c_str());
+  ++checked;
 }
 
 template <class S>
 void all() {
   walk<S>();
   walk_far<S>();
-  for (const int count : {1, 2, 40, 700, 2500}) steps<S>(count);
+  sums<S>();
 }
 
 }  // namespace
 
 int main() {
   check_dividers();
-  one_launch();
+  check_pieces();
   all<float>();
   all<double>();
   all<BFloat16>();
   all<Float16>();
+  for (const int count : {1, 2, 40, 700, 2500})
+    for (const Action action : {Action::step, Action::prox, Action::penalty}) engines(count, action);
+  launch_counts();
+  errors();
   return finish("cuda", checked);
 }

@@ -12,9 +12,9 @@
 #include "check.h"
 
 using namespace rvsm;
-using cpu::Action;
+using Action;
 using cpu::Job;
-using cpu::Row;
+using Row;
 
 namespace rvsm::cpu {
 extern const Kernels kernels_base;

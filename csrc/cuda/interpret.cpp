@@ -1,0 +1,68 @@
+// The kernels on the host, block by block and thread by thread: for tests of the engine where there is no GPU.
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace rvsm::cuda {
+
+namespace {
+
+// Runs f for every thread of a block; all are done when it returns.
+constexpr auto kEach = [](const auto& f) {
+  for (int thread = 0; thread < kThreads; ++thread) f(thread);
+};
+
+const char* step(const Queue&, Dtype dtype, bool groups, const Table& t) {
+  with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    for (uint32_t block = 0; block < t.blocks; ++block)
+      kEach([&](int thread) {
+        groups ? step_thread<S, true>(t, block, thread) : step_thread<S, false>(t, block, thread);
+      });
+  });
+  return nullptr;
+}
+
+const char* prox(const Queue&, Dtype dtype, bool groups, const Table& t) {
+  with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    for (uint32_t block = 0; block < t.blocks; ++block)
+      kEach([&](int thread) {
+        groups ? prox_thread<S, true>(t, block, thread) : prox_thread<S, false>(t, block, thread);
+      });
+  });
+  return nullptr;
+}
+
+const char* squares(const Queue&, Dtype dtype, const SumTable& t) {
+  with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    std::vector<double> sums(kSums<S>);
+    for (uint32_t block = 0; block < t.blocks; ++block) sum_block<S, true, Arithmetic<S>>(t, block, sums.data(), kEach);
+  });
+  return nullptr;
+}
+
+const char* join(const Queue&, Dtype dtype, const SumTable& t) {
+  with_storage(dtype, [&](auto s) {
+    std::vector<double> sums(kSums<double>);
+    for (uint32_t block = 0; block < t.blocks; ++block)
+      sum_block<double, false, Arithmetic<decltype(s)>>(t, block, sums.data(), kEach);
+  });
+  return nullptr;
+}
+
+const char* penalty(const Queue&, Dtype dtype, const Table& t) {
+  with_storage(dtype, [&](auto s) {
+    std::vector<double> sums(kThreads);
+    for (uint32_t block = 0; block < t.blocks; ++block) penalty_block<decltype(s)>(t, block, sums.data(), kEach);
+  });
+  return nullptr;
+}
+
+}  // namespace
+
+const Kernels host_kernels = {step, prox, squares, join, penalty};
+
+}  // namespace rvsm::cuda

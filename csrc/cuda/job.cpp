@@ -1,0 +1,191 @@
+#include "job.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace rvsm::cuda {
+
+namespace {
+
+constexpr Dtype kDtypes[] = {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16};
+
+int64_t element_size(Dtype dtype) {
+  return with_storage(dtype, [](auto s) { return int64_t(sizeof s); });
+}
+
+// The type that a storage type is computed in, and its factors are.
+Dtype arithmetic(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+
+// Every array on a boundary of its own.
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
+bool begins_on_boundary(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace
+
+void Job::divide(int64_t limit) {
+  limit_ = limit;
+  groups_.assign(rows.size(), Groups{});
+  blocks_ = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Row& row = rows[i];
+    int64_t numbers = row.numel;
+    if (row.grouped) {
+      Groups& g = groups_[i];
+      const GroupView& v = row.view;
+      for (const bool misplaced : {false, true}) {
+        g.sums[misplaced] = divide_sums(v, element_size(row.dtype), !misplaced);
+        const int64_t parts = g.sums[misplaced].parts;
+        if (parts > 1) g.partials = std::max(g.partials, parts * v.count());
+      }
+      g.lasso = row.step.lasso != 0;
+      numbers = v.count();
+    }
+    if (action_ == Action::penalty) blocks_ += ceil_div(numbers, kChunk<double>);  // no type has more chunks
+  }
+}
+
+int64_t Job::scratch_bytes() const {
+  int64_t bytes = aligned(blocks_ * int64_t(sizeof(double)));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (!rows[i].grouped) continue;
+    const int64_t factors = aligned(rows[i].view.count() * element_size(arithmetic(rows[i].dtype)));
+    bytes += factors * (action_ != Action::penalty && groups_[i].lasso ? 2 : 1);
+    bytes += aligned(groups_[i].partials * int64_t(sizeof(double)));
+  }
+  return bytes;
+}
+
+void Job::set_scratch(void* memory) {
+  char* next = static_cast<char*>(memory);
+  const auto take = [&](int64_t bytes) { return std::exchange(next, next + aligned(bytes)); };
+  totals_ = reinterpret_cast<double*>(take(blocks_ * int64_t(sizeof(double))));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (!rows[i].grouped) continue;
+    Groups& g = groups_[i];
+    const GroupView& v = rows[i].view;
+    const int64_t factors = v.count() * element_size(arithmetic(rows[i].dtype));
+    const bool value = action_ == Action::penalty;
+    g.ratio = value ? nullptr : take(factors);
+    g.length = value || g.lasso ? take(factors) : nullptr;
+    g.parts = reinterpret_cast<double*>(take(g.partials * int64_t(sizeof(double))));
+    g.pieces.clear();
+    const int64_t size = element_size(arithmetic(rows[i].dtype));
+    for_pieces(v, limit_, [&](int64_t offset, const GroupView& piece, int64_t group) {
+      const int64_t from = group * size;
+      g.pieces.push_back({offset, piece.count() * piece.size(),
+                          make_columns(piece, g.ratio + from, g.lasso ? g.length + from : nullptr)});
+    });
+    for (SumEntry& e : g.sums) {
+      const bool whole = e.parts == 1;
+      const Finish finish = value ? Finish::norms : Finish::factors;
+      e.finish = uint16_t(whole ? finish : Finish::part);
+      e.out = g.parts;
+      e.ratio = g.ratio;
+      e.length = g.length;
+      if (whole) continue;
+      // The sums of the parts are a matrix of parts x groups.
+      g.join = divide_sums({1, e.parts, v.count(), 1}, sizeof(double), true);
+      g.join.parts = 1;
+      g.join.finish = uint16_t(finish);
+      g.join.x = g.parts;
+      g.join.ratio = g.ratio;
+      g.join.length = g.length;
+    }
+  }
+}
+
+// Where the numbers of a row come from that its groups are made of, and a prox reads.
+const void* Job::source(const Row& row) const { return action_ == Action::prox && row.g != nullptr ? row.g : row.w; }
+
+void Job::add_sums(const Row& row, const Groups& groups) {
+  SumEntry e = groups.sums[begins_on_boundary(source(row)) ? 0 : 1];
+  e.x = source(row);
+  e.prox = row.step.prox;
+  squares_[int(row.dtype)].add(e, row.view.batch, row.group);
+  if (e.parts == 1) return;
+  SumEntry join = groups.join;
+  join.outer = e.parts;
+  join.prox = row.step.prox;
+  joins_[arithmetic(row.dtype) == Dtype::f64].add(join, 1, row.group);
+}
+
+template <class S>
+void Job::add(const Row& row, const Groups& groups) {
+  auto& builder = std::get<Builder<S>>(builders_);
+  if (action_ == Action::penalty) {
+    if (row.grouped)
+      std::get<Builder<Arithmetic<S>>>(builders_).add_value(row, groups.length, row.view.count());
+    else
+      builder.add_value(row, row.w, row.numel);
+    return;
+  }
+  const S* read = static_cast<const S*>(action_ == Action::step ? row.g : source(row));
+  if (!row.grouped) return builder.add(row, read);
+  for (const auto& p : groups.pieces) {
+    Row piece = row;
+    piece.numel = p.numel;
+    piece.w = static_cast<S*>(row.w) + p.offset;
+    piece.m = row.m == nullptr ? nullptr : static_cast<S*>(row.m) + p.offset;
+    builder.add(piece, read + p.offset, p.columns);
+  }
+}
+
+// Says which kernel failed, and of which param groups.
+void Job::check(const char* kernel, const char* error, const std::vector<int32_t>& groups) {
+  if (error == nullptr) return;
+  std::string names;
+  for (const int32_t g : groups) names += (names.empty() ? "" : ", ") + std::to_string(g);
+  throw std::runtime_error(std::string("rvsm_kernels: the ") + kernel + " kernel for param group " + names +
+                           " was not launched: " + error);
+}
+
+// `blocks`: how many numbers of totals_ are taken.
+template <class S>
+void Job::launch(const Queue& queue, const Scaling& scaling, Dtype dtype, int64_t& blocks) {
+  for (auto& l : std::get<Builder<S>>(builders_)) {
+    l.table->grad_scale = scaling.grad_scale;
+    l.table->found_inf = scaling.found_inf;
+    if (action_ == Action::step) {
+      check("step", kernels_.step(queue, dtype, l.groups_inside, *l.table), l.groups);
+    } else if (action_ == Action::prox) {
+      check("prox", kernels_.prox(queue, dtype, l.groups_inside, *l.table), l.groups);
+    } else {
+      l.table->totals = totals_ + blocks;
+      blocks += l.table->blocks;
+      check("penalty", kernels_.penalty(queue, dtype, *l.table), l.groups);
+    }
+  }
+}
+
+void Job::run(const Queue& queue, const Scaling& scaling, double* total) {
+  for (auto& b : squares_) b.clear();
+  for (auto& b : joins_) b.clear();
+  std::apply([](auto&... b) { (b.clear(), ...); }, builders_);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Row& row = rows[i];
+    if (!row.active || row.numel == 0) continue;
+    if (row.grouped) add_sums(row, groups_[i]);
+    with_storage(row.dtype, [&](auto s) { add<decltype(s)>(row, groups_[i]); });
+  }
+  for (const Dtype dtype : kDtypes)
+    for (auto& l : squares_[int(dtype)]) check("norm", kernels_.squares(queue, dtype, *l.table), l.groups);
+  for (const Dtype dtype : {Dtype::f32, Dtype::f64})
+    for (auto& l : joins_[dtype == Dtype::f64]) check("norm", kernels_.join(queue, dtype, *l.table), l.groups);
+  int64_t blocks = 0;
+  for (const Dtype dtype : kDtypes)
+    with_storage(dtype, [&](auto s) { launch<decltype(s)>(queue, scaling, dtype, blocks); });
+  if (total == nullptr) return;
+  SumEntry e = divide_sums({1, 1, 1, blocks}, sizeof(double), true);
+  e.parts = 1;
+  e.finish = uint16_t(Finish::total);
+  e.x = totals_;
+  e.out = total;
+  total_.clear();
+  total_.add(e, 1, 0);
+  check("total", kernels_.join(queue, Dtype::f64, *total_.begin()->table), {});
+}
+
+}  // namespace rvsm::cuda

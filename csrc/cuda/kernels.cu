@@ -1,0 +1,92 @@
+// The kernels: what a thread or a block does is a function of step.h or sums.h. No torch.
+
+#include "kernels.h"
+
+namespace rvsm::cuda {
+
+namespace {
+
+// Six blocks to a multiprocessor: 75 % of its threads, with at most 40 registers each. float64 needs more registers.
+template <class S>
+constexpr int kBlocks = sizeof(S) == 8 ? 3 : 6;
+
+// Runs f for this thread; all threads of the block are done when it returns.
+struct Each {
+  template <class F>
+  __device__ __forceinline__ void operator()(const F& f) const {
+    f(int(threadIdx.x));
+    __syncthreads();
+  }
+};
+
+template <class S, bool kGroups>
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) step_kernel(const __grid_constant__ Table table) {
+  step_thread<S, kGroups>(table, blockIdx.x, int(threadIdx.x));
+}
+
+template <class S, bool kGroups>
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) prox_kernel(const __grid_constant__ Table table) {
+  prox_thread<S, kGroups>(table, blockIdx.x, int(threadIdx.x));
+}
+
+template <class S, bool kSquares, class T>
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) sum_kernel(const __grid_constant__ SumTable table) {
+  __shared__ double sums[kSums<S>];
+  sum_block<S, kSquares, T>(table, blockIdx.x, sums, Each{});
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads, kBlocks<S>) penalty_kernel(const __grid_constant__ Table table) {
+  __shared__ double sums[kThreads];
+  penalty_block<S>(table, blockIdx.x, sums, Each{});
+}
+
+// The table goes as the kernel's parameters: no copy to the device stands before the launch.
+template <class TableType>
+const char* launch(const Queue& queue, void (*kernel)(TableType), const TableType& table) {
+  // Ours and torch's copy of the CUDA runtime each keep a current device.
+  cudaError_t error = cudaSetDevice(queue.device);
+  if (error == cudaSuccess) {
+    void* arguments[] = {const_cast<TableType*>(&table)};
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(table.blocks), dim3(kThreads), arguments, 0,
+                             static_cast<cudaStream_t>(queue.stream));
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* step(const Queue& queue, Dtype dtype, bool groups, const Table& t) {
+  return with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    return launch(queue, groups ? step_kernel<S, true> : step_kernel<S, false>, t);
+  });
+}
+
+const char* prox(const Queue& queue, Dtype dtype, bool groups, const Table& t) {
+  return with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    return launch(queue, groups ? prox_kernel<S, true> : prox_kernel<S, false>, t);
+  });
+}
+
+const char* squares(const Queue& queue, Dtype dtype, const SumTable& t) {
+  return with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    return launch(queue, sum_kernel<S, true, Arithmetic<S>>, t);
+  });
+}
+
+const char* join(const Queue& queue, Dtype dtype, const SumTable& t) {
+  if (dtype == Dtype::f64) return launch(queue, sum_kernel<double, false, double>, t);
+  return launch(queue, sum_kernel<double, false, float>, t);
+}
+
+const char* penalty(const Queue& queue, Dtype dtype, const Table& t) {
+  return with_storage(dtype, [&](auto s) { return launch(queue, penalty_kernel<decltype(s)>, t); });
+}
+
+}  // namespace
+
+const Kernels device_kernels = {step, prox, squares, join, penalty};
+const char* const architectures = RVSM_ARCHITECTURES;
+
+}  // namespace rvsm::cuda

@@ -1,0 +1,35 @@
+// One tensor of a step, as the engines see it: pointers and numbers, no torch.
+#pragma once
+
+#include "types.h"
+
+namespace rvsm {
+
+enum class Action { step, prox, penalty };
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Its shape, then what changes from run to run.
+struct Row {
+  int64_t numel = 0;
+  Dtype dtype = Dtype::f32;
+  bool grouped = false;
+  GroupView view;     // batch * outer * groups * inner == numel where grouped
+  int32_t group = 0;  // its param group, for error messages
+
+  bool active = true;  // false: nothing is done for it
+  void* w = nullptr;
+  const void* g = nullptr;
+  void* m = nullptr;  // not read without momentum
+  Step<double> step{};
+  Momentum momentum = Momentum::none;
+  double lam = 0;  // for the penalty's value: already times sqrt(group size) with group_scale
+  double beta = 0;
+
+  // Scratch of the CPU engine.
+  void* norms = nullptr;       // one number of the arithmetic type per group
+  double* partials = nullptr;  // parts x groups sums of squares, where long groups are split
+  int64_t parts = 1;
+};
+
+}  // namespace rvsm
