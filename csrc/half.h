@@ -31,7 +31,15 @@ RVSM_HD uint32_t bits_of(float f) {
 
 RVSM_HD float load(float x) { return x; }
 RVSM_HD double load(double x) { return x; }
-RVSM_HD float load(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+RVSM_HD float load(BFloat16 x) {
+#if defined(__CUDA_ARCH__)
+  float f;
+  asm("mov.b32 %0, {0, %1};" : "=f"(f) : "h"(x.bits));
+  return f;
+#else
+  return float_of(uint32_t(x.bits) << 16);
+#endif
+}
 
 RVSM_HD float load(Float16 x) {
 #if defined(__CUDA_ARCH__)
@@ -81,6 +89,25 @@ RVSM_HD void store(Float16& to, float x) {
   to.bits = uint16_t(r | sign);
 #endif
 }
+
+// Two neighbours: on a device one conversion and one register.
+template <class S, class T>
+RVSM_HD void store_pair(S* to, T x, T y) {
+  store(to[0], x);
+  store(to[1], y);
+}
+#if defined(__CUDA_ARCH__)
+RVSM_HD void store_pair(Float16* to, float x, float y) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  std::memcpy(to, &pair, sizeof pair);
+}
+RVSM_HD void store_pair(BFloat16* to, float x, float y) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+  std::memcpy(to, &pair, sizeof pair);
+}
+#endif
 
 // The type a storage type is computed in.
 template <class S>

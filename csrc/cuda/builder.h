@@ -21,7 +21,6 @@ class Builder {
 
   struct Launch {
     std::unique_ptr<Table> table = std::make_unique<Table>();
-    bool groups_inside = false;
     std::vector<int32_t> groups;  // the param groups in it, for error messages
   };
 
@@ -40,7 +39,6 @@ class Builder {
     record.lasso = row.step.lasso != 0;
     record.step.prox = {record.step.prox.penalty, 0, 0, 0, 0, 0};
     const int slot = begin(row, 1 + kSlotsOf<Columns>, record);
-    launches_[used_ - 1].groups_inside = true;
     free_ -= kSlotsOf<Columns>;
     Columns own = columns;
     own.record = uint32_t(slot);
@@ -88,7 +86,6 @@ class Builder {
     if (!fits) {
       if (++used_ > launches_.size()) launches_.emplace_back();
       Launch& l = launches_[used_ - 1];
-      l.groups_inside = false;
       l.groups.clear();
       l.table->entries = l.table->blocks = 0;
       free_ = kSlots;

@@ -13,24 +13,18 @@ constexpr auto kEach = [](const auto& f) {
   for (int thread = 0; thread < kThreads; ++thread) f(thread);
 };
 
-const char* step(const Queue&, Dtype dtype, bool groups, const Table& t) {
+const char* step(const Queue&, Dtype dtype, const Table& t) {
   with_storage(dtype, [&](auto s) {
-    using S = decltype(s);
     for (uint32_t block = 0; block < t.blocks; ++block)
-      kEach([&](int thread) {
-        groups ? step_thread<S, true>(t, block, thread) : step_thread<S, false>(t, block, thread);
-      });
+      kEach([&](int thread) { step_thread<decltype(s)>(t, block, thread); });
   });
   return nullptr;
 }
 
-const char* prox(const Queue&, Dtype dtype, bool groups, const Table& t) {
+const char* prox(const Queue&, Dtype dtype, const Table& t) {
   with_storage(dtype, [&](auto s) {
-    using S = decltype(s);
     for (uint32_t block = 0; block < t.blocks; ++block)
-      kEach([&](int thread) {
-        groups ? prox_thread<S, true>(t, block, thread) : prox_thread<S, false>(t, block, thread);
-      });
+      kEach([&](int thread) { prox_thread<decltype(s)>(t, block, thread); });
   });
   return nullptr;
 }

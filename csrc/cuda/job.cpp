@@ -149,9 +149,9 @@ void Job::launch(const Queue& queue, const Scaling& scaling, Dtype dtype, int64_
     l.table->grad_scale = scaling.grad_scale;
     l.table->found_inf = scaling.found_inf;
     if (action_ == Action::step) {
-      check("step", kernels_.step(queue, dtype, l.groups_inside, *l.table), l.groups);
+      check("step", kernels_.step(queue, dtype, *l.table), l.groups);
     } else if (action_ == Action::prox) {
-      check("prox", kernels_.prox(queue, dtype, l.groups_inside, *l.table), l.groups);
+      check("prox", kernels_.prox(queue, dtype, *l.table), l.groups);
     } else {
       l.table->totals = totals_ + blocks;
       blocks += l.table->blocks;

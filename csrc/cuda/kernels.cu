@@ -6,9 +6,18 @@ namespace rvsm::cuda {
 
 namespace {
 
-// Six blocks to a multiprocessor: 75 % of its threads, with at most 40 registers each. float64 needs more registers.
+// Blocks of a multiprocessor that the registers must allow: as many as the compiler can do without spilling, which
+// differs by architecture (`python -m bench static` shows it). Three quarters of the 2,048 threads of sm_80 and sm_90,
+// two thirds of the 1,536 of consumer devices. float64 needs more registers.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kMostBlocks = 4;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMostBlocks = 5;
+#else
+constexpr int kMostBlocks = 6;
+#endif
 template <class S>
-constexpr int kBlocks = sizeof(S) == 8 ? 3 : 6;
+constexpr int kBlocks = sizeof(S) == 8 ? 3 : kMostBlocks;
 
 // Runs f for this thread; all threads of the block are done when it returns.
 struct Each {
@@ -19,14 +28,14 @@ struct Each {
   }
 };
 
-template <class S, bool kGroups>
+template <class S>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) step_kernel(const __grid_constant__ Table table) {
-  step_thread<S, kGroups>(table, blockIdx.x, int(threadIdx.x));
+  step_thread<S>(table, blockIdx.x, int(threadIdx.x));
 }
 
-template <class S, bool kGroups>
+template <class S>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) prox_kernel(const __grid_constant__ Table table) {
-  prox_thread<S, kGroups>(table, blockIdx.x, int(threadIdx.x));
+  prox_thread<S>(table, blockIdx.x, int(threadIdx.x));
 }
 
 template <class S, bool kSquares, class T>
@@ -35,8 +44,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) sum_kernel(const __grid_
   sum_block<S, kSquares, T>(table, blockIdx.x, sums, Each{});
 }
 
+// Double-precision divisions: half the threads will do.
 template <class S>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) penalty_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, 4) penalty_kernel(const __grid_constant__ Table table) {
   __shared__ double sums[kThreads];
   penalty_block<S>(table, blockIdx.x, sums, Each{});
 }
@@ -54,18 +64,12 @@ const char* launch(const Queue& queue, void (*kernel)(TableType), const TableTyp
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* step(const Queue& queue, Dtype dtype, bool groups, const Table& t) {
-  return with_storage(dtype, [&](auto s) {
-    using S = decltype(s);
-    return launch(queue, groups ? step_kernel<S, true> : step_kernel<S, false>, t);
-  });
+const char* step(const Queue& queue, Dtype dtype, const Table& t) {
+  return with_storage(dtype, [&](auto s) { return launch(queue, step_kernel<decltype(s)>, t); });
 }
 
-const char* prox(const Queue& queue, Dtype dtype, bool groups, const Table& t) {
-  return with_storage(dtype, [&](auto s) {
-    using S = decltype(s);
-    return launch(queue, groups ? prox_kernel<S, true> : prox_kernel<S, false>, t);
-  });
+const char* prox(const Queue& queue, Dtype dtype, const Table& t) {
+  return with_storage(dtype, [&](auto s) { return launch(queue, prox_kernel<decltype(s)>, t); });
 }
 
 const char* squares(const Queue& queue, Dtype dtype, const SumTable& t) {

@@ -15,8 +15,8 @@ struct Queue {
 
 // Each member starts one launch and returns null, or what went wrong.
 struct Kernels {
-  const char* (*step)(const Queue&, Dtype, bool groups, const Table&);
-  const char* (*prox)(const Queue&, Dtype, bool groups, const Table&);
+  const char* (*step)(const Queue&, Dtype, const Table&);
+  const char* (*prox)(const Queue&, Dtype, const Table&);
   // Squares of tensors of a type; then sums of the parts, for factors in the arithmetic type of `dtype`.
   const char* (*squares)(const Queue&, Dtype, const SumTable&);
   const char* (*join)(const Queue&, Dtype, const SumTable&);

@@ -27,7 +27,7 @@ struct RunKind {
 template <Penalty kPenalty, class T>
 struct ElementPull {
   const Prox<T>& prox;
-  RVSM_HD_MEMBER void operator()(T w, int64_t, T& u, T& unit) const {
+  RVSM_HD_MEMBER void operator()(T w, uint32_t, T& u, T& unit) const {
     u = std::copysign(shrink<kPenalty>(std::fabs(w), prox), w);
     unit = T(0);
   }
@@ -38,22 +38,20 @@ template <class T>
 struct GroupPull {
   const Columns& c;
   bool lasso;
-  RVSM_HD_MEMBER void operator()(T w, int64_t at, T& u, T& unit) const {
-    const auto group = c.group(uint32_t(at));
+  RVSM_HD_MEMBER void operator()(T w, uint32_t at, T& u, T& unit) const {
+    const auto group = c.group(at);
     u = w * static_cast<const T*>(c.ratio)[group];
     unit = lasso ? w / static_cast<const T*>(c.length)[group] : T(0);
   }
 };
 
-// Calls f(record, pull) with what the entry asks for; a block decides once. kGroups: whether any entry has groups.
-template <bool kGroups, class T, class F>
+// Calls f(record, pull) with what the entry asks for; a block decides once.
+template <class T, class F>
 RVSM_HD void with_pull(const Table& t, const Entry& e, const F& f) {
-  if constexpr (kGroups) {
-    if (e.record & kGrouped) {
-      const Columns& columns = slot_of<Columns>(t, e.record & ~kGrouped);
-      const Record<T>& record = slot_of<Record<T>>(t, columns.record);
-      return f(record, GroupPull<T>{columns, record.lasso});
-    }
+  if (e.record & kGrouped) {
+    const Columns& columns = slot_of<Columns>(t, e.record & ~kGrouped);
+    const Record<T>& record = slot_of<Record<T>>(t, columns.record);
+    return f(record, GroupPull<T>{columns, record.lasso});
   }
   const Record<T>& record = slot_of<Record<T>>(t, e.record);
   with_penalty(record.step.prox.penalty,
@@ -77,7 +75,7 @@ RVSM_HD Place place_of(const Table& t, uint32_t block) {
 }
 
 // One thread of one block.
-template <class S, bool kGroups>
+template <class S>
 RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
   using T = Arithmetic<S>;
   if (t.found_inf != nullptr && *t.found_inf > 0) return;
@@ -85,19 +83,18 @@ RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
   const Entry& e = place.entry;
   const T scale = t.grad_scale != nullptr ? T(1) / T(*t.grad_scale) : T(1);
   const int64_t begin = place.span.begin;
-  with_pull<kGroups, T>(t, e, [&](const Record<T>& record, const auto& pull) {
+  const uint32_t first = uint32_t(begin);  // that of a tensor in groups fits
+  with_pull<T>(t, e, [&](const Record<T>& record, const auto& pull) {
     const bool split = record.step.prox.penalty != Penalty::none;
     const RunKind kind{Momentum(record.momentum), record.decay, split, record.lasso};
     const bool momentum = kind.momentum != Momentum::none;
     S* const w = static_cast<S*>(e.w) + begin;
     const S* const g = static_cast<const S*>(e.g) + begin;
     S* const m = momentum ? static_cast<S*>(e.m) + begin : nullptr;
-    const auto element = [&](S& ws, S gs, S& ms, int64_t at) {
-      T wi = load(ws), mi = momentum ? T(load(ms)) : T(0), u, unit;
+    const auto element = [&](T& wi, T gi, T& mi, uint32_t at) {
+      T u, unit;
       pull(wi, at, u, unit);
-      sgd_step(wi, mi, T(load(gs)) * scale, wi - u, unit, record.step, kind);
-      store(ws, wi);
-      if (momentum) store(ms, mi);
+      sgd_step(wi, mi, gi * scale, wi - u, unit, record.step, kind);
     };
     for_elements<S>(
         place.span, thread,
@@ -107,15 +104,21 @@ RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
           Vector<S> mv{};
           if (momentum) mv = *reinterpret_cast<const Vector<S>*>(m + i);
           RVSM_UNROLL
-          for (int k = 0; k < kWidth<S>; ++k) element(wv.at[k], gv.at[k], mv.at[k], begin + i + k);
+          for (int k = 0; k < kWidth<S>; k += 2) {
+            T wk[2] = {load(wv.at[k]), load(wv.at[k + 1])}, mk[2] = {load(mv.at[k]), load(mv.at[k + 1])};
+            element(wk[0], load(gv.at[k]), mk[0], first + i + k);
+            element(wk[1], load(gv.at[k + 1]), mk[1], first + i + k + 1);
+            store_pair(&wv.at[k], wk[0], wk[1]);
+            store_pair(&mv.at[k], mk[0], mk[1]);
+          }
           *reinterpret_cast<Vector<S>*>(w + i) = wv;
           if (momentum) *reinterpret_cast<Vector<S>*>(m + i) = mv;
         },
         [&](uint32_t i) {
-          S ms{};
-          if (momentum) ms = m[i];
-          element(w[i], g[i], ms, begin + i);
-          if (momentum) m[i] = ms;
+          T wi = load(w[i]), mi = momentum ? T(load(m[i])) : T(0);
+          element(wi, load(g[i]), mi, first + i);
+          store(w[i], wi);
+          if (momentum) store(m[i], mi);
         });
   });
 }
@@ -124,15 +127,16 @@ RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
 // ----------------------------------------------------------------------------------------------------------------
 
 // entry.w <- u of entry.g, which may be the same.
-template <class S, bool kGroups>
+template <class S>
 RVSM_HD void prox_thread(const Table& t, uint32_t block, int thread) {
   using T = Arithmetic<S>;
   const Place place = place_of<S>(t, block);
   const int64_t begin = place.span.begin;
+  const uint32_t first = uint32_t(begin);  // that of a tensor in groups fits
   S* const u = static_cast<S*>(place.entry.w) + begin;
   const S* const w = static_cast<const S*>(place.entry.g) + begin;
-  with_pull<kGroups, T>(t, place.entry, [&](const Record<T>&, const auto& pull) {
-    const auto element = [&](S& us, S ws, int64_t at) {
+  with_pull<T>(t, place.entry, [&](const Record<T>&, const auto& pull) {
+    const auto element = [&](S& us, S ws, uint32_t at) {
       T ui, unit;
       pull(T(load(ws)), at, ui, unit);
       store(us, ui);
@@ -142,10 +146,10 @@ RVSM_HD void prox_thread(const Table& t, uint32_t block, int thread) {
         [&](uint32_t i) {
           Vector<S> v = *reinterpret_cast<const Vector<S>*>(w + i);
           RVSM_UNROLL
-          for (int k = 0; k < kWidth<S>; ++k) element(v.at[k], v.at[k], begin + i + k);
+          for (int k = 0; k < kWidth<S>; ++k) element(v.at[k], v.at[k], first + i + k);
           *reinterpret_cast<Vector<S>*>(u + i) = v;
         },
-        [&](uint32_t i) { element(u[i], w[i], begin + i); });
+        [&](uint32_t i) { element(u[i], w[i], first + i); });
   });
 }
 

@@ -44,27 +44,29 @@ struct SumTable {
 };
 static_assert(sizeof(SumEntry) == 128 && sizeof(SumTable) <= 32764);
 
-// Where a block works: groups [g0, g1) of a batch, rows [o0, o1), and of a group cut along a row elements [i0, i1).
+// Where a block works: from element `begin` in so many rows, of so many groups from `group` on, and of each so many
+// consecutive elements.
 struct Tile {
-  int64_t batch, g0, g1, o0, o1, i0, i1;
+  int64_t begin, group;
+  int rows, groups, length;
   uint32_t part;
 };
 
-template <class S>
+// kLoad: elements of an access, of which a cut along a row leaves whole ones.
+template <int kLoad>
 RVSM_HD Tile tile_of(const SumEntry& e, uint32_t index) {
-  Tile t{};
-  t.part = index % e.parts;
-  index /= e.parts;
-  t.batch = index / e.tiles;
-  t.g0 = int64_t(index % e.tiles) * e.tile;
-  t.g1 = t.g0 + e.tile < e.groups ? t.g0 + e.tile : e.groups;
-  const int64_t unit = e.vectors ? kWidth<S> : 1;  // a cut along a row leaves whole vectors
-  const int64_t length = e.cut_rows ? e.outer : e.inner / unit;
-  const int64_t from = length * t.part / e.parts, to = length * (t.part + 1) / e.parts;
-  t.o0 = e.cut_rows ? from : 0;
-  t.o1 = e.cut_rows ? to : e.outer;
-  t.i0 = e.cut_rows ? 0 : from * unit;
-  t.i1 = e.cut_rows ? e.inner : to * unit;
+  const uint32_t part = index % e.parts, tile = index / e.parts % e.tiles, batch = index / e.parts / e.tiles;
+  const int64_t first = int64_t(tile) * e.tile;
+  const int64_t pieces = e.cut_rows ? e.outer : e.inner / kLoad;
+  const int64_t from = pieces * part / e.parts, count = pieces * (part + 1) / e.parts - from;
+  const int64_t row = batch * e.outer + (e.cut_rows ? from : 0);
+  Tile t;
+  t.begin = (row * e.groups + first) * e.inner + (e.cut_rows ? 0 : from * kLoad);
+  t.group = batch * e.groups + first;
+  t.rows = int(e.cut_rows ? count : e.outer);
+  t.groups = int(first + e.tile < e.groups ? e.tile : e.groups - first);
+  t.length = int(e.cut_rows ? e.inner : count * kLoad);
+  t.part = part;
   return t;
 }
 
@@ -75,8 +77,9 @@ struct Matrix {
   int rows, columns, inner;
 };
 
-RVSM_HD Matrix matrix_of(const SumEntry& e, int width) {
-  if (e.strip) return {kThreads / e.lanes, e.lanes * width, int(e.inner)};
+template <int kLoad>
+RVSM_HD Matrix matrix_of(const SumEntry& e) {
+  if (e.strip) return {kThreads / e.lanes, e.lanes * kLoad, int(e.inner)};
   return {e.lanes, kThreads / e.lanes, 1};
 }
 
@@ -101,21 +104,19 @@ RVSM_HD void add_vector(double* sums, const S* p) {
 // Short rows of several groups: lanes across the columns, and each thread its column down several rows.
 template <int kLoad, bool kSquares, class S>
 RVSM_HD void sum_strip(const SumEntry& e, const Tile& t, const Matrix& m, int thread, double* sums) {
-  const int lane = thread % e.lanes, row = thread / e.lanes;
+  const int lane = thread % e.lanes, row = thread / e.lanes, column = lane * kLoad;
   if (row >= m.rows) return;
-  const int64_t columns = e.groups * e.inner, column = t.g0 * e.inner + lane * kLoad;
   double own[kLoad] = {};
-  if (column < t.g1 * e.inner) {
-    const S* p = static_cast<const S*>(e.x) + (t.batch * e.outer + t.o0 + row) * columns + column;
-    const int64_t step = columns * m.rows;
-    const int count = int((t.o1 - t.o0 - row + m.rows - 1) / m.rows);
+  if (column < t.groups * int(e.inner)) {
+    const int64_t columns = e.groups * e.inner, step = columns * m.rows;
+    const S* p = static_cast<const S*>(e.x) + t.begin + row * columns + column;
 #if defined(__CUDACC__)
-#pragma unroll 4
+#pragma unroll(kLoad == 1 ? 4 : kLoad == 4 ? 2 : 1)
 #endif
-    for (int k = 0; k < count; ++k, p += step) add_vector<kLoad, kSquares>(own, p);
+    for (int k = row; k < t.rows; k += m.rows, p += step) add_vector<kLoad, kSquares>(own, p);
   }
   RVSM_UNROLL
-  for (int k = 0; k < kLoad; ++k) sums[row * m.columns + lane * kLoad + k] = own[k];
+  for (int k = 0; k < kLoad; ++k) sums[row * m.columns + column + k] = own[k];
 }
 
 // Long rows: several threads to a group.
@@ -123,28 +124,19 @@ template <int kLoad, bool kSquares, class S>
 RVSM_HD void sum_team(const SumEntry& e, const Tile& t, const Matrix& m, int thread, double* sums) {
   const int lane = thread % e.lanes, place = thread / e.lanes;
   double own[kLoad] = {};
-  if (t.g0 + place < t.g1) {
-    const S* const x = static_cast<const S*>(e.x);
-    for (int64_t o = t.o0; o < t.o1; ++o) {
-      const S* const p = x + ((t.batch * e.outer + o) * e.groups + t.g0 + place) * e.inner;
+  if (place < t.groups) {
+    const int64_t columns = e.groups * e.inner;
+    const S* p = static_cast<const S*>(e.x) + t.begin + place * e.inner;
+    for (int k = 0; k < t.rows; ++k, p += columns) {
 #if defined(__CUDACC__)
-#pragma unroll 4
+#pragma unroll(kLoad == 1 ? 4 : 1)
 #endif
-      for (int64_t i = t.i0 + lane * kLoad; i < t.i1; i += e.lanes * kLoad) add_vector<kLoad, kSquares>(own, p + i);
+      for (int i = lane * kLoad; i < t.length; i += e.lanes * kLoad) add_vector<kLoad, kSquares>(own, p + i);
     }
   }
-  double sum = 0;
   RVSM_UNROLL
-  for (int k = 0; k < kLoad; ++k) sum += own[k];
-  sums[lane * m.columns + place] = sum;
-}
-
-template <int kLoad, bool kSquares, class S>
-RVSM_HD void sum_thread(const SumEntry& e, const Tile& t, const Matrix& m, int thread, double* sums) {
-  if (e.strip)
-    sum_strip<kLoad, kSquares, S>(e, t, m, thread, sums);
-  else
-    sum_team<kLoad, kSquares, S>(e, t, m, thread, sums);
+  for (int k = 1; k < kLoad; ++k) own[0] += own[k];
+  sums[lane * m.columns + place] = own[0];
 }
 
 // ---- phase 2: the rows of the matrix become one ---------------------------------------------------------------------
@@ -185,25 +177,34 @@ RVSM_HD void finish_group(const SumEntry& e, uint32_t part, int64_t group, doubl
 template <class S>
 constexpr int kSums = kThreads * kWidth<S>;
 
-template <class S, bool kSquares, class T, class Each>
-RVSM_HD void sum_block(const SumTable& table, uint32_t block, double* sums, const Each& each) {
-  const SumEntry& e = table.at[find(table.at, int(table.entries), block)];
-  const Tile t = tile_of<S>(e, block - e.first);
-  const Matrix m = matrix_of(e, e.vectors ? kWidth<S> : 1);
+// kLoad: elements of an access.
+template <int kLoad, class S, bool kSquares, class T, class Each>
+RVSM_HD void sum_tile(const SumEntry& e, uint32_t index, double* sums, const Each& each) {
+  const Tile t = tile_of<kLoad>(e, index);
+  const Matrix m = matrix_of<kLoad>(e);
   each([&](int thread) {
-    if (e.vectors)
-      sum_thread<kWidth<S>, kSquares, S>(e, t, m, thread, sums);
+    if (e.strip)
+      sum_strip<kLoad, kSquares, S>(e, t, m, thread, sums);
     else
-      sum_thread<1, kSquares, S>(e, t, m, thread, sums);
+      sum_team<kLoad, kSquares, S>(e, t, m, thread, sums);
   });
   fold(sums, m.rows, m.columns, each);
   each([&](int thread) {
-    for (int g = thread; g < int(t.g1 - t.g0); g += kThreads) {
+    for (int g = thread; g < t.groups; g += kThreads) {
       double sum = 0;
       for (int i = 0; i < m.inner; ++i) sum += sums[g * m.inner + i];
-      finish_group<T>(e, t.part, t.batch * e.groups + t.g0 + g, sum);
+      finish_group<T>(e, t.part, t.group + g, sum);
     }
   });
+}
+
+template <class S, bool kSquares, class T, class Each>
+RVSM_HD void sum_block(const SumTable& table, uint32_t block, double* sums, const Each& each) {
+  const SumEntry& e = table.at[find(table.at, int(table.entries), block)];
+  if (e.vectors)
+    sum_tile<kWidth<S>, S, kSquares, T>(e, block - e.first, sums, each);
+  else
+    sum_tile<1, S, kSquares, T>(e, block - e.first, sums, each);
 }
 
 // The penalty's value over one block of a Table: totals[block].

@@ -12,9 +12,11 @@ namespace rvsm::cuda {
 
 #if defined(__CUDACC__)
 #define RVSM_UNROLL _Pragma("unroll")
+#define RVSM_NO_UNROLL _Pragma("unroll 1")
 #define RVSM_HD_MEMBER __host__ __device__ __forceinline__
 #else
 #define RVSM_UNROLL
+#define RVSM_NO_UNROLL
 #define RVSM_HD_MEMBER inline
 #endif
 
@@ -171,7 +173,9 @@ RVSM_HD void for_elements(const Span& s, int thread, const Vector& vector, const
   const uint32_t head = uint32_t(s.head), count = uint32_t(s.count), width = kWidth<S>, t = uint32_t(thread);
   if (t < head) scalar(t);
   const uint32_t whole = s.vectors ? count / width * width : 0;
+  RVSM_NO_UNROLL
   for (uint32_t i = t * width; i < whole; i += kThreads * width) vector(head + i);
+  RVSM_NO_UNROLL
   for (uint32_t i = whole + t; i < count; i += kThreads) scalar(head + i);
 }
 

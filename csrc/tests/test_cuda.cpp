@@ -321,7 +321,7 @@ void launch_counts() {
   o.penalty = Penalty::l0;
   o.lam = o.beta = o.lr = 0.1;
   Kernels counting = host_kernels;
-  counting.step = [](const Queue&, Dtype, bool, const Table&) -> const char* { return ++launches, nullptr; };
+  counting.step = [](const Queue&, Dtype, const Table&) -> const char* { return ++launches, nullptr; };
   counting.squares = [](const Queue&, Dtype, const SumTable&) -> const char* { return ++launches, nullptr; };
   for (const bool grouped : {false, true}) {
     Job job(Action::step, counting);
@@ -348,7 +348,7 @@ void launch_counts() {
 // What a failed launch says.
 void errors() {
   Kernels failing = host_kernels;
-  failing.step = [](const Queue&, Dtype, bool, const Table&) { return "out of order"; };
+  failing.step = [](const Queue&, Dtype, const Table&) { return "out of order"; };
   Job job(Action::step, failing);
   float x = 1;
   for (const int group : {2, 5}) {
