@@ -10,17 +10,24 @@ from pathlib import Path
 
 import torch
 
-from . import floors, host, memory, report, throughput
+from . import floors, host, memory, report, static, throughput
 from .baselines import ENGINES
 from .config import FULL, QUICK, RESULTS, SMOKE, Config, available_engines, missing_engines
 from .results import environment, write_json
 
-_MEASURES = {"throughput": throughput.run, "host": host.run, "memory": memory.run, "floors": floors.run}
+_MEASURES = {
+    "throughput": throughput.run,
+    "host": host.run,
+    "memory": memory.run,
+    "floors": floors.run,
+    "static": static.run,
+}
 _COMMANDS = {
     "throughput": "time, GB/s and share of the copy bandwidth of a step, against every baseline",
     "host": "microseconds of step() by number of parameters",
     "memory": "peak bytes beyond torch.optim.SGD's",
     "floors": "measured against floor; exits 1 if one falls short",
+    "static": "registers, spills and widths of access of every CUDA kernel; needs no GPU",
     "train": "training a small model with each penalty",
     "report": "Markdown tables and plots from the JSON",
 }
@@ -121,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, ValueError) as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
-    wanted = [arguments.command] if arguments.command else [name for name in _COMMANDS if name != "report"]
+    wanted = (
+        [arguments.command] if arguments.command else [name for name in _COMMANDS if name not in ("static", "report")]
+    )
     try:
         passed = [_measure(command, config) for command in wanted]
     except KeyboardInterrupt:

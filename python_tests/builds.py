@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 import rvsm_kernels as rk
 
-ENGINES = ("native", "interpreted", "reference")
+DEVICE = os.environ.get("RVSM_TEST_DEVICE", "cpu")
+"""The device that tensors of the suite are on."""
+
+ENGINES = ("native", "interpreted", "reference") if DEVICE == "cpu" else ("native", "reference")
 """``interpreted``: the native engine, with its CUDA plan and kernels run on CPU tensors by the host's interpreter."""
 
 
@@ -19,7 +25,7 @@ def missing(engine: str, device: str) -> str | None:
     return None if state == "available" else state
 
 
-def need(engine: str, device: str = "cpu") -> None:
+def need(engine: str, device: str = DEVICE) -> None:
     """Skip, with the reason, a test whose engine this build lacks; fail if the build was to have it."""
     reason = missing(engine, device)
     if reason is None:
@@ -27,3 +33,13 @@ def need(engine: str, device: str = "cpu") -> None:
     if engine == "native" and os.environ.get("RVSM_REQUIRE_NATIVE") == "1":
         pytest.fail(f"RVSM_REQUIRE_NATIVE=1, but the native engine is missing for {device}: {reason}")
     pytest.skip(f"engine {engine} on {device}: {reason}")
+
+
+def generator(seed: int) -> torch.Generator:
+    """A generator of random numbers on the device of the suite."""
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def on_device(array: np.ndarray) -> Tensor:
+    """The tensor of an array; on the CPU they share their memory."""
+    return torch.from_numpy(array).to(DEVICE)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from builds import on_device
 from torch import Tensor, nn
 
 import definition
@@ -278,7 +279,7 @@ def plant(values: Tensor, options: dict[str, Any], dtype: torch.dtype, gen: torc
         for k, i in enumerate(picked[: len(special)]):
             flat[i] = special[order[k]]
         return flat.reshape(values.shape).to(dtype)
-    array = values.numpy()
+    array = values.cpu().numpy()
     for index in definition.group_indices(values.shape, dims):
         kind = int(torch.randint(8, (), generator=gen))
         norm = float(np.sqrt(np.sum(np.square(array[index]))))
@@ -288,7 +289,7 @@ def plant(values: Tensor, options: dict[str, Any], dtype: torch.dtype, gen: torc
             array[index] = array[index] * (tiny / max(norm, tiny))
         elif kind in (2, 3) and at is not None and norm > 0:
             array[index] = array[index] * (at * (1 + (kind - 2) * 1e-6) / norm)
-    return torch.from_numpy(array).to(dtype)
+    return on_device(array).to(dtype)
 
 
 def gradient(case: TensorCase, gen: torch.Generator, grad_scale: float | None) -> Tensor | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from builds import ENGINES, need
+from builds import DEVICE, ENGINES, need
 from world import World
 
 import rvsm_kernels as rk
@@ -30,10 +30,28 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from start(request.param)
 
 
-@pytest.fixture(params=["native", "interpreted"])
+@pytest.fixture(params=[name for name in ENGINES if name != "reference"])
 def native(request: pytest.FixtureRequest) -> Iterator[str]:
     """The compiled engines only."""
     yield from start(request.param)
+
+
+@pytest.fixture
+def on_cpu() -> None:
+    """For tests of what only a CPU has."""
+    if DEVICE != "cpu":
+        pytest.skip("a test of the CPU")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device() -> Iterator[None]:
+    """Tensors are on the device of the suite; convolutions give the same bits in every run."""
+    if DEVICE == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
+    torch.set_default_device(None if DEVICE == "cpu" else DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

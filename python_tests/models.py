@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from builds import generator
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -41,7 +42,7 @@ BATCHES = 10
 @functools.cache
 def batch(k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """One of ten batches: images of four classes that differ in their mean."""
-    gen = torch.Generator().manual_seed(1000 + k)
+    gen = generator(1000 + k)
     y = torch.randint(4, (16,), generator=gen)
     x = torch.randn(16, 3, 6, 6, generator=gen, dtype=torch.float64)
     x[:, 0] += (y[:, None, None] - 1.5) * 0.4

@@ -29,13 +29,13 @@ from tolerances import (
 
 def real(t: Tensor) -> Array:
     """A tensor as an array of the widest reals; exact."""
-    return t.detach().resolve_neg().double().numpy().astype(REAL)
+    return t.detach().resolve_neg().double().cpu().numpy().astype(REAL)
 
 
 def bits(t: Tensor) -> Tensor:
     """A copy of a tensor as integers, so that -0.0, 0.0 and every NaN are different things."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
-    return t.detach().clone(memory_format=torch.contiguous_format).view(kind)
+    return t.detach().clone(memory_format=torch.contiguous_format).view(kind).cpu()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

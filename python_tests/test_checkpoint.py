@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import generator
 from torch import nn
 
 import rvsm_kernels as rk
@@ -53,7 +54,7 @@ def test_two_runs_are_bit_identical(engine: str, split: dict[str, Any]) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("penalty", ["l0", "tl1"])
 def test_the_number_of_threads_changes_no_bit(
-    native: str, threads: int, group_dim: Any, channels_last: bool, penalty: str
+    on_cpu: None, native: str, threads: int, group_dim: Any, channels_last: bool, penalty: str
 ) -> None:
     """Tensors that are divided among threads, alone and many together; also what is read from the optimizer.
 
@@ -65,7 +66,7 @@ def test_the_number_of_threads_changes_no_bit(
     results = []
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
-        gen = torch.Generator().manual_seed(5)
+        gen = generator(5)
         shapes = [(65, 33, 5, 5), (6, 5, 100, 100), (1, 1, 1, 1), (7, 3, 3, 3), (3, 4001, 3, 1)] + [(2, 3, 1, 1)] * 20
         params = [nn.Parameter(torch.randn(shape, generator=gen)) for shape in shapes]
         if channels_last:

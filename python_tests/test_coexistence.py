@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import DEVICE, generator
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -22,7 +23,7 @@ def test_grad_scaler(engine: str) -> None:
     """A power of two as scale changes no bit; the optimizer takes the scaled gradients as they are."""
     model, other = small(), small()
     ours, theirs = optimizer_of(model, engine), optimizer_of(other, engine)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0, growth_interval=2)
     for k in range(5):
         x, y = batch(k)
         ours.zero_grad()
@@ -44,7 +45,7 @@ def test_grad_scaler_skips_an_overflow(engine: str, unscale: bool, bad: float) -
     """Weights and momentum stay as they were, bit for bit; the next step goes on from there."""
     model, other = small(), small()
     ours, theirs = optimizer_of(model, engine), optimizer_of(other, engine)
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=64.0)
     for k in range(4):
         backward(model, ours, k, scale=scaler.get_scale() if k else float(scaler.scale(torch.ones(())).item()))
         if k == 2:
@@ -181,8 +182,8 @@ def test_optimizers_in_several_threads(engine: str) -> None:
     """Each thread steps its own large optimizer; what it gets is bit for bit what it would get alone."""
 
     def job(seed: int) -> Tensor:
-        gen = torch.Generator().manual_seed(seed)
-        p = nn.Parameter(torch.randn(1_100_003, generator=gen))
+        gen = generator(seed)
+        p = nn.Parameter(torch.randn(1_100_003, generator=gen, device=DEVICE))
         optimizer = rk.RVSM([p], **BASE, penalty="l0", lam=0.2, beta=0.5, engine=engine)
         for _ in range(4):
             p.grad = p.detach() * 0.3 + 1

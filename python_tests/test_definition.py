@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import generator
 from torch import nn
 
 import rvsm_kernels as rk
@@ -25,7 +26,7 @@ CHUNKS = [(family, k) for family, n in (("float32", 8), ("float64", 3), ("half",
 
 def run(case: Case, engine: str) -> None:
     """Build the optimizer of a case, take its steps, read its u."""
-    gen = torch.Generator().manual_seed(case.seed)
+    gen = generator(case.seed)
     built, groups = [], []
     for g in case.groups:
         bs = [build(t, g.options, gen) for t in g.tensors]
@@ -111,7 +112,7 @@ LARGE: list[tuple[tuple[int, ...], Any]] = [
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_large_tensors(engine: str, threads: int, penalty: str, channels_last: bool) -> None:
     """Sizes that are divided among threads, in one optimizer, so that pieces of several tensors meet in a thread."""
-    gen = torch.Generator().manual_seed(7)
+    gen = generator(7)
     groups: list[dict[str, Any]] = []
     for shape, group_dim in LARGE:
         if channels_last and len(shape) < 4:
@@ -149,7 +150,7 @@ HUGE_GROUPS: list[tuple[tuple[int, ...], Any, bool]] = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_huge_groups(native: str, threads: int, shape: Any, group_dim: Any, channels_last: bool, dtype: Any) -> None:
     """Norms that no single thread sums: on both sides of the cut, closer to it than a float32 sum would be right."""
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(8)).to(dtype)
+    w = torch.randn(shape, generator=generator(8)).to(dtype)
     w = w.to(memory_format=torch.channels_last) if channels_last else w
     norms = magnitudes(real(w), group_dim)
     optimizer = rk.RVSM([nn.Parameter(w)], penalty="l0", beta=0.5, group_dim=group_dim, group_lasso=0.1, engine=native)
@@ -165,7 +166,7 @@ def test_huge_groups(native: str, threads: int, shape: Any, group_dim: Any, chan
 @pytest.mark.parametrize("group_dim", [None, 0, 1, ()])
 def test_extreme_magnitudes(engine: str, dtype: torch.dtype, group_dim: Any) -> None:
     """Weights whose squares leave the range of float32 (float64: whose cubes leave a comfortable range)."""
-    gen = torch.Generator().manual_seed(3)
+    gen = generator(3)
     spreads = (1e-80, 1e-30, 1e30, 1e80) if dtype == torch.float64 else (1e-36, 1e-30, 1e-22, 1e-12, 1e12, 1e18)
     groups = []
     for spread in spreads:
@@ -255,5 +256,5 @@ def test_layouts_are_what_they_say() -> None:
     assert view.stride() == (7, 2, 14)
     assert view.storage_offset() == 3 and buffer.numel() >= 3 + 4 * 14
     case = TensorCase(torch.float32, (2, 3, 4), Layout((0, 1, 2)), "negated", None, 1.0)
-    grad = gradient(case, torch.Generator(), None)
+    grad = gradient(case, generator(0), None)
     assert grad is not None and grad.is_neg()

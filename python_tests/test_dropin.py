@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import generator
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -238,7 +239,7 @@ def test_first_momentum_is_a_copy_of_the_gradient(engine: str) -> None:
 
 
 def test_many_tiny_parameters(engine: str) -> None:
-    gen = torch.Generator().manual_seed(3)
+    gen = generator(3)
     params = [nn.Parameter(torch.randn(1 + k % 5, generator=gen)) for k in range(400)]
     groups = [{"params": params[:150]}, {"params": params[150:], "group_dim": 0, "penalty": "tl1", "lam": 0.1}]
     optimizer = rk.RVSM(groups, **BASE, lam=0.3, beta=0.5, engine=engine)

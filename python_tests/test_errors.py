@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builds import missing
+from builds import generator, missing, on_device
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -293,7 +293,7 @@ def test_group_dim_of_a_bias(engine: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"group_dim": 0, "group_lasso": 0.1}, {"group_dim": (), "decoupled": False}])
 def test_a_broken_gradient_breaks_its_own_parameter_only(engine: str, bad: float, options: dict[str, Any]) -> None:
     """As in torch.optim.SGD: it propagates into that element; its neighbours and the other parameters train on."""
-    gen = torch.Generator().manual_seed(1)
+    gen = generator(1)
     params = [nn.Parameter(torch.randn(5, 7, generator=gen)) for _ in range(5)]
     lost: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "lam": 0.1, "beta": 0.5}
     optimizer = rk.RVSM([{"params": params[:3]}, {"params": params[3:]}], **lost, **options, engine=engine)
@@ -313,7 +313,7 @@ def test_a_broken_gradient_breaks_its_own_parameter_only(engine: str, bad: float
 @pytest.mark.parametrize("penalty", ["l0", "l1", "tl1"])
 def test_a_broken_weight_stays_in_its_group(engine: str, penalty: str, group_dim: Any) -> None:
     """NaN in a weight shows in u and in the next weights, in its own group and nowhere else."""
-    gen = torch.Generator().manual_seed(2)
+    gen = generator(2)
     whole, other = nn.Parameter(torch.randn(6, 8, generator=gen)), nn.Parameter(torch.randn(6, 8, generator=gen))
     with torch.no_grad():
         whole[2, 5] = NAN
@@ -344,7 +344,7 @@ SCATTERED = [
 
 def scattered(shape: tuple[int, ...], channels_last: bool) -> nn.Parameter:
     """A weight with a gradient."""
-    values = torch.from_numpy(np.random.default_rng(0).standard_normal(shape)).float()
+    values = on_device(np.random.default_rng(0).standard_normal(shape)).float()
     p = nn.Parameter(values.to(memory_format=torch.channels_last) if channels_last else values)
     p.grad = torch.ones_like(p)
     return p

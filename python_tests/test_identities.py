@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builds import generator, on_device
 from torch import Tensor, nn
 
 import definition
@@ -41,7 +42,7 @@ class Pair:
     """The same parameters twice, and gradients that depend on the weights as those of a smooth loss do."""
 
     def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
-        gen = torch.Generator().manual_seed(11)
+        gen = generator(11)
         self.gen, self.dtype = gen, dtype
         self.ours = [nn.Parameter((torch.randn(s, generator=gen, dtype=torch.float64) * 0.1).to(dtype)) for s in shapes]
         self.theirs = copy.deepcopy(self.ours)
@@ -81,7 +82,7 @@ def u_of(p: Tensor, split: dict[str, Any]) -> Tensor:
     tau = definition.step_tau(group, p.shape)
     assert tau is not None
     u = definition.prox(real(p), group["penalty"], tau, group["a"], group["group_dim"])
-    return torch.from_numpy(u.astype(np.float64)).to(p.dtype)
+    return on_device(u.astype(np.float64)).to(p.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -180,7 +181,7 @@ def test_engines_train_to_the_same_loss(native: str, dtype: torch.dtype, split: 
         model = nn.Sequential(nn.Flatten(), nn.Linear(108, 24), nn.Tanh(), nn.Linear(24, 4)).to(dtype)
         with torch.no_grad():
             for k, p in enumerate(model.parameters()):
-                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(k)) * 0.1)
+                p.copy_(torch.randn(p.shape, generator=generator(k)) * 0.1)
         optimizer = rk.RVSM(rk.param_groups(model, **split), lr=0.02, momentum=0.5, weight_decay=5e-4, engine=engine)
         losses[engine] = train(model, optimizer, range(300))
         assert 0 < optimizer.sparsity().share < 1

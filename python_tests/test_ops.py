@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import generator
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -36,7 +37,7 @@ def op(name: str) -> Any:
 
 def weights(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Contiguous, channels-last, matrix and transposed."""
-    gen = torch.Generator().manual_seed(8)
+    gen = generator(8)
     shapes = [(5, 4, 3, 3), (6, 4, 3, 3), (9, 17), (3, 8)]
     tensors = [torch.randn(s, generator=gen, dtype=torch.float64).to(dtype) for s in shapes]
     tensors[1] = tensors[1].to(memory_format=torch.channels_last)

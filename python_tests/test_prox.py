@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builds import generator, on_device
 from torch import Tensor
 
 import definition
@@ -91,7 +92,7 @@ def test_no_point_is_better(prox: Prox, penalty: str) -> None:
         tau = tau_of_cut(penalty, at, a)
         r = at * rng.uniform(0.2, 3, size=24)
         signs = rng.choice((-1.0, 1.0), size=24)
-        u = prox(torch.from_numpy(signs * r), penalty, tau, a).numpy()
+        u = prox(on_device(signs * r), penalty, tau, a).cpu().numpy()
         assert ((u == 0) | (np.sign(u) == signs)).all()
         assert_no_better(penalty, tau, a, r, np.abs(u), slack=1e-14)
 
@@ -107,7 +108,7 @@ def test_dense_scan(prox: Prox, penalty: str, a: float, dtype: torch.dtype) -> N
         at = float(definition.cut(penalty, tau, a))
         away = 10 ** rng.uniform(-8, 1.5, size=150)
         r = np.concatenate([at * (1 + away), at * (1 - np.minimum(away, 1)), at * rng.uniform(0, 4, size=60), [at]])
-        w = torch.from_numpy(r * rng.choice((-1.0, 1.0), size=r.size)).to(dtype)
+        w = on_device(r * rng.choice((-1.0, 1.0), size=r.size)).to(dtype)
         if dtype == torch.float16:
             w = w.clamp(-6e4, 6e4)
         u = prox(w, penalty, tau, a)
@@ -123,10 +124,10 @@ def test_eight_ulp_away_from_the_critical_tau(prox: Prox, a: float) -> None:
     for ratio in np.concatenate([10 ** rng.uniform(-4, np.log10(0.5), size=40), 10 ** rng.uniform(0.6, 4, size=20)]):
         tau = critical(a) * ratio
         at = float(definition.cut("tl1", tau, a))
-        w = torch.from_numpy(at * (1 + 10 ** rng.uniform(-5, 1.5, size=400))).float()
+        w = on_device(at * (1 + 10 ** rng.uniform(-5, 1.5, size=400))).float()
         r = real(w)
         r = r[r > at * (1 + 1e-6)]
-        s = real(prox(torch.from_numpy(r.astype(np.float32)), "tl1", tau, a))
+        s = real(prox(on_device(r.astype(np.float32)), "tl1", tau, a))
         error = np.abs(s - definition.shrink("tl1", r, tau, a)) / ulp(r, np.float32)
         k = int(np.argmax(error))
         assert error[k] <= SHRINK_ULPS, f"{error[k]:.2f} ulp at tau={tau!r} ({ratio:.3g} critical), a={a}, r={r[k]!r}"
@@ -217,7 +218,7 @@ def test_zeros_stay_zero(prox: Prox, penalty: str, group_dim: Any) -> None:
 @pytest.mark.parametrize("group_dim", [0, 1, -1, (0, 1), (1, 0), (), (2, 3), (0, 1, 2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_groups(prox: Prox, penalty: str, group_dim: Any, dtype: torch.dtype) -> None:
-    gen = torch.Generator().manual_seed(4)
+    gen = generator(4)
     w = torch.randn(6, 5, 3, 2, generator=gen, dtype=torch.float64)
     w *= 10 ** (torch.rand(6, 5, 1, 1, generator=gen, dtype=torch.float64) - 0.5)
     size = definition.group_size(w.shape, group_dim)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import generator, on_device
 from torch import Tensor, nn
 
 import definition
@@ -33,7 +34,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 def params_of(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     """Weights of several sizes and layouts, some groups of them scaled down."""
-    gen = torch.Generator().manual_seed(6)
+    gen = generator(6)
     params = []
     orders = {(9, 7, 3, 3): (0, 1, 2, 3), (8, 6, 3, 3): (0, 2, 3, 1), (12, 17): (1, 0), (2, 0): (0, 1)}
     for shape, order in orders.items():
@@ -78,7 +79,7 @@ def test_sparse_weights_evaluate_the_model(engine: str) -> None:
                 group = optimizer.param_groups[0]
                 tau = definition.step_tau(group, p.shape)
                 assert tau is not None, name
-                q.copy_(torch.from_numpy(definition.prox(real(p), "l0", tau, 1.0).astype("float32")))
+                q.copy_(on_device(definition.prox(real(p), "l0", tau, 1.0).astype("float32")))
     dense = model.eval()(x)
     with optimizer.sparse_weights():
         sparse = model(x)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import generator
 from torch import Tensor, nn
 from world import OPTIONS, World
 
@@ -102,7 +103,7 @@ def test_dtype_changed(engine: str, dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 3))
     for steps in (0, 2):
         optimizer = rk.RVSM(model.to(torch.float32).parameters(), **OPTIONS, engine=engine)
-        gen = torch.Generator().manual_seed(0)
+        gen = generator(0)
 
         def gradients(gen: torch.Generator = gen) -> None:
             for p in model.parameters():
@@ -197,12 +198,12 @@ def test_weights_edited_in_place(trained: World) -> None:
 
 
 def test_weights_edited_behind_the_version_counter(trained: World) -> None:
-    """p.data.mul_() and numpy bump no version counter of p."""
+    """p.data.mul_() and other libraries that share the memory bump no version counter of p."""
     for p in trained.params():
         p.data.mul_(0.3)
     trained.go_on()
     for p in trained.params():
-        p.detach().numpy()[...] *= -2.0
+        torch.from_dlpack(p.detach()).mul_(-2.0)
     trained.go_on()
 
 

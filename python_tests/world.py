@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from builds import generator
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -21,7 +22,7 @@ class World:
     """An optimizer over two groups, elementwise and grouped, with all kinds of sizes, and its gradients."""
 
     def __init__(self, engine: str, steps: int, **options: Any) -> None:
-        self.gen = torch.Generator().manual_seed(9)
+        self.gen = generator(9)
         self.first = [nn.Parameter(torch.randn(s, generator=self.gen)) for s in ((40,), (1,), (7, 5), (3, 4, 3, 3))]
         self.second = [nn.Parameter(torch.randn(s, generator=self.gen)) for s in ((8, 6, 3, 3), (5, 9))]
         groups = [{"params": self.first}, {"params": self.second, **GROUPED}]

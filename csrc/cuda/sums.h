@@ -220,8 +220,11 @@ RVSM_HD void penalty_block(const Table& table, uint32_t block, double* sums, con
 
 // ---- host: how a tensor is divided ----------------------------------------------------------------------------------
 
-// Elements of a block: enough to keep it busy, few enough that small tensors fill a device.
-constexpr int64_t kFewest = 8192, kMost = 65536;
+// Blocks that fill a device, or as many as leave each this many elements.
+constexpr int64_t kFill = 512;
+constexpr int64_t kFewest = 32768;
+// A row of a tile is at least so long: the unit of what memory hands out.
+constexpr int64_t kSector = 32;
 // Rows of fewer elements than this are shared by the threads that follow one another.
 constexpr int64_t kShortRow = 64;
 
@@ -233,9 +236,10 @@ inline int power_below(int64_t n) {
 }
 
 // All of an entry but where it stands, what it reads and what becomes of its sums. `aligned`: the tensor begins on a
-// 16-byte boundary.
+// 16-byte boundary. Parts need memory, so tiles are made narrow first; only too few groups are cut into parts.
 inline SumEntry divide_sums(const GroupView& v, int64_t element_size, bool aligned) {
-  const int64_t whole = 16 / element_size;
+  const int64_t whole = 16 / element_size, numel = v.count() * v.size();
+  const int64_t wanted = std::clamp<int64_t>(numel / kFewest, 1, kFill);
   SumEntry e{};
   e.outer = v.outer;
   e.groups = v.groups;
@@ -246,10 +250,12 @@ inline SumEntry divide_sums(const GroupView& v, int64_t element_size, bool align
   e.vectors = aligned && row % whole == 0;
   const int64_t width = e.vectors ? whole : 1;
   if (e.strip) {
-    // Whole groups and whole vectors, about 64 lanes to a row.
+    // Whole groups and whole vectors, about 64 lanes to a row or fewer.
     int64_t unit = v.inner;
     while (unit % width != 0) unit += v.inner;
-    const int64_t units = std::max<int64_t>(1, std::min<int64_t>(64 * width / unit, ceil_div(row, unit)));
+    int64_t units = std::max<int64_t>(1, std::min<int64_t>(64 * width / unit, ceil_div(row, unit)));
+    while (units > 1 && units / 2 * unit * element_size >= kSector && ceil_div(row, units * unit) * v.batch < wanted)
+      units /= 2;
     e.lanes = uint16_t(units * unit / width);
     e.tile = uint16_t(units * unit / v.inner);
     e.cut_rows = true;
@@ -259,9 +265,9 @@ inline SumEntry divide_sums(const GroupView& v, int64_t element_size, bool align
     e.cut_rows = v.outer > v.inner;
   }
   e.tiles = uint32_t(ceil_div(v.groups, e.tile));
-  const int64_t numel = v.count() * v.size(), most = std::clamp(numel / 2048, kFewest, kMost);
   const int64_t pieces = e.cut_rows ? v.outer : v.inner / width;
-  e.parts = uint32_t(std::clamp<int64_t>(ceil_div(e.tile * v.size(), most), 1, std::max<int64_t>(pieces, 1)));
+  const int64_t parts = ceil_div(wanted, e.tiles * v.batch);
+  e.parts = uint32_t(std::clamp<int64_t>(parts, 1, std::max<int64_t>(pieces, 1)));
   return e;
 }
 

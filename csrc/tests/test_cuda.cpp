@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
-#include "../cpu/engine.h"
 #include "../cuda/job.h"
 #include "../cuda/step.h"
 #include "check.h"
+#include "cuda_cases.h"
 
 using namespace rvsm;
 using namespace rvsm::cuda;
@@ -18,25 +18,6 @@ using rvsm::cuda::Job;
 namespace {
 
 int64_t checked = 0;
-
-template <class S>
-Dtype dtype_of() {
-  if (sizeof(S) == 8) return Dtype::f64;
-  if (sizeof(S) == 4) return Dtype::f32;
-  return std::is_same_v<S, Float16> ? Dtype::f16 : Dtype::bf16;
-}
-
-// The value of a penalty job over rows, whose momentum it must not look at.
-double value_of(Job& job, std::vector<Row> rows) {
-  for (Row& row : rows) row.m = nullptr;
-  job.rows = std::move(rows);
-  job.divide();
-  std::vector<char> scratch(size_t(job.scratch_bytes()));
-  job.set_scratch(scratch.data());
-  double total = -1;
-  job.run({}, {}, &total);
-  return total;
-}
 
 void check_dividers() {
   for (int i = 0; i < 20000; ++i) {
@@ -147,10 +128,11 @@ void check_pieces() {
 // powers of two, whose squares add up exactly in any order.
 template <class S>
 void sums() {
-  const GroupView views[] = {{1, 1, 7, 5},     {1, 11, 5, 1},    {1, 4, 6, 9},     {3, 2, 4, 3},    {1, 1, 1, 37},
-                             {1, 700, 3, 2},   {1, 1, 3, 70000}, {1, 3000, 64, 1}, {1, 37, 3, 100}, {2, 5, 3, 128},
-                             {1, 500, 600, 1}, {1, 300, 40, 9},  {1, 1, 1, 99999}, {300, 9, 8, 1},  {1, 900, 1, 300},
-                             {1, 20000, 1, 1}, {1, 2, 1, 66000}, {5, 1, 9, 9},     {1, 1, 5000, 8}};
+  const GroupView views[] = {{1, 1, 7, 5},      {1, 11, 5, 1},    {1, 4, 6, 9},     {3, 2, 4, 3},    {1, 1, 1, 37},
+                             {1, 700, 3, 2},    {1, 1, 3, 70000}, {1, 3000, 64, 1}, {1, 37, 3, 100}, {2, 5, 3, 128},
+                             {1, 500, 600, 1},  {1, 300, 40, 9},  {1, 1, 1, 99999}, {300, 9, 8, 1},  {1, 900, 1, 300},
+                             {1, 20000, 1, 1},  {1, 2, 1, 66000}, {5, 1, 9, 9},     {1, 1, 5000, 8}, {1, 90000, 3, 1},
+                             {1, 2000, 1, 100}, {2, 3000, 5, 9}};
   for (const GroupView& v : views) {
     const int64_t n = v.count() * v.size(), count = v.count();
     for (int64_t at = 0; at < kWidth<S>; ++at) {
@@ -174,141 +156,13 @@ void sums() {
       row.lam = 1;
       double sum = 0;
       for (const double w : want) sum += double(Arithmetic<S>(std::sqrt(w)));
-      const double got = value_of(job, {row});
+      HostMemory memory;
+      const double got = value_of(job, {row}, memory);
       CHECK(std::fabs(got - sum) <= 1e-12 * sum, "the norms of %lld %lld %lld %lld at %lld: %.17g, not %.17g",
             static_cast<long long>(v.batch), static_cast<long long>(v.outer), static_cast<long long>(v.groups),
             static_cast<long long>(v.inner), static_cast<long long>(at), got, sum);
       ++checked;
     }
-  }
-}
-
-// ---- the engine against the CPU's
-// ------------------------------------------------------------------------------------
-
-Options random_options(bool grouped) {
-  Options o;
-  o.penalty = Penalty(integer(0, 3));
-  o.lam = log_uniform(1e-3, 0.1) * (grouped ? 3 : 1);
-  o.beta = 0.5;
-  o.a = log_uniform(0.1, 10);
-  o.lr = 0.1;
-  o.momentum = double(integer(0, 1)) * 0.9;
-  o.nesterov = o.momentum != 0 && integer(0, 1);
-  o.weight_decay = double(integer(0, 1)) * 0.01;
-  o.decoupled = integer(0, 1);
-  o.maximize = integer(0, 1);
-  o.group_lasso = grouped ? double(integer(0, 1)) * 0.1 : 0;
-  o.group_scale = grouped && integer(0, 1);
-  return o;
-}
-
-// A tensor of any type with guard elements around it.
-struct Tensor {
-  Row row;
-  std::vector<char> w, g, m;
-  int64_t at;
-
-  explicit Tensor(int64_t most) : at(integer(0, 7)) {
-    static const GroupView views[] = {{1, 1, 7, 5},  {1, 11, 5, 1},  {1, 4, 6, 9},  {3, 2, 4, 3},
-                                      {1, 1, 1, 37}, {1, 700, 3, 2}, {1, 3, 2, 64}, {1, 30, 64, 9}};
-    row.dtype = Dtype(integer(0, 3));
-    row.grouped = integer(0, 2) == 0;
-    row.numel = integer(0, 9) == 0 ? integer(1, most) : integer(0, 40);
-    if (row.grouped) {
-      row.view = views[integer(0, 7)];
-      if (integer(0, 19) == 0) row.view = {1, 2000, 16, 1};  // in parts
-      row.numel = row.view.count() * row.view.size();
-    }
-    const Options o = random_options(row.grouped);
-    const int64_t size = row.grouped ? row.view.size() : 1;
-    row.step = make_step(o, size, integer(0, 1));
-    row.momentum = momentum_of(o);
-    row.lam = strength(o, size);
-    row.beta = o.beta;
-    row.active = integer(0, 9) != 0 && row.numel > 0;
-    with_storage(row.dtype, [&](auto s) {
-      using S = decltype(s);
-      for (auto* v : {&w, &g, &m}) {
-        v->resize(size_t(row.numel + 16) * sizeof(S));
-        for (int64_t i = 0; i < row.numel + 16; ++i)
-          store(reinterpret_cast<S*>(v->data())[i], Arithmetic<S>(uniform(-1, 1)));
-      }
-    });
-    aim();
-  }
-  // Vectors move with the object.
-  void aim() {
-    with_storage(row.dtype, [&](auto s) {
-      using S = decltype(s);
-      row.w = reinterpret_cast<S*>(w.data()) + at;
-      row.g = reinterpret_cast<S*>(g.data()) + (row.numel % 4 == 0 ? 1 : at);  // sometimes out of line
-      row.m = row.momentum == Momentum::none ? nullptr : reinterpret_cast<S*>(m.data()) + at;
-    });
-  }
-};
-
-// Equal bits, or, where the order of a sum is the engine's own, near.
-template <class S>
-void compare(const Tensor& got, const Tensor& want, const char* what) {
-  const double bound = !got.row.grouped ? 0 : sizeof(S) == 8 ? 1e-14 : sizeof(S) == 4 ? 1e-6 : 0.02;
-  for (const auto& [x, y] : {std::pair{&got.w, &want.w}, std::pair{&got.m, &want.m}}) {
-    for (int64_t i = 0; i < got.row.numel + 16; ++i) {
-      const double a = double(load(reinterpret_cast<const S*>(x->data())[i]));
-      const double b = double(load(reinterpret_cast<const S*>(y->data())[i]));
-      CHECK(std::fabs(a - b) <= bound, "%s: element %lld of %lld is %.9g, not %.9g", what, static_cast<long long>(i),
-            static_cast<long long>(got.row.numel), a, b);
-    }
-  }
-}
-
-// Many tensors of all kinds and types in as many tables as they need, every thread of every block.
-void engines(int count, Action action) {
-  std::vector<Tensor> got;
-  for (int i = 0; i < count; ++i) got.emplace_back(3 * kChunk<float>);
-  std::vector<Tensor> want = got;
-  Job job(action, host_kernels);
-  cpu::Job cpu_job(action);
-  for (int i = 0; i < count; ++i) {
-    got[size_t(i)].aim();
-    want[size_t(i)].aim();
-    job.rows.push_back(got[size_t(i)].row);
-    cpu_job.rows.push_back(want[size_t(i)].row);
-    if (action == Action::prox) job.rows.back().g = nullptr;
-  }
-  std::vector<char> scratch;
-  const auto prepare = [&](auto& j) {
-    if constexpr (std::is_same_v<decltype(j), Job&>)
-      j.divide(action == Action::prox ? 50 : kNarrow);  // in pieces, as tensors of 2^31 elements are
-    else
-      j.divide();
-    scratch.assign(size_t(j.scratch_bytes()) + 64, 0x7f);
-    j.set_scratch(scratch.data() + 64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64);
-  };
-  prepare(cpu_job);
-  cpu_job.start(1);
-  cpu_job.work(0, 1);
-  if (action == Action::penalty) {
-    const double value = value_of(job, job.rows);
-    CHECK(std::fabs(value - cpu_job.total()) <= 1e-6 * (1 + cpu_job.total()), "a penalty of %.17g, not %.17g", value,
-          cpu_job.total());
-    return;
-  }
-  prepare(job);
-  const float scale = 1, inf = 1;
-  const std::vector<Tensor> before = got;
-  if (action == Action::step) {
-    job.run({}, {nullptr, &inf});  // nothing happens
-    for (int i = 0; i < count; ++i)
-      CHECK(got[size_t(i)].w == before[size_t(i)].w && got[size_t(i)].m == before[size_t(i)].m,
-            "a step in spite of Inf");
-  }
-  const float finite = 0;
-  job.run({}, {action == Action::step ? &scale : nullptr, action == Action::step ? &finite : nullptr});
-  for (size_t i = 0; i < got.size(); ++i) {
-    with_storage(got[i].row.dtype,
-                 [&](auto s) { compare<decltype(s)>(got[i], want[i], action == Action::step ? "step" : "prox"); });
-    ++checked;
   }
 }
 
@@ -389,7 +243,8 @@ int main() {
   all<BFloat16>();
   all<Float16>();
   for (const int count : {1, 2, 40, 700, 2500})
-    for (const Action action : {Action::step, Action::prox, Action::penalty}) engines(count, action);
+    for (const Action action : {Action::step, Action::prox, Action::penalty})
+      checked += engines<HostMemory>(count, action, host_kernels, 0);
   launch_counts();
   errors();
   return finish("cuda", checked);

@@ -13,8 +13,8 @@
 
 using namespace rvsm;
 using Action;
-using cpu::Job;
 using Row;
+using cpu::Job;
 
 namespace rvsm::cpu {
 extern const Kernels kernels_base;

@@ -1,0 +1,110 @@
+"""What the compiler made of the CUDA kernels; no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from .baselines import Unavailable
+from .static import Kernel, add_accesses, kernels_of, line, module, readable, resources, row
+
+RESOURCES = """
+Fatbin elf code:
+================
+arch = sm_90
+ Function _ZN4rvsm4cuda43_GLOBAL__N__61_10_kernels_cu_e37c11step_kernelINS_7Float16EEEvNS0_5TableE:
+  REG:40 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:39520 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+SASS = """
+		arch = sm_90
+		Function : _ZN4rvsm4cuda43_GLOBAL__N__61_10_kernels_cu_e37c11step_kernelINS_7Float16EEEvNS0_5TableE
+        /*0100*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0110*/              @!P0 LDG.E.U16 R8, desc[UR4][R2.64] ;
+        /*0120*/                   LDG.E R9, desc[UR4][R2.64] ;
+        /*0130*/                   STL.64 [R1], R4 ;
+        /*0140*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+"""
+
+
+def test_reading_the_tools() -> None:
+    """One kernel of cuobjdump's output, with a spill."""
+    kernels = resources(RESOURCES)
+    add_accesses(kernels, SASS)
+    (kernel,) = kernels.values()
+    assert (kernel.arch, kernel.name, kernel.registers, kernel.shared) == ("90", "step_kernel<Float16>", 40, 16)
+    assert kernel.loads == {128: 1, 16: 1, 32: 1} and kernel.stores == {64: 1}
+    assert kernel.stack == 8 and kernel.local_accesses == 1 and kernel.spills
+    assert row(kernel)["loads_by_bits"] == {"16": 1, "32": 1, "128": 1} and "step_kernel<Float16>" in line(kernel)
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "occupancy"),
+    [("90", 40, 0, 0.75), ("90", 41, 0, 0.625), ("90", 32, 0, 1), ("90", 32, 50000, 0.5), ("86", 64, 0, 2 / 3)],
+)
+def test_occupancy(arch: str, registers: int, shared: int, occupancy: float) -> None:
+    """By hand: 65,536 registers of a multiprocessor over 256 threads times the registers of one, and so on."""
+    assert Kernel(arch, "k", registers, 0, shared, 0).occupancy == pytest.approx(occupancy)
+
+
+def test_names() -> None:
+    assert readable("_ZN4rvsm10sum_kernelIdLb0EfEEvNS0_8SumTableE") == "sum_kernel<double, false, float>"
+    assert readable("_ZN4rvsm10sum_kernelINS_8BFloat16ELb1EfEEvNS0_8SumTableE") == "sum_kernel<BFloat16, true, float>"
+    assert readable("another") == "another"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Kernel]:
+    """Every kernel of this build."""
+    try:
+        library: Path = module()
+        return kernels_of(library)
+    except Unavailable as error:
+        if os.environ.get("RVSM_CUDA") == "1":
+            pytest.fail(f"RVSM_CUDA=1, but {error}")
+        pytest.skip(str(error))
+
+
+def test_no_kernel_spills(compiled: list[Kernel]) -> None:
+    """No stack, no local memory, on any architecture."""
+    assert compiled
+    spilled = [line(kernel) for kernel in compiled if kernel.spills]
+    assert not spilled, "\n".join(spilled)
+
+
+def test_every_kernel_is_there(compiled: list[Kernel]) -> None:
+    """Each storage type has its step, prox, norms and penalty, on every architecture."""
+    for arch in {kernel.arch for kernel in compiled}:
+        names = [kernel.name for kernel in compiled if kernel.arch == arch]
+        for kind in ("step", "prox", "sum", "penalty"):
+            for storage in ("float", "double", "BFloat16", "Float16"):
+                assert any(name.startswith(f"{kind}_kernel<{storage}") for name in names), (arch, kind, storage)
+
+
+def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
+    """A step reads w, g and m and writes w and m in accesses of 16 bytes, one set for each kind of u; 64-bit accesses
+    are double's single elements and never pairs of smaller ones."""
+    for kernel in compiled:
+        kind, storage = kernel.name.split("<")[0], kernel.name.split("<")[1].split(",")[0].rstrip(">")
+        sets = kernel.loads[128], kernel.stores[128]
+        if kind == "step_kernel":
+            assert sets[0] == 3 * sets[1] / 2 and sets[1] >= 10, line(kernel)
+        elif kind == "prox_kernel":
+            assert sets[0] == sets[1] >= 5, line(kernel)
+        else:
+            assert sets[0] >= 2, line(kernel)
+        if storage != "double":
+            assert kernel.loads[64] == 0, line(kernel)
+            assert kernel.stores[64] == 0 or kind in ("sum_kernel", "penalty_kernel"), line(kernel)
+
+
+def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
+    """Three quarters of the threads for every kernel of a step over float32 and half types; the value of a penalty
+    divides in double precision, and float64 has twice the registers to hold."""
+    kernels = [kernel for kernel in compiled if kernel.arch == "90"]
+    if not kernels:
+        pytest.skip("this build has no code for sm_90")
+    for kernel in kernels:
+        heavy = "double" in kernel.name or kernel.name.startswith("penalty")
+        assert kernel.occupancy >= (0.375 if heavy else 0.75), line(kernel)

@@ -1,0 +1,236 @@
+"""What only a GPU shows: launches, graphs, streams, devices, and no waiting. RVSM_TEST_DEVICE=cuda runs them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from builds import DEVICE, generator
+from torch import Tensor, nn
+
+import rvsm_kernels as rk
+from models import assert_same_weights, backward, optimizer_of, small
+from runner import check_reading, checked_step, same_bits
+
+pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU, and RVSM_TEST_DEVICE=cuda")
+
+BASE: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+SPLITS: list[dict[str, Any]] = [
+    {"penalty": "tl1", "lam": 0.05, "beta": 0.5, "a": 2.0},
+    {"penalty": "l0", "lam": 0.6, "beta": 0.5, "group_dim": 0, "group_lasso": 0.05},
+    {"penalty": "l1", "lam": 0.6, "beta": 0.5, "group_dim": 1, "group_scale": True},
+    {"penalty": "l0", "lam": 0.6, "beta": 0.5, "group_dim": ()},
+]
+SHAPES = [(64, 3, 7, 7), (300, 257), (64, 64, 3, 3), (33, 5), (40000, 2), (1, 1)]
+LAUNCHES = {None: 1, 0: 3, 1: 3, (): 3}
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def parameters(device: str = "cuda") -> list[nn.Parameter]:
+    """All kinds of shapes, one of them channels-last."""
+    gen = torch.Generator(device).manual_seed(3)
+    params = [nn.Parameter(torch.randn(shape, generator=gen, device=device)) for shape in SHAPES]
+    params[2].data = params[2].data.to(memory_format=torch.channels_last)
+    return params
+
+
+def set_gradients(params: list[nn.Parameter], seed: int) -> None:
+    """The gradients of a step, in memory that stays where it is."""
+    gen = torch.Generator(params[0].device).manual_seed(seed)
+    for p in params:
+        values = torch.randn(p.shape, generator=gen, device=p.device)
+        if p.grad is None:
+            p.grad = torch.empty_like(p)
+        p.grad.copy_(values)
+
+
+def kernels_of(call: Any) -> list[str]:
+    """The kernels that a call launches, by torch's profiler."""
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = profile.events() or []
+    on_device = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in on_device if not name.startswith("Optimizer.step#")]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_launches(split: dict[str, Any]) -> None:
+    """One for elements, three at most for groups, and not one copy."""
+    params = parameters()
+    optimizer = rk.RVSM(params, **BASE, **split, engine="native")
+    for seed in range(3):
+        set_gradients(params, seed)
+        optimizer.step()
+    launched = kernels_of(optimizer.step)
+    assert 1 <= len(launched) <= LAUNCHES[split.get("group_dim")], launched
+    assert not any(name.startswith(("Memcpy", "Memset")) for name in launched), launched
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_nothing_waits(split: dict[str, Any]) -> None:
+    """A step with GradScaler's numbers, and everything that reads u."""
+    params = parameters()
+    optimizer = rk.RVSM(params, **BASE, **split, engine="native")
+    set_gradients(params, 0)
+    optimizer.step()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    with no_waiting():
+        optimizer.step()
+        value = optimizer.penalty_value()
+        with optimizer.sparse_weights():
+            pass
+        optimizer.sparsify_()
+        rk.prox(params[0].detach(), "l0", 0.1)
+    assert value.device == params[0].device and value.item() >= 0
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_graph_replay(split: dict[str, Any]) -> None:
+    """A captured step, replayed with other gradients, is the step that eager execution does."""
+    params, twins = parameters(), parameters()
+    optimizer = rk.RVSM(params, **BASE, **split, engine="native")
+    twin = rk.RVSM(twins, **BASE, **split, engine="native")
+    for seed in range(3):
+        for ps, o in ((params, optimizer), (twins, twin)):
+            set_gradients(ps, seed)
+            o.step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    twin.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for seed in range(5, 9):
+        set_gradients(params, seed)
+        set_gradients(twins, seed)
+        graph.replay()
+        twin.step()
+        for p, q in zip(params, twins, strict=True):
+            assert same_bits(p, q)
+            assert same_bits(optimizer.state[p]["momentum_buffer"], twin.state[q]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_hundred_steps_twice(split: dict[str, Any]) -> None:
+    """Bit for bit the same weights, while another stream keeps the device busy in one of the runs."""
+    results = []
+    for busy in (False, True):
+        params = parameters()
+        optimizer = rk.RVSM(params, **BASE, **split, engine="native")
+        other, noise = torch.cuda.Stream(), torch.randn(1_000_000)
+        for seed in range(100):
+            set_gradients(params, seed)
+            if busy:
+                with torch.cuda.stream(other):
+                    noise.mul_(1.000001)
+            optimizer.step()
+        results.append([p.detach().clone() for p in params] + [optimizer.penalty_value()])
+        other.synchronize()
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_current_stream(split: dict[str, Any]) -> None:
+    """A step on a side stream comes after what that stream does before it."""
+    params, twins = parameters(), parameters()
+    optimizer = rk.RVSM(params, **BASE, **split, engine="native")
+    twin = rk.RVSM(twins, **BASE, **split, engine="native")
+    for ps, o in ((params, optimizer), (twins, twin)):
+        set_gradients(ps, 0)
+        o.step()
+    gradients = [torch.randn(p.shape) for p in params]
+    for q, g in zip(twins, gradients, strict=True):
+        q.grad.copy_(g)
+    twin.step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for p, g in zip(params, gradients, strict=True):
+            p.grad.copy_(g)
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(same_bits(p, q) for p, q in zip(params, twins, strict=True))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("second", ["cpu", "cuda:1"])
+def test_parameters_on_two_devices(split: dict[str, Any], second: str) -> None:
+    """One optimizer; every parameter is held against the definition."""
+    if second == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU here")
+    params = parameters() + parameters(second)
+    optimizer = rk.RVSM(params, **BASE, **split)
+    for seed in range(3):
+        set_gradients(params[: len(SHAPES)], seed)
+        set_gradients(params[len(SHAPES) :], seed + 100)
+        checked_step(optimizer, f"step {seed}")
+    check_reading(optimizer)
+
+
+def test_grad_scaler_skips_without_waiting() -> None:
+    """found_inf is read on the device: nothing changes, and nobody waits."""
+    model = small()
+    optimizer = optimizer_of(model, "native")
+    for k in range(2):
+        backward(model, optimizer, k)
+        optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)
+    with no_waiting():
+        optimizer.step()
+    assert all(same_bits(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    twin = small()
+    other = optimizer_of(twin, "native")
+    for k in range(2):
+        backward(twin, other, k)
+        other.step()
+    assert_same_weights(model, twin)
+
+
+def test_more_elements_than_an_int_holds() -> None:
+    """A bfloat16 tensor of more than 2^31 elements, in elements and in groups; its first and last elements."""
+    n = 2**31 + 1_000_003
+    if torch.cuda.mem_get_info()[0] < 8 * 2 * n:
+        pytest.skip("needs 35 GB")
+    for group_dim in (None, 0, 1):
+        shape = (n,) if group_dim is None else (3, n // 3)
+        p = nn.Parameter(torch.full(shape, 0.5, dtype=torch.bfloat16))
+        p.grad = torch.full(shape, 0.25, dtype=torch.bfloat16)
+        optimizer = rk.RVSM([p], lr=0.5, penalty="l1", lam=0.125, beta=1.0, group_dim=group_dim, engine="native")
+        optimizer.step()
+        size = {None: 1, 0: n // 3, 1: 3}[group_dim]
+        gap = 0.125 / size**0.5  # of every element: tau w / ||w_G||
+        want = torch.tensor(0.5 - 0.5 * gap - 0.5 * 0.25).to(torch.bfloat16)
+        flat = p.detach().view(-1)
+        assert (
+            (flat[:1000] == want).all() and (flat[-1000:] == want).all() and (flat[2**31 - 9 : 2**31 + 9] == want).all()
+        )
+        assert flat.min() == flat.max(), "an element was left out or done twice"
+        del p, optimizer, flat
+        torch.cuda.empty_cache()
+
+
+def test_random_numbers_come_from_the_device() -> None:
+    """The suite's own helper."""
+    values: Tensor = torch.randn(4, generator=generator(1))
+    assert values.is_cuda
