@@ -1,5 +1,6 @@
 # make bench   set up, build, run the main job, print its tables
 # make test    set up, build, every test (C++ and Python)
+# make gpu-check OUT=DIR   on a machine with a GPU, with the torch of $(PYTHON): tests, sanitizers, floors, throughput
 # The rest is for people who work on the project.
 
 PYTHON ?= python3
@@ -10,20 +11,25 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h cmake/*) CMakeLists.txt
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/* cmake/*) CMakeLists.txt
 TESTS := $(wildcard csrc/tests/*)
 PYTHON_SOURCES := rvsm_kernels bench python_tests setup.py csrc/fit_tl1.py
 CMAKE := cmake -G Ninja -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: bench test test-cpp test-python sanitize smoke lint format build clean
+.PHONY: bench test test-cpp test-python gpu-check sanitize smoke lint format build clean
 
 bench: build
 	$(BIN)/python -m bench
 
 test: test-cpp test-python
 
-test-python: build
+test-python: build $(VENV)/triton
 	RVSM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
+
+# Installs nothing: with the torch, the pytest and the CMake of that Python.
+OUT ?= build/gpu-check
+gpu-check:
+	$(PYTHON) -m bench.gpu_check --out $(OUT)
 
 # ---- set-up and build: stamps, so that a second run does nothing ----------------------------------------------------
 
@@ -33,10 +39,15 @@ $(VENV)/installed: constraints.txt
 	$(PIP) setuptools cmake ninja matplotlib pytest pytest-benchmark scikit-learn tqdm
 	touch $@
 
+# Its cuobjdump reads the kernels for `python -m bench static`. Without what it depends on: torch has come already.
+$(VENV)/triton: $(VENV)/installed
+	$(PIP) --no-deps triton
+	touch $@
+
 build: build/module.stamp
 
 build/module.stamp: $(VENV)/installed $(SOURCES)
-	$(CMAKE) -S . -B build/module -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/rvsm_kernels
+	$(CMAKE) -S . -B build/module -DRVSM_DEVICE_TEST=ON -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/rvsm_kernels
 	cmake --build build/module
 	touch $@
 
@@ -69,12 +80,12 @@ lint: $(VENV)/linters
 	ruff check $(PYTHON_SOURCES)
 	ruff format --check $(PYTHON_SOURCES)
 	mypy
-	clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES) $(TESTS))
+	clang-format --dry-run --Werror $(filter %.h %.cpp %.cu,$(SOURCES) $(TESTS))
 
 format: $(VENV)/linters
 	ruff check --fix $(PYTHON_SOURCES)
 	ruff format $(PYTHON_SOURCES)
-	clang-format -i $(filter %.h %.cpp,$(SOURCES) $(TESTS))
+	clang-format -i $(filter %.h %.cpp %.cu,$(SOURCES) $(TESTS))
 
 clean:
 	rm -rf build $(VENV) rvsm_kernels/*.so

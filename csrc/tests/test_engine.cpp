@@ -12,8 +12,6 @@
 #include "check.h"
 
 using namespace rvsm;
-using Action;
-using Row;
 using cpu::Job;
 
 namespace rvsm::cpu {
