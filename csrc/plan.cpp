@@ -106,7 +106,6 @@ bool Plan::rebuild(const py::list& groups) {
       e.job = jobs_.of(w.device());
       e.device = w.device();
       std::vector<Row>& rows = jobs_[e.job].rows;
-      e.row = rows.size();
       e.group = size_t(g);
       e.index = size_t(j);
       e.sizes = at::DimVector(w.sizes());
@@ -132,6 +131,8 @@ bool Plan::rebuild(const py::list& groups) {
     }
   }
   for (auto& o : options_) o.changed = true;
+  std::vector<size_t> next(jobs_.size());
+  for (Entry& e : entries_) e.row = &jobs_[e.job].rows[next[e.job]++];
   jobs_.divide();
   built_ = true;
   return true;
@@ -266,7 +267,7 @@ bool Plan::look(const py::list& groups, const py::dict& state) {
   if (changed) {
     for (size_t i = 0; i < entries_.size(); ++i)
       if (options_[entries_[i].group].changed)
-        rvsm::set_options(row(entries_[i]), options_[entries_[i].group].options, entries_[i].first);
+        rvsm::set_options(*entries_[i].row, options_[entries_[i].group].options, entries_[i].first);
     for (auto& o : options_) o.changed = false;
   }
   size_t i = 0;
@@ -282,8 +283,7 @@ bool Plan::look(const py::list& groups, const py::dict& state) {
       if (!equal(w.sizes(), e.sizes) || !equal(w.strides(), e.strides) || w.scalar_type() != e.type ||
           w.device() != e.device)
         return false;
-      prepare_entry(groups, e, row(e),
-                    jobs_[e.job].scales_on_device && scaling_.grad_scale.defined() ? 1 : host_factor_);
+      prepare_entry(groups, e, *e.row, factors_[e.job]);
     }
   }
   return i == count;
@@ -293,13 +293,17 @@ bool Plan::look(const py::list& groups, const py::dict& state) {
 // float32 of GradScaler.
 void Plan::read_scaling(const Scaling& given) {
   scaling_ = given;
-  host_factor_ = 1;
+  factors_.assign(jobs_.size(), 1);
   skip_ = false;
   if (!given.grad_scale.defined() && !given.found_inf.defined()) return;
   bool on_host = false;
   for (const auto& job : jobs_) on_host |= !job->scales_on_device;
   const bool odd = given.grad_scale.defined() && given.grad_scale.scalar_type() != at::kFloat;
-  if (given.grad_scale.defined() && (on_host || odd)) host_factor_ = 1 / given.grad_scale.item<double>();
+  if (given.grad_scale.defined() && (on_host || odd)) {
+    const double factor = 1 / given.grad_scale.item<double>();
+    for (size_t i = 0; i < jobs_.size(); ++i)
+      if (odd || !jobs_[i].scales_on_device) factors_[i] = factor;
+  }
   if (odd) scaling_.grad_scale = at::Tensor();
   if (given.found_inf.defined() && on_host) skip_ = given.found_inf.item<double>() > 0;
 }
@@ -361,10 +365,9 @@ void Plan::launch() {
     for (auto& s : staging_)
       if (s.writes) s.staged.store();
     for (const Entry& e : entries_) {
-      const Row& r = row(e);
-      if (!r.active) continue;
+      if (!e.row->active) continue;
       bump_version(tensor(e));
-      if (r.m != nullptr) bump_version(THPVariable_Unpack(e.buffer));
+      if (e.row->m != nullptr) bump_version(THPVariable_Unpack(e.buffer));
     }
   }
   staging_.clear();

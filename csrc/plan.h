@@ -50,7 +50,8 @@ class Plan {
     PyObject* buffer = nullptr;  // owned: the momentum buffer in it, or null
     size_t group = 0;
     size_t index = 0;
-    size_t job = 0, row = 0;  // of its device, and in that job
+    size_t job = 0;      // of its device
+    Row* row = nullptr;  // in that job
     at::Device device = at::kCPU;
     at::DimVector sizes, strides;
     at::ScalarType type = at::kFloat;
@@ -60,7 +61,6 @@ class Plan {
   };
 
   const at::Tensor& tensor(const Entry& e) const;
-  Row& row(const Entry& e) const { return jobs_[e.job].rows[e.row]; }
   std::string name(const pybind11::list& groups, const Entry& e) const;
   bool look(const pybind11::list& groups, const pybind11::dict& state);
   bool rebuild(const pybind11::list& groups);
@@ -89,7 +89,7 @@ class Plan {
   std::vector<std::pair<size_t, at::Tensor>> new_buffers_;
   PyObject* state_ = nullptr;  // borrowed, from prepare() to launch()
   Scaling scaling_;
-  double host_factor_ = 1;  // 1 / grad_scale, for engines that take it with the rows
+  std::vector<double> factors_;  // of each job: 1 / grad_scale where its rows carry it, else 1
   bool skip_ = false;
 };
 
