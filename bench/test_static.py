@@ -77,7 +77,7 @@ def test_every_kernel_is_there(compiled: list[Kernel]) -> None:
     """Each storage type has its step, prox, norms and penalty, on every architecture."""
     for arch in {kernel.arch for kernel in compiled}:
         names = [kernel.name for kernel in compiled if kernel.arch == arch]
-        for kind in ("step", "prox", "sum", "penalty"):
+        for kind in ("step", "prox", "resident", "sum", "penalty"):
             for storage in ("float", "double", "BFloat16", "Float16"):
                 assert any(name.startswith(f"{kind}_kernel<{storage}") for name in names), (arch, kind, storage)
 
@@ -88,7 +88,9 @@ def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
     for kernel in compiled:
         kind, storage = kernel.name.split("<")[0], kernel.name.split("<")[1].split(",")[0].rstrip(">")
         sets = kernel.loads[128], kernel.stores[128]
-        if kind == "step_kernel":
+        if kind == "resident_kernel":
+            assert sets[0] >= 2 and sets[1] >= 1, line(kernel)
+        elif kind == "step_kernel":
             assert sets[0] == 3 * sets[1] / 2 and sets[1] >= 10, line(kernel)
         elif kind == "prox_kernel":
             assert sets[0] == sets[1] >= 5, line(kernel)
@@ -100,11 +102,13 @@ def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
 
 
 def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
-    """Three quarters of the threads for every kernel of a step over float32 and half types; the value of a penalty
-    divides in double precision, and float64 has twice the registers to hold."""
+    """Three quarters of the threads for every kernel of a step over float32 and half types; but the value of a penalty
+    divides in double precision, float64 has twice as much to hold, and half types hold two phases at once where a
+    block sums its own groups."""
     kernels = [kernel for kernel in compiled if kernel.arch == "90"]
     if not kernels:
         pytest.skip("this build has no code for sm_90")
     for kernel in kernels:
+        both = kernel.name.startswith("resident_kernel") and "16" in kernel.name
         heavy = "double" in kernel.name or kernel.name.startswith("penalty")
-        assert kernel.occupancy >= (0.375 if heavy else 0.75), line(kernel)
+        assert kernel.occupancy >= (0.375 if heavy else 0.5 if both else 0.75), line(kernel)

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../row.h"
+#include "resident.h"
 #include "step.h"
 #include "sums.h"
 
@@ -44,6 +45,24 @@ class Builder {
     own.record = uint32_t(slot);
     put(free_, own);
     push(row, source, uint16_t(free_ | kGrouped));
+  }
+
+  // A row in groups that its blocks sum themselves.
+  void add(const Row& row, const void* source, const Tiles& tiles) {
+    Record<T> record = record_of(row);
+    record.lasso = row.step.lasso != 0;
+    const int slot = begin(row, 1 + kSlotsOf<Tiles>, record);
+    free_ -= kSlotsOf<Tiles>;
+    Tiles own = tiles;
+    own.record = uint32_t(slot);
+    put(free_, own);
+    push(row, source, uint16_t(free_ | kGrouped));
+    Table& t = table();
+    Entry& e = t.slots[t.entries - 1];
+    t.blocks = e.first + uint32_t(ceil_div(tiles.groups, tiles.tile));
+    // Vectors only of arrays that all begin on a boundary: then every group does.
+    const bool vectors = begins_on_boundary(row.w) && begins_on_boundary(source) && begins_on_boundary(row.m);
+    e.rest = vectors ? 0 : kScalar;
   }
 
   // Numbers whose penalty is asked for: weights, or the norms of groups.

@@ -1,5 +1,6 @@
 // The kernels on the host, block by block and thread by thread: for tests of the engine where there is no GPU.
 
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -25,6 +26,16 @@ const char* prox(const Queue&, Dtype dtype, const Table& t) {
   with_storage(dtype, [&](auto s) {
     for (uint32_t block = 0; block < t.blocks; ++block)
       kEach([&](int thread) { prox_thread<decltype(s)>(t, block, thread); });
+  });
+  return nullptr;
+}
+
+template <bool kStep>
+const char* resident(const Queue&, Dtype dtype, const Table& t) {
+  with_storage(dtype, [&](auto s) {
+    using T = Arithmetic<decltype(s)>;
+    const auto shared = std::make_unique<ResidentShared<T>>();
+    for (uint32_t block = 0; block < t.blocks; ++block) resident_block<decltype(s), kStep, T>(t, block, *shared, kEach);
   });
   return nullptr;
 }
@@ -57,6 +68,6 @@ const char* penalty(const Queue&, Dtype dtype, const Table& t) {
 
 }  // namespace
 
-const Kernels host_kernels = {step, prox, squares, join, penalty};
+const Kernels host_kernels = {step, prox, resident<true>, resident<false>, squares, join, penalty};
 
 }  // namespace rvsm::cuda

@@ -21,20 +21,21 @@ Dtype arithmetic(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype:
 // Every array on a boundary of its own.
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
-bool begins_on_boundary(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 }  // namespace
 
 void Job::divide(int64_t limit) {
   limit_ = limit;
   groups_.assign(rows.size(), Groups{});
   blocks_ = 0;
+  bool parts = false;
   for (size_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
     int64_t numbers = row.numel;
     if (row.grouped) {
       Groups& g = groups_[i];
       const GroupView& v = row.view;
+      g.resident = action_ != Action::penalty && is_resident(v, element_size(row.dtype));
+      if (g.resident) g.tiles = make_tiles(v, element_size(row.dtype));
       for (const bool misplaced : {false, true}) {
         g.sums[misplaced] = divide_sums(v, element_size(row.dtype), !misplaced);
         const int64_t parts = g.sums[misplaced].parts;
@@ -43,14 +44,18 @@ void Job::divide(int64_t limit) {
       g.lasso = row.step.lasso != 0;
       numbers = v.count();
     }
+    if (row.grouped && !groups_[i].resident) parts |= groups_[i].partials > 0;
     if (action_ == Action::penalty) blocks_ += ceil_div(numbers, kChunk<double>);  // no type has more chunks
   }
+  // Three launches are enough: sums, their parts and the step; or sums, resident groups and the step.
+  if (parts)
+    for (Groups& g : groups_) g.resident = false;
 }
 
 int64_t Job::scratch_bytes() const {
   int64_t bytes = aligned(blocks_ * int64_t(sizeof(double)));
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (!rows[i].grouped) continue;
+    if (!rows[i].grouped || groups_[i].resident) continue;
     const int64_t factors = aligned(rows[i].view.count() * element_size(arithmetic(rows[i].dtype)));
     bytes += factors * (action_ != Action::penalty && groups_[i].lasso ? 2 : 1);
     bytes += aligned(groups_[i].partials * int64_t(sizeof(double)));
@@ -63,7 +68,7 @@ void Job::set_scratch(void* memory) {
   const auto take = [&](int64_t bytes) { return std::exchange(next, next + aligned(bytes)); };
   totals_ = reinterpret_cast<double*>(take(blocks_ * int64_t(sizeof(double))));
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (!rows[i].grouped) continue;
+    if (!rows[i].grouped || groups_[i].resident) continue;
     Groups& g = groups_[i];
     const GroupView& v = rows[i].view;
     const int64_t factors = v.count() * element_size(arithmetic(rows[i].dtype));
@@ -124,6 +129,7 @@ void Job::add(const Row& row, const Groups& groups) {
   }
   const S* read = static_cast<const S*>(action_ == Action::step ? row.g : source(row));
   if (!row.grouped) return builder.add(row, read);
+  if (groups.resident) return std::get<Builder<S>>(resident_).add(row, read, groups.tiles);
   for (const auto& p : groups.pieces) {
     Row piece = row;
     piece.numel = p.numel;
@@ -145,6 +151,12 @@ void Job::check(const char* kernel, const char* error, const std::vector<int32_t
 // `blocks`: how many numbers of totals_ are taken.
 template <class S>
 void Job::launch(const Queue& queue, const Scaling& scaling, Dtype dtype, int64_t& blocks) {
+  for (auto& l : std::get<Builder<S>>(resident_)) {
+    l.table->grad_scale = scaling.grad_scale;
+    l.table->found_inf = scaling.found_inf;
+    const auto start = action_ == Action::step ? kernels_.resident_step : kernels_.resident_prox;
+    check("group step", start(queue, dtype, *l.table), l.groups);
+  }
   for (auto& l : std::get<Builder<S>>(builders_)) {
     l.table->grad_scale = scaling.grad_scale;
     l.table->found_inf = scaling.found_inf;
@@ -163,11 +175,11 @@ void Job::launch(const Queue& queue, const Scaling& scaling, Dtype dtype, int64_
 void Job::run(const Queue& queue, const Scaling& scaling, double* total) {
   for (auto& b : squares_) b.clear();
   for (auto& b : joins_) b.clear();
-  std::apply([](auto&... b) { (b.clear(), ...); }, builders_);
+  for (auto* builders : {&builders_, &resident_}) std::apply([](auto&... b) { (b.clear(), ...); }, *builders);
   for (size_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
     if (!row.active || row.numel == 0) continue;
-    if (row.grouped) add_sums(row, groups_[i]);
+    if (row.grouped && !groups_[i].resident) add_sums(row, groups_[i]);
     with_storage(row.dtype, [&](auto s) { add<decltype(s)>(row, groups_[i]); });
   }
   for (const Dtype dtype : kDtypes)

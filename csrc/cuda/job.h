@@ -11,8 +11,8 @@
 
 namespace rvsm::cuda {
 
-// A set of rows on one device, for repeated runs. Elementwise: one launch per storage type. Groups need one before it,
-// or two where long groups are summed in parts.
+// A set of rows on one device, for repeated runs. Elementwise: one launch per storage type. Groups that are short and
+// consecutive in memory: another. Other groups need one before the step, or two where long groups are summed in parts.
 class Job {
  public:
   Job(Action action, const Kernels& kernels) : action_(action), kernels_(kernels) {}
@@ -41,6 +41,8 @@ class Job {
  private:
   // How one tensor in groups is summed.
   struct Groups {
+    bool resident = false;  // its blocks sum its groups themselves
+    Tiles tiles;
     SumEntry sums[2];  // of a tensor that begins on a 16-byte boundary, and of another
     SumEntry join;
     // Pieces of fewer than 2^31 elements; nearly always one.
@@ -70,7 +72,8 @@ class Job {
   int64_t limit_ = kNarrow;
   int64_t blocks_ = 0;  // how many of these there are at most
   SumBuilder squares_[4], joins_[2], total_;
-  std::tuple<Builder<float>, Builder<double>, Builder<BFloat16>, Builder<Float16>> builders_;
+  using Builders = std::tuple<Builder<float>, Builder<double>, Builder<BFloat16>, Builder<Float16>>;
+  Builders builders_, resident_;
 };
 
 }  // namespace rvsm::cuda

@@ -38,6 +38,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) prox_kernel(const __grid
   prox_thread<S>(table, blockIdx.x, int(threadIdx.x));
 }
 
+// Half types hold more than 40 registers from phase to phase; half of the threads still have 48 KB in flight.
+template <class S, bool kStep>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 2 ? 4 : kBlocks<S>)
+    resident_kernel(const __grid_constant__ Table table) {
+  __shared__ ResidentShared<Arithmetic<S>> shared;
+  resident_block<S, kStep, Arithmetic<S>>(table, blockIdx.x, shared, Each{});
+}
+
 template <class S, bool kSquares, class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) sum_kernel(const __grid_constant__ SumTable table) {
   __shared__ double sums[kSums<S>];
@@ -72,6 +80,11 @@ const char* prox(const Queue& queue, Dtype dtype, const Table& t) {
   return with_storage(dtype, [&](auto s) { return launch(queue, prox_kernel<decltype(s)>, t); });
 }
 
+template <bool kStep>
+const char* resident(const Queue& queue, Dtype dtype, const Table& t) {
+  return with_storage(dtype, [&](auto s) { return launch(queue, resident_kernel<decltype(s), kStep>, t); });
+}
+
 const char* squares(const Queue& queue, Dtype dtype, const SumTable& t) {
   return with_storage(dtype, [&](auto s) {
     using S = decltype(s);
@@ -90,7 +103,7 @@ const char* penalty(const Queue& queue, Dtype dtype, const Table& t) {
 
 }  // namespace
 
-const Kernels device_kernels = {step, prox, squares, join, penalty};
+const Kernels device_kernels = {step, prox, resident<true>, resident<false>, squares, join, penalty};
 const char* const architectures = RVSM_ARCHITECTURES;
 
 }  // namespace rvsm::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../types.h"
+#include "resident.h"
 #include "step.h"
 #include "sums.h"
 
@@ -17,6 +18,9 @@ struct Queue {
 struct Kernels {
   const char* (*step)(const Queue&, Dtype, const Table&);
   const char* (*prox)(const Queue&, Dtype, const Table&);
+  // The same of groups that are summed on the way.
+  const char* (*resident_step)(const Queue&, Dtype, const Table&);
+  const char* (*resident_prox)(const Queue&, Dtype, const Table&);
   // Squares of tensors of a type; then sums of the parts, for factors in the arithmetic type of `dtype`.
   const char* (*squares)(const Queue&, Dtype, const SumTable&);
   const char* (*join)(const Queue&, Dtype, const SumTable&);

@@ -23,10 +23,13 @@ struct RunKind {
 
 // ---- u of one element -----------------------------------------------------------------------------------------------
 
+// pull.from(at) knows the elements from a place on: those of a vector, or one.
+
 // Without groups: the penalty is known to the compiler, so that a block decides once.
 template <Penalty kPenalty, class T>
 struct ElementPull {
   const Prox<T>& prox;
+  RVSM_HD_MEMBER ElementPull from(uint32_t) const { return *this; }
   RVSM_HD_MEMBER void operator()(T w, uint32_t, T& u, T& unit) const {
     u = std::copysign(shrink<kPenalty>(std::fabs(w), prox), w);
     unit = T(0);
@@ -38,8 +41,10 @@ template <class T>
 struct GroupPull {
   const Columns& c;
   bool lasso;
-  RVSM_HD_MEMBER void operator()(T w, uint32_t at, T& u, T& unit) const {
-    const auto group = c.group(at);
+  uint32_t at;
+  RVSM_HD_MEMBER GroupPull from(uint32_t place) const { return {c, lasso, place}; }
+  RVSM_HD_MEMBER void operator()(T w, uint32_t k, T& u, T& unit) const {
+    const uint32_t group = c.group(at + k);
     u = w * static_cast<const T*>(c.ratio)[group];
     unit = lasso ? w / static_cast<const T*>(c.length)[group] : T(0);
   }
@@ -51,7 +56,7 @@ RVSM_HD void with_pull(const Table& t, const Entry& e, const F& f) {
   if (e.record & kGrouped) {
     const Columns& columns = slot_of<Columns>(t, e.record & ~kGrouped);
     const Record<T>& record = slot_of<Record<T>>(t, columns.record);
-    return f(record, GroupPull<T>{columns, record.lasso});
+    return f(record, GroupPull<T>{columns, record.lasso, 0});
   }
   const Record<T>& record = slot_of<Record<T>>(t, e.record);
   with_penalty(record.step.prox.penalty,
@@ -74,87 +79,100 @@ RVSM_HD Place place_of(const Table& t, uint32_t block) {
   return {e, span_of<S>(e, block - e.first, end - e.first)};
 }
 
+template <class T>
+RVSM_HD T scale_of(const Table& t) {
+  return t.grad_scale != nullptr ? T(1) / T(*t.grad_scale) : T(1);
+}
+
+// The thread's elements of a span. `pull` knows them by their distance from the span's begin, plus `first`.
+template <class S, class T, class Pull>
+RVSM_HD void step_elements(const Entry& e, const Record<T>& record, const Span& span, int thread, T scale,
+                           uint32_t first, const Pull& pull) {
+  const bool split = record.step.prox.penalty != Penalty::none;
+  const RunKind kind{Momentum(record.momentum), record.decay, split, record.lasso};
+  const bool momentum = kind.momentum != Momentum::none;
+  S* const w = static_cast<S*>(e.w) + span.begin;
+  const S* const g = static_cast<const S*>(e.g) + span.begin;
+  S* const m = momentum ? static_cast<S*>(e.m) + span.begin : nullptr;
+  const auto element = [&](T& wi, T gi, T& mi, const auto& at, uint32_t k) {
+    T u, unit;
+    at(wi, k, u, unit);
+    sgd_step(wi, mi, gi * scale, wi - u, unit, record.step, kind);
+  };
+  for_elements<S>(
+      span, thread,
+      [&](uint32_t i) {
+        Vector<S> wv = *reinterpret_cast<const Vector<S>*>(w + i);
+        const Vector<S> gv = *reinterpret_cast<const Vector<S>*>(g + i);
+        Vector<S> mv{};
+        if (momentum) mv = *reinterpret_cast<const Vector<S>*>(m + i);
+        const auto at = pull.from(first + i);
+        RVSM_UNROLL
+        for (int k = 0; k < kWidth<S>; k += 2) {
+          T wk[2] = {load(wv.at[k]), load(wv.at[k + 1])}, mk[2] = {load(mv.at[k]), load(mv.at[k + 1])};
+          element(wk[0], load(gv.at[k]), mk[0], at, k);
+          element(wk[1], load(gv.at[k + 1]), mk[1], at, k + 1);
+          store_pair(&wv.at[k], wk[0], wk[1]);
+          store_pair(&mv.at[k], mk[0], mk[1]);
+        }
+        *reinterpret_cast<Vector<S>*>(w + i) = wv;
+        if (momentum) *reinterpret_cast<Vector<S>*>(m + i) = mv;
+      },
+      [&](uint32_t i) {
+        T wi = load(w[i]), mi = momentum ? T(load(m[i])) : T(0);
+        element(wi, load(g[i]), mi, pull.from(first + i), 0);
+        store(w[i], wi);
+        if (momentum) store(m[i], mi);
+      });
+}
+
 // One thread of one block.
 template <class S>
 RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
   using T = Arithmetic<S>;
   if (t.found_inf != nullptr && *t.found_inf > 0) return;
   const Place place = place_of<S>(t, block);
-  const Entry& e = place.entry;
-  const T scale = t.grad_scale != nullptr ? T(1) / T(*t.grad_scale) : T(1);
-  const int64_t begin = place.span.begin;
-  const uint32_t first = uint32_t(begin);  // that of a tensor in groups fits
-  with_pull<T>(t, e, [&](const Record<T>& record, const auto& pull) {
-    const bool split = record.step.prox.penalty != Penalty::none;
-    const RunKind kind{Momentum(record.momentum), record.decay, split, record.lasso};
-    const bool momentum = kind.momentum != Momentum::none;
-    S* const w = static_cast<S*>(e.w) + begin;
-    const S* const g = static_cast<const S*>(e.g) + begin;
-    S* const m = momentum ? static_cast<S*>(e.m) + begin : nullptr;
-    const auto element = [&](T& wi, T gi, T& mi, uint32_t at) {
-      T u, unit;
-      pull(wi, at, u, unit);
-      sgd_step(wi, mi, gi * scale, wi - u, unit, record.step, kind);
-    };
-    for_elements<S>(
-        place.span, thread,
-        [&](uint32_t i) {
-          Vector<S> wv = *reinterpret_cast<const Vector<S>*>(w + i);
-          const Vector<S> gv = *reinterpret_cast<const Vector<S>*>(g + i);
-          Vector<S> mv{};
-          if (momentum) mv = *reinterpret_cast<const Vector<S>*>(m + i);
-          RVSM_UNROLL
-          for (int k = 0; k < kWidth<S>; k += 2) {
-            T wk[2] = {load(wv.at[k]), load(wv.at[k + 1])}, mk[2] = {load(mv.at[k]), load(mv.at[k + 1])};
-            element(wk[0], load(gv.at[k]), mk[0], first + i + k);
-            element(wk[1], load(gv.at[k + 1]), mk[1], first + i + k + 1);
-            store_pair(&wv.at[k], wk[0], wk[1]);
-            store_pair(&mv.at[k], mk[0], mk[1]);
-          }
-          *reinterpret_cast<Vector<S>*>(w + i) = wv;
-          if (momentum) *reinterpret_cast<Vector<S>*>(m + i) = mv;
-        },
-        [&](uint32_t i) {
-          T wi = load(w[i]), mi = momentum ? T(load(m[i])) : T(0);
-          element(wi, load(g[i]), mi, first + i);
-          store(w[i], wi);
-          if (momentum) store(m[i], mi);
-        });
+  const T scale = scale_of<T>(t);
+  with_pull<T>(t, place.entry, [&](const Record<T>& record, const auto& pull) {
+    // A tensor in groups has fewer than 2^31 elements.
+    step_elements<S>(place.entry, record, place.span, thread, scale, uint32_t(place.span.begin), pull);
   });
 }
 
-// ---- u
-// ----------------------------------------------------------------------------------------------------------------
+// ---- u --------------------------------------------------------------------------------------------------------------
 
 // entry.w <- u of entry.g, which may be the same.
+template <class S, class Pull>
+RVSM_HD void prox_elements(const Entry& e, const Span& span, int thread, uint32_t first, const Pull& pull) {
+  using T = Arithmetic<S>;
+  S* const u = static_cast<S*>(e.w) + span.begin;
+  const S* const w = static_cast<const S*>(e.g) + span.begin;
+  const auto element = [&](S& us, S ws, const auto& at, uint32_t k) {
+    T ui, unit;
+    at(T(load(ws)), k, ui, unit);
+    store(us, ui);
+  };
+  for_elements<S>(
+      span, thread,
+      [&](uint32_t i) {
+        Vector<S> v = *reinterpret_cast<const Vector<S>*>(w + i);
+        const auto at = pull.from(first + i);
+        RVSM_UNROLL
+        for (int k = 0; k < kWidth<S>; ++k) element(v.at[k], v.at[k], at, k);
+        *reinterpret_cast<Vector<S>*>(u + i) = v;
+      },
+      [&](uint32_t i) { element(u[i], w[i], pull.from(first + i), 0); });
+}
+
 template <class S>
 RVSM_HD void prox_thread(const Table& t, uint32_t block, int thread) {
-  using T = Arithmetic<S>;
   const Place place = place_of<S>(t, block);
-  const int64_t begin = place.span.begin;
-  const uint32_t first = uint32_t(begin);  // that of a tensor in groups fits
-  S* const u = static_cast<S*>(place.entry.w) + begin;
-  const S* const w = static_cast<const S*>(place.entry.g) + begin;
-  with_pull<T>(t, place.entry, [&](const Record<T>&, const auto& pull) {
-    const auto element = [&](S& us, S ws, uint32_t at) {
-      T ui, unit;
-      pull(T(load(ws)), at, ui, unit);
-      store(us, ui);
-    };
-    for_elements<S>(
-        place.span, thread,
-        [&](uint32_t i) {
-          Vector<S> v = *reinterpret_cast<const Vector<S>*>(w + i);
-          RVSM_UNROLL
-          for (int k = 0; k < kWidth<S>; ++k) element(v.at[k], v.at[k], first + i + k);
-          *reinterpret_cast<Vector<S>*>(u + i) = v;
-        },
-        [&](uint32_t i) { element(u[i], w[i], first + i); });
+  with_pull<Arithmetic<S>>(t, place.entry, [&](const auto&, const auto& pull) {
+    prox_elements<S>(place.entry, place.span, thread, uint32_t(place.span.begin), pull);
   });
 }
 
-// ---- the penalty's value
-// ----------------------------------------------------------------------------------------------
+// ---- the penalty's value --------------------------------------------------------------------------------------------
 
 // lam P(u) + beta/2 |w - u|^2 over the thread's elements, which are weights or norms of groups.
 template <class S>

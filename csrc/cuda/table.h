@@ -142,6 +142,8 @@ RVSM_HD int find(const E* entries, int count, uint32_t block) {
   return low;
 }
 
+RVSM_HD bool begins_on_boundary(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 // Elements before the first 16-byte boundary.
 template <class S>
 RVSM_HD int64_t elements_before_boundary(const void* p) {

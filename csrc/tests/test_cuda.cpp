@@ -166,7 +166,8 @@ void sums() {
   }
 }
 
-// A thousand small tensors with the same options are one launch, 250 in groups two.
+// A thousand small tensors with the same options are one launch; 250 in groups two, or one where groups are
+// consecutive.
 int launches = 0;
 
 void launch_counts() {
@@ -177,13 +178,19 @@ void launch_counts() {
   Kernels counting = host_kernels;
   counting.step = [](const Queue&, Dtype, const Table&) -> const char* { return ++launches, nullptr; };
   counting.squares = [](const Queue&, Dtype, const SumTable&) -> const char* { return ++launches, nullptr; };
-  for (const bool grouped : {false, true}) {
+  counting.join = counting.squares;
+  counting.resident_step = counting.step;
+  struct Kind {
+    int tensors, launches;
+    GroupView view;  // of a tensor in groups, empty of another
+  };
+  for (const Kind& kind : {Kind{1000, 1, {}}, Kind{250, 2, {1, 3, 4, 1}}, Kind{400, 1, {1, 1, 3, 4}}}) {
     Job job(Action::step, counting);
-    for (int i = 0; i < (grouped ? 250 : 1000); ++i) {
+    for (int i = 0; i < kind.tensors; ++i) {
       Row row;
-      row.numel = 12 + i % 3;
-      row.grouped = grouped;
-      row.view = {1, 1, row.numel, 1};
+      row.numel = 12;
+      row.grouped = kind.view.count() > 1;
+      row.view = kind.view;
       row.w = memory.data() + i;
       row.g = memory.data() + i;
       row.step = make_step(o, 1, false);
@@ -194,7 +201,7 @@ void launch_counts() {
     job.set_scratch(scratch.data());
     launches = 0;
     job.run({}, {});
-    CHECK(launches == (grouped ? 2 : 1), "%d launches", launches);
+    CHECK(launches == kind.launches, "%d launches", launches);
     ++checked;
   }
 }
@@ -242,7 +249,7 @@ int main() {
   all<double>();
   all<BFloat16>();
   all<Float16>();
-  for (const int count : {1, 2, 40, 700, 2500})
+  for (const int count : {1, 2, 41, 40, 701, 700, 2500})
     for (const Action action : {Action::step, Action::prox, Action::penalty})
       checked += engines<HostMemory>(count, action, host_kernels, 0);
   launch_counts();

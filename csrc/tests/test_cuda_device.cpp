@@ -51,7 +51,7 @@ int main(int argc, char** argv) {
   }
   const int most = argc > 1 ? std::atoi(argv[1]) : 40;
   int64_t checked = 0;
-  for (int count = 1; count <= most; count *= 3)
+  for (int count = 1; count <= most; count = 3 * count + 1)
     for (const Action action : {Action::step, Action::prox, Action::penalty})
       checked += engines<DeviceMemory>(count, action, cuda::device_kernels, 4);
   return finish("cuda_device", checked);

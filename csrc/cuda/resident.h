@@ -1,0 +1,136 @@
+// Groups that are short and consecutive in memory: one block sums a few of them and then does their step, while they
+// are in its caches. So w is read from memory once, and nothing about the groups is kept. For host and device, in
+// phases like sums.h.
+#pragma once
+
+#include "../row.h"
+#include "step.h"
+#include "sums.h"
+
+namespace rvsm::cuda {
+
+// How a tensor of such groups is divided. Follows in a table where an entry has kGrouped.
+struct alignas(32) Tiles {
+  uint32_t inner;   // elements of a group
+  uint32_t groups;  // of the tensor
+  uint16_t tile;    // groups of a block
+  uint16_t lanes;   // threads that sum a group
+  Divider by_inner;
+  uint32_t record;  // the slot of the Record
+};
+static_assert(sizeof(Tiles) == 32);
+
+// Most groups of a tile that have one thread each.
+constexpr int kRounds = 4;
+
+// Numbers of a block that all of its threads share.
+template <class T>
+struct ResidentShared {
+  double sums[kRounds * kThreads];
+  T ratio[kRounds * kThreads], length[kRounds * kThreads];
+};
+
+// u = w * ratio, w_G / ||w_G|| = w / length, by the factors that the block has just made. No vector holds elements of
+// two groups: one look at the factors is enough.
+template <class T>
+struct TilePull {
+  const T* ratio;
+  const T* length;
+  const Tiles& tiles;
+  bool lasso;
+
+  struct One {
+    T ratio, length;
+    bool lasso;
+    RVSM_HD_MEMBER void operator()(T w, uint32_t, T& u, T& unit) const {
+      u = w * ratio;
+      unit = lasso ? w / length : T(0);
+    }
+  };
+  RVSM_HD_MEMBER One from(uint32_t at) const {
+    const uint32_t group = tiles.by_inner(at);
+    return {ratio[group], length[group], lasso};
+  }
+};
+
+// Phase 1: one thread's share of the sums of its groups.
+template <int kLoad, class S>
+RVSM_HD void sum_groups(const S* w, const Tiles& t, int groups, int thread, double* sums) {
+  const int lane = thread % t.lanes, step = kThreads / t.lanes;
+  RVSM_NO_UNROLL
+  for (int group = thread / t.lanes; group < t.tile; group += step) {
+    double own[kLoad] = {};
+    if (group < groups) {
+      RVSM_NO_UNROLL
+      for (uint32_t i = uint32_t(lane) * kLoad; i < t.inner; i += uint32_t(t.lanes) * kLoad)
+        add_vector<kLoad, true>(own, w + uint32_t(group) * t.inner + i);
+    }
+    RVSM_UNROLL
+    for (int k = 1; k < kLoad; ++k) own[0] += own[k];
+    sums[lane * t.tile + group] = own[0];
+  }
+}
+
+// One block; kStep: a step, else entry.w <- u of entry.g.
+template <class S, bool kStep, class T, class Each>
+RVSM_HD void resident_block(const Table& table, uint32_t block, ResidentShared<T>& shared, const Each& each) {
+  if (table.found_inf != nullptr && *table.found_inf > 0) return;
+  const Entry& e = table.slots[find(table.slots, int(table.entries), block)];
+  const Tiles& t = slot_of<Tiles>(table, e.record & ~kGrouped);
+  const Record<T>& record = slot_of<Record<T>>(table, t.record);
+  const uint32_t first = (block - e.first) * t.tile;
+  const int groups = int(t.groups - first < t.tile ? t.groups - first : t.tile);
+  const int64_t begin = int64_t(first) * t.inner;
+  const S* const w = static_cast<const S*>(kStep ? e.w : e.g) + begin;
+  const bool vectors = (e.rest & kScalar) == 0;
+  each([&](int thread) {
+    if (vectors)
+      sum_groups<kWidth<S>>(w, t, groups, thread, shared.sums);
+    else
+      sum_groups<1>(w, t, groups, thread, shared.sums);
+  });
+  fold(shared.sums, t.lanes, t.tile, each);
+  each([&](int thread) {
+    for (int group = thread; group < groups; group += kThreads) {
+      const T norm = T(std::sqrt(shared.sums[group]));
+      const Prox<T>& prox = record.step.prox;
+      shared.ratio[group] =
+          with_penalty(prox.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(norm, prox); });
+      shared.length[group] = length_of(norm);
+    }
+  });
+  each([&](int thread) {
+    const Span span{begin, 0, groups * int(t.inner), vectors};
+    const TilePull<T> pull{shared.ratio, shared.length, t, record.lasso};
+    if constexpr (kStep)
+      step_elements<S>(e, record, span, thread, scale_of<T>(table), 0, pull);
+    else
+      prox_elements<S>(e, span, thread, 0, pull);
+  });
+}
+
+// ---- host -----------------------------------------------------------------------------------------------------------
+
+// Bytes of a tile that stay in the caches while all multiprocessors work on theirs.
+constexpr int64_t kResident = 49152;
+// Elements of a block that are worth its start.
+constexpr int64_t kWorth = 4096;
+
+// Short enough, and made of whole vectors.
+inline bool is_resident(const GroupView& v, int64_t element_size) {
+  const int64_t bytes = v.inner * element_size;
+  return v.outer == 1 && bytes % 16 == 0 && bytes <= kResident && v.count() * v.inner < kNarrow;
+}
+
+inline Tiles make_tiles(const GroupView& v, int64_t element_size) {
+  Tiles t{};
+  t.inner = uint32_t(v.inner);
+  t.groups = uint32_t(v.count());
+  t.lanes = uint16_t(power_below(v.inner * element_size / 64));
+  const int64_t at_once = kThreads / t.lanes, rounds = std::clamp<int64_t>(kWorth / (at_once * v.inner), 1, kRounds);
+  t.tile = uint16_t(std::min<int64_t>(at_once * rounds, kResident / (v.inner * element_size)));
+  t.by_inner = divider(v.inner);
+  return t;
+}
+
+}  // namespace rvsm::cuda
