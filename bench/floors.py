@@ -25,6 +25,9 @@ _MORE = 4
 
 _LARGE_MATRIX = "10000x10000"
 
+_CUDA_BLOCK = 512
+"""torch's allocator on a GPU hands out multiples of so many bytes."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -176,8 +179,9 @@ def memory(case: Case) -> Measure:
         case_here = _sized(case, smoke)
         sgd = _sgd_bytes(case_here.shape, config.device)
         own = in_child(case_here, config.engines[0], config.device)["bytes"]
-        allowance = 0 if config.device == "cuda" else max(RSS_RESOLUTION, abs(sgd[0] - sgd[1]))
-        note = f"the measurement resolves {allowance / 1024:.0f} KiB" if allowance else ""
+        resolution = _CUDA_BLOCK if config.device == "cuda" else RSS_RESOLUTION
+        allowance = max(resolution, abs(sgd[0] - sgd[1]))
+        note = f"the measurement resolves {allowance / 1024:.3g} KiB"
         return Measured(own - min(sgd), limit=4.0 * case_here.groups, allowance=allowance, note=note)
 
     return run
