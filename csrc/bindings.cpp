@@ -3,7 +3,9 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <optional>
 #include <stdexcept>
+#include <string>
 
 #include "cpu/engine.h"
 #include "cuda/kernels.h"
@@ -75,6 +77,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
 #if defined(RVSM_CUDA)
   m.attr("has_cuda") = true;
+  m.def("probe_cuda", [](int device) -> std::optional<std::string> {
+    const char* error = rvsm::cuda::probe(device);
+    return error == nullptr ? std::nullopt : std::optional<std::string>(error);
+  });
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -63,7 +63,7 @@ RVSM_HD void store(float& to, float x) { to = x; }
 RVSM_HD void store(double& to, double x) { to = x; }
 
 RVSM_HD void store(BFloat16& to, float x) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 #else
   const uint32_t b = bits_of(x);
@@ -96,7 +96,7 @@ RVSM_HD void store_pair(S* to, T x, T y) {
   store(to[0], x);
   store(to[1], y);
 }
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 RVSM_HD void store_pair(Float16* to, float x, float y) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));

@@ -21,6 +21,26 @@
 
 namespace rvsm {
 
+// 1 / x and x / y to the last bit, nearly: the kernels of a GPU are compiled with divisions that are off by 2 ulp,
+// whose residual an fma gives exactly. Where x == y the quotient is 1.
+template <class T>
+RVSM_HD T reciprocal(T x) {
+  const T r = T(1) / x;
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) return std::fma(r, std::fma(-x, r, T(1)), r);
+#endif
+  return r;
+}
+
+template <class T>
+RVSM_HD T quotient(T x, T y) {
+  const T q = x / y;
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) return q + std::fma(-q, y, x) / y;
+#endif
+  return q;
+}
+
 // ---- transformed l1 --------------------------------------------------------------------------------------------
 //
 // With R = a + r and q = 27 tau a (a + 1) / (4 R^3), Zhang & Xin's root is s = r - R h(q) with
@@ -61,7 +81,7 @@ struct Tl1Fit<double> {
 
 template <class T>
 RVSM_HD T tl1_shrink(T r, const Prox<T>& f) {
-  const T inv = T(1) / (f.a + r);
+  const T inv = reciprocal(f.a + r);
   const T x = f.rho * inv;  // q = x^3
   // 1 - q = (1 - x)(1 + x + x^2), and 1 - x = (r - edge) / R without a difference of nearly equal numbers.
   const T rest = (r - f.edge) * inv * (T(1) + x + x * x);
@@ -104,7 +124,7 @@ RVSM_HD T value(T s, T a) {
 template <Penalty kPenalty, class T>
 RVSM_HD T shrink_ratio(T r, const Prox<T>& f) {
   const T s = shrink<kPenalty>(r, f);
-  return r == T(0) ? T(0) : s / r;
+  return r == T(0) ? T(0) : quotient(s, r);
 }
 
 // What divides the elements of a group of that norm; those of the zero group are 0 and stay 0.

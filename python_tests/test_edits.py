@@ -110,14 +110,16 @@ def test_gradients_set_in_place_and_replaced(trained: World) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_gradient_of_another_dtype(engine: str, dtype: torch.dtype, momentum: float) -> None:
+@pytest.mark.parametrize("group_dim", [None, 0, 1, ()])
+def test_gradient_of_another_dtype(engine: str, dtype: torch.dtype, momentum: float, group_dim: Any) -> None:
     """p.data of another dtype, the gradient left behind: it is used as it is, unrounded, as torch.optim.SGD does.
 
     With momentum the buffer has the parameter's dtype all the same.
     """
-    p = nn.Parameter(torch.randn(21))
-    optimizer = rk.RVSM([p], lr=0.1, lam=0.1, beta=0.5, momentum=momentum, engine=engine)
-    p.grad = torch.randn(21)
+    p = nn.Parameter(torch.randn(21, 16))
+    options = {"momentum": momentum, "group_dim": group_dim}
+    optimizer = rk.RVSM([p], lr=0.1, lam=0.1 if group_dim is None else 4.0, beta=0.5, **options, engine=engine)
+    p.grad = torch.randn(21, 16)
     if not momentum:
         checked_step(optimizer, "float32")
     p.data = p.data.to(dtype)
@@ -125,7 +127,7 @@ def test_gradient_of_another_dtype(engine: str, dtype: torch.dtype, momentum: fl
     checked_step(optimizer, "a float32 gradient of another parameter")
     checked_step(optimizer, "and again")
     p.grad = None
-    p.grad = torch.randn(21, dtype=dtype)
+    p.grad = torch.randn(21, 16, dtype=dtype)
     checked_step(optimizer, "a gradient of its own dtype")
 
 

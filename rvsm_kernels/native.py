@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, MutableMapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -38,6 +39,18 @@ def missing_cuda() -> str | None:
         return "the compiled kernels are CUDA's, this torch is built for ROCm"
     if not _C.has_cuda:
         return "this build found no nvcc; rebuild where nvcc (12.1 or newer) is on PATH or under CUDA_HOME"
+    # Not before there are CUDA tensors: asking would start CUDA, and a process that did must not fork.
+    return _probe() if torch.cuda.is_initialized() else None
+
+
+@functools.cache
+def _probe() -> str | None:
+    """Why the compiled kernels do not run on a GPU of this machine, or None."""
+    for device in range(torch.cuda.device_count()):
+        error = _C.probe_cuda(device)
+        if error is not None:
+            name, built = torch.cuda.get_device_name(device), _C.build_info()["architectures"]
+            return f"the kernels, built for {built}, do not run on {name} here: {error}"
     return None
 
 

@@ -27,28 +27,32 @@ void Job::divide(int64_t limit) {
   limit_ = limit;
   groups_.assign(rows.size(), Groups{});
   blocks_ = 0;
-  bool parts = false;
+  bool any_parts = false;
   for (size_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
     int64_t numbers = row.numel;
     if (row.grouped) {
       Groups& g = groups_[i];
       const GroupView& v = row.view;
-      g.resident = action_ != Action::penalty && is_resident(v, element_size(row.dtype));
-      if (g.resident) g.tiles = make_tiles(v, element_size(row.dtype));
-      for (const bool misplaced : {false, true}) {
-        g.sums[misplaced] = divide_sums(v, element_size(row.dtype), !misplaced);
-        const int64_t parts = g.sums[misplaced].parts;
-        if (parts > 1) g.partials = std::max(g.partials, parts * v.count());
+      const int64_t own = element_size(row.dtype);
+      g.dtype = row.dtype;
+      g.resident = action_ != Action::penalty && is_resident(v, own);
+      for (auto& [layout, size] : {std::pair{&g.own, own}, std::pair{&g.wide, int64_t(sizeof(float))}}) {
+        if (g.resident) layout->tiles = make_tiles(v, size);
+        for (const bool misplaced : {false, true}) {
+          SumEntry& e = layout->sums[misplaced];
+          e = divide_sums(v, size, !misplaced);
+          if (e.parts > 1) g.partials = std::max(g.partials, e.parts * v.count());
+        }
       }
       g.lasso = row.step.lasso != 0;
+      any_parts |= !g.resident && g.partials > 0;
       numbers = v.count();
     }
-    if (row.grouped && !groups_[i].resident) parts |= groups_[i].partials > 0;
     if (action_ == Action::penalty) blocks_ += ceil_div(numbers, kChunk<double>);  // no type has more chunks
   }
   // Three launches are enough: sums, their parts and the step; or sums, resident groups and the step.
-  if (parts)
+  if (any_parts)
     for (Groups& g : groups_) g.resident = false;
 }
 
@@ -83,22 +87,23 @@ void Job::set_scratch(void* memory) {
       g.pieces.push_back({offset, piece.count() * piece.size(),
                           make_columns(piece, g.ratio + from, g.lasso ? g.length + from : nullptr)});
     });
-    for (SumEntry& e : g.sums) {
-      const bool whole = e.parts == 1;
-      const Finish finish = value ? Finish::norms : Finish::factors;
-      e.finish = uint16_t(whole ? finish : Finish::part);
-      e.out = g.parts;
-      e.ratio = g.ratio;
-      e.length = g.length;
-      if (whole) continue;
-      // The sums of the parts are a matrix of parts x groups.
-      g.join = divide_sums({1, e.parts, v.count(), 1}, sizeof(double), true);
-      g.join.parts = 1;
-      g.join.finish = uint16_t(finish);
-      g.join.x = g.parts;
-      g.join.ratio = g.ratio;
-      g.join.length = g.length;
+    const Finish finish = value ? Finish::norms : Finish::factors;
+    for (Layout* layout : {&g.own, &g.wide}) {
+      for (SumEntry& e : layout->sums) {
+        e.finish = uint16_t(e.parts == 1 ? finish : Finish::part);
+        e.out = g.parts;
+        e.ratio = g.ratio;
+        e.length = g.length;
+      }
     }
+    if (g.partials == 0) continue;
+    // The sums of the parts are a matrix of parts x groups; how many parts is known when the tensor is.
+    g.join = divide_sums({1, 2, v.count(), 1}, sizeof(double), true);
+    g.join.parts = 1;
+    g.join.finish = uint16_t(finish);
+    g.join.x = g.parts;
+    g.join.ratio = g.ratio;
+    g.join.length = g.length;
   }
 }
 
@@ -106,7 +111,7 @@ void Job::set_scratch(void* memory) {
 const void* Job::source(const Row& row) const { return action_ == Action::prox && row.g != nullptr ? row.g : row.w; }
 
 void Job::add_sums(const Row& row, const Groups& groups) {
-  SumEntry e = groups.sums[begins_on_boundary(source(row)) ? 0 : 1];
+  SumEntry e = groups.layout(row.dtype).sums[begins_on_boundary(source(row)) ? 0 : 1];
   e.x = source(row);
   e.prox = row.step.prox;
   squares_[int(row.dtype)].add(e, row.view.batch, row.group);
@@ -129,7 +134,7 @@ void Job::add(const Row& row, const Groups& groups) {
   }
   const S* read = static_cast<const S*>(action_ == Action::step ? row.g : source(row));
   if (!row.grouped) return builder.add(row, read);
-  if (groups.resident) return std::get<Builder<S>>(resident_).add(row, read, groups.tiles);
+  if (groups.resident) return std::get<Builder<S>>(resident_).add(row, read, groups.layout(row.dtype).tiles);
   for (const auto& p : groups.pieces) {
     Row piece = row;
     piece.numel = p.numel;

@@ -39,11 +39,15 @@ class Job {
   void run(const Queue& queue, const Scaling& scaling, double* total = nullptr);
 
  private:
-  // How one tensor in groups is summed.
-  struct Groups {
-    bool resident = false;  // its blocks sum its groups themselves
-    Tiles tiles;
+  // How one tensor in groups is summed, where its elements are of one type.
+  struct Layout {
+    Tiles tiles;       // of a resident one
     SumEntry sums[2];  // of a tensor that begins on a 16-byte boundary, and of another
+  };
+  struct Groups {
+    Dtype dtype;
+    Layout own, wide;       // of that type, and of float32, in which a step with a wider gradient is done
+    bool resident = false;  // its blocks sum its groups themselves
     SumEntry join;
     // Pieces of fewer than 2^31 elements; nearly always one.
     struct Piece {
@@ -55,6 +59,8 @@ class Job {
     bool lasso = false;
     char *ratio = nullptr, *length = nullptr;
     double* parts = nullptr;
+
+    const Layout& layout(Dtype type) const { return type == dtype ? own : wide; }
   };
 
   template <class S>

@@ -103,6 +103,18 @@ const char* penalty(const Queue& queue, Dtype dtype, const Table& t) {
 
 }  // namespace
 
+const char* probe(int device) {
+  int before = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(step_kernel<float>));
+    cudaSetDevice(before);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 const Kernels device_kernels = {step, prox, resident<true>, resident<false>, squares, join, penalty};
 const char* const architectures = RVSM_ARCHITECTURES;
 

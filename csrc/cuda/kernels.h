@@ -30,6 +30,8 @@ struct Kernels {
 extern const Kernels host_kernels;
 #if defined(RVSM_CUDA)
 extern const Kernels device_kernels;
+// Null, or why these kernels do not run on a device: another architecture, an older driver.
+const char* probe(int device);
 // The architectures the kernels were compiled for, as the build was told.
 extern const char* const architectures;
 #endif

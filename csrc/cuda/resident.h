@@ -128,7 +128,8 @@ inline Tiles make_tiles(const GroupView& v, int64_t element_size) {
   t.groups = uint32_t(v.count());
   t.lanes = uint16_t(power_below(v.inner * element_size / 64));
   const int64_t at_once = kThreads / t.lanes, rounds = std::clamp<int64_t>(kWorth / (at_once * v.inner), 1, kRounds);
-  t.tile = uint16_t(std::min<int64_t>(at_once * rounds, kResident / (v.inner * element_size)));
+  const int64_t fit = std::max<int64_t>(1, kResident / (v.inner * element_size));
+  t.tile = uint16_t(std::min(at_once * rounds, fit));
   t.by_inner = divider(v.inner);
   return t;
 }

@@ -81,7 +81,7 @@ RVSM_HD Place place_of(const Table& t, uint32_t block) {
 
 template <class T>
 RVSM_HD T scale_of(const Table& t) {
-  return t.grad_scale != nullptr ? T(1) / T(*t.grad_scale) : T(1);
+  return t.grad_scale != nullptr ? reciprocal(T(*t.grad_scale)) : T(1);
 }
 
 // The thread's elements of a span. `pull` knows them by their distance from the span's begin, plus `first`.

@@ -108,7 +108,7 @@ struct alignas(32) Value {
 constexpr int kSlots = 1022;
 
 // Entries fill the slots from the front, records from the back.
-struct Table {
+struct alignas(32) Table {
   uint32_t entries = 0;
   uint32_t blocks = 0;
   const float* grad_scale = nullptr;  // on the device; null: 1
