@@ -30,7 +30,6 @@ except ImportError as error:  # a source tree that was not built, or a build for
         )
 
 
-
 def missing_cuda() -> str | None:
     """Why there is no compiled engine for CUDA tensors here, or None."""
     if load_error is not None:
