@@ -124,6 +124,38 @@ void check_pieces() {
   CHECK(pieces == 9 && elements == int64_t(3) * (1 << 20) * 5000, "%d pieces", pieces);
 }
 
+// The tiles of tensors that are larger than any memory here, by arithmetic alone: they hold every element once, in
+// order where a tile is one piece of memory.
+template <int kLoad>
+void check_far_tiles(const GroupView& v, bool aligned) {
+  const SumEntry e = divide_sums(v, 16 / 4, aligned);
+  if (int(e.vectors) != (kLoad > 1)) return;
+  int64_t elements = 0, next = 0;
+  for (uint32_t block = 0; block < uint32_t(v.batch) * e.tiles * e.parts; ++block) {
+    const Tile t = tile_of<kLoad>(e, block);
+    if (v.outer == 1 && e.tile == 1) CHECK(t.begin == next, "a tile at %lld", static_cast<long long>(t.begin));
+    next = t.begin + t.length;
+    elements += int64_t(t.rows) * t.groups * t.length;
+    CHECK(t.rows >= 0 && t.groups > 0 && t.length > 0 && t.group + t.groups <= v.count(), "an odd tile");
+  }
+  CHECK(elements == v.count() * v.size(), "%lld elements in tiles", static_cast<long long>(elements));
+  ++checked;
+}
+
+void far_tiles() {
+  const int64_t big = int64_t(1) << 31;
+  const GroupView views[] = {{1, 1, 1, 4 * big},       {1, 1, 3, big + 4},     {1, 3 * big, 2, 1},
+                             {1, 1 << 20, 5000, 1},    {2, 1 << 16, 70000, 1}, {1, 5, big / 512, 516},
+                             {1, 3, 4, big + 1},       {3, 40000, 1000, 64},   {1, big + 5, 1, 100},
+                             {1, 1 << 16, 1 << 14, 9}, {1, 1, 1, 4 * big + 3}};
+  for (const GroupView& v : views) {
+    for (const bool aligned : {false, true}) {
+      check_far_tiles<1>(v, aligned);
+      check_far_tiles<4>(v, aligned);
+    }
+  }
+}
+
 // Every element of a tensor in exactly one thread's sum, for every view, and each group's sum right: the numbers are
 // powers of two, whose squares add up exactly in any order.
 template <class S>
@@ -245,6 +277,7 @@ void all() {
 int main() {
   check_dividers();
   check_pieces();
+  far_tiles();
   all<float>();
   all<double>();
   all<BFloat16>();
