@@ -207,8 +207,9 @@ def check_u(u: Tensor, w: Array, options: Mapping[str, Any]) -> None:
     tie = in_band(r, penalty, tau, a, arithmetic)
     zero = real(u) == 0
     low, high = bracket(want, bound, u.dtype)
-    may_underflow = (low <= 0) & (high >= 0) & (np.abs(want) <= np.finfo(np.float16).smallest_normal)
-    may_underflow &= u.dtype == torch.float16
+    # float32 holds what the storage type of half the width may not.
+    may_underflow = (low <= 0) & (high >= 0) & (np.abs(want) <= torch.finfo(u.dtype).smallest_normal)
+    may_underflow &= u.element_size() == 2
     must_live = (want != 0) & ~tie & ~may_underflow & (np.abs(want) > 2 * underflow(arithmetic))
     assert not (zero & must_live).any(), f"u is 0 above the cut at {np.argwhere(zero & must_live)[0]}"
     must_die = (want == 0) & ~tie
