@@ -25,8 +25,8 @@ _MORE = 4
 
 _LARGE_MATRIX = "10000x10000"
 
-_CUDA_BLOCK = 512
-"""torch's allocator on a GPU hands out multiples of so many bytes."""
+_CUDA_ALIGNMENT = 256
+"""Arrays of scratch on a GPU begin at multiples of so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ def launches(case: Case) -> Measure:
         step = start(config.engines[0], build(_sized(case, smoke), config.device))
         torch.cuda.synchronize()
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities):  # the first of a process may lose events
+            torch.cuda.synchronize()
         with torch.profiler.profile(activities=activities) as profile:
             step()
             torch.cuda.synchronize()
@@ -157,6 +159,8 @@ def launches(case: Case) -> Measure:
             for event in events
             if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Optimizer.step#")
         ]
+        if not on_device:
+            raise Unavailable("the profiler saw no launch")
         copies = [name for name in on_device if name.startswith(("Memcpy", "Memset"))]
         return Measured(len(on_device) - len(copies), note=f"and {len(copies)} copies")
 
@@ -179,7 +183,7 @@ def memory(case: Case) -> Measure:
         case_here = _sized(case, smoke)
         sgd = _sgd_bytes(case_here.shape, config.device)
         own = in_child(case_here, config.engines[0], config.device)["bytes"]
-        resolution = _CUDA_BLOCK if config.device == "cuda" else RSS_RESOLUTION
+        resolution = _CUDA_ALIGNMENT if config.device == "cuda" else RSS_RESOLUTION
         allowance = max(resolution, abs(sgd[0] - sgd[1]))
         note = f"the measurement resolves {allowance / 1024:.3g} KiB"
         return Measured(own - min(sgd), limit=4.0 * case_here.groups, allowance=allowance, note=note)

@@ -42,7 +42,7 @@ def _reset(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+        return _requested("current")
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")  # resets VmHWM, the peak of the resident set
@@ -51,8 +51,13 @@ def _reset(device: str) -> int:
     return _status_bytes("VmRSS")
 
 
+def _requested(which: str) -> int:
+    """Bytes that were asked of the GPU's allocator; what it hands out also holds the rest of its blocks."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+
 def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
+    return _requested("peak") if device == "cuda" else _status_bytes("VmHWM")
 
 
 def measure(case: Case, contender: str, device: str) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from rvsm_kernels.groups import magnitudes
 from rvsm_kernels.penalties import PENALTIES
 
-from . import baselines, cases, report, results, tables, timing
+from . import baselines, cases, gpu_check, report, results, tables, timing
 from .baselines import CONTENDERS, Unavailable, without_paths
 from .cases import Case
 from .config import SMOKE, Config, available_engines
@@ -189,3 +191,22 @@ def test_floors_know_what_holds() -> None:
     assert not gain.narrow(Measured(5.0))
     assert price.passed(Measured(1.05, allowance=0.1))
     assert price.passed(Measured(5.0, limit=6.0))
+
+
+def test_gpu_check_keeps_what_its_steps_said(tmp_path: Path) -> None:
+    """A step that passes, one that fails, one that is stopped with all that it started, and one for which no time is
+    left."""
+    check = gpu_check.Check(tmp_path, time.monotonic() + 60)
+    talk = "import subprocess, sys, time; print('said'); subprocess.Popen([sys.executable, '-c', 'import time; {}'])"
+    assert check.run("passes", [sys.executable, "-c", "print('fine')"], 20).status == "pass"
+    assert check.run("fails", [sys.executable, "-c", "print('not'); raise SystemExit(3)"], 20).status == "FAIL"
+    start = time.monotonic()
+    stopped = check.run("stops", [sys.executable, "-c", talk.format("time.sleep(50)") + "; time.sleep(50)"], 6)
+    assert (stopped.status, stopped.text.splitlines()[0]) == ("stopped", "said") and not stopped.good
+    assert time.monotonic() - start < 20, "what the command had started ran on"
+    stopped.may_stop = True
+    assert stopped.good
+    check.deadline = time.monotonic()
+    assert check.run("late", [sys.executable, "-c", ""], 20).status == "skipped"
+    log = (tmp_path / "log.txt").read_text()
+    assert all(word in log for word in ("fine", "not", "said", "no time left"))

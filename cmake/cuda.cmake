@@ -32,7 +32,7 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 enable_language(CUDA)
-# Tables of 32,764 bytes as kernel parameters, and C++20.
+# Tables of 32,764 bytes as kernel parameters.
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.1)
   if(RVSM_CUDA)
     message(FATAL_ERROR "the CUDA engine needs nvcc 12.1 or newer; this is ${CMAKE_CUDA_COMPILER_VERSION}")

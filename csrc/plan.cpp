@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <sstream>

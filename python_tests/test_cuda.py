@@ -61,6 +61,8 @@ def kernels_of(call: Any) -> list[str]:
     """The kernels that a call launches, by torch's profiler."""
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities):  # the first of a process may lose events
+        torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
