@@ -1,4 +1,4 @@
-// The kernels: what a thread or a block does is a function of step.h or sums.h. No torch.
+// The kernels: what a thread or a block does is a function of step.h, resident.h or sums.h. No torch.
 
 #include "kernels.h"
 
