@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
 from .baselines import Unavailable, start
@@ -16,7 +15,7 @@ from .peak import RSS_RESOLUTION, in_child
 from .problems import build
 from .results import Results, Row
 from .throughput import COPY, copier, release, too_large
-from .timing import clock_for, interleave
+from .timing import clock_for, interleave, launched
 
 _NARROW = 0.15
 """A floor missed by less than this share is measured once more, with four times the samples: noise is of that size
@@ -145,20 +144,7 @@ def launches(case: Case) -> Measure:
 
     def run(config: Config, smoke: bool, more: int) -> Measured:
         step = start(config.engines[0], build(_sized(case, smoke), config.device))
-        torch.cuda.synchronize()
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities):  # the first of a process may lose events
-            torch.cuda.synchronize()
-        with torch.profiler.profile(activities=activities) as profile:
-            step()
-            torch.cuda.synchronize()
-        events = profile.events() or []
-        # torch marks the span of every optimizer's step on the device too; a mark is not a launch.
-        on_device = [
-            event.name
-            for event in events
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Optimizer.step#")
-        ]
+        on_device = launched(step)
         if not on_device:
             raise Unavailable("the profiler saw no launch")
         copies = [name for name in on_device if name.startswith(("Memcpy", "Memset"))]

@@ -133,3 +133,18 @@ def interleave(steps: Mapping[str, Step], clock: Clock, effort: Effort, more: in
                 step()
             rounds[name][i] = clock(step, plans[name].inner)
     return Timings(rounds)
+
+
+def launched(call: Step) -> list[str]:
+    """The names of the kernels and copies that a call puts on the GPU, by torch's profiler."""
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities):  # the first of a process may lose events
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = profile.events() or []
+    on_device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    # torch marks the span of every optimizer's step on the device too; a mark is not a launch.
+    return [name for name in on_device if not name.startswith("Optimizer.step#")]

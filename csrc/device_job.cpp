@@ -19,8 +19,7 @@ at::Tensor bytes_on(at::Device device, int64_t bytes) {
   return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }
 
-// ---- the CPU
-// ---------------------------------------------------------------------------------------------------------
+// ---- the CPU ------------------------------------------------------------------------------------------------------
 
 // Below this many elements one thread is done before a second one has woken up.
 constexpr int64_t kSerial = 32768;
@@ -53,8 +52,7 @@ class CpuJob final : public DeviceJob {
   at::Tensor scratch_;
 };
 
-// ---- CUDA, or its lines on the host
-// ----------------------------------------------------------------------------------
+// ---- CUDA, or its lines on the host -------------------------------------------------------------------------------
 
 class CudaJob final : public DeviceJob {
  public:
@@ -101,8 +99,7 @@ class CudaJob final : public DeviceJob {
 
 }  // namespace
 
-// ---- one job per device
-// ----------------------------------------------------------------------------------------------
+// ---- one job per device -------------------------------------------------------------------------------------------
 
 bool DeviceJob::serves(at::Device device) {
 #if defined(RVSM_CUDA)

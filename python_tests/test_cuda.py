@@ -12,6 +12,7 @@ from builds import DEVICE, generator
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
+from bench.timing import launched
 from models import assert_same_weights, backward, optimizer_of, small
 from runner import check_reading, checked_step, same_bits
 
@@ -57,20 +58,6 @@ def set_gradients(params: list[nn.Parameter], seed: int) -> None:
         p.grad.copy_(values)
 
 
-def kernels_of(call: Any) -> list[str]:
-    """The kernels that a call launches, by torch's profiler."""
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities):  # the first of a process may lose events
-        torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        torch.cuda.synchronize()
-    events = profile.events() or []
-    on_device = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    return [name for name in on_device if not name.startswith("Optimizer.step#")]
-
-
 @pytest.mark.parametrize("split", SPLITS)
 def test_launches(split: dict[str, Any]) -> None:
     """One for elements, three at most for groups, and not one copy."""
@@ -79,9 +66,9 @@ def test_launches(split: dict[str, Any]) -> None:
     for seed in range(3):
         set_gradients(params, seed)
         optimizer.step()
-    launched = kernels_of(optimizer.step)
-    assert 1 <= len(launched) <= LAUNCHES[split.get("group_dim")], launched
-    assert not any(name.startswith(("Memcpy", "Memset")) for name in launched), launched
+    names = launched(optimizer.step)
+    assert 1 <= len(names) <= LAUNCHES[split.get("group_dim")], names
+    assert not any(name.startswith(("Memcpy", "Memset")) for name in names), names
 
 
 @pytest.mark.parametrize("split", SPLITS)

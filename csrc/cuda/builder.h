@@ -37,26 +37,13 @@ class Builder {
   // A row in groups, whose factors a launch before this one makes.
   void add(const Row& row, const void* source, const Columns& columns) {
     Record<T> record = record_of(row);
-    record.lasso = row.step.lasso != 0;
     record.step.prox = {record.step.prox.penalty, 0, 0, 0, 0, 0};
-    const int slot = begin(row, 1 + kSlotsOf<Columns>, record);
-    free_ -= kSlotsOf<Columns>;
-    Columns own = columns;
-    own.record = uint32_t(slot);
-    put(free_, own);
-    push(row, source, uint16_t(free_ | kGrouped));
+    add_grouped(row, source, record, columns);
   }
 
   // A row in groups that its blocks sum themselves.
   void add(const Row& row, const void* source, const Tiles& tiles) {
-    Record<T> record = record_of(row);
-    record.lasso = row.step.lasso != 0;
-    const int slot = begin(row, 1 + kSlotsOf<Tiles>, record);
-    free_ -= kSlotsOf<Tiles>;
-    Tiles own = tiles;
-    own.record = uint32_t(slot);
-    put(free_, own);
-    push(row, source, uint16_t(free_ | kGrouped));
+    add_grouped(row, source, record_of(row), tiles);
     Table& t = table();
     Entry& e = t.slots[t.entries - 1];
     t.blocks = e.first + uint32_t(ceil_div(tiles.groups, tiles.tile));
@@ -95,6 +82,18 @@ class Builder {
     record.momentum = uint8_t(row.momentum);
     record.decay = row.step.decay != 0;
     return record;
+  }
+
+  // `groups`: what a kernel must know of the tensor's groups, beside the slot of the record.
+  template <class Own>
+  void add_grouped(const Row& row, const void* source, const Record<T>& plain, const Own& groups) {
+    Record<T> record = plain;
+    record.lasso = row.step.lasso != 0;
+    Own own = groups;
+    own.record = uint32_t(begin(row, 1 + kSlotsOf<Own>, record));
+    free_ -= kSlotsOf<Own>;
+    put(free_, own);
+    push(row, source, uint16_t(free_ | kGrouped));
   }
 
   // Room for an entry in the last table or a new one, and the slot of its record.
