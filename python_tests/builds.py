@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ import rvsm_kernels as rk
 DEVICE = os.environ.get("RVSM_TEST_DEVICE", "cpu")
 """The device that tensors of the suite are on."""
 
-ENGINES = ("native", "interpreted", "reference") if DEVICE == "cpu" else ("native", "reference")
+ENGINES = ("native", "interpreted", "triton", "reference") if DEVICE == "cpu" else ("native", "triton", "reference")
 """``interpreted``: the native engine, with its CUDA plan and kernels run on CPU tensors by the host's interpreter."""
+
+if DEVICE == "cpu" and "triton" not in sys.modules:  # Triton reads it when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def missing(engine: str, device: str) -> str | None:

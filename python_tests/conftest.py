@@ -30,7 +30,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from start(request.param)
 
 
-@pytest.fixture(params=[name for name in ENGINES if name != "reference"])
+@pytest.fixture(params=[name for name in ENGINES if name not in ("reference", "triton")])
 def native(request: pytest.FixtureRequest) -> Iterator[str]:
     """The compiled engines only."""
     yield from start(request.param)

@@ -135,9 +135,12 @@ class SplittingOptimizer(Optimizer):
         self._engines: dict[str, Engine] = {}
         self._validated: list[tuple[Any, ...] | None] = []
         self._dense: dict[Tensor, Tensor] | None = None  # the weights, while sparse_weights() holds u in them
-        self._engine_name("cpu")  # an unknown or missing engine is an error now, not at the first step
+        self._check_engine()  # an unknown or missing engine is an error now, not at the first step
 
     # ---- engines -------------------------------------------------------------------------------------------------
+
+    def _check_engine(self) -> None:  # noqa: B027 - of one engine there is nothing to check
+        """Raise for an engine that serves no device here."""
 
     @abstractmethod
     def _engine_name(self, device_type: str) -> str:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
 import warnings
+
+import torch
 
 from . import native
 
@@ -18,6 +23,36 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"rvsm_kernels runs on its slow reference engine: {reason}", stacklevel=2)
 
 
+def _interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def missing_triton(device_type: str) -> str | None:
+    """Why the Triton engine does not serve a type of device here, or None. Triton itself is not imported."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if device_type == "cpu":
+        return None if _interpreted() else "runs on GPUs; on a CPU only in Triton's slow interpreter (TRITON_INTERPRET=1)"
+    if _interpreted():
+        return "TRITON_INTERPRET=1 is set: kernels run on CPU tensors"
+    if os.environ.get("CC") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return "Triton needs a C compiler to start kernels: install gcc or clang, or set CC"
+    # Not before there are CUDA tensors: asking would start CUDA, and a process that did must not fork.
+    if device_type == "cuda" and torch.version.hip is None and torch.cuda.is_initialized():
+        return _too_old()
+    return None
+
+
+@functools.cache
+def _too_old() -> str | None:
+    """Why Triton has no code for a GPU of this machine, or None."""
+    for device in range(torch.cuda.device_count()):
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return f"Triton does not know {torch.cuda.get_device_name(device)} (compute capability below 7.0)"
+    return None
+
+
 def engines() -> dict[str, dict[str, str]]:
     """What this build has: ``{engine: {device: "available" or the reason why not}}``.
 
@@ -26,9 +61,32 @@ def engines() -> dict[str, dict[str, str]]:
     cpu = _AVAILABLE if native.load_error is None else native.load_error
     return {
         "native": {"cpu": cpu, "cuda": native.missing_cuda() or _AVAILABLE},
-        "triton": {"any": "not in this version of rvsm_kernels"},
+        "triton": {device: missing_triton(device) or _AVAILABLE for device in ("cpu", "cuda", "xpu")},
         "reference": {"any": _AVAILABLE},
     }
+
+
+def _check_name(requested: str | None) -> None:
+    if requested is not None and requested not in NAMES:
+        raise ValueError(f"Invalid engine: {requested!r} (choose one of None, {', '.join(map(repr, NAMES))})")
+
+
+def known(requested: str | None) -> None:
+    """Raise for an engine that serves no device here; ``choose`` decides for one device.
+
+    Raises:
+        ValueError: an unknown engine.
+        RuntimeError: a missing one.
+    """
+    _check_name(requested)
+    if requested is not None and not serving(requested):
+        choose(requested, "cuda" if requested == "triton" else "cpu")
+
+
+def serving(name: str, device_types: tuple[str, ...] = ("cpu", "cuda", "xpu")) -> tuple[str, ...]:
+    """The types of devices that an engine serves here."""
+    table = engines()[name]
+    return tuple(d for d in device_types if table.get(d, table.get("any")) == _AVAILABLE)
 
 
 def choose(requested: str | None, device_type: str) -> str:
@@ -38,10 +96,11 @@ def choose(requested: str | None, device_type: str) -> str:
         ValueError: an unknown engine.
         RuntimeError: the engine that was asked for is missing here; says why and what to do.
     """
-    if requested is not None and requested not in NAMES:
-        raise ValueError(f"Invalid engine: {requested!r} (choose one of None, {', '.join(map(repr, NAMES))})")
+    _check_name(requested)
     table = engines()
-    for name in NAMES if requested is None else (requested,):
+    # In Triton's interpreter the CPU is served for tests, where they ask for it.
+    wanted = [name for name in NAMES if (name, device_type) != ("triton", "cpu")] if requested is None else (requested,)
+    for name in wanted:
         state = table[name].get(device_type, table[name].get("any", f"does not serve {device_type} tensors"))
         if state == _AVAILABLE:
             if name == "reference" and requested is None and native.load_error is not None:

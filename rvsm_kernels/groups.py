@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,44 @@ def group_size(shape: torch.Size, group_dim: GroupDim) -> int:
     for d, n in enumerate(shape):
         size *= 1 if d in kept else n
     return size
+
+
+class GroupView(NamedTuple):
+    """A tensor in memory order as batch x outer x groups x inner elements; see ``csrc/types.h``."""
+
+    batch: int
+    outer: int
+    groups: int
+    inner: int
+
+
+def group_view(sizes: Sequence[int], strides: Sequence[int], kept: Sequence[int]) -> GroupView:
+    """The view of a dense tensor whose dimensions `kept` (in [0, n)) index the groups: ``csrc/group_view.h`` in Python.
+
+    Raises:
+        ValueError: the kept dimensions do not collapse in memory.
+    """
+    order = sorted((d for d, n in enumerate(sizes) if n != 1), key=lambda d: -strides[d])
+    runs: list[list[int]] = []  # [kept?, number of elements]
+    for d in order:
+        if not runs or runs[-1][0] != (d in kept):
+            runs.append([d in kept, 1])
+        runs[-1][1] *= sizes[d]
+    kept_runs = sum(run[0] for run in runs)
+    if kept_runs == 0:
+        return GroupView(1, 1, 1, math.prod(sizes))
+    neighbours = max(kept) - min(kept) + 1 == len(kept)
+    two = kept_runs == 2 and bool(runs[0][0]) and neighbours
+    if kept_runs > 1 and not two:
+        raise ValueError(
+            f"the dimensions ({', '.join(map(str, sorted(kept)))}) of group_dim do not collapse in memory into one"
+            " index; permute the parameter so that they are neighbours (or make it contiguous), or use"
+            ' engine="reference"'
+        )
+    batch = runs.pop(0)[1] if two else 1
+    outer = 1 if runs[0][0] else runs.pop(0)[1]
+    groups = runs.pop(0)[1]
+    return GroupView(batch, outer, groups, runs[0][1] if runs else 1)
 
 
 def magnitudes(w: Tensor, group_dim: GroupDim) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Engine, SplittingOptimizer
-from .engines import choose
+from .engines import choose, known, serving
 from .native import NativeEngine
 from .reference import ReferenceEngine
 
@@ -48,7 +48,7 @@ class RVSM(SplittingOptimizer):
             through momentum (False).
         method: ``"rvsm"``; ``"rvsm-delayed"`` and ``"admm"`` are reserved.
         density, unit_norm: reserved.
-        engine: ``"native"``, ``"reference"`` or None, which takes the fastest that serves the device.
+        engine: ``"native"``, ``"triton"`` (GPUs), ``"reference"`` or None, which takes the fastest that serves the device.
 
     Raises:
         ValueError: a number out of range, an unknown name, ``group_lasso`` without ``group_dim``, a ``group_dim``
@@ -65,11 +65,19 @@ class RVSM(SplittingOptimizer):
         )
     """
 
+    def _check_engine(self) -> None:
+        known(self._requested_engine)
+
     def _engine_name(self, device_type: str) -> str:
         return choose(self._requested_engine, device_type)
 
     def _make_engine(self, device_type: str) -> Engine:
-        return NativeEngine() if self._engine_name(device_type) == "native" else ReferenceEngine()
+        name = self._engine_name(device_type)
+        if name == "triton":
+            from .triton_engine import TritonEngine  # Triton takes a second to import: only where it is used
+
+            return TritonEngine(serving(name))
+        return NativeEngine() if name == "native" else ReferenceEngine()
 
 
 class _Reserved:

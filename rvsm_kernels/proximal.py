@@ -16,8 +16,12 @@ from .penalties import PENALTIES, shrink
 
 
 def _forward(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: GroupDim) -> Tensor:
-    engine = native if choose(None, w.device.type) == "native" else reference
-    return engine.prox(w, penalty, tau, a, group_dim)
+    name = choose(None, w.device.type)
+    if name == "triton":
+        from . import triton_engine  # Triton takes a second to import: only where it is used
+
+        return triton_engine.prox(w, penalty, tau, a, group_dim)
+    return (native if name == "native" else reference).prox(w, penalty, tau, a, group_dim)
 
 
 class _Prox(torch.autograd.Function):

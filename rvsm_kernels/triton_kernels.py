@@ -1,0 +1,264 @@
+"""The Triton kernels: step, prox, penalty and the sums of groups over a table of pointers.
+
+A launch serves all tensors of one storage type. Its table is one int64 tensor on the device (see ``triton_table.py``):
+entries, one after another, then records of numbers in the arithmetic type. ``owners`` says for each block which entry
+it works for. Everything that an option changes is read from the table, so that no edit compiles anything anew; what the
+compiler knows is the storage type S, the arithmetic type T, and which code may be needed at all.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_prox import Prox, shrink
+from .triton_update import Step, penalty_term, sgd_step
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+# Fields of an entry of a step, a prox or a penalty, in int64.
+W = tl.constexpr(0)
+G = tl.constexpr(1)  # the gradient of a step; what a prox and a penalty read
+M = tl.constexpr(2)
+NUMEL = tl.constexpr(3)
+FIRST = tl.constexpr(4)  # its first block
+RECORD = tl.constexpr(5)  # where its numbers are, in int64 from the table's begin
+GROUPED = tl.constexpr(6)
+RATIO = tl.constexpr(7)  # addresses of the factors of its groups
+LENGTH = tl.constexpr(8)
+COLUMNS = tl.constexpr(9)  # groups * inner
+GROUPS = tl.constexpr(10)
+BY_COLUMNS = tl.constexpr(11)  # dividers: factor, and the shift above it
+BY_INNER = tl.constexpr(12)
+BY_BATCH = tl.constexpr(13)
+ENTRY = tl.constexpr(14)
+
+# Numbers of a record: a Prox, then a Step; or a Prox, lam and beta.
+PROX = tl.constexpr(6)
+
+
+@triton.jit
+def prox_of(numbers):
+    """The Prox at an address of numbers."""
+    return Prox(
+        tl.load(numbers),
+        tl.load(numbers + 1),
+        tl.load(numbers + 2),
+        tl.load(numbers + 3),
+        tl.load(numbers + 4),
+        tl.load(numbers + 5),
+    )
+
+
+@triton.jit
+def step_of(numbers):
+    """The Step after a Prox."""
+    s = numbers + PROX
+    return Step(
+        tl.load(s),
+        tl.load(s + 1),
+        tl.load(s + 2),
+        tl.load(s + 3),
+        tl.load(s + 4),
+        tl.load(s + 5),
+        tl.load(s + 6),
+        tl.load(s + 7),
+        tl.load(s + 8),
+        tl.load(s + 9),
+        tl.load(s + 10),
+    )
+
+
+@triton.jit
+def divide(n, divider):
+    """n / d for n < 2^31 by a product and a shift (Granlund & Montgomery), as ``Divider`` of ``csrc/cuda/table.h``."""
+    factor = (divider & 0xFFFFFFFF).to(tl.uint32)
+    shift = (divider >> 32).to(tl.uint32)
+    return (tl.umulhi(n, tl.zeros_like(n) + factor) + n) >> shift
+
+
+@triton.jit
+def group_of(entry, at):
+    """The numbers of the groups of the elements at a place in memory (``Columns::group`` of ``csrc/cuda/table.h``)."""
+    columns, groups = tl.load(entry + COLUMNS).to(tl.uint32), tl.load(entry + GROUPS).to(tl.uint32)
+    row = divide(at, tl.load(entry + BY_COLUMNS))
+    return divide(at, tl.load(entry + BY_BATCH)) * groups + divide(at - row * columns, tl.load(entry + BY_INNER))
+
+
+# ---- u of a block ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pull_of(w, f, entry, at, mask, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr):
+    """u and w_G / ||w_G|| of elements; with groups, by factors that launches before this one have made."""
+    unit = tl.zeros_like(w)
+    if WITH_GROUPS:
+        if tl.load(entry + GROUPED) != 0:
+            group = group_of(entry, at)
+            u = w * tl.load(tl.load(entry + RATIO).to(tl.pointer_type(w.dtype)) + group, mask, 0.0)
+            length = tl.load(entry + LENGTH)
+            if length != 0:
+                unit = w / tl.load(length.to(tl.pointer_type(w.dtype)) + group, mask, 1.0)
+        else:
+            r = shrink(tl.abs(w), f, WITH_TL1)
+            u = tl.where(w < 0, -r, r)
+    else:
+        r = shrink(tl.abs(w), f, WITH_TL1)
+        u = tl.where(w < 0, -r, r)
+    return u, unit
+
+
+@triton.jit
+def lead_of(address, S: tl.constexpr):
+    """Elements from the last 16-byte boundary to an address."""
+    return (address & 15) // (S.primitive_bitwidth // 8)
+
+
+@triton.jit
+def read(p, mask, WHOLE: tl.constexpr):
+    """Elements; all of them in accesses of 16 bytes, or those of the mask."""
+    return tl.load(p) if WHOLE else tl.load(p, mask, 0.0)
+
+
+@triton.jit
+def write(p, x, mask, WHOLE: tl.constexpr):
+    """The counterpart of :func:`read`."""
+    if WHOLE:
+        tl.store(p, x.to(p.dtype.element_ty))
+    else:
+        tl.store(p, x.to(p.dtype.element_ty), mask)
+
+
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def step_elements(
+    entry, numbers, w, g, m, place, begin, end, scale,
+    T: tl.constexpr, BLOCK: tl.constexpr, MOMENTUM: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Load, arithmetic, store. The elements are those of [begin, end) among BLOCK from `place` on."""
+    i = tl.arange(0, BLOCK)
+    mask = (i >= begin - place) & (i < end - place)
+    wi, gi = read(w + i, mask, WHOLE).to(T), read(g + i, mask, WHOLE).to(T)
+    mi = wi
+    if MOMENTUM:
+        mi = read(m + i, mask, WHOLE).to(T)
+    f, s = prox_of(numbers), step_of(numbers)
+    at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
+    u, unit = pull_of(wi, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
+    wi, mi = sgd_step(wi, mi, gi * scale, wi - u, unit, s, MOMENTUM)
+    write(w + i, wi, mask, WHOLE)
+    if MOMENTUM:
+        write(m + i, mi, mask, WHOLE)
+
+
+@triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
+def step_kernel(
+    table, owners, grad_scale, found_inf,
+    S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENTUM: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """One step of all entries; nothing where found_inf is above 0."""
+    block = tl.program_id(0)
+    if tl.load(found_inf) > 0:
+        return
+    entry = table + tl.load(owners + block).to(tl.int64) * ENTRY
+    numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
+    w, g, m = tl.load(entry + W), tl.load(entry + G), tl.load(entry + M)
+    # Where all are equally far from a boundary, blocks begin on one. What stands before the tensor is masked.
+    lead = lead_of(w, S)
+    even = lead == lead_of(g, S)
+    if MOMENTUM:
+        even = even & (lead == lead_of(m, S))
+    begin = tl.where(even, lead, 0)
+    end = begin + tl.load(entry + NUMEL)
+    place = (block - tl.load(entry + FIRST)) * BLOCK
+    size: tl.constexpr = S.primitive_bitwidth // 8
+    shift = (place - begin) * size
+    one = tl.full((), 1.0, T)
+    scale = tl.div_rn(one, tl.load(grad_scale)) if T == tl.float32 else one / tl.load(grad_scale)
+    if even & (place >= begin) & (place + BLOCK <= end):
+        step_elements(
+            entry, numbers,
+            tl.multiple_of((w + shift).to(tl.pointer_type(S)), 16),
+            tl.multiple_of((g + shift).to(tl.pointer_type(S)), 16),
+            tl.multiple_of((m + shift).to(tl.pointer_type(S)), 16),
+            place, begin, end, scale, T, BLOCK, MOMENTUM, WITH_TL1, WITH_GROUPS, True,
+        )  # fmt: skip
+    else:
+        step_elements(
+            entry, numbers,
+            (w + shift).to(tl.pointer_type(S)), (g + shift).to(tl.pointer_type(S)), (m + shift).to(tl.pointer_type(S)),
+            place, begin, end, scale, T, BLOCK, MOMENTUM, WITH_TL1, WITH_GROUPS, False,
+        )  # fmt: skip
+
+
+# ---- u --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def prox_elements(entry, numbers, u, w, place, begin, end, T: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """u <- prox(w), which may be the same memory."""
+    i = tl.arange(0, BLOCK)
+    mask = (i >= begin - place) & (i < end - place)
+    at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
+    ui, _ = pull_of(read(w + i, mask, WHOLE).to(T), prox_of(numbers), entry, at, mask, True, True)
+    write(u + i, ui, mask, WHOLE)
+
+
+@triton.jit
+def prox_kernel(table, owners, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """u of all entries."""
+    block = tl.program_id(0)
+    entry = table + tl.load(owners + block).to(tl.int64) * ENTRY
+    numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
+    u, w = tl.load(entry + W), tl.load(entry + G)
+    lead = lead_of(u, S)
+    even = lead == lead_of(w, S)
+    begin = tl.where(even, lead, 0)
+    end = begin + tl.load(entry + NUMEL)
+    place = (block - tl.load(entry + FIRST)) * BLOCK
+    size: tl.constexpr = S.primitive_bitwidth // 8
+    shift = (place - begin) * size
+    if even & (place >= begin) & (place + BLOCK <= end):
+        up, wp = (u + shift).to(tl.pointer_type(S)), (w + shift).to(tl.pointer_type(S))
+        prox_elements(
+            entry, numbers, tl.multiple_of(up, 16), tl.multiple_of(wp, 16), place, begin, end, T, BLOCK, True
+        )
+    else:
+        up, wp = (u + shift).to(tl.pointer_type(S)), (w + shift).to(tl.pointer_type(S))
+        prox_elements(entry, numbers, up, wp, place, begin, end, T, BLOCK, False)
+
+
+# ---- the penalty's value --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def penalty_elements(numbers, w, place, begin, end, T: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """lam P(u) + beta/2 |w - u|^2 over elements, which are weights or norms of groups."""
+    i = tl.arange(0, BLOCK)
+    mask = (i >= begin - place) & (i < end - place)
+    r = tl.abs(read(w + i, mask, WHOLE).to(T))
+    lam, beta = tl.load(numbers + PROX).to(tl.float64), tl.load(numbers + PROX + 1).to(tl.float64)
+    term = penalty_term(r, prox_of(numbers), lam, beta)
+    return tl.sum(term if WHOLE else tl.where(mask, term, 0.0), 0)
+
+
+@triton.jit
+def penalty_kernel(table, owners, totals, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """The value over each block: totals[block]."""
+    block = tl.program_id(0)
+    entry = table + tl.load(owners + block).to(tl.int64) * ENTRY
+    numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
+    w = tl.load(entry + G)
+    begin = lead_of(w, S)
+    end = begin + tl.load(entry + NUMEL)
+    place = (block - tl.load(entry + FIRST)) * BLOCK
+    size: tl.constexpr = S.primitive_bitwidth // 8
+    p = (w + (place - begin) * size).to(tl.pointer_type(S))
+    if (place >= begin) & (place + BLOCK <= end):
+        tl.store(totals + block, penalty_elements(numbers, tl.multiple_of(p, 16), place, begin, end, T, BLOCK, True))
+    else:
+        tl.store(totals + block, penalty_elements(numbers, p, place, begin, end, T, BLOCK, False))

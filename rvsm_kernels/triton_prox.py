@@ -1,0 +1,132 @@
+"""The penalties in Triton: g, cut and shrink of section 1 of docs/method.md, the twin of ``csrc/prox.h``.
+
+    shrink(r) = argmin_{s >= 0} (s - r)^2 / 2 + tau * g(s)
+
+A penalty is added here, in ``penalties.py`` and in ``csrc/prox.h``; no kernel is touched. Functions of a block have the
+names and the argument order of their twins.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .penalties import PENALTIES
+
+# The order of csrc/types.h.
+NONE = tl.constexpr(0)
+L1 = tl.constexpr(1)
+L0 = tl.constexpr(2)
+TL1 = tl.constexpr(3)
+NUMBER = {None: 0, "l1": 1, "l0": 2, "tl1": 3}
+"""The number of a penalty by its name."""
+
+
+class Prox(NamedTuple):
+    """The numbers that thresholding one tensor needs; see ``csrc/types.h``."""
+
+    penalty: float
+    cut: float
+    tau: float
+    a: float
+    rho: float
+    edge: float
+
+
+def make_prox(penalty: str | None, tau: float, a: float) -> Prox:
+    """The numbers of a penalty, on the host in double precision; ``None`` never meets its cut."""
+    rho = (6.75 * tau * a * (a + 1)) ** (1 / 3)
+    return Prox(NUMBER[penalty], -1.0 if penalty is None else PENALTIES[penalty].cut(tau, a), tau, a, rho, rho - a)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to the last bit, nearly: the division of a GPU is off by 2 ulp, whose residual an fma gives exactly."""
+    r = 1.0 / x
+    if x.dtype == tl.float32:
+        r = tl.fma(r, tl.fma(-x, r, 1.0), r)
+    return r
+
+
+@triton.jit
+def quotient(x, y):
+    """x / y, rounded once; 1 where x == y."""
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+
+
+# The fit of csrc/prox.h (Tl1Fit): h(q) / q as a polynomial in sqrt(1 - q) - 1/2, the highest power first.
+FIT32 = tl.constexpr(
+    (
+        *(0.007001707109, -0.01054071553, 0.0108922152, -0.01612910811, 0.02512946538, -0.03720012487),
+        *(0.05468788162, -0.08003700405, 0.1156808752, -0.1625577292, 0.2079604951),
+    )
+)
+FIT64 = tl.constexpr(
+    (
+        *(0.000079389272848332946149, -0.00012002373408239626801, 0.000065599213612447818802),
+        *(-0.00009657338650801297071, 0.00021575995651860313924, -0.00032375005902092934507),
+        *(0.00045888175056419396721, -0.00068585963253645795657, 0.0010309267834270926332),
+        *(-0.0015405676144852858883, 0.0023001861496686058199, -0.003433699151695030433),
+        *(0.005122436472741899082, -0.0076351400734247469777, 0.011368050653526537475),
+        *(-0.016901839426389717233, 0.025080422334835032386, -0.037113296632759406843),
+        *(0.054689696103204979263, -0.080040925579582148957, 0.11568086761813641223),
+        *(-0.16255768012237946203, 0.20796049500535285768),
+    )
+)
+
+
+@triton.jit
+def tl1_shrink(r, f: Prox):
+    """shrink of transformed l1 above its cut: R h(q) below r, with R = a + r (see ``csrc/prox.h``)."""
+    inv = reciprocal(f.a + r)
+    x = f.rho * inv  # q = x^3
+    # 1 - q = (1 - x)(1 + x + x^2), and 1 - x = (r - edge) / R without a difference of nearly equal numbers.
+    rest = (r - f.edge) * inv * (1.0 + x + x * x)
+    p = tl.sqrt(tl.where(rest < 0, 0.0, rest)) - 0.5
+    if r.dtype == tl.float64:
+        h = tl.zeros_like(p) + FIT64[0]
+        for k in tl.static_range(1, 23):
+            h = h * p + FIT64[k]
+    else:
+        h = tl.zeros_like(p) + FIT32[0]
+        for k in tl.static_range(1, 11):
+            h = h * p + FIT32[k]
+    s = r - (f.a + r) * (x * x * x) * h
+    # The slope of shrink is at least 1, so r - cut bounds it from below: rounding cannot reach 0 above the cut.
+    least = r - f.cut
+    return tl.where(s < least, least, s)
+
+
+@triton.jit
+def shrink(r, f: Prox, WITH_TL1: tl.constexpr):
+    """Every penalty. Ties go to zero; NaN is not <= cut and so stays visible.
+
+    WITH_TL1: whether transformed l1 may come; its code needs registers.
+    """
+    s = r - tl.where(f.penalty == L1, f.tau, 0.0)
+    if WITH_TL1:
+        if f.penalty == TL1:
+            s = tl1_shrink(r, f)
+    return tl.where(r <= f.cut, 0.0, s)
+
+
+@triton.jit
+def value(s, f: Prox):
+    """g of every penalty, at s >= 0."""
+    g = tl.where(f.penalty == L1, s, tl.where(s != 0, 1.0, 0.0).to(s.dtype))
+    g = tl.where(f.penalty == TL1, (f.a + 1.0) * s / (f.a + s), g)
+    return tl.where(f.penalty == NONE, 0.0, g)
+
+
+@triton.jit
+def shrink_ratio(r, f: Prox):
+    """shrink(r) / r, the factor of a group of norm r; 0 for the zero group."""
+    return tl.where(r == 0, 0.0, quotient(shrink(r, f, True), tl.where(r == 0, 1.0, r)))
+
+
+@triton.jit
+def length_of(norm):
+    """What divides the elements of a group of that norm; those of the zero group are 0 and stay 0."""
+    return tl.where(norm == 0, 1.0, norm)

@@ -1,0 +1,180 @@
+"""The sums of squares of groups in Triton and what follows from them: the counterpart of ``csrc/cuda/sums.h``.
+
+Sums are in double precision along a fixed order, so they need no atomics and give the same bits in every run. A program
+sums the groups of one tile. Where a group is long, or there are too few groups for all multiprocessors, it is summed in
+parts, and a second launch sums the parts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_kernels import prox_of
+from .triton_prox import length_of, shrink_ratio
+
+# Fields of an entry, in int64.
+X = tl.constexpr(0)
+FIRST = tl.constexpr(1)  # its first block
+RECORD = tl.constexpr(2)
+RATIO = tl.constexpr(3)  # addresses of what is made: shrink(norm) / norm, or 0
+LENGTH = tl.constexpr(4)  # the norm, or 0
+OUT = tl.constexpr(5)  # sums of parts, or 0 where a group is one part
+OUTER = tl.constexpr(6)
+GROUPS = tl.constexpr(7)
+INNER = tl.constexpr(8)
+COUNT = tl.constexpr(9)  # groups of all batches
+TILE = tl.constexpr(10)  # groups of a program
+TILES = tl.constexpr(11)
+PARTS = tl.constexpr(12)
+CUT_ROWS = tl.constexpr(13)  # parts are rows of a group, else pieces of its rows
+SHAPE = tl.constexpr(14)  # of a tile
+NORMS = tl.constexpr(15)  # LENGTH gets the bare norm
+SUM_ENTRY = tl.constexpr(16)
+
+# Shapes of a tile: groups x elements of a row that a program has at once; a strip is rows x columns.
+STRIP = tl.constexpr(0)
+SHORT = tl.constexpr(1)
+TEAM = tl.constexpr(2)
+LONG = tl.constexpr(3)
+STRIP_COLUMNS = tl.constexpr(256)
+
+
+@triton.jit
+def finish(entry, numbers, part, group, sums, mask, T: tl.constexpr):
+    """Store the sums of groups, or the factors that follow from them."""
+    out = tl.load(entry + OUT)
+    if out != 0:
+        tl.store(out.to(tl.pointer_type(tl.float64)) + part * tl.load(entry + COUNT) + group, sums, mask)
+    else:
+        store_factors(entry, numbers, group, sums, mask, T)
+
+
+@triton.jit
+def store_factors(entry, numbers, group, sums, mask, T: tl.constexpr):
+    """ratio = shrink(norm) / norm and length = norm (1 for the zero group, unless the norms are wanted)."""
+    norm = tl.sqrt(sums).to(T)
+    ratio, length = tl.load(entry + RATIO), tl.load(entry + LENGTH)
+    if ratio != 0:
+        tl.store(ratio.to(tl.pointer_type(T)) + group, shrink_ratio(norm, prox_of(numbers)).to(T), mask)
+    if length != 0:
+        bare = tl.load(entry + NORMS) != 0
+        tl.store(length.to(tl.pointer_type(T)) + group, tl.where(bare, norm, length_of(norm)), mask)
+
+
+@triton.jit
+def sum_team(x, rows, groups, columns, inner, length, G: tl.constexpr, K: tl.constexpr):
+    """G groups, K elements of a row of each at once."""
+    g, k = tl.arange(0, G)[:, None], tl.arange(0, K)[None, :]
+    at = x + g * inner
+    acc = tl.zeros([G, K], tl.float64)
+    for _ in range(0, rows):
+        for i in range(0, length, K):
+            v = tl.load(at + (i + k), (g < groups) & (i + k < length), 0.0).to(tl.float64)
+            acc += v * v
+        at += columns
+    return tl.sum(acc, 1)
+
+
+@triton.jit
+def sum_strip(x, rows, columns, width, inner, R: tl.constexpr, C: tl.constexpr):
+    """Rows of several whole groups, `width` columns in all; the sum of a group is in its place of C."""
+    r, c = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
+    acc = tl.zeros([R, C], tl.float64)
+    for row in range(0, rows, R):
+        v = tl.load(x + (row + r) * columns + c, (row + r < rows) & (c < width), 0.0).to(tl.float64)
+        acc += v * v
+    by_column = tl.sum(acc, 0)
+    first = tl.arange(0, C) * inner.to(tl.int32)
+    sums = tl.zeros([C], tl.float64)
+    for i in range(0, inner.to(tl.int32)):
+        sums += tl.gather(by_column, tl.minimum(first + i, C - 1), 0)
+    return sums
+
+
+@triton.jit
+def sum_tile(
+    entry, numbers, x, rows, groups, columns, inner, length, part, group, SHAPE_OF: tl.constexpr, W: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
+    """One tile of a shape; W elements lie in one access where addresses and lengths are multiples of it."""
+    if W > 1:
+        x = tl.multiple_of(x, 16)
+        columns, length = tl.multiple_of(columns, W), tl.multiple_of(length, W)
+    if SHAPE_OF == STRIP:
+        width = groups * inner
+        if W > 1:
+            width = tl.multiple_of(width, W)
+        sums = sum_strip(x, rows, columns, width, inner, 8, STRIP_COLUMNS)
+        g = tl.arange(0, STRIP_COLUMNS)
+    else:
+        if W > 1:
+            inner = tl.multiple_of(inner, W)
+        G: tl.constexpr = 64 if SHAPE_OF == SHORT else 8 if SHAPE_OF == TEAM else 1
+        sums = sum_team(x, rows, groups, columns, inner, length, G, 2048 // G)
+        g = tl.arange(0, G)
+    finish(entry, numbers, part, group + g, sums, g < groups, T)
+
+
+@triton.jit
+def sum_kernel(table, owners, S: tl.constexpr, T: tl.constexpr):
+    """Sums of squares of the groups of all entries, or factors where a group is one part."""
+    block = tl.program_id(0)
+    entry = table + tl.load(owners + block).to(tl.int64) * SUM_ENTRY
+    numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
+    outer, all_groups, inner = tl.load(entry + OUTER), tl.load(entry + GROUPS), tl.load(entry + INNER)
+    tile, tiles, parts = tl.load(entry + TILE), tl.load(entry + TILES), tl.load(entry + PARTS)
+    index = block - tl.load(entry + FIRST)
+    part, first, batch = index % parts, index // parts % tiles * tile, index // parts // tiles
+    cut_rows = tl.load(entry + CUT_ROWS) != 0
+    W: tl.constexpr = 128 // S.primitive_bitwidth
+    pieces = tl.where(cut_rows, outer, tl.cdiv(inner, W))
+    start = pieces * part // parts
+    count = pieces * (part + 1) // parts - start
+    row = batch * outer + tl.where(cut_rows, start, 0)
+    skip = tl.where(cut_rows, 0, start * W)
+    rows = tl.where(cut_rows, count, outer)
+    length = tl.where(cut_rows, inner, tl.minimum(count * W, inner - skip))
+    groups = tl.minimum(tile, all_groups - first)
+    columns = all_groups * inner
+    address = tl.load(entry + X)
+    size: tl.constexpr = S.primitive_bitwidth // 8
+    x = (address + ((row * all_groups + first) * inner + skip) * size).to(tl.pointer_type(S))
+    group = batch * all_groups + first
+    shape = tl.load(entry + SHAPE)
+    # Runs and rows are then made of whole vectors.
+    unit = tl.where(shape == STRIP, columns, inner)
+    even = (address % 16 == 0) & (unit % W == 0) & ((first * inner) % W == 0) & ((tile * inner) % W == 0)
+    if shape == STRIP:
+        if even & (groups * inner % W == 0):
+            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, STRIP, W, T)
+        else:
+            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, STRIP, 1, T)
+    elif shape == TEAM:
+        if even:
+            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, TEAM, W, T)
+        else:
+            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, TEAM, 1, T)
+    elif shape == LONG:
+        if even:
+            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, LONG, W, T)
+        else:
+            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, LONG, 1, T)
+    else:
+        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, SHORT, 1, T)
+
+
+@triton.jit
+def join_kernel(table, owners, T: tl.constexpr, P: tl.constexpr, G: tl.constexpr):
+    """The sums of parts become factors: tiles of G groups, P parts at once."""
+    block = tl.program_id(0)
+    entry = table + tl.load(owners + block).to(tl.int64) * SUM_ENTRY
+    numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
+    count, parts = tl.load(entry + COUNT), tl.load(entry + PARTS)
+    p, g = tl.arange(0, P)[:, None], tl.arange(0, G)
+    group = (block - tl.load(entry + FIRST)) * G + g
+    sums = tl.load(entry + OUT).to(tl.pointer_type(tl.float64))
+    acc = tl.zeros([P, G], tl.float64)
+    for i in range(0, parts, P):
+        acc += tl.load(sums + (i + p) * count + group[None, :], (i + p < parts) & (group[None, :] < count), 0.0)
+    store_factors(entry, numbers, group, tl.sum(acc, 0), group < count, T)

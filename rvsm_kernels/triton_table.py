@@ -1,0 +1,210 @@
+"""What a Triton launch is told, made on the host: entries and records of a table, its blocks, and its way to the device.
+
+No torch tensor is looked at here but the table itself. The fields are those of ``triton_kernels.py`` and
+``triton_sums.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .groups import GroupView
+
+NARROW = 1 << 31
+"""Elements below which a tensor in groups is one entry: index arithmetic is in 32 bits."""
+FILL, FEWEST = 512, 32768
+"""Programs that fill a device, or as many as leave each so many elements (``kFill``, ``kFewest``)."""
+SHORT_ROW = 64
+STRIP, SHORT, TEAM, LONG = range(4)
+_LARGEST32 = 3.4028234663852886e38
+TILE_GROUPS = {SHORT: 64, TEAM: 8, LONG: 1}
+STRIP_COLUMNS = 256
+JOIN_GROUPS = 64
+
+
+def divider(d: int) -> int:
+    """Division of numbers below 2^31 by d as a product and a shift (Granlund & Montgomery): factor + (shift << 32)."""
+    shift = (d - 1).bit_length()
+    return (((1 << 32) * ((1 << shift) - d)) // d + 1) % (1 << 32) | shift << 32
+
+
+def pieces(v: GroupView, limit: int = NARROW) -> Iterator[tuple[int, GroupView, int]]:
+    """A tensor in groups as pieces with fewer than `limit` elements: (offset, view, first group) of each."""
+    batch, outer, groups, inner = v
+    columns = groups * inner
+    size = outer * columns
+    if size < limit:
+        most = (limit - 1) // size
+        for b in range(0, batch, most):
+            yield b * size, GroupView(min(most, batch - b), outer, groups, inner), b * groups
+        return
+    for b in range(batch):
+        first = b * groups
+        if columns < limit:
+            most = (limit - 1) // columns
+            for o in range(0, outer, most):
+                yield b * size + o * columns, GroupView(1, min(most, outer - o), groups, inner), first
+            continue
+        for o in range(outer):
+            row = b * size + o * columns
+            if inner < limit:
+                most = (limit - 1) // inner
+                for g in range(0, groups, most):
+                    yield row + g * inner, GroupView(1, 1, min(most, groups - g), inner), first + g
+                continue
+            for g in range(groups):
+                for i in range(0, inner, limit - 1):
+                    yield row + g * inner + i, GroupView(1, 1, 1, min(limit - 1, inner - i)), first + g
+
+
+def grouped_fields(v: GroupView, ratio: int, length: int) -> list[int]:
+    """The fields of an entry from GROUPED on."""
+    columns = v.groups * v.inner
+    return [1, ratio, length, columns, v.groups, divider(columns), divider(v.inner), divider(v.outer * columns)]
+
+
+NO_GROUPS = [0] * 8
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the sums of a tensor are divided among programs."""
+
+    tile: int
+    tiles: int
+    parts: int
+    cut_rows: bool
+    shape: int
+    blocks: int
+
+
+def divide_sums(v: GroupView, width: int) -> Division:
+    """Tiles first; only too few groups are cut into parts, which need memory.
+
+    Args:
+        width: elements of 16 bytes.
+    """
+    batch, outer, groups, inner = v
+    wanted = min(max(math.prod(v) // FEWEST, 1), FILL)
+    if outer > 1 and inner < SHORT_ROW:
+        row = groups * inner
+        unit = math.lcm(inner, width)
+        if unit > STRIP_COLUMNS:
+            unit = inner
+        units = max(1, min(STRIP_COLUMNS // unit, -(-row // unit)))
+        while units > 1 and units // 2 * unit >= 2 * width and -(-row // (units * unit)) * batch < wanted:
+            units //= 2
+        tile, shape, cut_rows = units * unit // inner, STRIP, True
+    else:
+        shape = LONG if inner >= 2048 else TEAM if inner >= SHORT_ROW else SHORT
+        tile, cut_rows = TILE_GROUPS[shape], outer > inner
+    tiles = -(-groups // tile)
+    parts = min(max(-(-wanted // (tiles * batch)), 1), outer if cut_rows else -(-inner // width))
+    return Division(tile, tiles, parts, cut_rows, shape, tiles * parts * batch)
+
+
+class Numbers:
+    """The records of a table: equal ones are stored once."""
+
+    def __init__(self, double: bool) -> None:
+        self._double = double
+        self._at: dict[tuple[float, ...], int] = {}
+        self._bytes = bytearray()
+
+    def add(self, numbers: tuple[float, ...]) -> int:
+        """Where the record is, in int64 from the first."""
+        at = self._at.get(numbers)
+        if at is None:
+            at = self._at[numbers] = len(self._bytes) // 8
+            code = "d" if self._double else "f"
+            limit = math.inf if self._double else _LARGEST32
+            clipped = [math.copysign(math.inf, x) if abs(x) > limit else x for x in numbers]
+            packed = struct.pack(f"<{len(numbers)}{code}", *clipped)
+            self._bytes += packed + bytes(-len(packed) % 8)
+        return at
+
+    def __bytes__(self) -> bytes:
+        return bytes(self._bytes)
+
+
+def table_bytes(entries: Sequence[Sequence[int]], record_field: int, numbers: Numbers) -> bytes:
+    """Entries, then records; the entries' record fields become places in the table."""
+    begin = sum(map(len, entries))
+    flat = array("q")
+    for entry in entries:
+        flat.extend(entry)
+        flat[len(flat) - len(entry) + record_field] += begin
+    return flat.tobytes() + bytes(numbers)
+
+
+def owners_of(blocks: Sequence[int], device: torch.device) -> Tensor:
+    """For each block the entry it works for, from the number of blocks of each entry; int32."""
+    counts = torch.tensor(blocks, dtype=torch.int64, device="cpu")
+    return torch.repeat_interleave(torch.arange(len(blocks), dtype=torch.int32, device="cpu"), counts).to(device)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Table:
+    """One table on a device: sent when it changed, asynchronously, and never changed under a graph that reads it.
+
+    A graph keeps the table that it was captured with: what is sent during a capture comes from pinned memory and goes
+    to a table of its own, which stay as they are; and a table that a captured launch read is given up to the graph,
+    so that later changes go to another one.
+    """
+
+    SPARES = 2
+    """Pinned buffers kept for captures, when none can be made."""
+
+    def __init__(self, device: torch.device, capturing: Callable[[torch.device], bool] = capturing) -> None:
+        self.device = device
+        self._capturing = capturing
+        self._data: bytes | None = None
+        self._tensor: Tensor | None = None
+        self._spares: list[Tensor] = []
+        self._kept: list[Tensor] = []
+
+    def put(self, data: bytes) -> Tensor:
+        """The table with these bytes, on the device."""
+        words = len(data) // 8
+        captured = self._capturing(self.device)
+        if captured:
+            if data == self._data:
+                assert self._tensor is not None
+                self._kept.append(self._tensor)
+                tensor, self._tensor, self._data = self._tensor, None, None
+                return tensor
+            tensor = torch.empty(words, dtype=torch.int64, device=self.device)
+            fit = [s for s in self._spares if s.numel() >= words]
+            host = fit[0] if fit else self._host(words)
+            self._spares = [s for s in self._spares if s is not host]
+            host[:words].copy_(torch.frombuffer(bytearray(data), dtype=torch.int64))
+            tensor.copy_(host[:words], non_blocking=True)
+            self._kept += [host, tensor]
+            return tensor
+        if self.device.type == "cuda":
+            self._spares = [s for s in self._spares if s.numel() >= words]
+            self._spares += [self._host(words) for _ in range(self.SPARES - len(self._spares))]
+        if data != self._data or self._tensor is None:
+            if self._tensor is None or self._tensor.numel() != words:
+                self._tensor = torch.empty(words, dtype=torch.int64, device=self.device)
+            source = torch.frombuffer(bytearray(data), dtype=torch.int64)
+            if self.device.type == "cpu":
+                self._tensor.copy_(source)
+            else:  # the allocator of pinned memory keeps the buffer until the copy is done
+                self._tensor.copy_(self._host(words).copy_(source), non_blocking=True)
+            self._data = data
+        return self._tensor
+
+    def _host(self, words: int) -> Tensor:
+        return torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu")
