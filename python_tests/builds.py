@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +41,22 @@ def need(engine: str, device: str = DEVICE) -> None:
     pytest.skip(f"engine {engine} on {device}: {reason}")
 
 
+def is_slow(engine: str) -> bool:
+    """Whether the engine is interpreted by Python, about a millisecond for each operation on a block."""
+    return engine == "triton" and DEVICE == "cpu"
+
+
+def few(engine: str, count: int) -> int:
+    """How many of so many random cases an engine does."""
+    return max(2, count // 10) if is_slow(engine) else count
+
+
+def small_only(engine: str) -> None:
+    """Skip a test of large tensors where it would take minutes."""
+    if is_slow(engine):
+        pytest.skip("large tensors are too slow in Triton's interpreter")
+
+
 def generator(seed: int) -> torch.Generator:
     """A generator of random numbers on the device of the suite."""
     return torch.Generator(DEVICE).manual_seed(seed)
@@ -47,3 +65,21 @@ def generator(seed: int) -> torch.Generator:
 def on_device(array: np.ndarray) -> Tensor:
     """The tensor of an array; on the CPU they share their memory."""
     return torch.from_numpy(array).to(DEVICE)
+
+
+@functools.cache
+def round_in_the_interpreter() -> None:
+    """float32 and bfloat16 are converted as on a GPU: Triton's interpreter cuts digits off, and mistakes subnormals."""
+    from triton.runtime import interpreter
+
+    plain = interpreter._convert_float
+
+    def convert(x: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source.name, target.name) == ("fp32", "bf16"):
+            values = torch.from_numpy(np.array(x, dtype=np.float32))
+            return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        if (source.name, target.name) == ("bf16", "fp32"):
+            return x.astype(np.uint32) << 16
+        return plain(x, source, target, mode)
+
+    interpreter._convert_float = convert

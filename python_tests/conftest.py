@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from builds import DEVICE, ENGINES, need
+from builds import DEVICE, ENGINES, need, round_in_the_interpreter
 from world import World
 
 import rvsm_kernels as rk
@@ -17,6 +17,8 @@ def start(engine: str) -> Iterator[str]:
     interpreted = engine == "interpreted"
     name = "native" if interpreted else engine
     need(name)
+    if name == "triton" and DEVICE == "cpu":
+        round_in_the_interpreter()
     if interpreted:
         rk.native._C.interpret_cuda(True)
     yield name

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import DEVICE, generator
+from builds import DEVICE, generator, small_only
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -180,6 +180,7 @@ def test_step_in_the_backward_pass(engine: str) -> None:
 
 def test_optimizers_in_several_threads(engine: str) -> None:
     """Each thread steps its own large optimizer; what it gets is bit for bit what it would get alone."""
+    small_only(engine)  # nor can the interpreter be used by several threads
 
     def job(seed: int) -> Tensor:
         gen = generator(seed)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import generator
+from builds import few, generator, small_only
 from torch import nn
 
 import rvsm_kernels as rk
@@ -62,13 +62,13 @@ def check_foreign(built: list[Built], before: list[torch.Tensor]) -> None:
 def test_random_configurations(engine: str, family: str, chunk: int) -> None:
     first = 10_000 * (1 + list(FAMILIES).index(family)) + chunk * PER_TEST
     failed: dict[int, AssertionError] = {}
-    for seed in range(first, first + PER_TEST):
+    for seed in range(first, first + few(engine, PER_TEST)):
         try:
             run(draw(seed, FAMILIES[family]), engine)
         except AssertionError as error:
             failed[seed] = error
     first_error = next(iter(failed.values()), None)
-    assert not failed, f"{len(failed)} of {PER_TEST} cases, seeds {list(failed)}; the first: {first_error}"
+    assert not failed, f"{len(failed)} of {few(engine, PER_TEST)} cases, seeds {list(failed)}; the first: {first_error}"
 
 
 @pytest.mark.parametrize("setting", ["float64 is the default dtype", "uninitialised memory is NaN"])
@@ -80,7 +80,7 @@ def test_settings_of_torch(engine: str, setting: str) -> None:
         else:
             torch.use_deterministic_algorithms(True)
             assert torch.utils.deterministic.fill_uninitialized_memory
-        for seed in range(60):
+        for seed in range(few(engine, 60)):
             run(draw(seed, FAMILIES["mixed"]), engine)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -112,6 +112,7 @@ LARGE: list[tuple[tuple[int, ...], Any]] = [
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_large_tensors(engine: str, threads: int, penalty: str, channels_last: bool) -> None:
     """Sizes that are divided among threads, in one optimizer, so that pieces of several tensors meet in a thread."""
+    small_only(engine)
     gen = generator(7)
     groups: list[dict[str, Any]] = []
     for shape, group_dim in LARGE:

@@ -139,7 +139,7 @@ class SplittingOptimizer(Optimizer):
 
     # ---- engines -------------------------------------------------------------------------------------------------
 
-    def _check_engine(self) -> None:  # noqa: B027 - of one engine there is nothing to check
+    def _check_engine(self) -> None:
         """Raise for an engine that serves no device here."""
 
     @abstractmethod

@@ -33,7 +33,9 @@ def missing_triton(device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
     if device_type == "cpu":
-        return None if _interpreted() else "runs on GPUs; on a CPU only in Triton's slow interpreter (TRITON_INTERPRET=1)"
+        return (
+            None if _interpreted() else "runs on GPUs; on a CPU only in Triton's slow interpreter (TRITON_INTERPRET=1)"
+        )
     if _interpreted():
         return "TRITON_INTERPRET=1 is set: kernels run on CPU tensors"
     if os.environ.get("CC") is None and shutil.which("gcc") is None and shutil.which("clang") is None:

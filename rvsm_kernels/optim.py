@@ -48,7 +48,8 @@ class RVSM(SplittingOptimizer):
             through momentum (False).
         method: ``"rvsm"``; ``"rvsm-delayed"`` and ``"admm"`` are reserved.
         density, unit_norm: reserved.
-        engine: ``"native"``, ``"triton"`` (GPUs), ``"reference"`` or None, which takes the fastest that serves the device.
+        engine: ``"native"``, ``"triton"`` (GPUs), ``"reference"`` or None, which takes the first of them that serves
+            the device.
 
     Raises:
         ValueError: a number out of range, an unknown name, ``group_lasso`` without ``group_dim``, a ``group_dim``

@@ -23,9 +23,9 @@ from .triton_prox import make_prox
 from .triton_update import make_step
 
 try:  # one call compares types, dtypes, devices, sizes and strides of all tensors
-    from torch._C._dynamo.guards import TensorGuards
+    from torch._C._dynamo import guards as _guards
 except ImportError:  # every step is then prepared as if it were the first
-    TensorGuards = None
+    _guards = None  # type: ignore[assignment]
 
 _read = itemgetter(*OPTIONS)
 _NAME = "momentum_buffer"
@@ -57,9 +57,7 @@ def is_dense(t: Tensor) -> bool:
 
 def same_layout(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors put every element at the same offset."""
-    return x.shape == y.shape and all(
-        a == b for a, b, n in zip(x.stride(), y.stride(), x.shape, strict=True) if n != 1
-    )
+    return x.shape == y.shape and all(a == b for a, b, n in zip(x.stride(), y.stride(), x.shape, strict=True) if n != 1)
 
 
 def _plain(t: Tensor) -> bool:
@@ -112,7 +110,9 @@ def needs_norms(group: Mapping[str, Any]) -> bool:
 
 def _structure(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of the options decides about launches, not only about numbers."""
-    return group["penalty"], group["group_dim"], needs_norms(group), group["group_lasso"] != 0, group["momentum"] != 0
+    dims = group["group_dim"]
+    dims = tuple(dims) if isinstance(dims, list) else dims  # a list can be edited in place
+    return group["penalty"], dims, needs_norms(group), group["group_lasso"] != 0, group["momentum"] != 0
 
 
 def _invalid(name: str, group: Mapping[str, Any], error: ValueError) -> ValueError:
@@ -134,6 +134,7 @@ class TritonEngine(Engine):
     def _forget(self) -> None:
         """The next step is prepared from the start."""
         self._params: list[Tensor] = []
+        self._lengths: list[int] = []  # of the param groups
         self._active: list[bool] = []
         self._buffers: list[Tensor | None] = []
         self._launches: list[tuple[Launch, list[int]]] = []  # and which of the active parameters its rows are
@@ -175,8 +176,10 @@ class TritonEngine(Engine):
         params = [p for group in groups for p in group["params"]]
         if list(map(id, params)) != list(map(id, self._params)):
             return False
+        if [len(group["params"]) for group in groups] != self._lengths:
+            return False
         grads = [p.grad for p in params]
-        if [g is not None for g in grads] != self._active:
+        if [g is not None for g in grads] != self._active:  # also where one has no elements: it may get some
             return False
         active = [p for p, g in zip(params, grads, strict=True) if g is not None]
         tensors = [*active, *(g for g in grads if g is not None)]
@@ -228,6 +231,8 @@ class TritonEngine(Engine):
                 active.append(p.grad is not None)
                 if p.grad is not None:
                     check_gradient(p, state, group, i, j)
+                    active[-1] = p.numel() > 0
+                if active[-1]:
                     rows.append((i, p))
                     names.append(param_name(group, i, j))
         views: list[GroupView | None] = []
@@ -242,6 +247,7 @@ class TritonEngine(Engine):
         for k, ((i, p), view) in enumerate(zip(rows, views, strict=True)):
             group = groups[i]
             grad, momentum = p.grad, group["momentum"] != 0
+            assert grad is not None
             half = p.dtype in (torch.bfloat16, torch.float16)
             dtype = torch.float32 if half and grad.dtype != p.dtype else p.dtype
             w = self._stage(p, dtype, None, True)
@@ -262,8 +268,6 @@ class TritonEngine(Engine):
             addresses[1].append(g.data_ptr())
             if m is not None:
                 addresses[2].append(m.data_ptr())
-            if p.numel() == 0:
-                continue
             kind = (p.device, dtype, momentum)
             # With group_scale the strength depends on the size of the groups, and so on the shape.
             key = (i, p.shape if view is not None else None, first)
@@ -275,6 +279,7 @@ class TritonEngine(Engine):
             if group["penalty"] == "tl1":
                 tl1.add(kind)
         self._params, self._active = params, active
+        self._lengths = [len(group["params"]) for group in groups]
         for kind, (entries, which) in kinds.items():
             device, dtype, momentum = kind
             launch = Launch("step", dtype, device, entries, kind in lasso, kind in tl1, momentum)
@@ -283,9 +288,9 @@ class TritonEngine(Engine):
         for launch, _ in self._launches:
             for row in launch.rows:  # the tensors are found by address from now on
                 row.w = row.g = row.m = None  # type: ignore[assignment]
-        if TensorGuards is not None and not self._staged and not self._new and rows:
+        if _guards is not None and not self._staged and not self._new and rows:
             tensors = [*(p for _, p in rows), *(p.grad for _, p in rows), *(b for b in self._buffers if b is not None)]
-            self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+            self._guards = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         return True
 
     def _stage(self, tensor: Tensor, dtype: torch.dtype, like: Tensor | None, writes: bool) -> Tensor:
@@ -297,7 +302,9 @@ class TritonEngine(Engine):
     def _scaling_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """grad_scale and found_inf as the kernels read them; 1 and 0 where there are none."""
         out = []
-        for given, kind, default in zip(self._scaling, (arithmetic_type(dtype), torch.float32), (1.0, 0.0), strict=True):
+        for given, kind, default in zip(
+            self._scaling, (arithmetic_type(dtype), torch.float32), (1.0, 0.0), strict=True
+        ):
             if given is None:
                 key = (device, kind if default else torch.int8)
                 if key not in self._constants:
@@ -308,7 +315,7 @@ class TritonEngine(Engine):
         return out[0], out[1]
 
     def launch(self) -> None:
-        written = [p for p, a in zip(self._params, self._active, strict=True) if a and p.numel() > 0]
+        written = [p for p, a in zip(self._params, self._active, strict=True) if a]
         if not self._skip:
             for p, buffer in self._new:
                 self._state[p][_NAME] = buffer

@@ -33,7 +33,7 @@ BY_INNER = tl.constexpr(12)
 BY_BATCH = tl.constexpr(13)
 ENTRY = tl.constexpr(14)
 
-# Numbers of a record: a Prox, then a Step; or a Prox, lam and beta.
+# Numbers of a record: a Prox, then a Step; or a Prox, then lam and beta in double.
 PROX = tl.constexpr(6)
 
 
@@ -89,6 +89,12 @@ def group_of(entry, at):
 
 
 @triton.jit
+def with_sign(r, w):
+    """r with the sign of w; a zero w, whose r is 0, and a NaN stay what they are."""
+    return tl.where(w > 0, r, tl.where(w < 0, -r, w))
+
+
+@triton.jit
 def pull_of(w, f, entry, at, mask, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr):
     """u and w_G / ||w_G|| of elements; with groups, by factors that launches before this one have made."""
     unit = tl.zeros_like(w)
@@ -100,11 +106,9 @@ def pull_of(w, f, entry, at, mask, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.const
             if length != 0:
                 unit = w / tl.load(length.to(tl.pointer_type(w.dtype)) + group, mask, 1.0)
         else:
-            r = shrink(tl.abs(w), f, WITH_TL1)
-            u = tl.where(w < 0, -r, r)
+            u = with_sign(shrink(tl.abs(w), f, WITH_TL1), w)
     else:
-        r = shrink(tl.abs(w), f, WITH_TL1)
-        u = tl.where(w < 0, -r, r)
+        u = with_sign(shrink(tl.abs(w), f, WITH_TL1), w)
     return u, unit
 
 
@@ -178,7 +182,7 @@ def step_kernel(
     size: tl.constexpr = S.primitive_bitwidth // 8
     shift = (place - begin) * size
     one = tl.full((), 1.0, T)
-    scale = tl.div_rn(one, tl.load(grad_scale)) if T == tl.float32 else one / tl.load(grad_scale)
+    scale = tl.div_rn(one, tl.load(grad_scale)) if T.primitive_bitwidth == 32 else one / tl.load(grad_scale)
     if even & (place >= begin) & (place + BLOCK <= end):
         step_elements(
             entry, numbers,
@@ -224,9 +228,7 @@ def prox_kernel(table, owners, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.const
     shift = (place - begin) * size
     if even & (place >= begin) & (place + BLOCK <= end):
         up, wp = (u + shift).to(tl.pointer_type(S)), (w + shift).to(tl.pointer_type(S))
-        prox_elements(
-            entry, numbers, tl.multiple_of(up, 16), tl.multiple_of(wp, 16), place, begin, end, T, BLOCK, True
-        )
+        prox_elements(entry, numbers, tl.multiple_of(up, 16), tl.multiple_of(wp, 16), place, begin, end, T, BLOCK, True)
     else:
         up, wp = (u + shift).to(tl.pointer_type(S)), (w + shift).to(tl.pointer_type(S))
         prox_elements(entry, numbers, up, wp, place, begin, end, T, BLOCK, False)
@@ -241,8 +243,8 @@ def penalty_elements(numbers, w, place, begin, end, T: tl.constexpr, BLOCK: tl.c
     i = tl.arange(0, BLOCK)
     mask = (i >= begin - place) & (i < end - place)
     r = tl.abs(read(w + i, mask, WHOLE).to(T))
-    lam, beta = tl.load(numbers + PROX).to(tl.float64), tl.load(numbers + PROX + 1).to(tl.float64)
-    term = penalty_term(r, prox_of(numbers), lam, beta)
+    strengths = (numbers + PROX).to(tl.pointer_type(tl.float64))
+    term = penalty_term(r, prox_of(numbers), tl.load(strengths), tl.load(strengths + 1))
     return tl.sum(term if WHOLE else tl.where(mask, term, 0.0), 0)
 
 

@@ -31,7 +31,9 @@ from .triton_table import (
     table_bytes,
 )
 
-WARPS = 8
+THREADS = 256
+PROX_NUMBERS = 6
+"""What a record begins with; lam and beta of a penalty's value come after it in float64."""
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -39,7 +41,15 @@ STORAGE = {
     torch.float16: tl.float16,
 }
 # The default of the fusion of multiplications and additions differs between versions of Triton.
-OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+def options_for(warp_size: int) -> dict[str, Any]:
+    """How a kernel is compiled for a device with warps of that size."""
+    return {**OPTIONS, "num_warps": THREADS // warp_size}
+
+
+_HERE = options_for(32 if torch.version.hip is None else 64)
 
 
 def arithmetic_type(dtype: torch.dtype) -> torch.dtype:
@@ -171,7 +181,7 @@ class Launch:
             records: the numbers of each key.
         """
         double = self.arithmetic == torch.float64
-        numbers = Numbers(double)
+        numbers = Numbers(double, PROX_NUMBERS) if self.action == "penalty" else Numbers(double)
         for entry, (k, offset) in zip(self.entries, self.sources, strict=True):
             w, g, m = addresses[k]
             entry[0], entry[1], entry[2] = w + offset, g + offset, m + offset if m else 0
@@ -199,10 +209,10 @@ class Launch:
         tables = {name: table.put(self.data[name]) for name, table in self.tables.items()}
         if self.sums:
             owners, grid = self.grids["sums"]
-            sum_kernel[grid](tables["sums"], owners, S, T, **OPTIONS)
+            sum_kernel[grid](tables["sums"], owners, S, T, **_HERE)
         if self.joins:
             owners, grid = self.grids["joins"]
-            join_kernel[grid](tables["joins"], owners, T, 32, JOIN_GROUPS, **OPTIONS)
+            join_kernel[grid](tables["joins"], owners, T, 32, JOIN_GROUPS, **_HERE)
         if not self.entries:
             return
         owners, grid = self.grids["main"]
@@ -219,9 +229,9 @@ class Launch:
                 self.momentum,
                 self.with_tl1,
                 self.grouped,
-                **OPTIONS,
+                **_HERE,
             )
         elif self.action == "prox":
-            prox_kernel[grid](tables["main"], owners, S, T, block, **OPTIONS)
+            prox_kernel[grid](tables["main"], owners, S, T, block, **_HERE)
         else:
-            penalty_kernel[grid](tables["main"], owners, self.totals, S, T, block, **OPTIONS)
+            penalty_kernel[grid](tables["main"], owners, self.totals, S, T, block, **_HERE)

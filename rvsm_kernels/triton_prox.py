@@ -106,7 +106,7 @@ def shrink(r, f: Prox, WITH_TL1: tl.constexpr):
     WITH_TL1: whether transformed l1 may come; its code needs registers.
     """
     s = r - tl.where(f.penalty == L1, f.tau, 0.0)
-    if WITH_TL1:
+    if WITH_TL1:  # noqa: SIM102 - one is of the compiler, one of the run
         if f.penalty == TL1:
             s = tl1_shrink(r, f)
     return tl.where(r <= f.cut, 0.0, s)

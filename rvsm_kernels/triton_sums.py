@@ -94,24 +94,17 @@ def sum_strip(x, rows, columns, width, inner, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def sum_tile(
-    entry, numbers, x, rows, groups, columns, inner, length, part, group, SHAPE_OF: tl.constexpr, W: tl.constexpr,
-    T: tl.constexpr,
-):  # fmt: skip
-    """One tile of a shape; W elements lie in one access where addresses and lengths are multiples of it."""
-    if W > 1:
-        x = tl.multiple_of(x, 16)
-        columns, length = tl.multiple_of(columns, W), tl.multiple_of(length, W)
+    entry, numbers, x, rows, groups, columns, inner, length, part, group, SHAPE_OF: tl.constexpr, T: tl.constexpr
+):
+    """One tile of a shape."""
+    ELEMENTS: tl.constexpr = 512 if T.primitive_bitwidth == 64 else 2048
     if SHAPE_OF == STRIP:
         width = groups * inner
-        if W > 1:
-            width = tl.multiple_of(width, W)
-        sums = sum_strip(x, rows, columns, width, inner, 8, STRIP_COLUMNS)
+        sums = sum_strip(x, rows, columns, width, inner, ELEMENTS // STRIP_COLUMNS, STRIP_COLUMNS)
         g = tl.arange(0, STRIP_COLUMNS)
     else:
-        if W > 1:
-            inner = tl.multiple_of(inner, W)
         G: tl.constexpr = 64 if SHAPE_OF == SHORT else 8 if SHAPE_OF == TEAM else 1
-        sums = sum_team(x, rows, groups, columns, inner, length, G, 2048 // G)
+        sums = sum_team(x, rows, groups, columns, inner, length, G, ELEMENTS // G)
         g = tl.arange(0, G)
     finish(entry, numbers, part, group + g, sums, g < groups, T)
 
@@ -124,8 +117,11 @@ def sum_kernel(table, owners, S: tl.constexpr, T: tl.constexpr):
     numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
     outer, all_groups, inner = tl.load(entry + OUTER), tl.load(entry + GROUPS), tl.load(entry + INNER)
     tile, tiles, parts = tl.load(entry + TILE), tl.load(entry + TILES), tl.load(entry + PARTS)
-    index = block - tl.load(entry + FIRST)
-    part, first, batch = index % parts, index // parts % tiles * tile, index // parts // tiles
+    # Numbers of blocks fit 32 bits; 64-bit divisions are calls.
+    index, narrow, wide = block - tl.load(entry + FIRST).to(tl.int32), parts.to(tl.int32), tiles.to(tl.int32)
+    whole = index // narrow
+    part, batch = (index - whole * narrow).to(tl.int64), whole // wide
+    first = (whole - batch * wide).to(tl.int64) * tile
     cut_rows = tl.load(entry + CUT_ROWS) != 0
     W: tl.constexpr = 128 // S.primitive_bitwidth
     pieces = tl.where(cut_rows, outer, tl.cdiv(inner, W))
@@ -142,26 +138,14 @@ def sum_kernel(table, owners, S: tl.constexpr, T: tl.constexpr):
     x = (address + ((row * all_groups + first) * inner + skip) * size).to(tl.pointer_type(S))
     group = batch * all_groups + first
     shape = tl.load(entry + SHAPE)
-    # Runs and rows are then made of whole vectors.
-    unit = tl.where(shape == STRIP, columns, inner)
-    even = (address % 16 == 0) & (unit % W == 0) & ((first * inner) % W == 0) & ((tile * inner) % W == 0)
     if shape == STRIP:
-        if even & (groups * inner % W == 0):
-            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, STRIP, W, T)
-        else:
-            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, STRIP, 1, T)
+        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, STRIP, T)
     elif shape == TEAM:
-        if even:
-            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, TEAM, W, T)
-        else:
-            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, TEAM, 1, T)
+        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, TEAM, T)
     elif shape == LONG:
-        if even:
-            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, LONG, W, T)
-        else:
-            sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, LONG, 1, T)
+        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, LONG, T)
     else:
-        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, SHORT, 1, T)
+        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, SHORT, T)
 
 
 @triton.jit

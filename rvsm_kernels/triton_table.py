@@ -1,4 +1,4 @@
-"""What a Triton launch is told, made on the host: entries and records of a table, its blocks, and its way to the device.
+"""What a Triton launch is told: entries and records of a table, its blocks, and its way to the device.
 
 No torch tensor is looked at here but the table itself. The fields are those of ``triton_kernels.py`` and
 ``triton_sums.py``.
@@ -111,10 +111,16 @@ def divide_sums(v: GroupView, width: int) -> Division:
 
 
 class Numbers:
-    """The records of a table: equal ones are stored once."""
+    """The records of a table: equal ones are stored once.
 
-    def __init__(self, double: bool) -> None:
+    Args:
+        double: the arithmetic type is float64, else float32.
+        narrow: so many numbers of a record are in that type, all others in float64.
+    """
+
+    def __init__(self, double: bool, narrow: int = 1000) -> None:
         self._double = double
+        self._narrow = 1000 if double else narrow
         self._at: dict[tuple[float, ...], int] = {}
         self._bytes = bytearray()
 
@@ -125,8 +131,9 @@ class Numbers:
             at = self._at[numbers] = len(self._bytes) // 8
             code = "d" if self._double else "f"
             limit = math.inf if self._double else _LARGEST32
-            clipped = [math.copysign(math.inf, x) if abs(x) > limit else x for x in numbers]
-            packed = struct.pack(f"<{len(numbers)}{code}", *clipped)
+            own = [math.copysign(math.inf, x) if abs(x) > limit else x for x in numbers[: self._narrow]]
+            rest = numbers[self._narrow :]
+            packed = struct.pack(f"<{len(own)}{code}{len(rest)}d", *own, *rest)
             self._bytes += packed + bytes(-len(packed) % 8)
         return at
 

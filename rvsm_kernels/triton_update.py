@@ -83,5 +83,5 @@ def penalty_term(r, f: Prox, lam, beta):
     """
     s = shrink(r, f, True).to(tl.float64)
     gap = r.to(tl.float64) - s
-    wide = Prox(f.penalty, f.cut, f.tau, f.a.to(tl.float64), f.rho, f.edge)
+    wide = Prox(f.penalty, f.cut, f.tau, tl.cast(f.a, tl.float64), f.rho, f.edge)
     return lam * value(s, wide) + beta / 2 * gap * gap

@@ -1,0 +1,113 @@
+"""``python -m bench.static_triton``: what Triton's compiler makes of every kernel, for targets that need not be here.
+
+Compiles each variant ahead of time and reads registers, spills and the widths of accesses: from PTX and ``cuobjdump``
+for NVIDIA, from the assembly for AMD. No GPU is needed; TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rvsm_kernels import triton_kernels, triton_sums
+from rvsm_kernels.triton_launch import STORAGE, arithmetic_type, block_of, options_for
+from rvsm_kernels.triton_table import JOIN_GROUPS
+
+from .static import tool
+
+TARGETS = ("cuda:80", "cuda:90", "hip:gfx942")
+_POINTERS = {"table": "*i64", "owners": "*i32", "found_inf": "*fp32", "totals": "*fp64"}
+
+
+def target_of(name: str) -> GPUTarget:
+    """The target of a name like ``cuda:90`` or ``hip:gfx942``."""
+    backend, arch = name.split(":")
+    return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+
+
+def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
+    """Every kernel with its compile-time constants, and how many arrays it reads and writes as a stream."""
+    for dtype, storage in STORAGE.items():
+        arithmetic = STORAGE[arithmetic_type(dtype)]
+        types = {"S": storage, "T": arithmetic}
+        block = {"BLOCK": block_of(dtype)}
+        for momentum, tl1, groups in itertools.product((False, True), repeat=3):
+            kinds = {"MOMENTUM": momentum, "WITH_TL1": tl1, "WITH_GROUPS": groups}
+            yield triton_kernels.step_kernel, {**types, **block, **kinds}, 5 if momentum else 3
+        yield triton_kernels.prox_kernel, {**types, **block}, 2
+        yield triton_kernels.penalty_kernel, {**types, **block}, 1
+        yield triton_sums.sum_kernel, types, 0
+    for arithmetic in (tl.float32, tl.float64):
+        yield triton_sums.join_kernel, {"T": arithmetic, "P": 32, "G": JOIN_GROUPS}, 0
+
+
+def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
+    """The kernel, compiled ahead of time as a launch would."""
+    names = kernel.arg_names
+    pointers = {**_POINTERS, "grad_scale": "*fp64" if constants["T"] == tl.float64 else "*fp32"}
+    signature = {name: "constexpr" if name in constants else pointers[name] for name in names}
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, fixed, {(names.index("table"),): [["tt.divisibility", 16]]})
+    return triton.compile(source, target=target, options=options_for(target.warp_size))
+
+
+def usage(binary: Any) -> dict[str, int]:
+    """Registers, bytes outside of them, and accesses of 16 bytes."""
+    assembly = binary.asm
+    if "cubin" in assembly:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(assembly["cubin"])
+            command = [tool("cuobjdump"), "-res-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        wide = len(re.findall(r"(?:ld|st)\.global[.\w]*\.v(?:4\.b32|2\.b64)", assembly["ptx"]))
+        return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "wide": wide}
+    text = assembly["amdgcn"]
+    numbers = {key: int(n) for key, n in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count): *(\d+)", text)}
+    wide = len(re.findall(r"(?:global|buffer|flat)_(?:load|store)_dwordx4", text))
+    spilled = numbers.get("vgpr_spill_count", 0) + numbers.get("sgpr_spill_count", 0)
+    return {"registers": numbers.get("vgpr_count", 0), "spilled": spilled, "wide": wide}
+
+
+def measure(targets: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each kernel, variant and target."""
+    rows = []
+    for name in targets:
+        for kernel, constants, streams in variants():
+            kinds = {key: str(value) for key, value in constants.items()}
+            found = usage(compiled(kernel, constants, target_of(name)))
+            rows.append({"target": name, "kernel": kernel.__name__, **kinds, "streams": streams, **found})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one line for each; 1 if anything spills or a stream is not read in accesses of 16 bytes."""
+    parser = argparse.ArgumentParser(prog="python -m bench.static_triton", description=__doc__)
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), help=f"of these by default: {', '.join(TARGETS)}")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args(argv)
+    rows = measure(arguments.targets)
+    bad = [row for row in rows if row["spilled"] or row["wide"] < row["streams"]]
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()) + ("  BAD" if row in bad else ""))
+    print(f"static_triton: {len(rows)} kernels, {len(bad)} of them spill or read a stream in narrow accesses")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
