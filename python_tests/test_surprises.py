@@ -223,8 +223,6 @@ def test_prox_under_torch_func() -> None:
 def test_topk_is_reserved() -> None:
     with pytest.raises(NotImplementedError, match="topk"):
         rk.prox(torch.ones(3), "topk", 0.1)
-    with pytest.raises(RuntimeError, match="not in this version"):
-        rk.RVSM([one(2)], engine="triton")
 
 
 def test_step_op_checks_before_it_writes(native: str) -> None:
