@@ -29,7 +29,8 @@ from rvsm_kernels.triton_table import JOIN_GROUPS
 from .static import tool
 
 TARGETS = ("cuda:80", "cuda:90", "hip:gfx942")
-_POINTERS = {"table": "*i64", "owners": "*i32", "found_inf": "*fp32", "totals": "*fp64"}
+_TABLES = ("addresses", "entries", "records")
+_POINTERS = {**dict.fromkeys(_TABLES, "*i64"), "owners": "*i32", "found_inf": "*fp32", "totals": "*fp64"}
 
 
 def target_of(name: str) -> GPUTarget:
@@ -49,7 +50,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
             yield triton_kernels.step_kernel, {**types, **block, **kinds}, 5 if momentum else 3
         yield triton_kernels.prox_kernel, {**types, **block}, 2
         yield triton_kernels.penalty_kernel, {**types, **block}, 1
-        yield triton_sums.sum_kernel, types, 0
+        yield triton_sums.sum_kernel, types, 4  # one for each shape of a tile
     for arithmetic in (tl.float32, tl.float64):
         yield triton_sums.join_kernel, {"T": arithmetic, "P": 32, "G": JOIN_GROUPS}, 0
 
@@ -60,7 +61,11 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     pointers = {**_POINTERS, "grad_scale": "*fp64" if constants["T"] == tl.float64 else "*fp32"}
     signature = {name: "constexpr" if name in constants else pointers[name] for name in names}
     fixed = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, fixed, {(names.index("table"),): [["tt.divisibility", 16]]})
+    # As a launch finds them: whole allocations.
+    aligned = {
+        (k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name in (*_TABLES, "owners", "totals")
+    }
+    source = ASTSource(kernel, signature, fixed, aligned)
     return triton.compile(source, target=target, options=options_for(target.warp_size))
 
 

@@ -7,19 +7,19 @@ seen before, and one list of addresses.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from operator import itemgetter
-from typing import Any
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .base import Engine, check_gradient
-from .groups import GroupDim, GroupView, group_view, kept_dims
+from .groups import GroupDim, GroupView
 from .options import OPTIONS, differ, is_split, param_name, snapshot, strength
-from .triton_launch import Launch, Row, arithmetic_type
+from .triton_launch import Launch, Row
 from .triton_prox import make_prox
+from .triton_staging import Staged, is_dense, on_device, view_of
 from .triton_update import make_step
 
 try:  # one call compares types, dtypes, devices, sizes and strides of all tensors
@@ -29,78 +29,24 @@ except ImportError:  # every step is then prepared as if it were the first
 
 _read = itemgetter(*OPTIONS)
 _NAME = "momentum_buffer"
+_momentum = itemgetter(_NAME)
 
 
-@contextlib.contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
-    """Triton launches on the current device."""
-    if device.type == "cpu":
-        yield
-        return
-    module = torch.get_device_module(device)
-    if module.current_device() == device.index:
-        yield
-        return
-    with module.device(device):
-        yield
+class Part(NamedTuple):
+    """A launch of a step, and where its rows are among the active parameters and the buffers.
 
-
-def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill their memory, in any order of the dimensions, each once."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def same_layout(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors put every element at the same offset."""
-    return x.shape == y.shape and all(a == b for a, b, n in zip(x.stride(), y.stride(), x.shape, strict=True) if n != 1)
-
-
-def _plain(t: Tensor) -> bool:
-    return not t.is_neg() and not t._is_zerotensor()
-
-
-class Staged:
-    """A tensor as the kernels need it: itself, or a dense copy to load before and to store after."""
-
-    def __init__(self, tensor: Tensor, dtype: torch.dtype, like: Tensor | None = None) -> None:
-        self.tensor = tensor
-        fits = tensor.dtype == dtype and _plain(tensor)
-        if like is None:
-            fits = fits and is_dense(tensor)
-            self.dense = tensor if fits else torch.empty_like(tensor, dtype=dtype)
-        else:
-            fits = fits and same_layout(tensor, like)
-            self.dense = tensor if fits else torch.empty_like(like, dtype=dtype)
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether the kernels work on a copy."""
-        return self.dense is not self.tensor
-
-    def load(self) -> None:
-        """Fill the copy."""
-        if self.is_copy:
-            self.dense.copy_(self.tensor)
-
-    def store(self) -> None:
-        """Bring the copy back."""
-        if self.is_copy:
-            self.tensor.copy_(self.dense)
-
-
-def view_of(dense: Tensor, group_dim: GroupDim) -> GroupView | None:
-    """The groups of a dense tensor, None for elements and for no elements.
-
-    Raises:
-        ValueError: they do not collapse in memory.
+    Attributes:
+        which: None for all in their order.
     """
-    kept = kept_dims(group_dim, dense.dim())
-    return None if kept is None or dense.numel() == 0 else group_view(dense.shape, dense.stride(), kept)
+
+    launch: Launch
+    which: list[int] | None
+    buffers: list[int]
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects; == would compare tensors."""
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def needs_norms(group: Mapping[str, Any]) -> bool:
@@ -112,7 +58,8 @@ def _structure(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of the options decides about launches, not only about numbers."""
     dims = group["group_dim"]
     dims = tuple(dims) if isinstance(dims, list) else dims  # a list can be edited in place
-    return group["penalty"], dims, needs_norms(group), group["group_lasso"] != 0, group["momentum"] != 0
+    norms, scaled = needs_norms(group), bool(group["group_scale"])
+    return group["penalty"], dims, norms, scaled, group["group_lasso"] != 0, group["momentum"] != 0
 
 
 def _invalid(name: str, group: Mapping[str, Any], error: ValueError) -> ValueError:
@@ -128,7 +75,7 @@ class TritonEngine(Engine):
         self._served = tuple(device_types)
         self._seen: list[tuple[Any, ...] | None] = []
         self._structures: list[tuple[Any, ...]] = []
-        self._constants: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -136,8 +83,13 @@ class TritonEngine(Engine):
         self._params: list[Tensor] = []
         self._lengths: list[int] = []  # of the param groups
         self._active: list[bool] = []
-        self._buffers: list[Tensor | None] = []
-        self._launches: list[tuple[Launch, list[int]]] = []  # and which of the active parameters its rows are
+        self._all_active = False
+        self._state_keys: list[Tensor] = []
+        self._state_values: list[dict[str, Any]] = []
+        self._states: list[dict[str, Any]] = []  # of the active parameters that have momentum
+        self._buffers: list[Tensor] = []
+        self._changed: list[Tensor] = []  # what a step writes
+        self._launches: list[Part] = []
         self._guards: Any = None
         self._addresses: list[int] = []
         self._staged: list[tuple[Staged, bool]] = []
@@ -162,8 +114,9 @@ class TritonEngine(Engine):
         except BaseException:
             self._forget()
             raise
-        self._seen = [snapshot(v) for v in values]
-        self._structures = [_structure(group) for group in groups] if stale else self._structures
+        if stale:
+            self._seen = [snapshot(v) for v in values]
+            self._structures = [_structure(group) for group in groups]
         # Whether buffers appear is decided here, so that a first step waits for the device; no other does.
         if self._new and found_inf is not None:
             self._skip = found_inf.item() > 0
@@ -173,54 +126,68 @@ class TritonEngine(Engine):
         """Addresses and numbers of the tensors that are known; False where they are others, or lie otherwise."""
         if self._guards is None:
             return False
-        params = [p for group in groups for p in group["params"]]
-        if list(map(id, params)) != list(map(id, self._params)):
+        params: list[Tensor] = []
+        for group in groups:
+            params += group["params"]
+        if not _same(params, self._params) or [len(group["params"]) for group in groups] != self._lengths:
             return False
-        if [len(group["params"]) for group in groups] != self._lengths:
-            return False
-        grads = [p.grad for p in params]
+        grads: list[Any] = [p.grad for p in params]
         if [g is not None for g in grads] != self._active:  # also where one has no elements: it may get some
             return False
-        active = [p for p, g in zip(params, grads, strict=True) if g is not None]
-        tensors = [*active, *(g for g in grads if g is not None)]
-        for p, buffer in zip(active, self._buffers, strict=True):
-            if buffer is not None:
-                own = state.get(p)
-                if own is None or own.get(_NAME) is not buffer:
-                    return False
-                tensors.append(buffer)
+        tensors: list[Tensor] = params + grads
+        if not self._all_active:
+            tensors = [t for t, active in zip(tensors, self._active * 2, strict=True) if active]
+        if self._buffers:
+            # Walking the state compares every key and value by identity; a look-up would hash every parameter.
+            if not (_same(list(state), self._state_keys) and _same(list(state.values()), self._state_values)):
+                return False
+            try:
+                buffers = list(map(_momentum, self._states))
+            except KeyError:
+                return False
+            if not _same(buffers, self._buffers):
+                return False
+            tensors += buffers
         if not self._guards.check(*tensors):
             return False
-        addresses = [t.data_ptr() for t in tensors]
-        if stale or addresses != self._addresses:
-            self._fill(groups, addresses)
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if addresses != self._addresses:
+            self._move(addresses)
+        if stale:
+            self._set(groups)
         return True
 
-    def _fill(self, groups: Sequence[Mapping[str, Any]], addresses: list[int]) -> None:
+    def _move(self, addresses: list[int]) -> None:
         """`addresses`: of all active parameters, their gradients, and what buffers there are."""
         self._addresses = addresses
-        count = len(self._buffers)
-        following = iter(addresses[2 * count :])
-        buffers = [0 if b is None else next(following) for b in self._buffers]
-        rows = list(zip(addresses, addresses[count:], buffers, strict=False))
-        for launch, which in self._launches:
-            launch.fill([rows[k] for k in which], self._records(launch, groups))
+        n = (len(addresses) - len(self._buffers)) // 2
+        w, g, m = addresses[:n], addresses[n : 2 * n], addresses[2 * n :]
+        for part in self._launches:
+            which = part.which
+            own = [m[k] for k in part.buffers] if part.launch.momentum else None
+            if which is None:
+                part.launch.move(w, g, own)
+            else:
+                part.launch.move([w[k] for k in which], [g[k] for k in which], own)
+
+    def _set(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        for part in self._launches:
+            part.launch.set(self._numbers(part.launch, groups))
 
     @staticmethod
-    def _records(launch: Launch, groups: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], tuple[float, ...]]:
-        """The numbers of each key: the place of the param group, the shape or None, whether the step is the first."""
-        keys = {row.key for row in launch.rows}
+    def _numbers(launch: Launch, groups: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], tuple[float, ...]]:
+        """Those of each key: the place of the param group, the shape or None, whether the step is the first."""
         return {
-            key: make_step(groups[key[0]], strength(groups[key[0]], key[1] or torch.Size()), key[2])
-            if key[1] is not None
-            else make_step(groups[key[0]], float(groups[key[0]]["lam"]), key[2])
-            for key in keys
+            (i, shape, first): make_step(
+                groups[i], float(groups[i]["lam"]) if shape is None else strength(groups[i], shape), first
+            )
+            for i, shape, first in launch.keys
         }
 
     def _build(self, groups: Sequence[MutableMapping[str, Any]], state: MutableMapping[Tensor, Any]) -> bool:
         """Look at everything anew; raises before anything is changed."""
         self._forget()
-        kinds: dict[tuple[Any, ...], tuple[list[Row], list[int]]] = {}
+        kinds: dict[tuple[Any, ...], tuple[list[Row], list[int], list[int]]] = {}
         params, active, names = [], [], []
         rows: list[tuple[int, Tensor]] = []
         for i, group in enumerate(groups):
@@ -252,8 +219,10 @@ class TritonEngine(Engine):
             dtype = torch.float32 if half and grad.dtype != p.dtype else p.dtype
             w = self._stage(p, dtype, None, True)
             g = self._stage(grad, dtype, w, False)
-            m = buffer = None
+            m = None
             first = False
+            kind = (p.device, dtype, momentum)
+            own, which, buffers = kinds.setdefault(kind, ([], [], []))
             if momentum:
                 buffer = state[p].get(_NAME) if p in state else None
                 first = buffer is None
@@ -263,33 +232,35 @@ class TritonEngine(Engine):
                         buffer.copy_(old)
                     self._new.append((p, buffer))
                 m = self._stage(buffer, dtype, w, True)
-            self._buffers.append(buffer)
+                buffers.append(len(self._buffers))
+                self._buffers.append(buffer)
+                addresses[2].append(m.data_ptr())
             addresses[0].append(w.data_ptr())
             addresses[1].append(g.data_ptr())
-            if m is not None:
-                addresses[2].append(m.data_ptr())
-            kind = (p.device, dtype, momentum)
             # With group_scale the strength depends on the size of the groups, and so on the shape.
-            key = (i, p.shape if view is not None else None, first)
-            kinds.setdefault(kind, ([], []))
-            kinds[kind][0].append(Row(w, g, m, view, key))
-            kinds[kind][1].append(k)
+            key = (i, p.shape if view is not None and group["group_scale"] else None, first)
+            own.append(Row(w, g, view, key))
+            which.append(k)
             if group["group_lasso"] != 0:
                 lasso.add(kind)
             if group["penalty"] == "tl1":
                 tl1.add(kind)
-        self._params, self._active = params, active
-        self._lengths = [len(group["params"]) for group in groups]
-        for kind, (entries, which) in kinds.items():
+        for kind, (own, which, buffers) in kinds.items():
             device, dtype, momentum = kind
-            launch = Launch("step", dtype, device, entries, kind in lasso, kind in tl1, momentum)
-            self._launches.append((launch, which))
-        self._fill(groups, [*addresses[0], *addresses[1], *addresses[2]])
-        for launch, _ in self._launches:
+            launch = Launch("step", dtype, device, own, kind in lasso, kind in tl1, momentum)
+            self._launches.append(Part(launch, None if len(which) == len(rows) else which, buffers))
+        self._move([*addresses[0], *addresses[1], *addresses[2]])
+        self._set(groups)
+        self._changed = [t for t in (*(p for _, p in rows), *self._buffers) if not t.is_inference()]
+        self._params, self._active, self._all_active = params, active, all(active)
+        self._lengths = [len(group["params"]) for group in groups]
+        for launch, _, _ in self._launches:
             for row in launch.rows:  # the tensors are found by address from now on
-                row.w = row.g = row.m = None  # type: ignore[assignment]
+                row.w = row.g = None  # type: ignore[assignment]
         if _guards is not None and not self._staged and not self._new and rows:
-            tensors = [*(p for _, p in rows), *(p.grad for _, p in rows), *(b for b in self._buffers if b is not None)]
+            self._states = [state[p] for i, p in rows if groups[i]["momentum"] != 0]
+            self._state_keys, self._state_values = list(state), list(state.values())
+            tensors = [*(p for _, p in rows), *(p.grad for _, p in rows), *self._buffers]
             self._guards = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         return True
 
@@ -299,36 +270,33 @@ class TritonEngine(Engine):
             self._staged.append((staged, writes))
         return staged.dense
 
-    def _scaling_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _scaling_on(self, device: torch.device, arithmetic: torch.dtype) -> tuple[Tensor, Tensor]:
         """grad_scale and found_inf as the kernels read them; 1 and 0 where there are none."""
-        out = []
-        for given, kind, default in zip(
-            self._scaling, (arithmetic_type(dtype), torch.float32), (1.0, 0.0), strict=True
-        ):
-            if given is None:
-                key = (device, kind if default else torch.int8)
-                if key not in self._constants:
-                    self._constants[key] = torch.full((1,), default, dtype=kind, device=device)
-                out.append(self._constants[key])
-            else:
-                out.append(given.detach().to(device, kind))
-        return out[0], out[1]
+        key = device, arithmetic
+        if key not in self._constants:
+            one = torch.ones(1, dtype=arithmetic, device=device)
+            self._constants[key] = one, torch.zeros(1, dtype=torch.int8, device=device)
+        scale, skip = self._constants[key]
+        grad_scale, found_inf = self._scaling
+        if grad_scale is not None:
+            scale = grad_scale.detach().to(device, arithmetic)
+        if found_inf is not None:
+            skip = found_inf.detach().to(device, torch.float32)
+        return scale, skip
 
     def launch(self) -> None:
-        written = [p for p, a in zip(self._params, self._active, strict=True) if a]
         if not self._skip:
             for p, buffer in self._new:
                 self._state[p][_NAME] = buffer
             for staged, _ in self._staged:
                 staged.load()
-            for launch, _ in self._launches:
+            for launch, _, _ in self._launches:
                 with on_device(launch.device):
-                    launch.run(*self._scaling_on(launch.device, launch.dtype))
+                    launch.run(*self._scaling_on(launch.device, launch.arithmetic))
             for staged, writes in self._staged:
                 if writes:
                     staged.store()
-            changed = [*written, *(b for b in self._buffers if b is not None)]
-            torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
+            torch.autograd.graph.increment_version(self._changed)
         if self._staged or self._new:
             self._forget()
         self._scaling = (None, None)
@@ -370,9 +338,9 @@ class TritonEngine(Engine):
         norms = []
         for launch in _run("penalty", rows):
             launch.run()
-            if launch.entries:
+            if launch.totals.numel():
                 total = total + launch.totals.sum().to(total.device)
-            norms += [Row(t, t, None, None, row.key) for t, row in launch.norms]
+            norms += [Row(t, t, None, row.key) for t, row in launch.norms]
         for launch in _run("penalty", norms):
             launch.run()
             total = total + launch.totals.sum().to(total.device)
@@ -380,7 +348,7 @@ class TritonEngine(Engine):
 
 
 def _row(w: Tensor, source: Tensor, group_dim: GroupDim, numbers: tuple[float, ...]) -> Row:
-    return Row(w, source, None, view_of(w, group_dim), numbers)
+    return Row(w, source, view_of(w, group_dim), numbers)
 
 
 def _run(action: str, rows: Sequence[Row]) -> Iterator[Launch]:
@@ -392,7 +360,8 @@ def _run(action: str, rows: Sequence[Row]) -> Iterator[Launch]:
     for (device, dtype), own in kinds.items():
         with on_device(device):
             launch = Launch(action, dtype, device, own)
-            launch.fill([(r.w.data_ptr(), r.g.data_ptr(), 0) for r in own], {r.key: r.key for r in own})
+            launch.move([r.w.data_ptr() for r in own], [r.g.data_ptr() for r in own])
+            launch.set({key: key for key in launch.keys})
             yield launch
 
 

@@ -1,9 +1,10 @@
 """The Triton kernels: step, prox, penalty and the sums of groups over a table of pointers.
 
-A launch serves all tensors of one storage type. Its table is one int64 tensor on the device (see ``triton_table.py``):
-entries, one after another, then records of numbers in the arithmetic type. ``owners`` says for each block which entry
-it works for. Everything that an option changes is read from the table, so that no edit compiles anything anew; what the
-compiler knows is the storage type S, the arithmetic type T, and which code may be needed at all.
+A launch serves all tensors of one storage type. Three arrays on the device tell it about them (``triton_table.py``):
+entries with all that stays as long as shapes do, the addresses of w, g and m of each entry, and records of numbers in
+the arithmetic type. ``owners`` says for each block which entry it works for. Everything that an option
+changes is read from there, so that no edit compiles anything anew; what the compiler knows is the storage type S, the
+arithmetic type T, and which code may be needed at all.
 """
 
 from __future__ import annotations
@@ -16,22 +17,25 @@ from .triton_update import Step, penalty_term, sgd_step
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
-# Fields of an entry of a step, a prox or a penalty, in int64.
+# The addresses of an entry.
 W = tl.constexpr(0)
 G = tl.constexpr(1)  # the gradient of a step; what a prox and a penalty read
 M = tl.constexpr(2)
-NUMEL = tl.constexpr(3)
-FIRST = tl.constexpr(4)  # its first block
-RECORD = tl.constexpr(5)  # where its numbers are, in int64 from the table's begin
-GROUPED = tl.constexpr(6)
-RATIO = tl.constexpr(7)  # addresses of the factors of its groups
-LENGTH = tl.constexpr(8)
-COLUMNS = tl.constexpr(9)  # groups * inner
-GROUPS = tl.constexpr(10)
-BY_COLUMNS = tl.constexpr(11)  # dividers: factor, and the shift above it
-BY_INNER = tl.constexpr(12)
-BY_BATCH = tl.constexpr(13)
-ENTRY = tl.constexpr(14)
+ADDRESSES = tl.constexpr(3)
+
+# Fields of an entry of a step, a prox or a penalty, in int64.
+NUMEL = tl.constexpr(0)
+FIRST = tl.constexpr(1)  # its first block
+RECORD = tl.constexpr(2)  # where its numbers are, in int64
+GROUPED = tl.constexpr(3)
+RATIO = tl.constexpr(4)  # addresses of the factors of its groups
+LENGTH = tl.constexpr(5)
+COLUMNS = tl.constexpr(6)  # groups * inner
+GROUPS = tl.constexpr(7)
+BY_COLUMNS = tl.constexpr(8)  # dividers: factor, and the shift above it
+BY_INNER = tl.constexpr(9)
+BY_BATCH = tl.constexpr(10)
+ENTRY = tl.constexpr(11)
 
 # Numbers of a record: a Prox, then a Step; or a Prox, then lam and beta in double.
 PROX = tl.constexpr(6)
@@ -113,6 +117,20 @@ def pull_of(w, f, entry, at, mask, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.const
 
 
 @triton.jit
+def entry_of(addresses, entries, records, owners, T: tl.constexpr):
+    """The entry of a block, its addresses and its numbers."""
+    owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
+    entry = entries + owner * ENTRY
+    return entry, addresses + owner * ADDRESSES, (records + tl.load(entry + RECORD)).to(tl.pointer_type(T))
+
+
+@triton.jit
+def span_of(entry, begin, BLOCK: tl.constexpr):
+    """Where a block begins, and the elements [begin, end) of the entry, both counted from the same boundary."""
+    return (tl.program_id(0) - tl.load(entry + FIRST)) * BLOCK, begin, begin + tl.load(entry + NUMEL)
+
+
+@triton.jit
 def lead_of(address, S: tl.constexpr):
     """Elements from the last 16-byte boundary to an address."""
     return (address & 15) // (S.primitive_bitwidth // 8)
@@ -160,25 +178,21 @@ def step_elements(
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
 def step_kernel(
-    table, owners, grad_scale, found_inf,
+    addresses, entries, records, owners, grad_scale, found_inf,
     S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     MOMENTUM: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One step of all entries; nothing where found_inf is above 0."""
-    block = tl.program_id(0)
     if tl.load(found_inf) > 0:
         return
-    entry = table + tl.load(owners + block).to(tl.int64) * ENTRY
-    numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
-    w, g, m = tl.load(entry + W), tl.load(entry + G), tl.load(entry + M)
+    entry, address, numbers = entry_of(addresses, entries, records, owners, T)
+    w, g, m = tl.load(address + W), tl.load(address + G), tl.load(address + M)
     # Where all are equally far from a boundary, blocks begin on one. What stands before the tensor is masked.
     lead = lead_of(w, S)
     even = lead == lead_of(g, S)
     if MOMENTUM:
         even = even & (lead == lead_of(m, S))
-    begin = tl.where(even, lead, 0)
-    end = begin + tl.load(entry + NUMEL)
-    place = (block - tl.load(entry + FIRST)) * BLOCK
+    place, begin, end = span_of(entry, tl.where(even, lead, 0), BLOCK)
     size: tl.constexpr = S.primitive_bitwidth // 8
     shift = (place - begin) * size
     one = tl.full((), 1.0, T)
@@ -213,17 +227,13 @@ def prox_elements(entry, numbers, u, w, place, begin, end, T: tl.constexpr, BLOC
 
 
 @triton.jit
-def prox_kernel(table, owners, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+def prox_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
     """u of all entries."""
-    block = tl.program_id(0)
-    entry = table + tl.load(owners + block).to(tl.int64) * ENTRY
-    numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
-    u, w = tl.load(entry + W), tl.load(entry + G)
+    entry, address, numbers = entry_of(addresses, entries, records, owners, T)
+    u, w = tl.load(address + W), tl.load(address + G)
     lead = lead_of(u, S)
     even = lead == lead_of(w, S)
-    begin = tl.where(even, lead, 0)
-    end = begin + tl.load(entry + NUMEL)
-    place = (block - tl.load(entry + FIRST)) * BLOCK
+    place, begin, end = span_of(entry, tl.where(even, lead, 0), BLOCK)
     size: tl.constexpr = S.primitive_bitwidth // 8
     shift = (place - begin) * size
     if even & (place >= begin) & (place + BLOCK <= end):
@@ -249,18 +259,15 @@ def penalty_elements(numbers, w, place, begin, end, T: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def penalty_kernel(table, owners, totals, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+def penalty_kernel(addresses, entries, records, owners, totals, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
     """The value over each block: totals[block]."""
-    block = tl.program_id(0)
-    entry = table + tl.load(owners + block).to(tl.int64) * ENTRY
-    numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
-    w = tl.load(entry + G)
-    begin = lead_of(w, S)
-    end = begin + tl.load(entry + NUMEL)
-    place = (block - tl.load(entry + FIRST)) * BLOCK
+    entry, address, numbers = entry_of(addresses, entries, records, owners, T)
+    w = tl.load(address + G)
+    place, begin, end = span_of(entry, lead_of(w, S), BLOCK)
     size: tl.constexpr = S.primitive_bitwidth // 8
     p = (w + (place - begin) * size).to(tl.pointer_type(S))
     if (place >= begin) & (place + BLOCK <= end):
-        tl.store(totals + block, penalty_elements(numbers, tl.multiple_of(p, 16), place, begin, end, T, BLOCK, True))
+        total = penalty_elements(numbers, tl.multiple_of(p, 16), place, begin, end, T, BLOCK, True)
     else:
-        tl.store(totals + block, penalty_elements(numbers, p, place, begin, end, T, BLOCK, False))
+        total = penalty_elements(numbers, p, place, begin, end, T, BLOCK, False)
+    tl.store(totals + tl.program_id(0), total)

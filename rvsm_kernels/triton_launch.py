@@ -1,13 +1,14 @@
 """Launches of the Triton kernels: rows of tensors become tables, scratch and calls.
 
 A :class:`Launch` serves the rows of one device, one storage type and one kind of step. It is made when shapes or
-groupings change; afterwards only addresses and numbers are refreshed.
+groupings change; afterwards only addresses and numbers are refreshed, each of them alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,23 +18,25 @@ from torch import Tensor
 
 from .groups import GroupView
 from .triton_kernels import penalty_kernel, prox_kernel, step_kernel
+from .triton_prox import Prox
 from .triton_sums import join_kernel, sum_kernel
 from .triton_table import (
     JOIN_GROUPS,
     NO_GROUPS,
     Division,
-    Numbers,
     Table,
     divide_sums,
     grouped_fields,
     owners_of,
     pieces,
-    table_bytes,
+    record_of,
+    record_words,
 )
+from .triton_update import Step
 
 THREADS = 256
-PROX_NUMBERS = 6
-"""What a record begins with; lam and beta of a penalty's value come after it in float64."""
+NUMBERS = {"step": len(Prox._fields) + len(Step._fields), "prox": len(Prox._fields), "penalty": len(Prox._fields) + 2}
+"""What a record holds; lam and beta of a penalty's value are in float64."""
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -48,6 +51,8 @@ def options_for(warp_size: int) -> dict[str, Any]:
     """How a kernel is compiled for a device with warps of that size."""
     return {**OPTIONS, "num_warps": THREADS // warp_size}
 
+
+_ADDRESSES = 3
 
 _HERE = options_for(32 if torch.version.hip is None else 64)
 
@@ -72,9 +77,35 @@ class Row:
 
     w: Tensor
     g: Tensor
-    m: Tensor | None
     view: GroupView | None
     key: tuple[Any, ...]
+
+
+class Call:
+    """One kernel's entries and blocks, and what Triton compiled for them."""
+
+    def __init__(self, entries: Sequence[Sequence[int]], blocks: Sequence[int], device: torch.device) -> None:
+        self.entries = torch.tensor(entries, dtype=torch.int64, device="cpu").to(device)
+        self.owners = owners_of(blocks, device)
+        self._grid = sum(blocks), 1, 1
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, kernel: Any, *arguments: Any, kind: Any = None) -> None:
+        """Launch.
+
+        Looking up what was compiled is most of the host's time in a launch, and the answer cannot change: all tables
+        are whole allocations, and no kernel looks at the alignment of other tensors.
+
+        Args:
+            kind: of the arguments that are others from call to call; what was compiled for it is kept.
+        """
+        compiled = self._compiled.get(kind)
+        if compiled is not None:
+            compiled[self._grid](*arguments)
+            return
+        compiled = kernel[self._grid](*arguments, **_HERE)
+        if compiled is not None:  # else the interpreter has run it
+            self._compiled[kind] = compiled
 
 
 @dataclass
@@ -92,33 +123,35 @@ class Launch:
     entries: list[list[int]] = field(default_factory=list)
     sources: list[tuple[int, int]] = field(default_factory=list)  # of each entry: its row, and bytes into it
     sums: list[list[int]] = field(default_factory=list)
-    sum_rows: list[int] = field(default_factory=list)
     joins: list[list[int]] = field(default_factory=list)
-    grids: dict[str, tuple[Tensor, tuple[int]]] = field(default_factory=dict)
-    tables: dict[str, Table] = field(default_factory=dict)
-    data: dict[str, bytes] = field(default_factory=dict)
-    records: dict[tuple[Any, ...], tuple[float, ...]] = field(default_factory=dict)
+    norms: list[tuple[Tensor, Row]] = field(default_factory=list)  # of a penalty: lengths of groups, to be looked at
+    calls: dict[str, Call] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Divide the rows among blocks and find scratch for the groups."""
         self.arithmetic = arithmetic_type(self.dtype)
         width = 16 // self.dtype.itemsize
+        double = self.arithmetic == torch.float64
+        numbers = NUMBERS[self.action]
+        self.form = double, numbers if double or self.action != "penalty" else numbers - 2
+        words = record_words(numbers, *self.form)
+        self.keys = {key: at * words for at, key in enumerate(dict.fromkeys(row.key for row in self.rows))}
         self.grouped = any(row.view is not None for row in self.rows)
         # Made first, so that one allocation serves all: factors in the arithmetic type, sums of parts in double.
         divisions = [None if row.view is None else divide_sums(row.view, width) for row in self.rows]
         blocks: list[int] = []
         sum_blocks: list[int] = []
         join_blocks: list[int] = []
-        norms: list[tuple[Tensor, Row]] = []
         for k, (row, d) in enumerate(zip(self.rows, divisions, strict=True)):
             size = row.w.element_size()
             if row.view is None or d is None:
                 self._add(row.w.numel(), 0, k, NO_GROUPS, blocks, width)
                 continue
-            ratio, length = self._factors(row, d, k, sum_blocks, join_blocks)
+            ratio, length = self._factors(row, d, sum_blocks, join_blocks)
             if self.action == "penalty":
                 assert length is not None
-                norms.append((length, row))
+                self.norms.append((length, row))
+                self._add(0, 0, k, NO_GROUPS, blocks, width)  # for its address
                 continue
             for offset, piece, group in pieces(row.view):
                 skip = group * self.arithmetic.itemsize
@@ -128,23 +161,26 @@ class Launch:
                     0 if length is None else length.data_ptr() + skip,
                 )
                 self._add(math.prod(piece), offset * size, k, fields, blocks, width)
-        self.norms = norms
-        for name, counts in (("main", blocks), ("sums", sum_blocks), ("joins", join_blocks)):
-            if counts:
-                self.grids[name] = (owners_of(counts, self.device), (sum(counts),))
-                self.tables[name] = Table(self.device)
-        if self.action == "penalty" and blocks:
-            self.totals = torch.empty(sum(blocks), dtype=torch.float64, device=self.device)
+        for name, entries, counts in (
+            ("main", self.entries, blocks),
+            ("sums", self.sums, sum_blocks),
+            ("joins", self.joins, join_blocks),
+        ):
+            if sum(counts):
+                self.calls[name] = Call(entries, counts, self.device)
+        self.addresses, self.records = Table(self.device), Table(self.device)
+        self.whole = all(source == (k, 0) for k, source in enumerate(self.sources))
+        self.totals = torch.empty(sum(blocks) * (self.action == "penalty"), dtype=torch.float64, device=self.device)
 
     def _add(self, numel: int, offset: int, k: int, grouped: list[int], blocks: list[int], width: int) -> None:
-        first = sum(blocks[-1:]) + (self.entries[-1][4] if self.entries else 0)
-        self.entries.append([0, 0, 0, numel, first, 0, *grouped])
+        first = self.entries[-1][1] + blocks[-1] if self.entries else 0
+        self.entries.append([numel, first, self.keys[self.rows[k].key], *grouped])
         self.sources.append((k, offset))
         # The tensor may begin up to width - 1 elements after a boundary.
-        blocks.append(-(-(numel + width - 1) // block_of(self.dtype)))
+        blocks.append(-(-(numel + width - 1) // block_of(self.dtype)) if numel else 0)
 
     def _factors(
-        self, row: Row, d: Division, k: int, sum_blocks: list[int], join_blocks: list[int]
+        self, row: Row, d: Division, sum_blocks: list[int], join_blocks: list[int]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The scratch of a row in groups, and the entries that fill it."""
         v = row.view
@@ -160,78 +196,58 @@ class Launch:
         partials = take(d.parts * count, torch.float64) if d.parts > 1 else None
         out = 0 if partials is None else partials.data_ptr()
         first = self.sums[-1][1] + sum_blocks[-1] if self.sums else 0
-        addresses = [0 if t is None else t.data_ptr() for t in (ratio, length)]
+        record, factors = self.keys[row.key], [0 if t is None else t.data_ptr() for t in (ratio, length)]
+        source = _ADDRESSES * len(self.entries) + (1 if self.action != "step" else 0)
         shape = [v.outer, v.groups, v.inner, count, d.tile, d.tiles, d.parts, int(d.cut_rows), d.shape, int(value)]
-        self.sums.append([0, first, 0, *addresses, out, *shape])
-        self.sum_rows.append(k)
+        self.sums.append([source, first, record, *factors, out, *shape])
         sum_blocks.append(d.blocks)
         if partials is not None:
             first = self.joins[-1][1] + join_blocks[-1] if self.joins else 0
-            self.joins.append([k, first, 0, *addresses, out, *shape])
+            self.joins.append([0, first, record, *factors, out, *shape])
             join_blocks.append(-(-count // JOIN_GROUPS))
         return ratio, length
 
     # ---- what changes from step to step ------------------------------------------------------------------------------
 
-    def fill(self, addresses: Sequence[Sequence[int]], records: dict[tuple[Any, ...], tuple[float, ...]]) -> None:
-        """Put addresses and numbers into the tables.
+    def move(self, w: Sequence[int], g: Sequence[int], m: Sequence[int] | None = None) -> None:
+        """Addresses of the rows' tensors."""
+        if not self.whole:
+            w, g = ([a[k] + offset for k, offset in self.sources] for a in (w, g))
+            m = None if m is None else [m[k] + offset for k, offset in self.sources]
+        flat = [0] * (_ADDRESSES * len(w))
+        flat[::_ADDRESSES], flat[1::_ADDRESSES] = w, g
+        if m is not None:
+            flat[2::_ADDRESSES] = m
+        self.addresses.data = array("q", flat).tobytes()
 
-        Args:
-            addresses: of w, g and m of each row; 0 where there is none.
-            records: the numbers of each key.
-        """
-        double = self.arithmetic == torch.float64
-        numbers = Numbers(double, PROX_NUMBERS) if self.action == "penalty" else Numbers(double)
-        for entry, (k, offset) in zip(self.entries, self.sources, strict=True):
-            w, g, m = addresses[k]
-            entry[0], entry[1], entry[2] = w + offset, g + offset, m + offset if m else 0
-            entry[5] = numbers.add(records[self.rows[k].key])
-        if self.entries:
-            self.data["main"] = table_bytes(self.entries, 5, numbers)
-        if not self.sums:
-            return
-        source = 1 if self.action == "prox" else 0
-        numbers = Numbers(double)
-        for entry, k in zip(self.sums, self.sum_rows, strict=True):
-            entry[0], entry[2] = addresses[k][source], numbers.add(records[self.rows[k].key])
-        self.data["sums"] = table_bytes(self.sums, 2, numbers)
-        if self.joins:
-            numbers = Numbers(double)
-            for entry in self.joins:
-                entry[2] = numbers.add(records[self.rows[entry[0]].key])
-            self.data["joins"] = table_bytes(self.joins, 2, numbers)
+    def set(self, numbers: Mapping[tuple[Any, ...], Sequence[float]]) -> None:
+        """The numbers of each key."""
+        self.records.data = b"".join(record_of(numbers[key], *self.form) for key in self.keys)
 
     # ---- the calls ---------------------------------------------------------------------------------------------------
 
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """Put the work on the current stream of the device, which is the current one."""
         S, T = STORAGE[self.dtype], STORAGE[self.arithmetic]
-        tables = {name: table.put(self.data[name]) for name, table in self.tables.items()}
-        if self.sums:
-            owners, grid = self.grids["sums"]
-            sum_kernel[grid](tables["sums"], owners, S, T, **_HERE)
-        if self.joins:
-            owners, grid = self.grids["joins"]
-            join_kernel[grid](tables["joins"], owners, T, 32, JOIN_GROUPS, **_HERE)
-        if not self.entries:
+        addresses, records = self.addresses.put(), self.records.put()
+        calls = self.calls
+        if "sums" in calls:
+            call = calls["sums"]
+            call(sum_kernel, addresses, call.entries, records, call.owners, S, T)
+        if "joins" in calls:
+            call = calls["joins"]
+            call(join_kernel, call.entries, records, call.owners, T, 32, JOIN_GROUPS)
+        if "main" not in calls:
             return
-        owners, grid = self.grids["main"]
+        call = calls["main"]
+        tables = addresses, call.entries, records, call.owners
         block = block_of(self.dtype)
         if self.action == "step":
-            step_kernel[grid](
-                tables["main"],
-                owners,
-                grad_scale,
-                found_inf,
-                S,
-                T,
-                block,
-                self.momentum,
-                self.with_tl1,
-                self.grouped,
-                **_HERE,
-            )
+            assert grad_scale is not None and found_inf is not None
+            kinds = self.momentum, self.with_tl1, self.grouped
+            kind = grad_scale.dtype, found_inf.dtype
+            call(step_kernel, *tables, grad_scale, found_inf, S, T, block, *kinds, kind=kind)
         elif self.action == "prox":
-            prox_kernel[grid](tables["main"], owners, S, T, block, **_HERE)
+            call(prox_kernel, *tables, S, T, block)
         else:
-            penalty_kernel[grid](tables["main"], owners, self.totals, S, T, block, **_HERE)
+            call(penalty_kernel, *tables, self.totals, S, T, block)

@@ -14,7 +14,7 @@ from .triton_kernels import prox_of
 from .triton_prox import length_of, shrink_ratio
 
 # Fields of an entry, in int64.
-X = tl.constexpr(0)
+X = tl.constexpr(0)  # which address
 FIRST = tl.constexpr(1)  # its first block
 RECORD = tl.constexpr(2)
 RATIO = tl.constexpr(3)  # addresses of what is made: shrink(norm) / norm, or 0
@@ -38,6 +38,12 @@ SHORT = tl.constexpr(1)
 TEAM = tl.constexpr(2)
 LONG = tl.constexpr(3)
 STRIP_COLUMNS = tl.constexpr(256)
+
+
+@triton.constexpr_function
+def tile_groups(shape):
+    """Groups of a tile (``TILE_GROUPS`` of ``triton_table.py``)."""
+    return 64 if shape == 1 else 8 if shape == 2 else 1
 
 
 @triton.jit
@@ -93,28 +99,50 @@ def sum_strip(x, rows, columns, width, inner, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def sum_tile(
-    entry, numbers, x, rows, groups, columns, inner, length, part, group, SHAPE_OF: tl.constexpr, T: tl.constexpr
-):
-    """One tile of a shape."""
+def multiple(n, W: tl.constexpr):
+    """n, which is known to be a multiple of W; the compiler sees it by the product."""
+    return n // W * W
+
+
+@triton.jit
+def sum_shape(x, rows, groups, columns, inner, length, SHAPE_OF: tl.constexpr, T: tl.constexpr):
+    """Sums of squares of the groups of a tile."""
     ELEMENTS: tl.constexpr = 512 if T.primitive_bitwidth == 64 else 2048
     if SHAPE_OF == STRIP:
-        width = groups * inner
-        sums = sum_strip(x, rows, columns, width, inner, ELEMENTS // STRIP_COLUMNS, STRIP_COLUMNS)
-        g = tl.arange(0, STRIP_COLUMNS)
+        sums = sum_strip(x, rows, columns, length, inner, ELEMENTS // STRIP_COLUMNS, STRIP_COLUMNS)
     else:
-        G: tl.constexpr = 64 if SHAPE_OF == SHORT else 8 if SHAPE_OF == TEAM else 1
+        G: tl.constexpr = tile_groups(SHAPE_OF)
         sums = sum_team(x, rows, groups, columns, inner, length, G, ELEMENTS // G)
-        g = tl.arange(0, G)
+    return sums
+
+
+@triton.jit
+def sum_tile(
+    entry, numbers, address, rows, groups, columns, inner, length, part, group,
+    SHAPE_OF: tl.constexpr, S: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """One tile of a shape. Where every row begins on a boundary of 16 bytes, accesses are as wide."""
+    if SHAPE_OF == STRIP:
+        length = groups * inner
+        even = (address % 16 == 0) & (columns % W == 0) & (length % W == 0)
+    else:
+        even = (address % 16 == 0) & (columns % W == 0) & (length % W == 0) & (inner % W == 0)
+    if even:
+        x = tl.multiple_of(address.to(tl.pointer_type(S)), 16)
+        wide = inner if SHAPE_OF == STRIP else multiple(inner, W)
+        sums = sum_shape(x, rows, groups, multiple(columns, W), wide, multiple(length, W), SHAPE_OF, T)
+    else:
+        sums = sum_shape(address.to(tl.pointer_type(S)), rows, groups, columns, inner, length, SHAPE_OF, T)
+    g = tl.arange(0, STRIP_COLUMNS if SHAPE_OF == STRIP else tile_groups(SHAPE_OF))
     finish(entry, numbers, part, group + g, sums, g < groups, T)
 
 
 @triton.jit
-def sum_kernel(table, owners, S: tl.constexpr, T: tl.constexpr):
+def sum_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.constexpr):
     """Sums of squares of the groups of all entries, or factors where a group is one part."""
     block = tl.program_id(0)
-    entry = table + tl.load(owners + block).to(tl.int64) * SUM_ENTRY
-    numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
+    entry = entries + tl.load(owners + block).to(tl.int64) * SUM_ENTRY
+    numbers = (records + tl.load(entry + RECORD)).to(tl.pointer_type(T))
     outer, all_groups, inner = tl.load(entry + OUTER), tl.load(entry + GROUPS), tl.load(entry + INNER)
     tile, tiles, parts = tl.load(entry + TILE), tl.load(entry + TILES), tl.load(entry + PARTS)
     # Numbers of blocks fit 32 bits; 64-bit divisions are calls.
@@ -133,27 +161,26 @@ def sum_kernel(table, owners, S: tl.constexpr, T: tl.constexpr):
     length = tl.where(cut_rows, inner, tl.minimum(count * W, inner - skip))
     groups = tl.minimum(tile, all_groups - first)
     columns = all_groups * inner
-    address = tl.load(entry + X)
     size: tl.constexpr = S.primitive_bitwidth // 8
-    x = (address + ((row * all_groups + first) * inner + skip) * size).to(tl.pointer_type(S))
+    x = tl.load(addresses + tl.load(entry + X)) + ((row * all_groups + first) * inner + skip) * size
     group = batch * all_groups + first
     shape = tl.load(entry + SHAPE)
     if shape == STRIP:
-        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, STRIP, T)
+        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, STRIP, S, T, W)
     elif shape == TEAM:
-        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, TEAM, T)
+        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, TEAM, S, T, W)
     elif shape == LONG:
-        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, LONG, T)
+        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, LONG, S, T, W)
     else:
-        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, SHORT, T)
+        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, SHORT, S, T, W)
 
 
 @triton.jit
-def join_kernel(table, owners, T: tl.constexpr, P: tl.constexpr, G: tl.constexpr):
+def join_kernel(entries, records, owners, T: tl.constexpr, P: tl.constexpr, G: tl.constexpr):
     """The sums of parts become factors: tiles of G groups, P parts at once."""
     block = tl.program_id(0)
-    entry = table + tl.load(owners + block).to(tl.int64) * SUM_ENTRY
-    numbers = (table + tl.load(entry + RECORD)).to(tl.pointer_type(T))
+    entry = entries + tl.load(owners + block).to(tl.int64) * SUM_ENTRY
+    numbers = (records + tl.load(entry + RECORD)).to(tl.pointer_type(T))
     count, parts = tl.load(entry + COUNT), tl.load(entry + PARTS)
     p, g = tl.arange(0, P)[:, None], tl.arange(0, G)
     group = (block - tl.load(entry + FIRST)) * G + g

@@ -1,6 +1,6 @@
-"""What a Triton launch is told: entries and records of a table, its blocks, and its way to the device.
+"""What a Triton launch is told: entries, records, blocks, and the way of a table to the device.
 
-No torch tensor is looked at here but the table itself. The fields are those of ``triton_kernels.py`` and
+No torch tensor is looked at here but the tables themselves. The fields are those of ``triton_kernels.py`` and
 ``triton_sums.py``.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import struct
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -110,45 +109,23 @@ def divide_sums(v: GroupView, width: int) -> Division:
     return Division(tile, tiles, parts, cut_rows, shape, tiles * parts * batch)
 
 
-class Numbers:
-    """The records of a table: equal ones are stored once.
+def record_of(numbers: Sequence[float], double: bool, narrow: int) -> bytes:
+    """A record, as a whole number of int64.
 
     Args:
         double: the arithmetic type is float64, else float32.
-        narrow: so many numbers of a record are in that type, all others in float64.
+        narrow: so many numbers are in that type, all others in float64.
     """
-
-    def __init__(self, double: bool, narrow: int = 1000) -> None:
-        self._double = double
-        self._narrow = 1000 if double else narrow
-        self._at: dict[tuple[float, ...], int] = {}
-        self._bytes = bytearray()
-
-    def add(self, numbers: tuple[float, ...]) -> int:
-        """Where the record is, in int64 from the first."""
-        at = self._at.get(numbers)
-        if at is None:
-            at = self._at[numbers] = len(self._bytes) // 8
-            code = "d" if self._double else "f"
-            limit = math.inf if self._double else _LARGEST32
-            own = [math.copysign(math.inf, x) if abs(x) > limit else x for x in numbers[: self._narrow]]
-            rest = numbers[self._narrow :]
-            packed = struct.pack(f"<{len(own)}{code}{len(rest)}d", *own, *rest)
-            self._bytes += packed + bytes(-len(packed) % 8)
-        return at
-
-    def __bytes__(self) -> bytes:
-        return bytes(self._bytes)
+    code, limit = ("d", math.inf) if double else ("f", _LARGEST32)
+    own = [math.copysign(math.inf, x) if abs(x) > limit else x for x in numbers[:narrow]]
+    rest = numbers[narrow:]
+    packed = struct.pack(f"<{len(own)}{code}{len(rest)}d", *own, *rest)
+    return packed + bytes(-len(packed) % 8)
 
 
-def table_bytes(entries: Sequence[Sequence[int]], record_field: int, numbers: Numbers) -> bytes:
-    """Entries, then records; the entries' record fields become places in the table."""
-    begin = sum(map(len, entries))
-    flat = array("q")
-    for entry in entries:
-        flat.extend(entry)
-        flat[len(flat) - len(entry) + record_field] += begin
-    return flat.tobytes() + bytes(numbers)
+def record_words(numbers: int, double: bool, narrow: int) -> int:
+    """The length in int64 of a record of so many numbers."""
+    return len(record_of([0.0] * numbers, double, narrow)) // 8
 
 
 def owners_of(blocks: Sequence[int], device: torch.device) -> Tensor:
@@ -176,20 +153,22 @@ class Table:
     def __init__(self, device: torch.device, capturing: Callable[[torch.device], bool] = capturing) -> None:
         self.device = device
         self._capturing = capturing
-        self._data: bytes | None = None
+        self.data = b""
+        """What is to be there."""
+        self._sent: bytes | None = None
         self._tensor: Tensor | None = None
         self._spares: list[Tensor] = []
         self._kept: list[Tensor] = []
 
-    def put(self, data: bytes) -> Tensor:
-        """The table with these bytes, on the device."""
-        words = len(data) // 8
+    def put(self) -> Tensor:
+        """The table with its data, on the device."""
+        data, words = self.data, len(self.data) // 8
         captured = self._capturing(self.device)
         if captured:
-            if data == self._data:
+            if data == self._sent:
                 assert self._tensor is not None
                 self._kept.append(self._tensor)
-                tensor, self._tensor, self._data = self._tensor, None, None
+                tensor, self._tensor, self._sent = self._tensor, None, None
                 return tensor
             tensor = torch.empty(words, dtype=torch.int64, device=self.device)
             fit = [s for s in self._spares if s.numel() >= words]
@@ -202,7 +181,7 @@ class Table:
         if self.device.type == "cuda":
             self._spares = [s for s in self._spares if s.numel() >= words]
             self._spares += [self._host(words) for _ in range(self.SPARES - len(self._spares))]
-        if data != self._data or self._tensor is None:
+        if data != self._sent or self._tensor is None:
             if self._tensor is None or self._tensor.numel() != words:
                 self._tensor = torch.empty(words, dtype=torch.int64, device=self.device)
             source = torch.frombuffer(bytearray(data), dtype=torch.int64)
@@ -210,7 +189,7 @@ class Table:
                 self._tensor.copy_(source)
             else:  # the allocator of pinned memory keeps the buffer until the copy is done
                 self._tensor.copy_(self._host(words).copy_(source), non_blocking=True)
-            self._data = data
+            self._sent = data
         return self._tensor
 
     def _host(self, words: int) -> Tensor:
