@@ -110,14 +110,14 @@ def over(case: Case, other: str | Case, inverse: bool = False) -> Measure:
     return run
 
 
-def share(case: Case) -> Measure:
+def share(case: Case, engine: str | None = None) -> Measure:
     """Counted bytes per second over the bytes per second of a large copy."""
 
     def run(config: Config, smoke: bool, more: int) -> Measured:
         case_here = _sized(case, smoke)
         _fits(case_here, 1, config)
         copy, copied_bytes = copier(config.device, config.effort)
-        steps = {"engine": start(config.engines[0], build(case_here, config.device)), COPY: copy}
+        steps = {"engine": start(engine or config.engines[0], build(case_here, config.device)), COPY: copy}
         timings = interleave(steps, clock_for(config.device), config.effort, more)
         ratio = timings.ratio(COPY, "engine")
         bandwidth = copied_bytes / timings.seconds(COPY).median / 1e9
@@ -127,11 +127,11 @@ def share(case: Case) -> Measure:
     return run
 
 
-def host_us(case: Case) -> Measure:
+def host_us(case: Case, engine: str | None = None) -> Measure:
     """Microseconds that step() keeps the host."""
 
     def run(config: Config, smoke: bool, more: int) -> Measured:
-        step = start(config.engines[0], build(_sized(case, smoke), config.device))
+        step = start(engine or config.engines[0], build(_sized(case, smoke), config.device))
         timings = interleave({"engine": step}, clock_for(config.device, host=True), config.effort, more)
         seconds = timings.seconds("engine")
         return Measured(seconds.median * 1e6, note=f"{seconds.samples} samples")
@@ -139,11 +139,11 @@ def host_us(case: Case) -> Measure:
     return run
 
 
-def launches(case: Case) -> Measure:
+def launches(case: Case, engine: str | None = None) -> Measure:
     """Kernels that one step launches, counted by torch's profiler."""
 
     def run(config: Config, smoke: bool, more: int) -> Measured:
-        step = start(config.engines[0], build(_sized(case, smoke), config.device))
+        step = start(engine or config.engines[0], build(_sized(case, smoke), config.device))
         on_device = launched(step)
         if not on_device:
             raise Unavailable("the profiler saw no launch")
@@ -223,6 +223,21 @@ def _cuda() -> list[Floor]:
     return floors
 
 
+def _triton() -> list[Floor]:
+    """The floors of the Triton engine on a GPU that the native engine serves too."""
+    large, few = Case("100M"), Case("ResNet-18")
+    floors = []
+    for penalty in ("l0", "l1", "tl1"):
+        run = share(Case("100M", penalty), "triton")
+        floors.append(at_least("GPU, triton, 100M", f"{penalty}: share of copy bandwidth", 0.85, run, ""))
+    for case, most in ((large, 1), (few, 1), (Case("ResNet-18", "l0", 1), 3)):
+        what = f"launches per step of {case.name}"
+        floors.append(at_most("GPU, triton", what, most, launches(case, "triton"), ""))
+    host = host_us(few, "triton")
+    floors.append(at_most("GPU, triton, ResNet-18-shaped (62 tensors)", "host time of step()", 80.0, host, "us"))
+    return floors
+
+
 def _anywhere() -> list[Floor]:
     """One float per group at most, so nothing at all for elements."""
     what = "memory beyond torch.optim.SGD's"
@@ -230,9 +245,12 @@ def _anywhere() -> list[Floor]:
     return [at_most("anywhere", f"{case.name}: {what}", 4.0 * case.groups, memory(case), "B") for case in matrix_cases]
 
 
-def floors_of(device: str) -> list[Floor]:
-    """The floors that can be measured on a device."""
-    return (_cuda() if device == "cuda" else _cpu()) + _anywhere()
+def floors_of(device: str, engines: tuple[str, ...]) -> list[Floor]:
+    """The floors of engines on a device: those of the first, and on a GPU Triton's own, which are lower."""
+    if device != "cuda":
+        return _cpu() + _anywhere()
+    own = _triton() if "triton" in engines else []
+    return own if engines[0] == "triton" else _cuda() + own + _anywhere()
 
 
 def measure(floor: Floor, config: Config) -> Row:
@@ -284,7 +302,7 @@ def line(row: Row) -> str:
 
 def run(config: Config) -> bool:
     """Measure every floor of the device, write floors.json, and say whether all hold."""
-    wanted = floors_of(config.device)
+    wanted = floors_of(config.device, config.engines)
     if config.effort.name == "smoke":
         wanted = wanted[:-2]  # each measure of memory starts processes: one is enough to show that it can be done
     with Results("floors", config) as results, tqdm(wanted, desc="floors", unit="floor", disable=None) as bar:

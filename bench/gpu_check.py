@@ -165,6 +165,17 @@ def device_tests(check: Check) -> None:
             step.status, step.note = "skipped", "compute-sanitizer does not support this device here"
 
 
+def triton_static(check: Check) -> None:
+    """What Triton's compiler makes of every kernel for this GPU."""
+    if importlib.util.find_spec("triton") is None:
+        check.skip("static of triton", "Triton is not installed")
+        return
+    major, minor = torch.cuda.get_device_capability()
+    to = str(check.out / "static_triton.json")
+    command = [sys.executable, "-m", "bench.static_triton", f"cuda:{major}{minor}", "--json", to]
+    check.run("static of triton", command, 60)
+
+
 def summary(check: Check) -> str:
     """The page."""
     properties = torch.cuda.get_device_properties(0)
@@ -229,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     done.result()
             static = [sys.executable, "-m", "bench", "static", "--device", "cuda", "--out", str(check.out)]
             check.run("static", static, 30)
+            triton_static(check)
             bench(check)
     finally:  # also after Ctrl-C: what was found is written
         page = summary(check)

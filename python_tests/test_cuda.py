@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import DEVICE, generator
+from builds import DEVICE, generator, need
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -27,6 +27,13 @@ SPLITS: list[dict[str, Any]] = [
 ]
 SHAPES = [(64, 3, 7, 7), (300, 257), (64, 64, 3, 3), (33, 5), (40000, 2), (1, 1)]
 LAUNCHES = {None: 1, 0: 3, 1: 3, (): 3}
+
+
+@pytest.fixture(params=["native", "triton"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Every engine that launches kernels of ours."""
+    need(request.param)
+    return request.param
 
 
 @contextlib.contextmanager
@@ -59,10 +66,10 @@ def set_gradients(params: list[nn.Parameter], seed: int) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_launches(split: dict[str, Any]) -> None:
+def test_launches(split: dict[str, Any], engine: str) -> None:
     """One for elements, three at most for groups, and not one copy."""
     params = parameters()
-    optimizer = rk.RVSM(params, **BASE, **split, engine="native")
+    optimizer = rk.RVSM(params, **BASE, **split, engine=engine)
     for seed in range(3):
         set_gradients(params, seed)
         optimizer.step()
@@ -72,10 +79,10 @@ def test_launches(split: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_nothing_waits(split: dict[str, Any]) -> None:
+def test_nothing_waits(split: dict[str, Any], engine: str) -> None:
     """A step with GradScaler's numbers, and everything that reads u."""
     params = parameters()
-    optimizer = rk.RVSM(params, **BASE, **split, engine="native")
+    optimizer = rk.RVSM(params, **BASE, **split, engine=engine)
     set_gradients(params, 0)
     optimizer.step()
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
@@ -90,11 +97,11 @@ def test_nothing_waits(split: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_graph_replay(split: dict[str, Any]) -> None:
+def test_graph_replay(split: dict[str, Any], engine: str) -> None:
     """A captured step, replayed with other gradients, is the step that eager execution does."""
     params, twins = parameters(), parameters()
-    optimizer = rk.RVSM(params, **BASE, **split, engine="native")
-    twin = rk.RVSM(twins, **BASE, **split, engine="native")
+    optimizer = rk.RVSM(params, **BASE, **split, engine=engine)
+    twin = rk.RVSM(twins, **BASE, **split, engine=engine)
     for seed in range(3):
         for ps, o in ((params, optimizer), (twins, twin)):
             set_gradients(ps, seed)
@@ -119,12 +126,12 @@ def test_graph_replay(split: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_hundred_steps_twice(split: dict[str, Any]) -> None:
+def test_a_hundred_steps_twice(split: dict[str, Any], engine: str) -> None:
     """Bit for bit the same weights, while another stream keeps the device busy in one of the runs."""
     results = []
     for busy in (False, True):
         params = parameters()
-        optimizer = rk.RVSM(params, **BASE, **split, engine="native")
+        optimizer = rk.RVSM(params, **BASE, **split, engine=engine)
         other, noise = torch.cuda.Stream(), torch.randn(1_000_000)
         for seed in range(100):
             set_gradients(params, seed)
@@ -138,11 +145,11 @@ def test_a_hundred_steps_twice(split: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_current_stream(split: dict[str, Any]) -> None:
+def test_the_current_stream(split: dict[str, Any], engine: str) -> None:
     """A step on a side stream comes after what that stream does before it."""
     params, twins = parameters(), parameters()
-    optimizer = rk.RVSM(params, **BASE, **split, engine="native")
-    twin = rk.RVSM(twins, **BASE, **split, engine="native")
+    optimizer = rk.RVSM(params, **BASE, **split, engine=engine)
+    twin = rk.RVSM(twins, **BASE, **split, engine=engine)
     for ps, o in ((params, optimizer), (twins, twin)):
         set_gradients(ps, 0)
         o.step()
@@ -163,12 +170,14 @@ def test_the_current_stream(split: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("second", ["cpu", "cuda:1"])
-def test_parameters_on_two_devices(split: dict[str, Any], second: str) -> None:
+def test_parameters_on_two_devices(split: dict[str, Any], second: str, engine: str) -> None:
     """One optimizer; every parameter is held against the definition."""
     if second == "cuda:1" and torch.cuda.device_count() < 2:
         pytest.skip("one GPU here")
+    if (engine, second) == ("triton", "cpu"):
+        pytest.skip("Triton serves no CPU beside a GPU")
     params = parameters() + parameters(second)
-    optimizer = rk.RVSM(params, **BASE, **split)
+    optimizer = rk.RVSM(params, **BASE, **split, engine=engine)
     for seed in range(3):
         set_gradients(params[: len(SHAPES)], seed)
         set_gradients(params[len(SHAPES) :], seed + 100)
@@ -176,10 +185,10 @@ def test_parameters_on_two_devices(split: dict[str, Any], second: str) -> None:
     check_reading(optimizer)
 
 
-def test_grad_scaler_skips_without_waiting() -> None:
+def test_grad_scaler_skips_without_waiting(engine: str) -> None:
     """found_inf is read on the device: nothing changes, and nobody waits."""
     model = small()
-    optimizer = optimizer_of(model, "native")
+    optimizer = optimizer_of(model, engine)
     for k in range(2):
         backward(model, optimizer, k)
         optimizer.step()
@@ -189,14 +198,14 @@ def test_grad_scaler_skips_without_waiting() -> None:
         optimizer.step()
     assert all(same_bits(p, b) for p, b in zip(model.parameters(), before, strict=True))
     twin = small()
-    other = optimizer_of(twin, "native")
+    other = optimizer_of(twin, engine)
     for k in range(2):
         backward(twin, other, k)
         other.step()
     assert_same_weights(model, twin)
 
 
-def test_more_elements_than_an_int_holds() -> None:
+def test_more_elements_than_an_int_holds(engine: str) -> None:
     """A bfloat16 tensor of more than 2^31 elements, in elements and in groups; its first and last elements."""
     n = 2**31 + 1_000_003
     if torch.cuda.mem_get_info()[0] < 8 * 2 * n:
@@ -205,7 +214,7 @@ def test_more_elements_than_an_int_holds() -> None:
         shape = (n,) if group_dim is None else (3, n // 3)
         p = nn.Parameter(torch.full(shape, 0.5, dtype=torch.bfloat16))
         p.grad = torch.full(shape, 0.25, dtype=torch.bfloat16)
-        optimizer = rk.RVSM([p], lr=0.5, penalty="l1", lam=0.125, beta=1.0, group_dim=group_dim, engine="native")
+        optimizer = rk.RVSM([p], lr=0.5, penalty="l1", lam=0.125, beta=1.0, group_dim=group_dim, engine=engine)
         optimizer.step()
         size = {None: 1, 0: n // 3, 1: 3}[group_dim]
         gap = 0.125 / size**0.5  # of every element: tau w / ||w_G||

@@ -16,6 +16,7 @@ import rvsm_kernels as rk
 from cases import Layout, tau_of_cut
 from definition import REAL
 from runner import bits, check_u, real, same_bits
+from rvsm_kernels import proximal
 from tolerances import SHRINK_ULPS, shrink_bound, ulp
 
 PENALTIES = ("l0", "l1", "tl1")
@@ -24,9 +25,14 @@ Prox = Callable[..., Tensor]
 
 
 @pytest.fixture
-def prox(engine: str) -> Prox:
-    """rk.prox takes the native engine where there is one; the reference has its own."""
-    return rk.prox if engine == "native" else rk.reference.prox
+def prox(engine: str, monkeypatch: pytest.MonkeyPatch) -> Prox:
+    """rk.prox by way of an engine; the reference has its own."""
+    if engine == "reference":
+        return rk.reference.prox
+    monkeypatch.setattr(
+        proximal, "choose", torch.compiler.assume_constant_result(lambda requested, device_type: engine)
+    )
+    return rk.prox
 
 
 def options(penalty: str, tau: float, a: float = 1.0, group_dim: definition.GroupDim = None) -> dict[str, Any]:
@@ -333,3 +339,19 @@ def test_errors(change: dict[str, Any], error: type[Exception], text: str) -> No
     arguments = {"w": torch.ones(2, 2), "penalty": "tl1", "tau": 0.1, "a": 1.0, "group_dim": None, **change}
     with pytest.raises(error, match=text):
         rk.prox(**arguments)
+
+
+@pytest.mark.parametrize("group_dim", [None, 0])
+def test_one_graph_under_compile(prox: Prox, engine: str, group_dim: definition.GroupDim) -> None:
+    """torch.compile needs no break for it, forward and backward."""
+
+    def function(x: Tensor) -> Tensor:
+        return prox(2 * x, "l1", 0.3, group_dim=group_dim)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    x, y = (torch.linspace(-1, 1, 70).reshape(10, 7).requires_grad_() for _ in range(2))
+    want, got = function(x), compiled(y)
+    assert same_bits(want, got)
+    want.sum().backward()
+    got.sum().backward()
+    assert x.grad is not None and y.grad is not None and same_bits(x.grad, y.grad)

@@ -92,6 +92,7 @@ def check_gradient(p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, A
 
 
 _read_options = itemgetter(*OPTIONS)
+_GROUP_DIM = OPTIONS.index("group_dim")
 
 
 class SplittingOptimizer(Optimizer):
@@ -180,8 +181,10 @@ class SplittingOptimizer(Optimizer):
             values = _read_options(group)
             if differ(values, seen[i]):
                 validate(group)
-                for j, p in enumerate(group["params"]):
-                    validate_param(p, group, param_name(group, i, j))
+                before = seen[i]
+                if before is None or before[_GROUP_DIM] != group["group_dim"]:
+                    for j, p in enumerate(group["params"]):
+                        validate_param(p, group, param_name(group, i, j))
                 seen[i] = snapshot(values)
 
     @torch.no_grad()

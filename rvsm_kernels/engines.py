@@ -112,3 +112,8 @@ def choose(requested: str | None, device_type: str) -> str:
         f"engine={requested!r} is not available for {device_type} tensors: {state}."
         " Leave engine=None to let rvsm_kernels choose, or see python -m rvsm_kernels"
     )
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler with the package: the choice is made
+# when a function is traced.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -24,9 +24,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def snapshot(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Options to compare with later ones by :func:`differ`: a list is copied, for it can be edited in place."""
-    if any(isinstance(v, torch.Tensor) for v in values):
+    types = set(map(type, values))
+    if any(issubclass(t, torch.Tensor) for t in types):
         return None
-    return tuple(list(v) if isinstance(v, list) else v for v in values)
+    return tuple([list(v) if isinstance(v, list) else v for v in values]) if list in types else values
 
 
 def differ(values: tuple[Any, ...], seen: tuple[Any, ...] | None) -> bool:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .base import Engine, check_gradient
-from .groups import GroupDim, GroupView
+from .groups import GroupDim, GroupView, kept_dims
 from .options import OPTIONS, differ, is_split, param_name, snapshot, strength
 from .triton_launch import Launch, Row
 from .triton_prox import make_prox
 from .triton_staging import Staged, is_dense, on_device, view_of
+from .triton_table import capturing
 from .triton_update import make_step
 
 try:  # one call compares types, dtypes, devices, sizes and strides of all tensors
@@ -75,6 +76,7 @@ class TritonEngine(Engine):
         self._served = tuple(device_types)
         self._seen: list[tuple[Any, ...] | None] = []
         self._structures: list[tuple[Any, ...]] = []
+        self._captured: list[Launch] = []  # graphs go on reading their tables
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._forget()
 
@@ -107,7 +109,8 @@ class TritonEngine(Engine):
         self._scaling, self._skip, self._state = (grad_scale, found_inf), False, state
         values = [_read(group) for group in groups]
         stale = len(values) != len(self._seen) or any(map(differ, values, self._seen))
-        known = not stale or [_structure(group) for group in groups] == self._structures
+        structures = [_structure(group) for group in groups] if stale else self._structures
+        known = structures == self._structures
         try:
             if not (known and self._refresh(groups, state, stale)) and not self._build(groups, state):
                 return False
@@ -116,7 +119,7 @@ class TritonEngine(Engine):
             raise
         if stale:
             self._seen = [snapshot(v) for v in values]
-            self._structures = [_structure(group) for group in groups]
+            self._structures = structures
         # Whether buffers appear is decided here, so that a first step waits for the device; no other does.
         if self._new and found_inf is not None:
             self._skip = found_inf.item() > 0
@@ -292,7 +295,10 @@ class TritonEngine(Engine):
                 staged.load()
             for launch, _, _ in self._launches:
                 with on_device(launch.device):
-                    launch.run(*self._scaling_on(launch.device, launch.arithmetic))
+                    captured = capturing(launch.device)
+                    launch.run(*self._scaling_on(launch.device, launch.arithmetic), captured=captured)
+                if captured:
+                    self._captured.append(launch)
             for staged, writes in self._staged:
                 if writes:
                     staged.store()
@@ -320,7 +326,7 @@ class TritonEngine(Engine):
             tau = strength(group, s.dense.shape) / beta
             rows.append(_row(s.dense, s.dense, group["group_dim"], (*make_prox(group["penalty"], tau, a),)))
         for launch in _run("prox", rows):
-            launch.run()
+            launch.run(captured=capturing(launch.device))
         for s in staged:
             s.store()
         torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
@@ -337,12 +343,12 @@ class TritonEngine(Engine):
         total = torch.zeros((), dtype=torch.float64, device=params[0].device)
         norms = []
         for launch in _run("penalty", rows):
-            launch.run()
+            launch.run(captured=capturing(launch.device))
             if launch.totals.numel():
                 total = total + launch.totals.sum().to(total.device)
             norms += [Row(t, t, None, row.key) for t, row in launch.norms]
         for launch in _run("penalty", norms):
-            launch.run()
+            launch.run(captured=capturing(launch.device))
             total = total + launch.totals.sum().to(total.device)
         return total
 
@@ -365,15 +371,26 @@ def _run(action: str, rows: Sequence[Row]) -> Iterator[Launch]:
             yield launch
 
 
-def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
-    """Twin of :func:`rvsm_kernels.reference.prox`."""
+@torch.library.custom_op("rvsm_kernels_triton::prox", mutates_args=())
+def _prox(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: list[int] | None) -> Tensor:
     u = torch.empty_like(w)
     staged = Staged(w.detach(), w.dtype, u)
     staged.load()
     try:
-        row = _row(u, staged.dense, group_dim, (*make_prox(penalty, float(tau), float(a)),))
+        row = _row(u, staged.dense, group_dim, (*make_prox(penalty, tau, a),))
     except ValueError as error:
         raise ValueError(f"Invalid group_dim value: {error}") from None
     for launch in _run("prox", [row]):
-        launch.run()
+        launch.run(captured=capturing(launch.device))
     return u
+
+
+@_prox.register_fake
+def _(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: list[int] | None) -> Tensor:
+    return torch.empty_like(w)
+
+
+def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
+    """Twin of :func:`rvsm_kernels.reference.prox`, an op of its own under torch.compile."""
+    dims = kept_dims(group_dim, w.dim())
+    return _prox(w, penalty, float(tau), float(a), None if dims is None else list(dims))

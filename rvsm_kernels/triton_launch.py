@@ -31,6 +31,7 @@ from .triton_table import (
     pieces,
     record_of,
     record_words,
+    upload,
 )
 from .triton_update import Step
 
@@ -85,8 +86,8 @@ class Call:
     """One kernel's entries and blocks, and what Triton compiled for them."""
 
     def __init__(self, entries: Sequence[Sequence[int]], blocks: Sequence[int], device: torch.device) -> None:
-        self.entries = torch.tensor(entries, dtype=torch.int64, device="cpu").to(device)
-        self.owners = owners_of(blocks, device)
+        self.entries = upload(torch.tensor(entries, dtype=torch.int64, device="cpu"), device)
+        self.owners = upload(owners_of(blocks), device)
         self._grid = sum(blocks), 1, 1
         self._compiled: dict[Any, Any] = {}
 
@@ -226,10 +227,14 @@ class Launch:
 
     # ---- the calls ---------------------------------------------------------------------------------------------------
 
-    def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """Put the work on the current stream of the device, which is the current one."""
+    def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, *, captured: bool = False) -> None:
+        """Put the work on the current stream of the device, which is the current one.
+
+        Args:
+            captured: the stream is being captured into a graph, which needs this launch as long as it is replayed.
+        """
         S, T = STORAGE[self.dtype], STORAGE[self.arithmetic]
-        addresses, records = self.addresses.put(), self.records.put()
+        addresses, records = self.addresses.put(captured), self.records.put(captured)
         calls = self.calls
         if "sums" in calls:
             call = calls["sums"]

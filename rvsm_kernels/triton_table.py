@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,10 +128,29 @@ def record_words(numbers: int, double: bool, narrow: int) -> int:
     return len(record_of([0.0] * numbers, double, narrow)) // 8
 
 
-def owners_of(blocks: Sequence[int], device: torch.device) -> Tensor:
-    """For each block the entry it works for, from the number of blocks of each entry; int32."""
+def owners_of(blocks: Sequence[int]) -> Tensor:
+    """For each block the entry it works for, from the number of blocks of each entry; int32 on the CPU."""
     counts = torch.tensor(blocks, dtype=torch.int64, device="cpu")
-    return torch.repeat_interleave(torch.arange(len(blocks), dtype=torch.int32, device="cpu"), counts).to(device)
+    return torch.repeat_interleave(torch.arange(len(blocks), dtype=torch.int32, device="cpu"), counts)
+
+
+def pinned(like: Tensor, device: torch.device) -> Tensor:
+    """Memory of the host that a device can read while the host goes on; its allocator keeps it until that is done."""
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=device.type != "cpu")
+
+
+_held: list[Tensor] = []
+"""Memory of the host from which captured graphs copy whenever they are replayed; nobody says when they are gone."""
+
+
+def upload(source: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting."""
+    if device.type == "cpu":
+        return source
+    host = pinned(source, device).copy_(source)
+    if capturing(device):
+        _held.append(host)
+    return host.to(device, non_blocking=True)
 
 
 def capturing(device: torch.device) -> bool:
@@ -150,9 +169,8 @@ class Table:
     SPARES = 2
     """Pinned buffers kept for captures, when none can be made."""
 
-    def __init__(self, device: torch.device, capturing: Callable[[torch.device], bool] = capturing) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._capturing = capturing
         self.data = b""
         """What is to be there."""
         self._sent: bytes | None = None
@@ -160,10 +178,13 @@ class Table:
         self._spares: list[Tensor] = []
         self._kept: list[Tensor] = []
 
-    def put(self) -> Tensor:
-        """The table with its data, on the device."""
+    def put(self, captured: bool) -> Tensor:
+        """The table with its data, on the device.
+
+        Args:
+            captured: the current stream is being captured into a graph.
+        """
         data, words = self.data, len(self.data) // 8
-        captured = self._capturing(self.device)
         if captured:
             if data == self._sent:
                 assert self._tensor is not None
@@ -172,25 +193,21 @@ class Table:
                 return tensor
             tensor = torch.empty(words, dtype=torch.int64, device=self.device)
             fit = [s for s in self._spares if s.numel() >= words]
-            host = fit[0] if fit else self._host(words)
+            host = fit[0] if fit else pinned(tensor, self.device)
             self._spares = [s for s in self._spares if s is not host]
             host[:words].copy_(torch.frombuffer(bytearray(data), dtype=torch.int64))
             tensor.copy_(host[:words], non_blocking=True)
-            self._kept += [host, tensor]
+            _held.append(host)
+            self._kept.append(tensor)
             return tensor
-        if self.device.type == "cuda":
-            self._spares = [s for s in self._spares if s.numel() >= words]
-            self._spares += [self._host(words) for _ in range(self.SPARES - len(self._spares))]
         if data != self._sent or self._tensor is None:
+            source = torch.frombuffer(bytearray(data), dtype=torch.int64)
             if self._tensor is None or self._tensor.numel() != words:
                 self._tensor = torch.empty(words, dtype=torch.int64, device=self.device)
-            source = torch.frombuffer(bytearray(data), dtype=torch.int64)
+                self._spares = [pinned(source, self.device) for _ in range(self.SPARES)]
             if self.device.type == "cpu":
                 self._tensor.copy_(source)
-            else:  # the allocator of pinned memory keeps the buffer until the copy is done
-                self._tensor.copy_(self._host(words).copy_(source), non_blocking=True)
+            else:
+                self._tensor.copy_(pinned(source, self.device).copy_(source), non_blocking=True)
             self._sent = data
         return self._tensor
-
-    def _host(self, words: int) -> Tensor:
-        return torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu")
