@@ -34,4 +34,17 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs)], check=True)
 
 
-setup(ext_modules=[Extension("rvsm_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+def wants_module() -> bool:
+    """Whether to compile: RVSM_NATIVE=0/1 decides, else whether there is a C++ compiler."""
+    wanted = os.environ.get("RVSM_NATIVE", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"RVSM_NATIVE is {wanted!r}; it is 0, 1 or not set")
+    compilers = [os.environ.get("CXX", "c++").split()[0], "g++", "clang++", "cl"]
+    if wanted == "" and not any(map(shutil.which, compilers)):
+        print("rvsm_kernels: no C++ compiler here, so no native engine; GPU tensors go to Triton", file=sys.stderr)
+        return False
+    return wanted != "0"
+
+
+modules = [Extension("rvsm_kernels._C", sources=[])] if wants_module() else []
+setup(ext_modules=modules, cmdclass={"build_ext": CMakeBuild})

@@ -26,7 +26,8 @@ except ImportError as error:  # a source tree that was not built, or a build for
     if "partially initialized" in str(error):  # what Python says of a module that is not there
         load_error = (
             f"{Path(__file__).parent} holds no compiled module; build it there with make build, or, if"
-            " rvsm_kernels is installed, run Python outside the source tree"
+            " rvsm_kernels is installed, run Python outside the source tree (an installation without a C++ compiler"
+            " has none)"
         )
 
 
