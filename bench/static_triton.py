@@ -44,12 +44,12 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
     for dtype, storage in STORAGE.items():
         arithmetic = STORAGE[arithmetic_type(dtype)]
         types = {"S": storage, "T": arithmetic}
-        block = {"BLOCK": block_of(dtype)}
         for momentum, tl1, groups in itertools.product((False, True), repeat=3):
             kinds = {"MOMENTUM": momentum, "WITH_TL1": tl1, "WITH_GROUPS": groups}
-            yield triton_kernels.step_kernel, {**types, **block, **kinds}, 5 if momentum else 3
-        yield triton_kernels.prox_kernel, {**types, **block}, 2
-        yield triton_kernels.penalty_kernel, {**types, **block}, 1
+            constants = {**types, "BLOCK": block_of(dtype, groups), **kinds}
+            yield triton_kernels.step_kernel, constants, 5 if momentum else 3
+        yield triton_kernels.prox_kernel, {**types, "BLOCK": block_of(dtype, True)}, 2
+        yield triton_kernels.penalty_kernel, {**types, "BLOCK": block_of(dtype, False)}, 1
         yield triton_sums.sum_kernel, types, 4  # one for each shape of a tile
     for arithmetic in (tl.float32, tl.float64):
         yield triton_sums.join_kernel, {"T": arithmetic, "P": 32, "G": JOIN_GROUPS}, 0

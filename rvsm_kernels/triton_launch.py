@@ -19,7 +19,7 @@ from torch import Tensor
 from .groups import GroupView
 from .triton_kernels import penalty_kernel, prox_kernel, step_kernel
 from .triton_prox import Prox
-from .triton_sums import join_kernel, sum_kernel
+from .triton_sums import THREADS, join_kernel, sum_kernel
 from .triton_table import (
     JOIN_GROUPS,
     NO_GROUPS,
@@ -35,7 +35,6 @@ from .triton_table import (
 )
 from .triton_update import Step
 
-THREADS = 256
 NUMBERS = {"step": len(Prox._fields) + len(Step._fields), "prox": len(Prox._fields), "penalty": len(Prox._fields) + 2}
 """What a record holds; lam and beta of a penalty's value are in float64."""
 STORAGE = {
@@ -50,7 +49,7 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 def options_for(warp_size: int) -> dict[str, Any]:
     """How a kernel is compiled for a device with warps of that size."""
-    return {**OPTIONS, "num_warps": THREADS // warp_size}
+    return {**OPTIONS, "num_warps": THREADS.value // warp_size}
 
 
 _ADDRESSES = 3
@@ -63,9 +62,10 @@ def arithmetic_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def block_of(dtype: torch.dtype) -> int:
-    """Elements of a block: one or two accesses of 16 bytes for each thread."""
-    return 1024 if dtype == torch.float64 else 2048
+def block_of(dtype: torch.dtype, grouped: bool) -> int:
+    """Elements of a block: one or two accesses of 16 bytes for each thread, one where indices need the registers."""
+    one = THREADS.value * 16 // dtype.itemsize
+    return one if grouped or dtype in (torch.bfloat16, torch.float16) else 2 * one
 
 
 @dataclass
@@ -138,6 +138,7 @@ class Launch:
         words = record_words(numbers, *self.form)
         self.keys = {key: at * words for at, key in enumerate(dict.fromkeys(row.key for row in self.rows))}
         self.grouped = any(row.view is not None for row in self.rows)
+        self.block = block_of(self.dtype, self.grouped or self.action == "prox")
         # Made first, so that one allocation serves all: factors in the arithmetic type, sums of parts in double.
         divisions = [None if row.view is None else divide_sums(row.view, width) for row in self.rows]
         blocks: list[int] = []
@@ -178,7 +179,7 @@ class Launch:
         self.entries.append([numel, first, self.keys[self.rows[k].key], *grouped])
         self.sources.append((k, offset))
         # The tensor may begin up to width - 1 elements after a boundary.
-        blocks.append(-(-(numel + width - 1) // block_of(self.dtype)) if numel else 0)
+        blocks.append(-(-(numel + width - 1) // self.block) if numel else 0)
 
     def _factors(
         self, row: Row, d: Division, sum_blocks: list[int], join_blocks: list[int]
@@ -246,7 +247,7 @@ class Launch:
             return
         call = calls["main"]
         tables = addresses, call.entries, records, call.owners
-        block = block_of(self.dtype)
+        block = self.block
         if self.action == "step":
             assert grad_scale is not None and found_inf is not None
             kinds = self.momentum, self.with_tl1, self.grouped

@@ -38,6 +38,7 @@ SHORT = tl.constexpr(1)
 TEAM = tl.constexpr(2)
 LONG = tl.constexpr(3)
 STRIP_COLUMNS = tl.constexpr(256)
+THREADS = tl.constexpr(256)  # of a program
 
 
 @triton.constexpr_function
@@ -105,9 +106,9 @@ def multiple(n, W: tl.constexpr):
 
 
 @triton.jit
-def sum_shape(x, rows, groups, columns, inner, length, SHAPE_OF: tl.constexpr, T: tl.constexpr):
-    """Sums of squares of the groups of a tile."""
-    ELEMENTS: tl.constexpr = 512 if T.primitive_bitwidth == 64 else 2048
+def sum_shape(x, rows, groups, columns, inner, length, SHAPE_OF: tl.constexpr, W: tl.constexpr):
+    """Sums of squares of the groups of a tile: at a time 16 bytes, W elements, for each thread."""
+    ELEMENTS: tl.constexpr = THREADS * W
     if SHAPE_OF == STRIP:
         sums = sum_strip(x, rows, columns, length, inner, ELEMENTS // STRIP_COLUMNS, STRIP_COLUMNS)
     else:
@@ -130,9 +131,9 @@ def sum_tile(
     if even:
         x = tl.multiple_of(address.to(tl.pointer_type(S)), 16)
         wide = inner if SHAPE_OF == STRIP else multiple(inner, W)
-        sums = sum_shape(x, rows, groups, multiple(columns, W), wide, multiple(length, W), SHAPE_OF, T)
+        sums = sum_shape(x, rows, groups, multiple(columns, W), wide, multiple(length, W), SHAPE_OF, W)
     else:
-        sums = sum_shape(address.to(tl.pointer_type(S)), rows, groups, columns, inner, length, SHAPE_OF, T)
+        sums = sum_shape(address.to(tl.pointer_type(S)), rows, groups, columns, inner, length, SHAPE_OF, W)
     g = tl.arange(0, STRIP_COLUMNS if SHAPE_OF == STRIP else tile_groups(SHAPE_OF))
     finish(entry, numbers, part, group + g, sums, g < groups, T)
 
