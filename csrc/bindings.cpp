@@ -37,6 +37,8 @@ GroupOptions group_options(const py::dict& d) {
   o.nesterov = d["nesterov"].cast<bool>();
   o.decoupled = d["decoupled"].cast<bool>();
   o.maximize = d["maximize"].cast<bool>();
+  o.topk = d["topk"].cast<bool>();
+  o.method = static_cast<rvsm::Method>(d["method"].cast<int>());
   if (!d["group_dim"].is_none()) g.group_dim = d["group_dim"].cast<std::vector<int64_t>>();
   return g;
 }
@@ -112,8 +114,9 @@ PYBIND11_MODULE(_C, m) {
            [](Plan& plan, size_t group, const py::dict& d) { plan.set_options(group, group_options(d)); })
       .def("prepare",
            [](Plan& plan, const py::list& groups, const py::dict& state, const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf) {
-             return plan.prepare(groups, state, {grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())});
+              const std::optional<at::Tensor>& found_inf, const py::dict& kept, const py::dict& cuts) {
+             const rvsm::Scaling scaling{grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())};
+             return plan.prepare(groups, state, scaling, kept, cuts);
            })
       .def("launch", &Plan::launch);
 }

@@ -90,7 +90,7 @@ void Plan::set_options(size_t group, GroupOptions options) {
   // Numbers are refreshed row by row; another grouping needs another table.
   const Options &old = own.options, &next = options.options;
   built_ = built_ && own.group_dim == options.group_dim && needs_norms(old) == needs_norms(next) &&
-           (old.group_lasso != 0) == (next.group_lasso != 0);
+           (old.group_lasso != 0) == (next.group_lasso != 0) && old.method == next.method && old.topk == next.topk;
   own = std::move(options);
 }
 
@@ -226,6 +226,20 @@ void Plan::stage_entry(Entry& e, Row& row, bool momentum) {
   } else {
     row.m = stage(Staged(THPVariable_Unpack(e.buffer), dense), true).mutable_data_ptr();
   }
+  if (e.kept != nullptr) row.kept = stage(Staged(THPVariable_Unpack(e.kept), dense), true).mutable_data_ptr();
+}
+
+// What stands beside w, g and m: the tensor that the method keeps, and the cut of top-k.
+void Plan::find_beside(Entry& e, Row& row) const {
+  const auto find = [&](PyObject* dict, const char* what) {
+    PyObject* found = get(dict, e.param);
+    if (found == nullptr || !THPVariable_Check(found))
+      throw std::runtime_error(std::string("a step without the ") + what + " of a parameter");
+    return found;
+  };
+  e.kept = row.method == Method::rvsm ? nullptr : find(kept_, "u or dual");
+  row.kept = e.kept == nullptr ? nullptr : THPVariable_Unpack(e.kept).mutable_data_ptr();
+  row.cut = row.topk ? THPVariable_Unpack(find(cuts_, "cut")).const_data_ptr() : nullptr;
 }
 
 void Plan::prepare_entry(const py::list& groups, Entry& e, Row& row, double grad_factor) {
@@ -236,9 +250,11 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, Row& row, double grad
   const Options& o = options_[e.group].options;
   const bool momentum = o.momentum != 0;
   if (momentum) find_buffer(groups, e);
+  if (row.active && (row.method != Method::rvsm || row.topk)) find_beside(e, row);
   const bool first = momentum && e.buffer == nullptr;
   const at::Tensor* m = momentum && !first ? &THPVariable_Unpack(e.buffer) : nullptr;
-  const bool usual = e.dense && errors_.empty() && is_twin(g, w) && (m == nullptr || is_twin(*m, w));
+  const bool usual = e.dense && errors_.empty() && is_twin(g, w) && (m == nullptr || is_twin(*m, w)) &&
+                     (e.kept == nullptr || is_twin(THPVariable_Unpack(e.kept), w));
   if (!usual) check_entry(groups, e, momentum);
   if (!row.active) return;
   if (usual && !first) {
@@ -309,8 +325,11 @@ void Plan::read_scaling(const Scaling& given) {
   if (given.found_inf.defined() && on_host) skip_ = given.found_inf.item<double>() > 0;
 }
 
-bool Plan::prepare(const py::list& groups, const py::dict& state, const Scaling& scaling) {
+bool Plan::prepare(const py::list& groups, const py::dict& state, const Scaling& scaling, const py::dict& kept,
+                   const py::dict& cuts) {
   const at::NoGradGuard no_grad;
+  kept_ = kept.ptr();
+  cuts_ = cuts.ptr();
   staging_.clear();
   new_buffers_.clear();
   try {
@@ -369,12 +388,14 @@ void Plan::launch() {
       if (!e.row->active) continue;
       bump_version(tensor(e));
       if (e.row->m != nullptr) bump_version(THPVariable_Unpack(e.buffer));
+      if (e.kept != nullptr) bump_version(THPVariable_Unpack(e.kept));
     }
   }
   staging_.clear();
   new_buffers_.clear();
+  for (Entry& e : entries_) e.kept = nullptr;
   scaling_ = {};
-  state_ = nullptr;
+  state_ = kept_ = cuts_ = nullptr;
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {

@@ -32,8 +32,10 @@ class Plan {
 
   // Look at every parameter, gradient and momentum buffer; throws before anything is changed. Returns false if a
   // parameter is on a device that this build has no engine for. Where found_inf is above 0, launch() will leave
-  // everything as it is.
-  bool prepare(const pybind11::list& groups, const pybind11::dict& state, const Scaling& scaling);
+  // everything as it is. `kept` and `cuts`: tensors by parameter, for those whose method keeps something and those with
+  // top-k; the caller holds them until launch() is done.
+  bool prepare(const pybind11::list& groups, const pybind11::dict& state, const Scaling& scaling,
+               const pybind11::dict& kept, const pybind11::dict& cuts);
 
   // Do the step that was prepared: one pass over all parameters of a device.
   void launch();
@@ -48,6 +50,7 @@ class Plan {
     PyObject* param = nullptr;   // owned
     PyObject* state = nullptr;   // owned: the dict state[param], or null
     PyObject* buffer = nullptr;  // owned: the momentum buffer in it, or null
+    PyObject* kept = nullptr;    // borrowed, from prepare() to launch(): what its method keeps
     size_t group = 0;
     size_t index = 0;
     size_t job = 0;      // of its device
@@ -69,6 +72,7 @@ class Plan {
   void check_entry(const pybind11::list& groups, const Entry& e, bool momentum) const;
   void stage_entry(Entry& e, Row& row, bool momentum);
   void prepare_entry(const pybind11::list& groups, Entry& e, Row& row, double grad_factor);
+  void find_beside(Entry& e, Row& row) const;
   void read_scaling(const Scaling& given);
   void run_jobs();
 
@@ -87,7 +91,7 @@ class Plan {
   };
   std::vector<Staging> staging_;
   std::vector<std::pair<size_t, at::Tensor>> new_buffers_;
-  PyObject* state_ = nullptr;  // borrowed, from prepare() to launch()
+  PyObject *state_ = nullptr, *kept_ = nullptr, *cuts_ = nullptr;  // borrowed, from prepare() to launch()
   Scaling scaling_;
   std::vector<double> factors_;  // of each job: 1 / grad_scale where its rows carry it, else 1
   bool skip_ = false;

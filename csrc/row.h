@@ -21,14 +21,21 @@ struct Row {
   void* w = nullptr;
   const void* g = nullptr;
   void* m = nullptr;  // not read without momentum
+  Method method = Method::rvsm;
+  void* kept = nullptr;       // what the method keeps of each element
+  bool topk = false;          // the cut is read
+  const void* cut = nullptr;  // from here, in the arithmetic type, when the step runs
   Step<double> step{};
   Momentum momentum = Momentum::none;
   double lam = 0;  // for the penalty's value: already times sqrt(group size) with group_scale
   double beta = 0;
 
+  // Norms that a group needs: of what is thresholded and, where that is not w, of w for group lasso.
+  int planes() const { return method == Method::admm && step.lasso != 0 ? 2 : 1; }
+
   // Scratch of the CPU engine.
-  void* norms = nullptr;       // one number of the arithmetic type per group
-  double* partials = nullptr;  // parts x groups sums of squares, where long groups are split
+  void* norms = nullptr;       // planes x one number of the arithmetic type per group
+  double* partials = nullptr;  // planes x parts x groups sums of squares, where long groups are split
   int64_t parts = 1;
 };
 

@@ -83,6 +83,8 @@ void set_options(Row& row, const Options& options, bool first) {
   row.momentum = momentum_of(options);
   row.lam = strength(options, group_size);
   row.beta = options.beta;
+  row.method = is_split(options) ? options.method : Method::rvsm;
+  row.topk = is_split(options) && options.topk;
 }
 
 void bump_version(const at::Tensor& tensor) {

@@ -8,6 +8,9 @@ namespace rvsm {
 // The penalties in the order of penalties.py; `none` is a step without a splitting.
 enum class Penalty : int32_t { none, l1, l0, tl1 };
 
+// How u pulls the weights; see docs/method.md.
+enum class Method : int32_t { rvsm, delayed, admm };
+
 enum class Dtype : int32_t { f32, f64, bf16, f16 };
 
 // The options of one param group, as the optimizer was given them.
@@ -25,6 +28,8 @@ struct Options {
   bool nesterov = false;
   bool decoupled = true;
   bool maximize = false;
+  Method method = Method::rvsm;
+  bool topk = false;  // l0 with a cut that comes with each step
 };
 
 // The numbers that thresholding one tensor needs, filled once on the host in double precision (make_prox).

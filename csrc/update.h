@@ -1,6 +1,8 @@
 // The register arithmetic of one step (section 3 of docs/method.md). Without torch, for host and device.
 #pragma once
 
+#include <type_traits>
+
 #include "prox.h"
 
 namespace rvsm {
@@ -12,6 +14,44 @@ struct StepKind {
   static constexpr Momentum momentum = kMomentum;
   static constexpr bool decay = kDecay, pull = kPull, lasso = kLasso;
 };
+
+// What a method thresholds. `kept` is what it keeps of the element: u of the step before (delayed), the dual (admm).
+template <Method kMethod, class T>
+RVSM_HD T argument(T w, T kept) {
+  return kMethod == Method::admm ? w + kept : w;
+}
+
+// The gap that pulls, from v = argument(w, kept) and u = prox(v), and what is kept from now on:
+//
+//   rvsm:     gap = w - u
+//   delayed:  gap = w - kept,  kept' = u
+//   admm:     kept' = v - u,   gap = w - u + kept'
+template <Method kMethod, class T>
+RVSM_HD T gap_of(T w, T v, T u, T& kept) {
+  if (kMethod == Method::delayed) {
+    const T gap = w - kept;
+    kept = u;
+    return gap;
+  }
+  if (kMethod == Method::admm) {
+    kept = v - u;
+    return w - u + kept;
+  }
+  return w - u;
+}
+
+// Calls f(std::integral_constant<Method, ...>).
+template <class F>
+RVSM_HD void with_method(Method method, const F& f) {
+  switch (method) {
+    case Method::delayed:
+      return f(std::integral_constant<Method, Method::delayed>{});
+    case Method::admm:
+      return f(std::integral_constant<Method, Method::admm>{});
+    default:
+      return f(std::integral_constant<Method, Method::rvsm>{});
+  }
+}
 
 // One element. `gap` is w - u and `unit` is w_G / ||w_G||, both of the weights that the forward pass used.
 //

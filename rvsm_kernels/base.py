@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from . import methods
 from .groups import GroupDim
 from .options import (
     OPTIONS,
@@ -45,8 +46,14 @@ class Engine(ABC):
         state: MutableMapping[Tensor, Any],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        kept: Mapping[Tensor, Tensor],
+        cuts: Mapping[Tensor, Tensor],
     ) -> bool:
         """Check everything that a step over these groups needs; change nothing.
+
+        Args:
+            kept: what the methods of split parameters keep (u or dual), to be read and written by the step.
+            cuts: of parameters with top-k: a number in the arithmetic type, which is there when the step is launched.
 
         Returns False if a parameter is on a device that this engine does not serve.
         """
@@ -135,6 +142,9 @@ class SplittingOptimizer(Optimizer):
         self._requested_engine = engine
         self._engines: dict[str, Engine] = {}
         self._validated: list[tuple[Any, ...] | None] = []
+        self._cuts = methods.Cuts()
+        self._names: list[str | None] = []  # of what each group's method keeps
+        self._obsolete = False  # that changed: the state may hold what no method keeps any more
         self._dense: dict[Tensor, Tensor] | None = None  # the weights, while sparse_weights() holds u in them
         self._check_engine()  # an unknown or missing engine is an error now, not at the first step
 
@@ -157,10 +167,10 @@ class SplittingOptimizer(Optimizer):
             self._engines[name] = self._make_engine(device_type)
         return self._engines[name]
 
-    def _by_engine(self) -> list[tuple[Engine, list[Group]]]:
-        """The param groups, divided by the engine that serves each parameter's device."""
+    def _by_engine(self, whole: Sequence[Group]) -> list[tuple[Engine, list[Group]]]:
+        """Param groups, divided by the engine that serves each parameter's device."""
         parts: dict[str, list[Group]] = {}
-        for i, group in enumerate(self.param_groups):
+        for i, group in enumerate(whole):
             for j, p in enumerate(group["params"]):
                 part = parts.setdefault(self._engine(p.device.type).name, [])
                 if not part or part[-1]["index"] != i:
@@ -177,6 +187,7 @@ class SplittingOptimizer(Optimizer):
         groups, seen = self.param_groups, self._validated
         if len(seen) != len(groups):
             seen[:] = [None] * len(groups)
+            self._names, self._obsolete = [None] * len(groups), True
         for i, group in enumerate(groups):
             values = _read_options(group)
             if differ(values, seen[i]):
@@ -186,6 +197,16 @@ class SplittingOptimizer(Optimizer):
                     for j, p in enumerate(group["params"]):
                         validate_param(p, group, param_name(group, i, j))
                 seen[i] = snapshot(values)
+                name = methods.state_name(group)
+                self._obsolete |= name != self._names[i]
+                self._names[i] = name
+
+    def _first_u(self, p: Tensor, group: Mapping[str, Any], name: str) -> Tensor:
+        """u of a parameter that has none in its state yet."""
+        refuse_expanded(p, name)
+        engine = self._engine(p.device.type)
+        engine.check(p, group, name)
+        return torch.empty_like(p).copy_(self._u_of(p, p, group, engine))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -211,17 +232,43 @@ class SplittingOptimizer(Optimizer):
                 loss = closure()
         self._validate_groups()
         scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        whole = self._step_groups()
+        kept, fresh = methods.find_kept(whole, self.state, self._first_u)
+        cuts = self._cuts.find(whole)
+        engines: list[Engine] = []
         if len(self._engines) == 1:
             (engine,) = self._engines.values()
-            if engine.prepare(self.param_groups, self.state, *scaling):
-                engine.launch()
-                return loss
-        parts = self._by_engine()
-        for engine, groups in parts:
-            engine.prepare(groups, self.state, *scaling)
-        for engine, _ in parts:
-            engine.launch()
+            if engine.prepare(whole, self.state, *scaling, kept, cuts):
+                engines = [engine]
+        if not engines:
+            parts = self._by_engine(whole)
+            for engine, groups in parts:
+                engine.prepare(groups, self.state, *scaling, kept, cuts)
+            engines = [engine for engine, _ in parts]
+        # Whether state appears is decided here, so that a first step waits for the device; no other does.
+        if fresh and scaling[1] is not None and scaling[1].item() > 0:
+            return loss
+        for p, (key, value) in fresh.items():
+            self.state[p][key] = value
+        if self._obsolete:
+            methods.drop_obsolete(self.param_groups, self.state)
+            self._obsolete = False
+        if cuts:
+            self._cuts.select(whole, kept)
+        self._run(engines)
+        for group in self.param_groups:
+            if group["unit_norm"]:
+                methods.normalize_([p for _, p in methods.moved(group)], scaling[1])
         return loss
+
+    def _step_groups(self) -> Sequence[Group]:
+        """The param groups as the engines are to see them in a step."""
+        return self.param_groups
+
+    def _run(self, engines: Sequence[Engine]) -> None:
+        """Do the step that was prepared."""
+        for engine in engines:
+            engine.launch()
 
     # ---- reading u -----------------------------------------------------------------------------------------------
 
@@ -262,7 +309,7 @@ class SplittingOptimizer(Optimizer):
             self._dense = dense
             with torch.no_grad():
                 for group, engine, params in parts:
-                    engine.prox_(params, group)
+                    self._write_u(params, group, engine)
             yield
         finally:
             self._dense = None
@@ -286,7 +333,7 @@ class SplittingOptimizer(Optimizer):
         """w <- u for good. Momentum is left alone, so a pruned weight may grow again."""
         self._refuse_inside_sparse_weights("sparsify_()")
         for group, engine, params in list(self._split_params()):
-            engine.prox_(params, group)
+            self._write_u(params, group, engine)
 
     @torch.no_grad()
     def penalty_value(self) -> Tensor:
@@ -297,7 +344,7 @@ class SplittingOptimizer(Optimizer):
         """
         total: Tensor | None = None
         for group, engine, params in list(self._split_params()):
-            value = engine.penalty_value([self._weights(p) for p in params], group)
+            value = self._value_of(params, group, engine)
             total = value if total is None else total + value.to(total.device)
         if total is None:
             device = next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
@@ -316,12 +363,40 @@ class SplittingOptimizer(Optimizer):
                 name = param_name(group, i, j)
                 if is_lazy(p):
                     continue
-                u = self._weights(p).detach().clone()
+                u = self._weights(p).detach()
                 if is_split(group) and u.numel() > 0:  # else u is w
-                    self._engine(u.device.type).check(u, group, name)
-                    self._engine(u.device.type).prox_([u], group)
+                    engine = self._engine(u.device.type)
+                    engine.check(u, group, name)
+                    u = self._u_of(p, u, group, engine).to(u.dtype)
                 rows.append(measure(name, u, group["group_dim"]))
         return SparsityReport(rows)
+
+    def _u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
+        """u of a parameter with these weights, as a new tensor; where it is special, in the arithmetic type."""
+        if methods.is_special(group):
+            dual = self.state[p].get("dual") if group["method"] == "admm" and p in self.state else None
+            return methods.special_u(w.detach(), dual, group, engine.prox_)
+        u = w.detach().clone()
+        engine.prox_([u], group)
+        return u
+
+    def _write_u(self, params: Sequence[Tensor], group: Group, engine: Engine) -> None:
+        """w <- u in place."""
+        if methods.is_special(group):
+            for p in params:
+                p.copy_(self._u_of(p, p, group, engine))
+        else:
+            engine.prox_(params, group)
+
+    def _value_of(self, params: Sequence[Tensor], group: Group, engine: Engine) -> Tensor:
+        """lam P(u) + beta/2 ||w - u||^2 over parameters on one type of device."""
+        ws = [self._weights(p).detach() for p in params]
+        if not methods.is_special(group):
+            return engine.penalty_value(ws, group)
+        total = torch.zeros((), dtype=torch.float64, device=ws[0].device)
+        for p, w in zip(params, ws, strict=True):
+            total += methods.special_value(w, self._u_of(p, w, group, engine), group).to(total.device)
+        return total
 
     def _weights(self, p: Tensor) -> Tensor:
         """The weights of a parameter, also while it holds u."""
@@ -372,6 +447,7 @@ class SplittingOptimizer(Optimizer):
                 validate(loaded)
                 for j, p in enumerate(loaded["params"]):
                     validate_param(p, loaded, param_name(loaded, i, j))
+            methods.check_loaded(state["param_groups"], state["state"])
         super().__setstate__(state)
         if not loading:
             self._start(self._requested_engine)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .base import Engine
 from .groups import GroupDim, kept_dims
-from .options import differ, is_split, snapshot
+from .methods import is_topk
+from .options import METHODS, differ, is_split, snapshot
 
 load_error: str | None = None
 """Why the compiled module is missing, or None."""
@@ -56,7 +57,7 @@ def _probe() -> str | None:
 
 _PLAN_OPTIONS = (
     "lr momentum dampening weight_decay nesterov maximize "
-    "penalty lam beta a group_dim group_scale group_lasso decoupled"
+    "penalty lam beta a group_dim group_scale group_lasso decoupled method"
 ).split()
 _read = itemgetter(*_PLAN_OPTIONS)
 
@@ -84,6 +85,8 @@ class NativeEngine(Engine):
         state: MutableMapping[Tensor, Any],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        kept: Mapping[Tensor, Tensor],
+        cuts: Mapping[Tensor, Tensor],
     ) -> bool:
         seen, plan = self._seen, self._plan
         for i, group in enumerate(groups):
@@ -92,7 +95,7 @@ class NativeEngine(Engine):
                 plan.set_options(i, _packed(group))
                 seen[i : i + 1] = [snapshot(values)]
         del seen[len(groups) :]
-        return plan.prepare(groups, state, grad_scale, found_inf)
+        return plan.prepare(groups, state, grad_scale, found_inf, kept, cuts)
 
     def launch(self) -> None:
         self._plan.launch()
@@ -134,6 +137,8 @@ def _packed(group: Mapping[str, Any]) -> dict[str, Any]:
         key: float(group[key]) for key in "lr momentum dampening weight_decay lam beta a group_lasso".split()
     }
     packed.update({key: bool(group[key]) for key in "nesterov maximize group_scale decoupled".split()})
-    packed["penalty"] = group["penalty"] if is_split(group) else None
+    packed["topk"] = is_topk(group)
+    packed["penalty"] = "l0" if packed["topk"] else group["penalty"] if is_split(group) else None
+    packed["method"] = METHODS.index(group["method"])
     packed["group_dim"] = _dims(group["group_dim"])
     return packed

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+from .adaptive import AdaptiveThresholding
 from .base import Engine, SplittingOptimizer
 from .engines import choose, known, serving
 from .native import NativeEngine
 from .reference import ReferenceEngine
 
 
-class RVSM(SplittingOptimizer):
+class _OnEngines(SplittingOptimizer):
+    def _check_engine(self) -> None:
+        known(self._requested_engine)
+
+    def _engine_name(self, device_type: str) -> str:
+        return choose(self._requested_engine, device_type)
+
+    def _make_engine(self, device_type: str) -> Engine:
+        name = self._engine_name(device_type)
+        if name == "triton":
+            from .triton_engine import TritonEngine  # Triton takes a second to import: only where it is used
+
+            return TritonEngine(serving(name))
+        return NativeEngine() if name == "native" else ReferenceEngine()
+
+
+class RVSM(_OnEngines):
     r"""SGD that trains sparse weights: relaxed variable splitting, fused into one pass over memory.
 
     Replaces ``torch.optim.SGD``. Minimises f(w) + lam * P(w) through
@@ -25,8 +42,9 @@ class RVSM(SplittingOptimizer):
         decoupled=True:   w = w - lr * beta * p,  d = g + weight_decay * w
         decoupled=False:                          d = g + weight_decay * w + beta * p
         momentum on d;  w = w - lr * d
+        unit_norm=True:    w = w / ||w||_2
 
-    u is never stored: read it with :meth:`sparse_weights` (for evaluation), :meth:`sparsify_` (for good) or
+    u is never stored (but by ``method="rvsm-delayed"``): read it with :meth:`sparse_weights` (for evaluation), :meth:`sparsify_` (for good) or
     :meth:`sparsity`.
 
     Args:
@@ -35,7 +53,11 @@ class RVSM(SplittingOptimizer):
         lr: learning rate, a float or a 1-element tensor, >= 0.
         momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``. ``maximize`` turns the loss
             gradient around; the pull, weight decay and group_lasso keep their signs.
-        penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1) or None (plain SGD).
+        penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1), ``"topk"`` or None (plain SGD). Top-k keeps the
+            ceil(density * n) elements (or groups) of largest magnitude of each tensor in u; those that tie with the
+            largest that goes are zeroed with it, as l0 does with ties, so that fewer may survive. ``lam`` only
+            switches it on.
+        density: of ``"topk"``, in (0, 1].
         lam: strength of the penalty, in units of the loss, >= 0. 0 switches the splitting off.
         beta: strength of the coupling, >= 0. 0 switches the splitting off. Weights below the cut go to zero in u:
             sqrt(2 lam / beta) for l0, lam / beta for l1.
@@ -46,8 +68,11 @@ class RVSM(SplittingOptimizer):
         group_lasso: strength of group_lasso * sum ||w_G||_2, added to the gradient (needs ``group_dim``).
         decoupled: the pull moves the weights before the SGD step (True) or is added to the gradient and so passes
             through momentum (False).
-        method: ``"rvsm"``; ``"rvsm-delayed"`` and ``"admm"`` are reserved.
-        density, unit_norm: reserved.
+        method: ``"rvsm"``: p = w - u. ``"rvsm-delayed"``: p = w - u with the u of the step before (state ``u``, at
+            first that of the first weights). ``"admm"``, with state ``dual`` y, at first 0:
+            v = w + y, u = prox(v), y = v - u, p = w - u + y. What a method keeps is dropped when the splitting or the
+            method is switched off, and begins anew.
+        unit_norm: w <- w / ||w||_2 of each whole tensor at the end of the step; a zero tensor stays zero.
         engine: ``"native"``, ``"triton"`` (GPUs), ``"reference"`` or None, which takes the first of them that serves
             the device.
 
@@ -56,7 +81,6 @@ class RVSM(SplittingOptimizer):
             that a parameter does not have.
         TypeError: a parameter or option of the wrong type.
         RuntimeError: an engine that this build does not have.
-        NotImplementedError: a reserved option.
 
     Example::
 
@@ -65,20 +89,6 @@ class RVSM(SplittingOptimizer):
             lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True,
         )
     """
-
-    def _check_engine(self) -> None:
-        known(self._requested_engine)
-
-    def _engine_name(self, device_type: str) -> str:
-        return choose(self._requested_engine, device_type)
-
-    def _make_engine(self, device_type: str) -> Engine:
-        name = self._engine_name(device_type)
-        if name == "triton":
-            from .triton_engine import TritonEngine  # Triton takes a second to import: only where it is used
-
-            return TritonEngine(serving(name))
-        return NativeEngine() if name == "native" else ReferenceEngine()
 
 
 class _Reserved:
@@ -96,5 +106,23 @@ class RVSMWrapper(_Reserved):
     """Reserved: the fused pull around any torch optimizer comes in a later version."""
 
 
-class AdaptiveHardThreshold(_Reserved):
-    """Reserved: Algorithm 2 of arXiv 1812.05719 comes in a later version."""
+class AdaptiveHardThreshold(AdaptiveThresholding, _OnEngines):
+    """Algorithm 2 of arXiv 1812.05719: w <- w - lr grad, and w <- H_s(w) only when its support becomes another.
+
+    H_s keeps the s = ceil(density * n) elements (or groups) of largest magnitude of each tensor; those that tie with
+    the largest that goes are zeroed with it. The support of H_s(w) before the step is held against that after it; where
+    they are the same nothing is zeroed, so that the gradient can bring new elements up. The paper begins with a sparse
+    w: call ``sparsify_()`` first. At the end ``sparsify_()`` gives H_s(w) for good, as ``sparse_weights()`` does for a
+    while.
+
+    Args:
+        params: tensors, groups or named parameters, as in torch.optim.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        density: the share of elements or groups that survive, in (0, 1]; can differ per group.
+        group_dim: the dimensions that index the groups, None for elements (see :class:`RVSM`).
+        unit_norm: w <- w / ||w|| of each tensor at the end of the step.
+        engine: see :class:`RVSM`.
+
+    Raises:
+        ValueError: a number out of range, no density.
+    """

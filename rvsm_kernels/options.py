@@ -57,7 +57,6 @@ def validate(group: Mapping[str, Any]) -> None:
     Raises:
         TypeError: a value of the wrong type.
         ValueError: a value out of range, an unknown name, or options that exclude each other.
-        NotImplementedError: a documented option that this version does not have yet.
     """
     _number(group, "lr", "learning rate")
     momentum = _number(group, "momentum", "momentum value")
@@ -85,12 +84,8 @@ def validate(group: Mapping[str, Any]) -> None:
     if group["method"] not in METHODS:
         raise ValueError(f"Invalid method: {group['method']!r} (choose one of {', '.join(map(repr, METHODS))})")
 
-    if penalty == "topk":
-        raise NotImplementedError("penalty='topk' is not in this version of rvsm_kernels")
-    if group["method"] != "rvsm":
-        raise NotImplementedError(f"method={group['method']!r} is not in this version of rvsm_kernels")
-    if group["unit_norm"]:
-        raise NotImplementedError("unit_norm=True is not in this version of rvsm_kernels")
+    if penalty == "topk" and group["density"] is None:
+        raise ValueError("penalty='topk' needs a density: the share of elements or groups that survive")
 
 
 def validate_param(p: torch.Tensor, group: Mapping[str, Any], name: str) -> None:

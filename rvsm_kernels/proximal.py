@@ -75,7 +75,7 @@ def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: 
         TypeError: a dtype without a kernel.
     """
     if penalty == "topk":
-        raise NotImplementedError("penalty='topk' is not in this version of rvsm_kernels")
+        raise ValueError("Invalid penalty: 'topk' has no tau: its cut comes from the weights and a density")
     if penalty is not None and penalty not in PENALTIES:
         raise ValueError(f"Invalid penalty: {penalty!r} (choose one of None, {', '.join(map(repr, PENALTIES))})")
     if not (tau >= 0 and math.isfinite(tau)):

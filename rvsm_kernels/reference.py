@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from .adaptive import AdaptiveThresholding
 from .base import Engine, SplittingOptimizer, check_gradient
 from .groups import GroupDim, magnitudes
+from .methods import arithmetic, is_topk, keep_above
 from .options import is_split, strength
 from .penalties import PENALTIES, shrink
-
-
-def arithmetic(t: Tensor) -> Tensor:
-    """The tensor in the type it is computed in: float32 for half types, else its own."""
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
@@ -47,7 +44,13 @@ def _buffer(p: Tensor, state: MutableMapping[str, Any]) -> Tensor | None:
     return buffer
 
 
-def _step(group: Mapping[str, Any], state: MutableMapping[Tensor, Any], grad_scale: Tensor | None) -> None:
+def _step(
+    group: Mapping[str, Any],
+    state: MutableMapping[Tensor, Any],
+    grad_scale: Tensor | None,
+    kept: Mapping[Tensor, Tensor],
+    cuts: Mapping[Tensor, Tensor],
+) -> None:
     """One step of one param group: section 3 of docs/method.md, line by line."""
     params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
     if not params:
@@ -64,8 +67,21 @@ def _step(group: Mapping[str, Any], state: MutableMapping[Tensor, Any], grad_sca
         norms = [magnitudes(x, dims) for x in w]
         unit = [x / torch.where(r == 0, torch.ones_like(r), r) for x, r in zip(w, norms, strict=True)]
     if is_split(group):
-        u = [prox(x, group["penalty"], strength(group, x.shape) / beta, group["a"], dims) for x in w]
-        pull = torch._foreach_sub(w, u)
+        admm, delayed = group["method"] == "admm", group["method"] == "rvsm-delayed"
+        k = [arithmetic(kept[p]) for p in params] if admm or delayed else []
+        v = list(torch._foreach_add(w, k)) if admm else w
+        if is_topk(group):
+            u = [keep_above(x, cuts[p], dims) for x, p in zip(v, params, strict=True)]
+        else:
+            u = [prox(x, group["penalty"], strength(group, x.shape) / beta, group["a"], dims) for x in v]
+        if admm:
+            dual = torch._foreach_sub(v, u)
+            pull = torch._foreach_add(torch._foreach_sub(w, u), dual)
+        else:
+            pull = torch._foreach_sub(w, k if delayed else u)
+        if admm or delayed:
+            for p, new in zip(params, dual if admm else u, strict=True):
+                kept[p].copy_(new)
         if group["decoupled"]:
             torch._foreach_add_(w, pull, alpha=-lr * beta)
         else:
@@ -109,21 +125,23 @@ class ReferenceEngine(Engine):
         state: MutableMapping[Tensor, Any],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        kept: Mapping[Tensor, Tensor],
+        cuts: Mapping[Tensor, Tensor],
     ) -> bool:
         for i, group in enumerate(groups):
             for j, p in enumerate(group["params"]):
                 if p.grad is not None:
                     check_gradient(p, state, group, i, j)
-        self._job = (groups, state, grad_scale, found_inf)
+        self._job = (groups, state, grad_scale, found_inf, kept, cuts)
         return True
 
     def launch(self) -> None:
-        groups, state, grad_scale, found_inf = self._job
+        groups, state, grad_scale, found_inf, kept, cuts = self._job
         del self._job
         if found_inf is not None and found_inf.item() > 0:
             return
         for group in groups:
-            _step(group, state, grad_scale)
+            _step(group, state, grad_scale, kept, cuts)
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         for p in params:
@@ -140,14 +158,20 @@ class ReferenceEngine(Engine):
         return total
 
 
-class RVSM(SplittingOptimizer):
-    """:class:`rvsm_kernels.RVSM` in plain PyTorch: the same signature, options and state."""
-
+class _InPyTorch(SplittingOptimizer):
     def _make_engine(self, device_type: str) -> Engine:
         return ReferenceEngine()
 
     def _engine_name(self, device_type: str) -> str:
         return "reference"
+
+
+class RVSM(_InPyTorch):
+    """:class:`rvsm_kernels.RVSM` in plain PyTorch: the same signature, options and state."""
+
+
+class AdaptiveHardThreshold(AdaptiveThresholding, _InPyTorch):
+    """:class:`rvsm_kernels.AdaptiveHardThreshold` in plain PyTorch: the same signature, options and state."""
 
 
 class RVSMAdamW:

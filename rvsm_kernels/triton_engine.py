@@ -105,6 +105,8 @@ class TritonEngine(Engine):
         state: MutableMapping[Tensor, Any],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        kept: Mapping[Tensor, Tensor],
+        cuts: Mapping[Tensor, Tensor],
     ) -> bool:
         self._scaling, self._skip, self._state = (grad_scale, found_inf), False, state
         values = [_read(group) for group in groups]

@@ -26,9 +26,11 @@ int64_t arithmetic_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 // Norms start on a cache line of their own, also next to another row's.
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
-int64_t norm_bytes(const Row& row) { return row.grouped ? row.view.count() * arithmetic_size(row.dtype) : 0; }
+int64_t norm_bytes(const Row& row) {
+  return row.grouped ? row.planes() * row.view.count() * arithmetic_size(row.dtype) : 0;
+}
 int64_t partial_bytes(const Row& row) {
-  return row.grouped && row.parts > 1 ? row.parts * row.view.count() * int64_t(sizeof(double)) : 0;
+  return row.grouped && row.parts > 1 ? row.planes() * row.parts * row.view.count() * int64_t(sizeof(double)) : 0;
 }
 
 }  // namespace

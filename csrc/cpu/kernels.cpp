@@ -77,18 +77,29 @@ struct ElementPull {
   ElementPull at(int64_t) const { return *this; }
 };
 
-template <class Kind, class T, class Pull>
-inline void step_loop(T* __restrict w, const T* __restrict g, T* __restrict m, int64_t n, const Step<T> s,
-                      const Pull pull) {
-  constexpr bool kMomentum = Kind::momentum != Momentum::none;
+// The step of a method that keeps something: fewer of its switches are known to the compiler, for there are many.
+template <Momentum kMomentum, bool kLasso>
+struct KeepKind {
+  static constexpr Momentum momentum = kMomentum;
+  static constexpr bool pull = true, lasso = kLasso;
+  bool decay;
+};
+
+template <Method kMethod, class Kind, class T, class Pull>
+inline void step_loop(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict x, int64_t n,
+                      const Step<T> s, const Pull pull, const Kind kind) {
+  constexpr bool kMomentum = Kind::momentum != Momentum::none, kKeeps = kMethod != Method::rvsm;
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     T wi = w[i];
     T mi = kMomentum ? m[i] : T(0);
-    const T gap = Kind::pull ? wi - pull.u(wi, i) : T(0);
-    sgd_step(wi, mi, g[i], gap, pull.direction(wi, i), s, Kind{});
+    T xi = kKeeps ? x[i] : T(0);
+    const T v = argument<kMethod>(wi, xi);
+    const T gap = Kind::pull ? gap_of<kMethod>(wi, v, pull.u(v, i), xi) : T(0);
+    sgd_step(wi, mi, g[i], gap, pull.direction(wi, i), s, kind);
     w[i] = wi;
     if (kMomentum) m[i] = mi;
+    if (kKeeps) x[i] = xi;
   }
 }
 
@@ -108,31 +119,35 @@ inline void store_tile(S* __restrict to, const T* __restrict from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
 }
 
-template <class Kind, class S, class T, class Pull>
-void step_span(S* w, const S* g, S* m, int64_t n, const Step<T>& s, const Pull& pull) {
-  constexpr bool kMomentum = Kind::momentum != Momentum::none;
+template <Method kMethod, class Kind, class S, class T, class Pull>
+void step_span(S* w, const S* g, S* m, S* x, int64_t n, const Step<T>& s, const Pull& pull, const Kind& kind) {
+  constexpr bool kMomentum = Kind::momentum != Momentum::none, kKeeps = kMethod != Method::rvsm;
   if constexpr (kIsHalf<S>) {
-    T wt[kTile], gt[kTile], mt[kTile];
+    T wt[kTile], gt[kTile], mt[kTile], xt[kKeeps ? kTile : 1];
     for (int64_t i = 0; i < n; i += kTile) {
       const int64_t k = std::min(kTile, n - i);
       load_tile(wt, w + i, k);
       load_tile(gt, g + i, k);
       if (kMomentum) load_tile(mt, m + i, k);
-      step_loop<Kind>(wt, gt, mt, k, s, pull.at(i));
+      if (kKeeps) load_tile(xt, x + i, k);
+      step_loop<kMethod>(wt, gt, mt, xt, k, s, pull.at(i), kind);
       store_tile(w + i, wt, k);
       if (kMomentum) store_tile(m + i, mt, k);
+      if (kKeeps) store_tile(x + i, xt, k);
     }
   } else {
-    step_loop<Kind>(w, g, m, n, s, pull);
+    step_loop<kMethod>(w, g, m, x, n, s, pull, kind);
   }
 }
 
-// Calls f(StepKind) with what the row's step does.
-template <class Pull, class F>
+// Calls f(kind) with what the row's step does.
+template <Method kMethod, class Pull, class F>
 void with_kind(const Row& row, const F& f) {
   const auto with_decay = [&](auto momentum) {
     constexpr Momentum kMomentum = decltype(momentum)::value;
-    if (row.step.decay != 0)
+    if constexpr (kMethod != Method::rvsm)
+      f(KeepKind<kMomentum, Pull::kLasso>{row.step.decay != 0});
+    else if (row.step.decay != 0)
       f(StepKind<kMomentum, true, Pull::kPull, Pull::kLasso>{});
     else
       f(StepKind<kMomentum, false, Pull::kPull, Pull::kLasso>{});
@@ -179,18 +194,20 @@ inline void spread(T* to, int64_t n, T factor) {
 }
 
 // The factors of columns [c0, c1), at most kSpan of them, of groups with `inner` columns each.
+// `lengths`: the norms for group lasso, or null.
 template <Penalty kPenalty, class T>
-void fill_factors(Factors<T>& f, const T* norms, int64_t inner, int64_t c0, int64_t c1, const Prox<T> prox,
-                  bool lasso) {
+void fill_factors(Factors<T>& f, const T* norms, const T* lengths, int64_t inner, int64_t c0, int64_t c1,
+                  const Prox<T> prox) {
+  const bool lasso = lengths != nullptr;
   if (inner == 1) {
     for (int64_t i = 0; i < c1 - c0; ++i) f.ratio[i] = shrink_ratio<kPenalty>(norms[c0 + i], prox);
-    for (int64_t i = 0; i < c1 - c0 && lasso; ++i) f.length[i] = length_of(norms[c0 + i]);
+    for (int64_t i = 0; i < c1 - c0 && lasso; ++i) f.length[i] = length_of(lengths[c0 + i]);
     return;
   }
   for (int64_t g = c0 / inner; g * inner < c1; ++g) {
     const int64_t from = std::max(c0, g * inner) - c0, to = std::min(c1, (g + 1) * inner) - c0;
     spread(f.ratio + from, to - from, shrink_ratio<kPenalty>(norms[g], prox));
-    if (lasso) spread(f.length + from, to - from, length_of(norms[g]));
+    if (lasso) spread(f.length + from, to - from, length_of(lengths[g]));
   }
 }
 
@@ -200,6 +217,7 @@ void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool las
   const GroupView& v = row.view;
   const int64_t columns = v.groups * v.inner;
   const T* norms = static_cast<const T*>(row.norms) + block.batch * v.groups;
+  const T* lengths = lasso ? norms + (row.planes() - 1) * v.count() : nullptr;
   const auto start = [&](int64_t o, int64_t c) { return (block.batch * v.outer + o) * columns + c; };
   if (v.inner >= kLong) {
     for (int64_t o = block.o0; o < block.o1; ++o) {
@@ -209,7 +227,7 @@ void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool las
         const T ratio =
             with_penalty(prox.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(norm, prox); });
         if (lasso)
-          span(start(o, c), end - c, LongGroupPull<true, T>{ratio, length_of(norm)});
+          span(start(o, c), end - c, LongGroupPull<true, T>{ratio, length_of(lengths[c / v.inner])});
         else
           span(start(o, c), end - c, LongGroupPull<false, T>{ratio, T(1)});
         c = end;
@@ -221,7 +239,7 @@ void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool las
   for (int64_t c = block.c0; c < block.c1; c += kSpan) {
     const int64_t end = std::min(block.c1, c + kSpan);
     with_penalty(prox.penalty,
-                 [&](auto tag) { fill_factors<decltype(tag)::value>(f, norms, v.inner, c, end, prox, lasso); });
+                 [&](auto tag) { fill_factors<decltype(tag)::value>(f, norms, lengths, v.inner, c, end, prox); });
     for (int64_t o = block.o0; o < block.o1; ++o) {
       if (lasso)
         span(start(o, c), end - c, GroupPull<true, T>{f.ratio, f.length});
@@ -233,11 +251,27 @@ void for_spans(const Row& row, const Block& block, const Prox<T>& prox, bool las
 
 // ---- sums of squares -------------------------------------------------------------------------------------------
 
-// sum + w^2 in double: squares of float are exact, and the rounding of a long sum stays far below the ulp of a float
+// What is summed: elements of w, or of w + dual as the step thresholds them. At an index in double precision.
+template <class Storage>
+struct Weights {
+  using S = Storage;
+  const S* w;
+  double at(int64_t i) const { return double(load(w[i])); }
+  Weights operator+(int64_t n) const { return {w + n}; }
+};
+
+template <class Storage>
+struct WithDual {
+  using S = Storage;
+  const S *w, *dual;
+  double at(int64_t i) const { return double(load(w[i]) + load(dual[i])); }
+  WithDual operator+(int64_t n) const { return {w + n, dual + n}; }
+};
+
+// sum + x^2 in double: squares of float are exact, and the rounding of a long sum stays far below the ulp of a float
 // norm. Because they are exact, a fused multiply-add gives the same bits where there is one.
 template <class S>
-inline double add_square(double sum, S w) {
-  const double x = double(load(w));
+inline double add_square(double sum, double x) {
 #ifdef __FMA__
   if constexpr (!std::is_same_v<S, double>) return __builtin_fma(x, x, sum);
 #endif
@@ -245,13 +279,13 @@ inline double add_square(double sum, S w) {
 }
 
 // Adds the squares of the next kLanes elements.
-template <class S>
-inline void add_lanes(double* __restrict lane, const S* __restrict w) {
-  for (int k = 0; k < kLanes; ++k) lane[k] = add_square(lane[k], w[k]);
+template <class Source>
+inline void add_lanes(double* __restrict lane, const Source w) {
+  for (int k = 0; k < kLanes; ++k) lane[k] = add_square<typename Source::S>(lane[k], w.at(k));
 }
 
-template <class S>
-double square_sum(const S* w, int64_t n) {
+template <class Source>
+double square_sum(const Source w, int64_t n) {
   // Named one by one, so that the compiler keeps them in registers.
   double a[kLanes] = {}, b[kLanes] = {}, c[kLanes] = {}, d[kLanes] = {};
   int64_t i = 0;
@@ -262,41 +296,47 @@ double square_sum(const S* w, int64_t n) {
     add_lanes(d, w + i + 3 * kLanes);
   }
   for (; i + kLanes <= n; i += kLanes) add_lanes(a, w + i);
-  for (int k = 0; i < n; ++i, ++k) a[k] = add_square(a[k], w[i]);
+  for (int k = 0; i < n; ++i, ++k) a[k] = add_square<typename Source::S>(a[k], w.at(i));
   double sum = 0;
   for (int k = 0; k < kLanes; ++k) sum += (a[k] + b[k]) + (c[k] + d[k]);
   return sum;
 }
 
 // sums[i] += the squares of kRows elements one under the other, in their order.
-template <int kRows, class S>
-inline void add_squares(double* __restrict sums, const S* __restrict w, int64_t stride, int64_t n) {
+template <int kRows, class Source>
+inline void add_squares(double* __restrict sums, const Source w, int64_t stride, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     double sum = sums[i];
-    for (int r = 0; r < kRows; ++r) sum = add_square(sum, w[r * stride + i]);
+    for (int r = 0; r < kRows; ++r) sum = add_square<typename Source::S>(sum, w.at(r * stride + i));
     sums[i] = sum;
   }
 }
 
 // The processor's own prefetcher stops at the end of a row's piece: ask for the next one.
 template <class S>
-inline void prefetch(const S* p, int64_t n) {
+inline void prefetch(const Weights<S> p, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(S);
-  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p.w + i);
+}
+
+template <class S>
+inline void prefetch(const WithDual<S> p, int64_t n) {
+  prefetch(Weights<S>{p.w}, n);
+  prefetch(Weights<S>{p.dual}, n);
 }
 
 // Calls emit(group, sum) for every group that the block touches.
-template <class S, class Emit>
-void block_squares(const Row& row, const Block& block, const Emit& emit) {
+template <class Source, class Emit>
+void block_squares(const Source all, const Row& row, const Block& block, const Emit& emit) {
   const GroupView& v = row.view;
   const int64_t columns = v.groups * v.inner;
-  const S* base = static_cast<const S*>(row.w) + block.batch * v.outer * columns;
+  const Source base = all + block.batch * v.outer * columns;
   if (v.inner >= kLanes && (block.o1 - block.o0 == 1 || v.inner >= kSums / 2)) {
     for (int64_t c = block.c0; c < block.c1;) {
       const int64_t g = c / v.inner, end = std::min(block.c1, (g + 1) * v.inner);
       double sum = 0;
-      for (int64_t o = block.o0; o < block.o1; ++o) sum += square_sum(base + o * columns + c, end - c);
+      for (int64_t o = block.o0; o < block.o1; ++o) sum += square_sum(base + (o * columns + c), end - c);
       emit(g, sum);
       c = end;
     }
@@ -310,7 +350,7 @@ void block_squares(const Row& row, const Block& block, const Emit& emit) {
     std::fill(sums, sums + n, 0.0);
     int64_t o = block.o0;
     for (; o + kAhead <= block.o1; o += kAhead) {
-      const S* rows = base + o * columns + c;
+      const Source rows = base + (o * columns + c);
       const int64_t ahead = o + 2 * kAhead <= block.o1 ? kAhead : 0;
       for (int64_t i = 0; i < n; i += kPiece) {
         const int64_t m = std::min(kPiece, n - i);
@@ -318,7 +358,7 @@ void block_squares(const Row& row, const Block& block, const Emit& emit) {
         add_squares<kAhead>(sums + i, rows + i, columns, m);
       }
     }
-    for (; o < block.o1; ++o) add_squares<1>(sums, base + o * columns + c, columns, n);
+    for (; o < block.o1; ++o) add_squares<1>(sums, base + (o * columns + c), columns, n);
     for (int64_t i = 0; i < n;) {
       const int64_t g = (c + i) / v.inner, end = std::min(n, (g + 1) * v.inner - c);
       double sum = 0;
@@ -333,24 +373,30 @@ void block_squares(const Row& row, const Block& block, const Emit& emit) {
 template <class S>
 void run_step(const Row& row, const Block& block) {
   using T = Arithmetic<S>;
-  const Step<T> s = narrow<T>(row.step);
+  Step<T> s = narrow<T>(row.step);
+  if (row.topk) s.prox.cut = *static_cast<const T*>(row.cut);
   S* const w = static_cast<S*>(row.w);
   const S* const g = static_cast<const S*>(row.g);
   S* const m = static_cast<S*>(row.m);
-  if (row.grouped) {
-    for_spans(row, block, s.prox, s.lasso != T(0), [&](int64_t at, int64_t n, const auto& pull) {
-      with_kind<std::decay_t<decltype(pull)>>(
-          row, [&](auto kind) { step_span<decltype(kind)>(w + at, g + at, offset(m, at), n, s, pull); });
-    });
-  } else {
-    with_penalty(s.prox.penalty, [&](auto tag) {
-      using Pull = ElementPull<decltype(tag)::value, T>;
-      with_kind<Pull>(row, [&](auto kind) {
-        const int64_t at = block.c0, n = block.c1 - block.c0;
-        step_span<decltype(kind)>(w + at, g + at, offset(m, at), n, s, Pull{s.prox});
+  S* const x = static_cast<S*>(row.kept);
+  with_method(row.method, [&](auto method) {
+    constexpr Method kMethod = decltype(method)::value;
+    const auto span = [&](int64_t at, int64_t n, const auto& pull) {
+      with_kind<kMethod, std::decay_t<decltype(pull)>>(row, [&](auto kind) {
+        step_span<kMethod>(w + at, g + at, offset(m, at), offset(x, at), n, s, pull, kind);
       });
+    };
+    if (row.grouped) {
+      for_spans(row, block, s.prox, s.lasso != T(0), span);
+      return;
+    }
+    with_penalty(s.prox.penalty, [&](auto tag) {
+      constexpr Penalty kPenalty = decltype(tag)::value;
+      // A method without a penalty keeps nothing.
+      if constexpr (kMethod == Method::rvsm || kPenalty != Penalty::none)
+        span(block.c0, block.c1 - block.c0, ElementPull<kPenalty, T>{s.prox});
     });
-  }
+  });
 }
 
 template <class S>
@@ -401,17 +447,26 @@ double penalty(const Row& row, const Block& block) {
   return with_storage(row.dtype, [&](auto s) { return run_penalty<decltype(s)>(row, block); });
 }
 
+template <class Source>
+void plane_squares(const Source source, const Row& row, const Block& block, int64_t part, int plane) {
+  using T = Arithmetic<typename Source::S>;
+  const int64_t groups = row.view.count(), first = block.batch * row.view.groups;
+  if (row.parts > 1) {
+    double* sums = row.partials + (plane * row.parts + part) * groups + first;
+    block_squares(source, row, block, [&](int64_t g, double sum) { sums[g] = sum; });
+  } else {
+    T* norms = static_cast<T*>(row.norms) + plane * groups + first;
+    block_squares(source, row, block, [&](int64_t g, double sum) { norms[g] = T(std::sqrt(sum)); });
+  }
+}
+
 void squares(const Row& row, const Block& block, int64_t part) {
-  const int64_t first = block.batch * row.view.groups;
   with_storage(row.dtype, [&](auto s) {
     using S = decltype(s);
-    if (row.parts > 1) {
-      double* sums = row.partials + part * row.view.count() + first;
-      block_squares<S>(row, block, [&](int64_t g, double sum) { sums[g] = sum; });
-    } else {
-      auto* norms = static_cast<Arithmetic<S>*>(row.norms) + first;
-      block_squares<S>(row, block, [&](int64_t g, double sum) { norms[g] = Arithmetic<S>(std::sqrt(sum)); });
-    }
+    const Weights<S> weights{static_cast<const S*>(row.w)};
+    const bool dual = row.method == Method::admm;
+    if (dual) plane_squares(WithDual<S>{weights.w, static_cast<const S*>(row.kept)}, row, block, part, 0);
+    if (!dual || row.planes() == 2) plane_squares(weights, row, block, part, row.planes() - 1);
   });
 }
 
@@ -419,10 +474,13 @@ void join(const Row& row) {
   const int64_t groups = row.view.count();
   with_storage(row.dtype, [&](auto s) {
     using T = Arithmetic<decltype(s)>;
-    for (int64_t g = 0; g < groups; ++g) {
-      double sum = 0;
-      for (int64_t p = 0; p < row.parts; ++p) sum += row.partials[p * groups + g];
-      static_cast<T*>(row.norms)[g] = T(std::sqrt(sum));
+    for (int64_t plane = 0; plane < row.planes(); ++plane) {
+      const double* partials = row.partials + plane * row.parts * groups;
+      for (int64_t g = 0; g < groups; ++g) {
+        double sum = 0;
+        for (int64_t p = 0; p < row.parts; ++p) sum += partials[p * groups + g];
+        static_cast<T*>(row.norms)[plane * groups + g] = T(std::sqrt(sum));
+      }
     }
   });
 }
