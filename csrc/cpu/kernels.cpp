@@ -382,9 +382,8 @@ void run_step(const Row& row, const Block& block) {
   with_method(row.method, [&](auto method) {
     constexpr Method kMethod = decltype(method)::value;
     const auto span = [&](int64_t at, int64_t n, const auto& pull) {
-      with_kind<kMethod, std::decay_t<decltype(pull)>>(row, [&](auto kind) {
-        step_span<kMethod>(w + at, g + at, offset(m, at), offset(x, at), n, s, pull, kind);
-      });
+      with_kind<kMethod, std::decay_t<decltype(pull)>>(
+          row, [&](auto kind) { step_span<kMethod>(w + at, g + at, offset(m, at), offset(x, at), n, s, pull, kind); });
     };
     if (row.grouped) {
       for_spans(row, block, s.prox, s.lasso != T(0), span);

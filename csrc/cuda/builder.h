@@ -30,7 +30,7 @@ class Builder {
   // A row of a step or, with `source` in the place of the gradient, of a prox.
   void add(const Row& row, const void* source) {
     Record<T> record = record_of(row);
-    const int slot = begin(row, 1, record);
+    const int slot = begin(row, 1 + keeps(row), record);
     push(row, source, uint16_t(slot));
   }
 
@@ -90,7 +90,7 @@ class Builder {
     Record<T> record = plain;
     record.lasso = row.step.lasso != 0;
     Own own = groups;
-    own.record = uint32_t(begin(row, 1 + kSlotsOf<Own>, record));
+    own.record = uint32_t(begin(row, 1 + kSlotsOf<Own> + keeps(row), record));
     free_ -= kSlotsOf<Own>;
     put(free_, own);
     push(row, source, uint16_t(free_ | kGrouped));
@@ -119,9 +119,17 @@ class Builder {
     return free_;
   }
 
+  // Slots of what stands beside a row.
+  static int keeps(const Row& row) { return row.kept != nullptr || row.cut != nullptr ? kSlotsOf<Kept> : 0; }
+
   void push(const Row& row, const void* source, uint16_t slot) {
-    const Chunks chunks = chunks_of<S>(row.numel, row.w, source, row.m);
+    const Chunks chunks = chunks_of<S>(row.numel, row.w, source, row.m, row.kept);
     Table& t = table();
+    if (keeps(row) > 0) {
+      free_ -= kSlotsOf<Kept>;
+      put(free_, Kept{row.kept, row.cut, slot, uint8_t(row.method)});
+      slot = uint16_t(free_);
+    }
     t.slots[t.entries++] = {row.w, source, row.m, t.blocks, chunks.rest, slot};
     t.blocks += chunks.count;
   }

@@ -14,10 +14,11 @@ constexpr auto kEach = [](const auto& f) {
   for (int thread = 0; thread < kThreads; ++thread) f(thread);
 };
 
+template <bool kKeeps>
 const char* step(const Queue&, Dtype dtype, const Table& t) {
   with_storage(dtype, [&](auto s) {
     for (uint32_t block = 0; block < t.blocks; ++block)
-      kEach([&](int thread) { step_thread<decltype(s)>(t, block, thread); });
+      kEach([&](int thread) { step_thread<decltype(s), kKeeps>(t, block, thread); });
   });
   return nullptr;
 }
@@ -40,11 +41,13 @@ const char* resident(const Queue&, Dtype dtype, const Table& t) {
   return nullptr;
 }
 
+template <bool kDual>
 const char* squares(const Queue&, Dtype dtype, const SumTable& t) {
   with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     std::vector<double> sums(kSums<S>);
-    for (uint32_t block = 0; block < t.blocks; ++block) sum_block<S, true, Arithmetic<S>>(t, block, sums.data(), kEach);
+    for (uint32_t block = 0; block < t.blocks; ++block)
+      sum_block<S, true, kDual, Arithmetic<S>>(t, block, sums.data(), kEach);
   });
   return nullptr;
 }
@@ -53,7 +56,7 @@ const char* join(const Queue&, Dtype dtype, const SumTable& t) {
   with_storage(dtype, [&](auto s) {
     std::vector<double> sums(kSums<double>);
     for (uint32_t block = 0; block < t.blocks; ++block)
-      sum_block<double, false, Arithmetic<decltype(s)>>(t, block, sums.data(), kEach);
+      sum_block<double, false, false, Arithmetic<decltype(s)>>(t, block, sums.data(), kEach);
   });
   return nullptr;
 }
@@ -68,6 +71,7 @@ const char* penalty(const Queue&, Dtype dtype, const Table& t) {
 
 }  // namespace
 
-const Kernels host_kernels = {step, prox, resident<true>, resident<false>, squares, join, penalty};
+const Kernels host_kernels = {step<false>,    prox,          step<true>, resident<true>, resident<false>,
+                              squares<false>, squares<true>, join,       penalty};
 
 }  // namespace rvsm::cuda

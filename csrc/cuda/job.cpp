@@ -36,7 +36,7 @@ void Job::divide(int64_t limit) {
       const GroupView& v = row.view;
       const int64_t own = element_size(row.dtype);
       g.dtype = row.dtype;
-      g.resident = action_ != Action::penalty && is_resident(v, own);
+      g.resident = action_ != Action::penalty && is_resident(v, own) && row.method == Method::rvsm && !row.topk;
       for (auto& [layout, size] : {std::pair{&g.own, own}, std::pair{&g.wide, int64_t(sizeof(float))}}) {
         if (g.resident) layout->tiles = make_tiles(v, size);
         for (const bool misplaced : {false, true}) {
@@ -62,7 +62,7 @@ int64_t Job::scratch_bytes() const {
     if (!rows[i].grouped || groups_[i].resident) continue;
     const int64_t factors = aligned(rows[i].view.count() * element_size(arithmetic(rows[i].dtype)));
     bytes += factors * (action_ != Action::penalty && groups_[i].lasso ? 2 : 1);
-    bytes += aligned(groups_[i].partials * int64_t(sizeof(double)));
+    bytes += aligned(rows[i].planes() * groups_[i].partials * int64_t(sizeof(double)));
   }
   return bytes;
 }
@@ -79,7 +79,7 @@ void Job::set_scratch(void* memory) {
     const bool value = action_ == Action::penalty;
     g.ratio = value ? nullptr : take(factors);
     g.length = value || g.lasso ? take(factors) : nullptr;
-    g.parts = reinterpret_cast<double*>(take(g.partials * int64_t(sizeof(double))));
+    g.parts = reinterpret_cast<double*>(take(rows[i].planes() * g.partials * int64_t(sizeof(double))));
     g.pieces.clear();
     const int64_t size = element_size(arithmetic(rows[i].dtype));
     for_pieces(v, limit_, [&](int64_t offset, const GroupView& piece, int64_t group) {
@@ -110,28 +110,45 @@ void Job::set_scratch(void* memory) {
 // Where the numbers of a row come from that its groups are made of, and a prox reads.
 const void* Job::source(const Row& row) const { return action_ == Action::prox && row.g != nullptr ? row.g : row.w; }
 
+// One sum for each group and, where what is thresholded is not w, another for group lasso.
 void Job::add_sums(const Row& row, const Groups& groups) {
-  SumEntry e = groups.layout(row.dtype).sums[begins_on_boundary(source(row)) ? 0 : 1];
+  for (int plane = 0; plane < row.planes(); ++plane) add_plane(row, groups, plane);
+}
+
+void Job::add_plane(const Row& row, const Groups& groups, int plane) {
+  const bool dual = row.method == Method::admm && plane == 0;
+  const bool aligned = begins_on_boundary(source(row)) && (!dual || begins_on_boundary(row.kept));
+  const bool lengths = plane == row.planes() - 1;
+  SumEntry e = groups.layout(row.dtype).sums[aligned ? 0 : 1], join = groups.join;
   e.x = source(row);
-  e.prox = row.step.prox;
-  squares_[int(row.dtype)].add(e, row.view.batch, row.group);
+  e.dual = dual ? row.kept : nullptr;
+  for (SumEntry* s : {&e, &join}) {
+    s->prox = row.step.prox;
+    s->cut = row.cut;
+    if (plane > 0) s->ratio = nullptr;
+    if (!lengths) s->length = nullptr;
+  }
+  double* const parts = groups.parts + plane * groups.partials;
+  e.out = parts;
+  auto& squares = row.method == Method::admm ? dual_squares_ : squares_;
+  squares[int(row.dtype)].add(e, row.view.batch, row.group);
   if (e.parts == 1) return;
-  SumEntry join = groups.join;
+  join.x = parts;
   join.outer = e.parts;
-  join.prox = row.step.prox;
   joins_[arithmetic(row.dtype) == Dtype::f64].add(join, 1, row.group);
 }
 
 template <class S>
 void Job::add(const Row& row, const Groups& groups) {
-  auto& builder = std::get<Builder<S>>(builders_);
   if (action_ == Action::penalty) {
     if (row.grouped)
       std::get<Builder<Arithmetic<S>>>(builders_).add_value(row, groups.length, row.view.count());
     else
-      builder.add_value(row, row.w, row.numel);
+      std::get<Builder<S>>(builders_).add_value(row, row.w, row.numel);
     return;
   }
+  const bool keeps = row.kept != nullptr || (row.cut != nullptr && !row.grouped);
+  auto& builder = std::get<Builder<S>>(keeps ? kept_ : builders_);
   const S* read = static_cast<const S*>(action_ == Action::step ? row.g : source(row));
   if (!row.grouped) return builder.add(row, read);
   if (groups.resident) return std::get<Builder<S>>(resident_).add(row, read, groups.layout(row.dtype).tiles);
@@ -140,6 +157,8 @@ void Job::add(const Row& row, const Groups& groups) {
     piece.numel = p.numel;
     piece.w = static_cast<S*>(row.w) + p.offset;
     piece.m = row.m == nullptr ? nullptr : static_cast<S*>(row.m) + p.offset;
+    piece.kept = row.kept == nullptr ? nullptr : static_cast<S*>(row.kept) + p.offset;
+    piece.cut = nullptr;  // it is in the factors
     builder.add(piece, read + p.offset, p.columns);
   }
 }
@@ -162,6 +181,11 @@ void Job::launch(const Queue& queue, const Scaling& scaling, Dtype dtype, int64_
     const auto start = action_ == Action::step ? kernels_.resident_step : kernels_.resident_prox;
     check("group step", start(queue, dtype, *l.table), l.groups);
   }
+  for (auto& l : std::get<Builder<S>>(kept_)) {
+    l.table->grad_scale = scaling.grad_scale;
+    l.table->found_inf = scaling.found_inf;
+    check("step", kernels_.keep_step(queue, dtype, *l.table), l.groups);
+  }
   for (auto& l : std::get<Builder<S>>(builders_)) {
     l.table->grad_scale = scaling.grad_scale;
     l.table->found_inf = scaling.found_inf;
@@ -178,17 +202,20 @@ void Job::launch(const Queue& queue, const Scaling& scaling, Dtype dtype, int64_
 }
 
 void Job::run(const Queue& queue, const Scaling& scaling, double* total) {
-  for (auto& b : squares_) b.clear();
+  for (auto* builders : {&squares_, &dual_squares_})
+    for (auto& b : *builders) b.clear();
   for (auto& b : joins_) b.clear();
-  for (auto* builders : {&builders_, &resident_}) std::apply([](auto&... b) { (b.clear(), ...); }, *builders);
+  for (auto* builders : {&builders_, &kept_, &resident_}) std::apply([](auto&... b) { (b.clear(), ...); }, *builders);
   for (size_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
     if (!row.active || row.numel == 0) continue;
     if (row.grouped && !groups_[i].resident) add_sums(row, groups_[i]);
     with_storage(row.dtype, [&](auto s) { add<decltype(s)>(row, groups_[i]); });
   }
-  for (const Dtype dtype : kDtypes)
+  for (const Dtype dtype : kDtypes) {
     for (auto& l : squares_[int(dtype)]) check("norm", kernels_.squares(queue, dtype, *l.table), l.groups);
+    for (auto& l : dual_squares_[int(dtype)]) check("norm", kernels_.dual_squares(queue, dtype, *l.table), l.groups);
+  }
   for (const Dtype dtype : {Dtype::f32, Dtype::f64})
     for (auto& l : joins_[dtype == Dtype::f64]) check("norm", kernels_.join(queue, dtype, *l.table), l.groups);
   int64_t blocks = 0;

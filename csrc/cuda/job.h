@@ -55,7 +55,7 @@ class Job {
       Columns columns;
     };
     std::vector<Piece> pieces;
-    int64_t partials = 0;  // numbers that the parts need at most
+    int64_t partials = 0;  // numbers that the parts of a plane of norms need at most
     bool lasso = false;
     char *ratio = nullptr, *length = nullptr;
     double* parts = nullptr;
@@ -67,6 +67,7 @@ class Job {
   void add(const Row& row, const Groups& groups);
   const void* source(const Row& row) const;
   void add_sums(const Row& row, const Groups& groups);
+  void add_plane(const Row& row, const Groups& groups, int plane);
   static void check(const char* kernel, const char* error, const std::vector<int32_t>& groups);
   template <class S>
   void launch(const Queue& queue, const Scaling& scaling, Dtype dtype, int64_t& blocks);
@@ -77,9 +78,9 @@ class Job {
   double* totals_ = nullptr;    // of a penalty's value: one number per block
   int64_t limit_ = kNarrow;
   int64_t blocks_ = 0;  // how many of these there are at most
-  SumBuilder squares_[4], joins_[2], total_;
+  SumBuilder squares_[4], dual_squares_[4], joins_[2], total_;
   using Builders = std::tuple<Builder<float>, Builder<double>, Builder<BFloat16>, Builder<Float16>>;
-  Builders builders_, resident_;
+  Builders builders_, kept_, resident_;
 };
 
 }  // namespace rvsm::cuda

@@ -30,7 +30,15 @@ struct Each {
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) step_kernel(const __grid_constant__ Table table) {
-  step_thread<S>(table, blockIdx.x, int(threadIdx.x));
+  step_thread<S, false>(table, blockIdx.x, int(threadIdx.x));
+}
+
+// One more array to read and to write: fewer threads have as many bytes in flight.
+template <class S>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 4   ? 4
+                                            : sizeof(S) == 2 ? 3
+                                                             : 2) keep_kernel(const __grid_constant__ Table table) {
+  step_thread<S, true>(table, blockIdx.x, int(threadIdx.x));
 }
 
 template <class S>
@@ -49,7 +57,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 2 ? 4 : kBlocks<S>)
 template <class S, bool kSquares, class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) sum_kernel(const __grid_constant__ SumTable table) {
   __shared__ double sums[kSums<S>];
-  sum_block<S, kSquares, T>(table, blockIdx.x, sums, Each{});
+  sum_block<S, kSquares, false, T>(table, blockIdx.x, sums, Each{});
+}
+
+// With a dual: a second vector is held while a first one is added to it.
+template <class S>
+__global__ void __launch_bounds__(kThreads, 3) dual_kernel(const __grid_constant__ SumTable table) {
+  __shared__ double sums[kSums<S>];
+  sum_block<S, true, true, Arithmetic<S>>(table, blockIdx.x, sums, Each{});
 }
 
 // Double-precision divisions: half the threads will do.
@@ -76,6 +91,10 @@ const char* step(const Queue& queue, Dtype dtype, const Table& t) {
   return with_storage(dtype, [&](auto s) { return launch(queue, step_kernel<decltype(s)>, t); });
 }
 
+const char* keep(const Queue& queue, Dtype dtype, const Table& t) {
+  return with_storage(dtype, [&](auto s) { return launch(queue, keep_kernel<decltype(s)>, t); });
+}
+
 const char* prox(const Queue& queue, Dtype dtype, const Table& t) {
   return with_storage(dtype, [&](auto s) { return launch(queue, prox_kernel<decltype(s)>, t); });
 }
@@ -90,6 +109,10 @@ const char* squares(const Queue& queue, Dtype dtype, const SumTable& t) {
     using S = decltype(s);
     return launch(queue, sum_kernel<S, true, Arithmetic<S>>, t);
   });
+}
+
+const char* dual_squares(const Queue& queue, Dtype dtype, const SumTable& t) {
+  return with_storage(dtype, [&](auto s) { return launch(queue, dual_kernel<decltype(s)>, t); });
 }
 
 const char* join(const Queue& queue, Dtype dtype, const SumTable& t) {
@@ -115,7 +138,8 @@ const char* probe(int device) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const Kernels device_kernels = {step, prox, resident<true>, resident<false>, squares, join, penalty};
+const Kernels device_kernels = {step,    prox,         keep, resident<true>, resident<false>,
+                                squares, dual_squares, join, penalty};
 const char* const architectures = RVSM_ARCHITECTURES;
 
 }  // namespace rvsm::cuda

@@ -18,11 +18,14 @@ struct Queue {
 struct Kernels {
   const char* (*step)(const Queue&, Dtype, const Table&);
   const char* (*prox)(const Queue&, Dtype, const Table&);
-  // The same of groups that are summed on the way.
+  // A step whose entries have a Kept.
+  const char* (*keep_step)(const Queue&, Dtype, const Table&);
+  // A step and a prox of groups that are summed on the way.
   const char* (*resident_step)(const Queue&, Dtype, const Table&);
   const char* (*resident_prox)(const Queue&, Dtype, const Table&);
   // Squares of tensors of a type; then sums of the parts, for factors in the arithmetic type of `dtype`.
   const char* (*squares)(const Queue&, Dtype, const SumTable&);
+  const char* (*dual_squares)(const Queue&, Dtype, const SumTable&);  // entries may have a dual
   const char* (*join)(const Queue&, Dtype, const SumTable&);
   const char* (*penalty)(const Queue&, Dtype, const Table&);
 };

@@ -42,8 +42,8 @@ struct TilePull {
   struct One {
     T ratio, length;
     bool lasso;
-    RVSM_HD_MEMBER void operator()(T w, uint32_t, T& u, T& unit) const {
-      u = w * ratio;
+    RVSM_HD_MEMBER void operator()(T v, T w, uint32_t, T& u, T& unit) const {
+      u = v * ratio;
       unit = lasso ? w / length : T(0);
     }
   };
@@ -63,7 +63,7 @@ RVSM_HD void sum_groups(const S* w, const Tiles& t, int groups, int thread, doub
     if (group < groups) {
       RVSM_NO_UNROLL
       for (uint32_t i = uint32_t(lane) * kLoad; i < t.inner; i += uint32_t(t.lanes) * kLoad)
-        add_vector<kLoad, true>(own, w + uint32_t(group) * t.inner + i);
+        add_vector<kLoad, true, false>(own, w + uint32_t(group) * t.inner + i, 0);
     }
     RVSM_UNROLL
     for (int k = 1; k < kLoad; ++k) own[0] += own[k];

@@ -23,15 +23,16 @@ struct RunKind {
 
 // ---- u of one element -----------------------------------------------------------------------------------------------
 
-// pull.from(at) knows the elements from a place on: those of a vector, or one.
+// pull.from(at) knows the elements from a place on: those of a vector, or one. Called with v, which is thresholded, and
+// w it gives u and w_G / ||w_G||.
 
 // Without groups: the penalty is known to the compiler, so that a block decides once.
 template <Penalty kPenalty, class T>
 struct ElementPull {
   const Prox<T>& prox;
   RVSM_HD_MEMBER ElementPull from(uint32_t) const { return *this; }
-  RVSM_HD_MEMBER void operator()(T w, uint32_t, T& u, T& unit) const {
-    u = std::copysign(shrink<kPenalty>(std::fabs(w), prox), w);
+  RVSM_HD_MEMBER void operator()(T v, T, uint32_t, T& u, T& unit) const {
+    u = std::copysign(shrink<kPenalty>(std::fabs(v), prox), v);
     unit = T(0);
   }
 };
@@ -43,22 +44,28 @@ struct GroupPull {
   bool lasso;
   uint32_t at;
   RVSM_HD_MEMBER GroupPull from(uint32_t place) const { return {c, lasso, place}; }
-  RVSM_HD_MEMBER void operator()(T w, uint32_t k, T& u, T& unit) const {
+  RVSM_HD_MEMBER void operator()(T v, T w, uint32_t k, T& u, T& unit) const {
     const uint32_t group = c.group(at + k);
-    u = w * static_cast<const T*>(c.ratio)[group];
+    u = v * static_cast<const T*>(c.ratio)[group];
     unit = lasso ? w / static_cast<const T*>(c.length)[group] : T(0);
   }
 };
 
-// Calls f(record, pull) with what the entry asks for; a block decides once.
+// Calls f(record, pull) with what a slot of an entry asks for; a block decides once. `cut`: in the place of the
+// record's, or null.
 template <class T, class F>
-RVSM_HD void with_pull(const Table& t, const Entry& e, const F& f) {
-  if (e.record & kGrouped) {
-    const Columns& columns = slot_of<Columns>(t, e.record & ~kGrouped);
+RVSM_HD void with_pull(const Table& t, uint16_t slot, const void* cut, const F& f) {
+  if (slot & kGrouped) {
+    const Columns& columns = slot_of<Columns>(t, slot & ~kGrouped);
     const Record<T>& record = slot_of<Record<T>>(t, columns.record);
     return f(record, GroupPull<T>{columns, record.lasso, 0});
   }
-  const Record<T>& record = slot_of<Record<T>>(t, e.record);
+  const Record<T>& record = slot_of<Record<T>>(t, slot);
+  if (cut != nullptr) {
+    Prox<T> prox = record.step.prox;
+    prox.cut = *static_cast<const T*>(cut);
+    return f(record, ElementPull<Penalty::l0, T>{prox});
+  }
   with_penalty(record.step.prox.penalty,
                [&](auto tag) { f(record, ElementPull<decltype(tag)::value, T>{record.step.prox}); });
 }
@@ -84,58 +91,79 @@ RVSM_HD T scale_of(const Table& t) {
   return t.grad_scale != nullptr ? reciprocal(T(*t.grad_scale)) : T(1);
 }
 
-// The thread's elements of a span. `pull` knows them by their distance from the span's begin, plus `first`.
+// The gap of an element, by the method of the entry; every thread of a block has the same.
+template <class T>
+RVSM_HD T run_gap(Method method, T w, T v, T u, T& x) {
+  if (method == Method::delayed) return gap_of<Method::delayed>(w, v, u, x);
+  if (method == Method::admm) return gap_of<Method::admm>(w, v, u, x);
+  return w - u;
+}
+
+// The thread's elements of a span. `pull` knows them by their distance from the span's begin, plus `first`. `kept`: of
+// an entry of a step that keeps, or null, which the compiler knows.
 template <class S, class T, class Pull>
 RVSM_HD void step_elements(const Entry& e, const Record<T>& record, const Span& span, int thread, T scale,
-                           uint32_t first, const Pull& pull) {
+                           uint32_t first, const Pull& pull, const Kept* kept = nullptr) {
   const bool split = record.step.prox.penalty != Penalty::none;
   const RunKind kind{Momentum(record.momentum), record.decay, split, record.lasso};
   const bool momentum = kind.momentum != Momentum::none;
   S* const w = static_cast<S*>(e.w) + span.begin;
   const S* const g = static_cast<const S*>(e.g) + span.begin;
   S* const m = momentum ? static_cast<S*>(e.m) + span.begin : nullptr;
-  const auto element = [&](T& wi, T gi, T& mi, const auto& at, uint32_t k) {
+  const Method method = kept != nullptr ? Method(kept->method) : Method::rvsm;
+  const bool keeps = method != Method::rvsm;
+  S* const x = keeps ? static_cast<S*>(kept->at) + span.begin : nullptr;
+  const auto element = [&](T& wi, T gi, T& mi, T& xi, const auto& at, uint32_t k) {
     T u, unit;
-    at(wi, k, u, unit);
-    sgd_step(wi, mi, gi * scale, wi - u, unit, record.step, kind);
+    const T v = method == Method::admm ? argument<Method::admm>(wi, xi) : wi;
+    at(v, wi, k, u, unit);
+    sgd_step(wi, mi, gi * scale, run_gap(method, wi, v, u, xi), unit, record.step, kind);
   };
   for_elements<S>(
       span, thread,
       [&](uint32_t i) {
         Vector<S> wv = *reinterpret_cast<const Vector<S>*>(w + i);
         const Vector<S> gv = *reinterpret_cast<const Vector<S>*>(g + i);
-        Vector<S> mv{};
+        Vector<S> mv{}, xv{};
         if (momentum) mv = *reinterpret_cast<const Vector<S>*>(m + i);
+        if (keeps) xv = *reinterpret_cast<const Vector<S>*>(x + i);
         const auto at = pull.from(first + i);
         RVSM_UNROLL
         for (int k = 0; k < kWidth<S>; k += 2) {
           T wk[2] = {load(wv.at[k]), load(wv.at[k + 1])}, mk[2] = {load(mv.at[k]), load(mv.at[k + 1])};
-          element(wk[0], load(gv.at[k]), mk[0], at, k);
-          element(wk[1], load(gv.at[k + 1]), mk[1], at, k + 1);
+          T xk[2] = {load(xv.at[k]), load(xv.at[k + 1])};
+          element(wk[0], load(gv.at[k]), mk[0], xk[0], at, k);
+          element(wk[1], load(gv.at[k + 1]), mk[1], xk[1], at, k + 1);
           store_pair(&wv.at[k], wk[0], wk[1]);
           store_pair(&mv.at[k], mk[0], mk[1]);
+          store_pair(&xv.at[k], xk[0], xk[1]);
         }
         *reinterpret_cast<Vector<S>*>(w + i) = wv;
         if (momentum) *reinterpret_cast<Vector<S>*>(m + i) = mv;
+        if (keeps) *reinterpret_cast<Vector<S>*>(x + i) = xv;
       },
       [&](uint32_t i) {
-        T wi = load(w[i]), mi = momentum ? T(load(m[i])) : T(0);
-        element(wi, load(g[i]), mi, pull.from(first + i), 0);
+        T wi = load(w[i]), mi = momentum ? T(load(m[i])) : T(0), xi = keeps ? T(load(x[i])) : T(0);
+        element(wi, load(g[i]), mi, xi, pull.from(first + i), 0);
         store(w[i], wi);
         if (momentum) store(m[i], mi);
+        if (keeps) store(x[i], xi);
       });
 }
 
-// One thread of one block.
-template <class S>
+// One thread of one block. kKeeps: of a step whose entries have a Kept.
+template <class S, bool kKeeps>
 RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
   using T = Arithmetic<S>;
   if (t.found_inf != nullptr && *t.found_inf > 0) return;
   const Place place = place_of<S>(t, block);
   const T scale = scale_of<T>(t);
-  with_pull<T>(t, place.entry, [&](const Record<T>& record, const auto& pull) {
+  const Kept* const kept = kKeeps ? &slot_of<Kept>(t, place.entry.record) : nullptr;
+  const uint16_t slot = kKeeps ? kept->record : place.entry.record;
+  with_pull<T>(t, slot, kKeeps ? kept->cut : nullptr, [&](const Record<T>& record, const auto& pull) {
     // A tensor in groups has fewer than 2^31 elements.
-    step_elements<S>(place.entry, record, place.span, thread, scale, uint32_t(place.span.begin), pull);
+    const uint32_t first = uint32_t(place.span.begin);
+    step_elements<S>(place.entry, record, place.span, thread, scale, first, pull, kKeeps ? kept : nullptr);
   });
 }
 
@@ -149,7 +177,7 @@ RVSM_HD void prox_elements(const Entry& e, const Span& span, int thread, uint32_
   const S* const w = static_cast<const S*>(e.g) + span.begin;
   const auto element = [&](S& us, S ws, const auto& at, uint32_t k) {
     T ui, unit;
-    at(T(load(ws)), k, ui, unit);
+    at(T(load(ws)), T(load(ws)), k, ui, unit);
     store(us, ui);
   };
   for_elements<S>(
@@ -167,7 +195,7 @@ RVSM_HD void prox_elements(const Entry& e, const Span& span, int thread, uint32_
 template <class S>
 RVSM_HD void prox_thread(const Table& t, uint32_t block, int thread) {
   const Place place = place_of<S>(t, block);
-  with_pull<Arithmetic<S>>(t, place.entry, [&](const auto&, const auto& pull) {
+  with_pull<Arithmetic<S>>(t, place.entry.record, nullptr, [&](const auto&, const auto& pull) {
     prox_elements<S>(place.entry, place.span, thread, uint32_t(place.span.begin), pull);
   });
 }

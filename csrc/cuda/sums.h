@@ -25,9 +25,11 @@ enum class Finish : uint8_t {
 // part.
 struct alignas(16) SumEntry {
   const void* x;
+  const void* dual;  // added to x, or null
   double* out;
-  void* ratio;
+  void* ratio;  // null: only the length is wanted
   void* length;
+  const void* cut;  // of top-k, in the type of the factors, in the place of the prox's; null: that one
   Prox<double> prox;
   int64_t outer, groups, inner, count;  // count: the groups of all batches
   uint32_t first;                       // its first block
@@ -40,9 +42,9 @@ struct alignas(16) SumEntry {
 struct SumTable {
   uint32_t entries = 0;
   uint32_t blocks = 0;
-  SumEntry at[255];
+  SumEntry at[226];
 };
-static_assert(sizeof(SumEntry) == 128 && sizeof(SumTable) <= 32764);
+static_assert(sizeof(SumEntry) == 144 && sizeof(SumTable) <= 32764);
 
 // Where a block works: from element `begin` in so many rows, of so many groups from `group` on, and of each so many
 // consecutive elements.
@@ -83,55 +85,67 @@ RVSM_HD Matrix matrix_of(const SumEntry& e) {
   return {e.lanes, kThreads / e.lanes, 1};
 }
 
-template <bool kSquares, class S>
-RVSM_HD void add_to(double& sum, S s) {
-  const double x = double(load(s));
+template <bool kSquares>
+RVSM_HD void add_to(double& sum, double x) {
   sum += kSquares ? x * x : x;
 }
 
-// A vector of kLoad elements at p: one access, or one element.
-template <int kLoad, bool kSquares, class S>
-RVSM_HD void add_vector(double* sums, const S* p) {
+// A vector of kLoad elements at p: one access, or one element. Where there is a dual, it is added in the arithmetic
+// type, as the step does. `dual` is its distance from p in bytes, 0 where there is none; kDual: there may be one.
+template <int kLoad, bool kSquares, bool kDual, class S>
+RVSM_HD void add_vector(double* sums, const S* p, int64_t dual) {
+  const S* const q = reinterpret_cast<const S*>(reinterpret_cast<const char*>(p) + dual);
   if constexpr (kLoad == 1) {
-    add_to<kSquares>(sums[0], *p);
+    add_to<kSquares>(sums[0], kDual && dual != 0 ? double(load(*p) + load(*q)) : double(load(*p)));
   } else {
     const Vector<S> v = *reinterpret_cast<const Vector<S>*>(p);
-    RVSM_UNROLL
-    for (int k = 0; k < kLoad; ++k) add_to<kSquares>(sums[k], v.at[k]);
+    if (kDual && dual != 0) {
+      const Vector<S> y = *reinterpret_cast<const Vector<S>*>(q);
+      RVSM_UNROLL
+      for (int k = 0; k < kLoad; ++k) add_to<kSquares>(sums[k], double(load(v.at[k]) + load(y.at[k])));
+    } else {
+      RVSM_UNROLL
+      for (int k = 0; k < kLoad; ++k) add_to<kSquares>(sums[k], double(load(v.at[k])));
+    }
   }
 }
 
+RVSM_HD int64_t to_dual(const SumEntry& e) {
+  return e.dual == nullptr ? 0 : static_cast<const char*>(e.dual) - static_cast<const char*>(e.x);
+}
+
 // Short rows of several groups: lanes across the columns, and each thread its column down several rows.
-template <int kLoad, bool kSquares, class S>
+template <int kLoad, bool kSquares, bool kDual, class S>
 RVSM_HD void sum_strip(const SumEntry& e, const Tile& t, const Matrix& m, int thread, double* sums) {
   const int lane = thread % e.lanes, row = thread / e.lanes, column = lane * kLoad;
   if (row >= m.rows) return;
   double own[kLoad] = {};
   if (column < t.groups * int(e.inner)) {
-    const int64_t columns = e.groups * e.inner, step = columns * m.rows;
+    const int64_t columns = e.groups * e.inner, step = columns * m.rows, dual = to_dual(e);
     const S* p = static_cast<const S*>(e.x) + t.begin + row * columns + column;
 #if defined(__CUDACC__)
 #pragma unroll(kLoad == 1 ? 4 : kLoad == 4 ? 2 : 1)
 #endif
-    for (int k = row; k < t.rows; k += m.rows, p += step) add_vector<kLoad, kSquares>(own, p);
+    for (int k = row; k < t.rows; k += m.rows, p += step) add_vector<kLoad, kSquares, kDual>(own, p, dual);
   }
   RVSM_UNROLL
   for (int k = 0; k < kLoad; ++k) sums[row * m.columns + column + k] = own[k];
 }
 
 // Long rows: several threads to a group.
-template <int kLoad, bool kSquares, class S>
+template <int kLoad, bool kSquares, bool kDual, class S>
 RVSM_HD void sum_team(const SumEntry& e, const Tile& t, const Matrix& m, int thread, double* sums) {
   const int lane = thread % e.lanes, place = thread / e.lanes;
   double own[kLoad] = {};
   if (place < t.groups) {
-    const int64_t columns = e.groups * e.inner;
+    const int64_t columns = e.groups * e.inner, dual = to_dual(e);
     const S* p = static_cast<const S*>(e.x) + t.begin + place * e.inner;
     for (int k = 0; k < t.rows; ++k, p += columns) {
 #if defined(__CUDACC__)
 #pragma unroll(kLoad == 1 ? 4 : 1)
 #endif
-      for (int i = lane * kLoad; i < t.length; i += e.lanes * kLoad) add_vector<kLoad, kSquares>(own, p + i);
+      for (int i = lane * kLoad; i < t.length; i += e.lanes * kLoad)
+        add_vector<kLoad, kSquares, kDual>(own, p + i, dual);
     }
   }
   RVSM_UNROLL
@@ -163,8 +177,9 @@ RVSM_HD void finish_group(const SumEntry& e, uint32_t part, int64_t group, doubl
     return;
   }
   const T norm = T(std::sqrt(sum));
-  if (finish == Finish::factors) {
-    const Prox<T> prox = narrow<T>(e.prox);
+  if (finish == Finish::factors && e.ratio != nullptr) {
+    Prox<T> prox = narrow<T>(e.prox);
+    if (e.cut != nullptr) prox.cut = *static_cast<const T*>(e.cut);
     static_cast<T*>(e.ratio)[group] =
         with_penalty(prox.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(norm, prox); });
   }
@@ -178,15 +193,15 @@ template <class S>
 constexpr int kSums = kThreads * kWidth<S>;
 
 // kLoad: elements of an access.
-template <int kLoad, class S, bool kSquares, class T, class Each>
+template <int kLoad, class S, bool kSquares, bool kDual, class T, class Each>
 RVSM_HD void sum_tile(const SumEntry& e, uint32_t index, double* sums, const Each& each) {
   const Tile t = tile_of<kLoad>(e, index);
   const Matrix m = matrix_of<kLoad>(e);
   each([&](int thread) {
     if (e.strip)
-      sum_strip<kLoad, kSquares, S>(e, t, m, thread, sums);
+      sum_strip<kLoad, kSquares, kDual, S>(e, t, m, thread, sums);
     else
-      sum_team<kLoad, kSquares, S>(e, t, m, thread, sums);
+      sum_team<kLoad, kSquares, kDual, S>(e, t, m, thread, sums);
   });
   fold(sums, m.rows, m.columns, each);
   each([&](int thread) {
@@ -198,13 +213,13 @@ RVSM_HD void sum_tile(const SumEntry& e, uint32_t index, double* sums, const Eac
   });
 }
 
-template <class S, bool kSquares, class T, class Each>
+template <class S, bool kSquares, bool kDual, class T, class Each>
 RVSM_HD void sum_block(const SumTable& table, uint32_t block, double* sums, const Each& each) {
   const SumEntry& e = table.at[find(table.at, int(table.entries), block)];
   if (e.vectors)
-    sum_tile<kWidth<S>, S, kSquares, T>(e, block - e.first, sums, each);
+    sum_tile<kWidth<S>, S, kSquares, kDual, T>(e, block - e.first, sums, each);
   else
-    sum_tile<1, S, kSquares, T>(e, block - e.first, sums, each);
+    sum_tile<1, S, kSquares, kDual, T>(e, block - e.first, sums, each);
 }
 
 // The penalty's value over one block of a Table: totals[block].

@@ -40,11 +40,19 @@ struct Entry {
   void* m;          // null without momentum
   uint32_t first;   // its first block
   uint16_t rest;    // elements of its last chunk; kScalar is added where vectors of w, g and m do not line up
-  uint16_t record;  // the slot of its Record, or of its Columns where kGrouped is added
+  uint16_t record;  // the slot of its Record, of its Columns (kGrouped is added), or of its Kept (in a step that keeps)
 };
 
 constexpr uint16_t kScalar = 0x8000;
 constexpr uint16_t kGrouped = 0x8000;
+
+// What stands beside a tensor in a step whose method keeps something, or with top-k.
+struct alignas(32) Kept {
+  void* at;         // u of the step before, or the dual; null without either
+  const void* cut;  // of top-k, in the arithmetic type; null: that of the record
+  uint16_t record;  // what Entry::record is in another step
+  uint8_t method;   // Method
+};
 
 // Division of numbers below 2^31 by a divisor that the host knows: a product and a shift (Granlund & Montgomery).
 struct Divider {
@@ -183,7 +191,7 @@ RVSM_HD void for_elements(const Span& s, int thread, const Vector& vector, const
 
 // ---- host: one tensor becomes an entry ------------------------------------------------------------------------------
 
-// Chunks of a tensor, and `rest` of its entry. Vectors are possible where w, g and m are equally far from a boundary
+// Chunks of a tensor, and `rest` of its entry. Vectors are possible where all arrays are equally far from a boundary
 // and there is more than what stands before it.
 struct Chunks {
   uint32_t count;
@@ -191,10 +199,10 @@ struct Chunks {
 };
 
 template <class S>
-inline Chunks chunks_of(int64_t numel, const void* w, const void* g, const void* m) {
+inline Chunks chunks_of(int64_t numel, const void* w, const void* g, const void* m, const void* kept = nullptr) {
   const int64_t head = elements_before_boundary<S>(w);
-  const bool vectors = head < numel && (g == nullptr || elements_before_boundary<S>(g) == head) &&
-                       (m == nullptr || elements_before_boundary<S>(m) == head);
+  const auto lines_up = [&](const void* p) { return p == nullptr || elements_before_boundary<S>(p) == head; };
+  const bool vectors = head < numel && lines_up(g) && lines_up(m) && lines_up(kept);
   const int64_t body = vectors ? numel - head : numel;
   const int64_t count = (body + kChunk<S> - 1) / kChunk<S>;
   const int64_t rest = body - (count - 1) * kChunk<S>;
