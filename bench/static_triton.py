@@ -44,13 +44,14 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
     for dtype, storage in STORAGE.items():
         arithmetic = STORAGE[arithmetic_type(dtype)]
         types = {"S": storage, "T": arithmetic}
-        for momentum, tl1, groups in itertools.product((False, True), repeat=3):
-            kinds = {"MOMENTUM": momentum, "WITH_TL1": tl1, "WITH_GROUPS": groups}
+        for momentum, tl1, groups, method in itertools.product((False, True), (False, True), (False, True), range(3)):
+            kinds = {"MOMENTUM": momentum, "METHOD": method, "WITH_TL1": tl1, "WITH_GROUPS": groups}
             constants = {**types, "BLOCK": block_of(dtype, groups), **kinds}
-            yield triton_kernels.step_kernel, constants, 5 if momentum else 3
+            yield triton_kernels.step_kernel, constants, 3 + 2 * momentum + 2 * (method > 0)
         yield triton_kernels.prox_kernel, {**types, "BLOCK": block_of(dtype, True)}, 2
         yield triton_kernels.penalty_kernel, {**types, "BLOCK": block_of(dtype, False)}, 1
-        yield triton_sums.sum_kernel, types, 4  # one for each shape of a tile
+        yield triton_sums.sum_kernel, {**types, "WITH_DUAL": False}, 4  # one for each shape of a tile
+        yield triton_sums.sum_kernel, {**types, "WITH_DUAL": True}, 4 + 8
     for arithmetic in (tl.float32, tl.float64):
         yield triton_sums.join_kernel, {"T": arithmetic, "P": 32, "G": JOIN_GROUPS}, 0
 

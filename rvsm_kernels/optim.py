@@ -44,8 +44,8 @@ class RVSM(_OnEngines):
         momentum on d;  w = w - lr * d
         unit_norm=True:    w = w / ||w||_2
 
-    u is never stored (but by ``method="rvsm-delayed"``): read it with :meth:`sparse_weights` (for evaluation), :meth:`sparsify_` (for good) or
-    :meth:`sparsity`.
+    u is never stored (but by ``method="rvsm-delayed"``): read it with :meth:`sparse_weights` (for evaluation),
+    :meth:`sparsify_` (for good) or :meth:`sparsity`.
 
     Args:
         params: parameters, named parameters or groups, as in torch.optim; :func:`rvsm_kernels.param_groups` divides

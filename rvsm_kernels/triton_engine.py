@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .base import Engine, check_gradient
 from .groups import GroupDim, GroupView, kept_dims
-from .options import OPTIONS, differ, is_split, param_name, snapshot, strength
+from .methods import is_topk
+from .options import METHODS, OPTIONS, differ, is_split, param_name, snapshot, strength
 from .triton_launch import Launch, Row
 from .triton_prox import make_prox
 from .triton_staging import Staged, is_dense, on_device, view_of
@@ -34,15 +35,17 @@ _momentum = itemgetter(_NAME)
 
 
 class Part(NamedTuple):
-    """A launch of a step, and where its rows are among the active parameters and the buffers.
+    """A launch of a step, and where its rows are among the active parameters, the buffers and what methods keep.
 
     Attributes:
         which: None for all in their order.
+        buffers, kept: None where the launch has none.
     """
 
     launch: Launch
     which: list[int] | None
-    buffers: list[int]
+    buffers: list[int] | None
+    kept: list[int] | None
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -60,7 +63,8 @@ def _structure(group: Mapping[str, Any]) -> tuple[Any, ...]:
     dims = group["group_dim"]
     dims = tuple(dims) if isinstance(dims, list) else dims  # a list can be edited in place
     norms, scaled = needs_norms(group), bool(group["group_scale"])
-    return group["penalty"], dims, norms, scaled, group["group_lasso"] != 0, group["momentum"] != 0
+    switches = group["group_lasso"] != 0, group["momentum"] != 0, group["method"]
+    return group["penalty"], dims, norms, scaled, *switches
 
 
 def _invalid(name: str, group: Mapping[str, Any], error: ValueError) -> ValueError:
@@ -90,6 +94,9 @@ class TritonEngine(Engine):
         self._state_values: list[dict[str, Any]] = []
         self._states: list[dict[str, Any]] = []  # of the active parameters that have momentum
         self._buffers: list[Tensor] = []
+        self._keepers: list[Tensor] = []  # the parameters whose method keeps something
+        self._selected: list[Tensor] = []  # those with top-k
+        self._cuts: list[Tensor] = []  # and their cuts
         self._changed: list[Tensor] = []  # what a step writes
         self._launches: list[Part] = []
         self._guards: Any = None
@@ -108,13 +115,13 @@ class TritonEngine(Engine):
         kept: Mapping[Tensor, Tensor],
         cuts: Mapping[Tensor, Tensor],
     ) -> bool:
-        self._scaling, self._skip, self._state = (grad_scale, found_inf), False, state
+        self._scaling, self._skip, self._state, self._kept = (grad_scale, found_inf), False, state, kept
         values = [_read(group) for group in groups]
         stale = len(values) != len(self._seen) or any(map(differ, values, self._seen))
         structures = [_structure(group) for group in groups] if stale else self._structures
         known = structures == self._structures
         try:
-            if not (known and self._refresh(groups, state, stale)) and not self._build(groups, state):
+            if not (known and self._refresh(groups, state, stale, cuts)) and not self._build(groups, state, cuts):
                 return False
         except BaseException:
             self._forget()
@@ -127,7 +134,13 @@ class TritonEngine(Engine):
             self._skip = found_inf.item() > 0
         return True
 
-    def _refresh(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any], stale: bool) -> bool:
+    def _refresh(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, Any],
+        stale: bool,
+        cuts: Mapping[Tensor, Tensor],
+    ) -> bool:
         """Addresses and numbers of the tensors that are known; False where they are others, or lie otherwise."""
         if self._guards is None:
             return False
@@ -153,6 +166,9 @@ class TritonEngine(Engine):
             if not _same(buffers, self._buffers):
                 return False
             tensors += buffers
+        tensors += [self._kept[p] for p in self._keepers]
+        if self._selected and not _same([cuts[p] for p in self._selected], self._cuts):
+            return False
         if not self._guards.check(*tensors):
             return False
         addresses = list(map(Tensor.data_ptr, tensors))
@@ -163,17 +179,18 @@ class TritonEngine(Engine):
         return True
 
     def _move(self, addresses: list[int]) -> None:
-        """`addresses`: of all active parameters, their gradients, and what buffers there are."""
+        """`addresses`: of all active parameters, their gradients, what buffers there are, and what methods keep."""
         self._addresses = addresses
-        n = (len(addresses) - len(self._buffers)) // 2
-        w, g, m = addresses[:n], addresses[n : 2 * n], addresses[2 * n :]
-        for part in self._launches:
-            which = part.which
-            own = [m[k] for k in part.buffers] if part.launch.momentum else None
-            if which is None:
-                part.launch.move(w, g, own)
-            else:
-                part.launch.move([w[k] for k in which], [g[k] for k in which], own)
+        kept = len(addresses) - len(self._keepers)
+        n = (kept - len(self._buffers)) // 2
+        w, g, m, x = addresses[:n], addresses[n : 2 * n], addresses[2 * n : kept], addresses[kept:]
+        for launch, which, buffers, keepers in self._launches:
+            launch.move(
+                w if which is None else [w[k] for k in which],
+                g if which is None else [g[k] for k in which],
+                None if buffers is None else [m[k] for k in buffers],
+                None if keepers is None else [x[k] for k in keepers],
+            )
 
     def _set(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for part in self._launches:
@@ -189,10 +206,15 @@ class TritonEngine(Engine):
             for i, shape, first in launch.keys
         }
 
-    def _build(self, groups: Sequence[MutableMapping[str, Any]], state: MutableMapping[Tensor, Any]) -> bool:
+    def _build(
+        self,
+        groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        cuts: Mapping[Tensor, Tensor],
+    ) -> bool:
         """Look at everything anew; raises before anything is changed."""
         self._forget()
-        kinds: dict[tuple[Any, ...], tuple[list[Row], list[int], list[int]]] = {}
+        kinds: dict[tuple[Any, ...], tuple[list[Row], list[int], list[int], list[int]]] = {}
         params, active, names = [], [], []
         rows: list[tuple[int, Tensor]] = []
         for i, group in enumerate(groups):
@@ -214,7 +236,7 @@ class TritonEngine(Engine):
                 views.append(view_of(dense, groups[i]["group_dim"]) if needs_norms(groups[i]) else None)
             except ValueError as error:
                 raise _invalid(name, groups[i], error) from None
-        addresses: list[list[int]] = [[], [], []]
+        addresses: list[list[int]] = [[], [], [], []]
         lasso, tl1 = set(), set()
         for k, ((i, p), view) in enumerate(zip(rows, views, strict=True)):
             group = groups[i]
@@ -226,8 +248,9 @@ class TritonEngine(Engine):
             g = self._stage(grad, dtype, w, False)
             m = None
             first = False
-            kind = (p.device, dtype, momentum)
-            own, which, buffers = kinds.setdefault(kind, ([], [], []))
+            method = METHODS.index(group["method"]) if is_split(group) else 0
+            kind = (p.device, dtype, momentum, method)
+            own, which, buffers, keepers = kinds.setdefault(kind, ([], [], [], []))
             if momentum:
                 buffer = state[p].get(_NAME) if p in state else None
                 first = buffer is None
@@ -240,32 +263,43 @@ class TritonEngine(Engine):
                 buffers.append(len(self._buffers))
                 self._buffers.append(buffer)
                 addresses[2].append(m.data_ptr())
+            if method != 0:
+                keepers.append(len(self._keepers))
+                self._keepers.append(p)
+                addresses[3].append(self._stage(self._kept[p], dtype, w, True).data_ptr())
+            cut = 0
+            if is_topk(group):
+                self._selected.append(p)
+                self._cuts.append(cuts[p])
+                cut = cuts[p].data_ptr()
             addresses[0].append(w.data_ptr())
             addresses[1].append(g.data_ptr())
             # With group_scale the strength depends on the size of the groups, and so on the shape.
             key = (i, p.shape if view is not None and group["group_scale"] else None, first)
-            own.append(Row(w, g, view, key))
+            own.append(Row(w, g, view, key, cut))
             which.append(k)
             if group["group_lasso"] != 0:
                 lasso.add(kind)
             if group["penalty"] == "tl1":
                 tl1.add(kind)
-        for kind, (own, which, buffers) in kinds.items():
-            device, dtype, momentum = kind
-            launch = Launch("step", dtype, device, own, kind in lasso, kind in tl1, momentum)
-            self._launches.append(Part(launch, None if len(which) == len(rows) else which, buffers))
-        self._move([*addresses[0], *addresses[1], *addresses[2]])
+        for kind, (own, which, buffers, keepers) in kinds.items():
+            device, dtype, momentum, method = kind
+            launch = Launch("step", dtype, device, own, kind in lasso, kind in tl1, momentum, method)
+            all_of_them = len(which) == len(rows)
+            self._launches.append(Part(launch, None if all_of_them else which, buffers or None, keepers or None))
+        self._move([a for of in addresses for a in of])
         self._set(groups)
         self._changed = [t for t in (*(p for _, p in rows), *self._buffers) if not t.is_inference()]
         self._params, self._active, self._all_active = params, active, all(active)
         self._lengths = [len(group["params"]) for group in groups]
-        for launch, _, _ in self._launches:
+        for launch, *_ in self._launches:
             for row in launch.rows:  # the tensors are found by address from now on
                 row.w = row.g = None  # type: ignore[assignment]
         if _guards is not None and not self._staged and not self._new and rows:
             self._states = [state[p] for i, p in rows if groups[i]["momentum"] != 0]
             self._state_keys, self._state_values = list(state), list(state.values())
-            tensors = [*(p for _, p in rows), *(p.grad for _, p in rows), *self._buffers]
+            kept = [self._kept[p] for p in self._keepers]
+            tensors = [*(p for _, p in rows), *(p.grad for _, p in rows), *self._buffers, *kept]
             self._guards = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         return True
 
@@ -295,7 +329,7 @@ class TritonEngine(Engine):
                 self._state[p][_NAME] = buffer
             for staged, _ in self._staged:
                 staged.load()
-            for launch, _, _ in self._launches:
+            for launch, *_ in self._launches:
                 with on_device(launch.device):
                     captured = capturing(launch.device)
                     launch.run(*self._scaling_on(launch.device, launch.arithmetic), captured=captured)
@@ -304,11 +338,12 @@ class TritonEngine(Engine):
             for staged, writes in self._staged:
                 if writes:
                     staged.store()
-            torch.autograd.graph.increment_version(self._changed)
+            kept = [self._kept[p] for p in self._keepers]
+            torch.autograd.graph.increment_version([*self._changed, *kept] if kept else self._changed)
         if self._staged or self._new:
             self._forget()
         self._scaling = (None, None)
-        del self._state
+        del self._state, self._kept
 
     # ---- reading u ---------------------------------------------------------------------------------------------------
 

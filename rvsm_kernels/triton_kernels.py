@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_prox import Prox, shrink
-from .triton_update import Step, penalty_term, sgd_step
+from .triton_update import Step, argument, gap_of, penalty_term, sgd_step
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
@@ -21,7 +21,8 @@ from .triton_update import Step, penalty_term, sgd_step
 W = tl.constexpr(0)
 G = tl.constexpr(1)  # the gradient of a step; what a prox and a penalty read
 M = tl.constexpr(2)
-ADDRESSES = tl.constexpr(3)
+X = tl.constexpr(3)  # what a method keeps
+ADDRESSES = tl.constexpr(4)
 
 # Fields of an entry of a step, a prox or a penalty, in int64.
 NUMEL = tl.constexpr(0)
@@ -35,7 +36,8 @@ GROUPS = tl.constexpr(7)
 BY_COLUMNS = tl.constexpr(8)  # dividers: factor, and the shift above it
 BY_INNER = tl.constexpr(9)
 BY_BATCH = tl.constexpr(10)
-ENTRY = tl.constexpr(11)
+CUT = tl.constexpr(11)  # address of the cut of top-k, or 0
+ENTRY = tl.constexpr(12)
 
 # Numbers of a record: a Prox, then a Step; or a Prox, then lam and beta in double.
 PROX = tl.constexpr(6)
@@ -74,6 +76,15 @@ def step_of(numbers):
 
 
 @triton.jit
+def with_cut(f: Prox, where, T: tl.constexpr):
+    """A Prox with the cut at an address, or as it is where that is 0."""
+    cut = f.cut
+    if where != 0:
+        cut = tl.load(where.to(tl.pointer_type(T)))
+    return Prox(f.penalty, cut, f.tau, f.a, f.rho, f.edge)
+
+
+@triton.jit
 def divide(n, divider):
     """n / d for n < 2^31 by a product and a shift (Granlund & Montgomery), as ``Divider`` of ``csrc/cuda/table.h``."""
     factor = (divider & 0xFFFFFFFF).to(tl.uint32)
@@ -99,20 +110,20 @@ def with_sign(r, w):
 
 
 @triton.jit
-def pull_of(w, f, entry, at, mask, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr):
-    """u and w_G / ||w_G|| of elements; with groups, by factors that launches before this one have made."""
+def pull_of(v, w, f, entry, at, mask, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr):
+    """u = prox(v) and w_G / ||w_G|| of elements; with groups, by factors that launches before this one have made."""
     unit = tl.zeros_like(w)
     if WITH_GROUPS:
         if tl.load(entry + GROUPED) != 0:
             group = group_of(entry, at)
-            u = w * tl.load(tl.load(entry + RATIO).to(tl.pointer_type(w.dtype)) + group, mask, 0.0)
+            u = v * tl.load(tl.load(entry + RATIO).to(tl.pointer_type(w.dtype)) + group, mask, 0.0)
             length = tl.load(entry + LENGTH)
             if length != 0:
                 unit = w / tl.load(length.to(tl.pointer_type(w.dtype)) + group, mask, 1.0)
         else:
-            u = with_sign(shrink(tl.abs(w), f, WITH_TL1), w)
+            u = with_sign(shrink(tl.abs(v), f, WITH_TL1), v)
     else:
-        u = with_sign(shrink(tl.abs(w), f, WITH_TL1), w)
+        u = with_sign(shrink(tl.abs(v), f, WITH_TL1), v)
     return u, unit
 
 
@@ -156,9 +167,9 @@ def write(p, x, mask, WHOLE: tl.constexpr):
 
 @triton.jit
 def step_elements(
-    entry, numbers, w, g, m, place, begin, end, scale,
-    T: tl.constexpr, BLOCK: tl.constexpr, MOMENTUM: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    entry, numbers, w, g, m, x, place, begin, end, scale,
+    T: tl.constexpr, BLOCK: tl.constexpr, MOMENTUM: tl.constexpr, METHOD: tl.constexpr, WITH_TL1: tl.constexpr,
+    WITH_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Load, arithmetic, store. The elements are those of [begin, end) among BLOCK from `place` on."""
     i = tl.arange(0, BLOCK)
@@ -167,11 +178,18 @@ def step_elements(
     mi = wi
     if MOMENTUM:
         mi = read(m + i, mask, WHOLE).to(T)
-    f, s = prox_of(numbers), step_of(numbers)
+    xi = wi
+    if METHOD != 0:
+        xi = read(x + i, mask, WHOLE).to(T)
+    f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), T), step_of(numbers)
     at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
-    u, unit = pull_of(wi, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
-    wi, mi = sgd_step(wi, mi, gi * scale, wi - u, unit, s, MOMENTUM)
+    v = argument(wi, xi, METHOD)
+    u, unit = pull_of(v, wi, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
+    gap, xi = gap_of(wi, v, u, xi, METHOD)
+    wi, mi = sgd_step(wi, mi, gi * scale, gap, unit, s, MOMENTUM)
     write(w + i, wi, mask, WHOLE)
+    if METHOD != 0:
+        write(x + i, xi, mask, WHOLE)
     if MOMENTUM:
         write(m + i, mi, mask, WHOLE)
 
@@ -180,18 +198,20 @@ def step_elements(
 def step_kernel(
     addresses, entries, records, owners, grad_scale, found_inf,
     S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
-    MOMENTUM: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
+    MOMENTUM: tl.constexpr, METHOD: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One step of all entries; nothing where found_inf is above 0."""
     if tl.load(found_inf) > 0:
         return
     entry, address, numbers = entry_of(addresses, entries, records, owners, T)
-    w, g, m = tl.load(address + W), tl.load(address + G), tl.load(address + M)
+    w, g, m, x = tl.load(address + W), tl.load(address + G), tl.load(address + M), tl.load(address + X)
     # Where all are equally far from a boundary, blocks begin on one. What stands before the tensor is masked.
     lead = lead_of(w, S)
     even = lead == lead_of(g, S)
     if MOMENTUM:
         even = even & (lead == lead_of(m, S))
+    if METHOD != 0:
+        even = even & (lead == lead_of(x, S))
     place, begin, end = span_of(entry, tl.where(even, lead, 0), BLOCK)
     size: tl.constexpr = S.primitive_bitwidth // 8
     shift = (place - begin) * size
@@ -203,13 +223,15 @@ def step_kernel(
             tl.multiple_of((w + shift).to(tl.pointer_type(S)), 16),
             tl.multiple_of((g + shift).to(tl.pointer_type(S)), 16),
             tl.multiple_of((m + shift).to(tl.pointer_type(S)), 16),
-            place, begin, end, scale, T, BLOCK, MOMENTUM, WITH_TL1, WITH_GROUPS, True,
+            tl.multiple_of((x + shift).to(tl.pointer_type(S)), 16),
+            place, begin, end, scale, T, BLOCK, MOMENTUM, METHOD, WITH_TL1, WITH_GROUPS, True,
         )  # fmt: skip
     else:
         step_elements(
             entry, numbers,
             (w + shift).to(tl.pointer_type(S)), (g + shift).to(tl.pointer_type(S)), (m + shift).to(tl.pointer_type(S)),
-            place, begin, end, scale, T, BLOCK, MOMENTUM, WITH_TL1, WITH_GROUPS, False,
+            (x + shift).to(tl.pointer_type(S)),
+            place, begin, end, scale, T, BLOCK, MOMENTUM, METHOD, WITH_TL1, WITH_GROUPS, False,
         )  # fmt: skip
 
 
@@ -222,7 +244,8 @@ def prox_elements(entry, numbers, u, w, place, begin, end, T: tl.constexpr, BLOC
     i = tl.arange(0, BLOCK)
     mask = (i >= begin - place) & (i < end - place)
     at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
-    ui, _ = pull_of(read(w + i, mask, WHOLE).to(T), prox_of(numbers), entry, at, mask, True, True)
+    wi = read(w + i, mask, WHOLE).to(T)
+    ui, _ = pull_of(wi, wi, prox_of(numbers), entry, at, mask, True, True)
     write(u + i, ui, mask, WHOLE)
 
 

@@ -33,7 +33,7 @@ from .triton_table import (
     record_words,
     upload,
 )
-from .triton_update import Step
+from .triton_update import ADMM, Step
 
 NUMBERS = {"step": len(Prox._fields) + len(Step._fields), "prox": len(Prox._fields), "penalty": len(Prox._fields) + 2}
 """What a record holds; lam and beta of a penalty's value are in float64."""
@@ -52,7 +52,8 @@ def options_for(warp_size: int) -> dict[str, Any]:
     return {**OPTIONS, "num_warps": THREADS.value // warp_size}
 
 
-_ADDRESSES = 3
+_ADDRESSES = 4
+_ADMM = ADMM.value
 
 _HERE = options_for(32 if torch.version.hip is None else 64)
 
@@ -74,12 +75,14 @@ class Row:
 
     Attributes:
         key: what its numbers follow from; rows with equal keys share a record.
+        cut: the address of the cut of top-k, or 0.
     """
 
     w: Tensor
     g: Tensor
     view: GroupView | None
     key: tuple[Any, ...]
+    cut: int = 0
 
 
 class Call:
@@ -120,6 +123,7 @@ class Launch:
     lasso: bool = False
     with_tl1: bool = True
     momentum: bool = False
+    method: int = 0
     scratch: list[Tensor] = field(default_factory=list)
     entries: list[list[int]] = field(default_factory=list)
     sources: list[tuple[int, int]] = field(default_factory=list)  # of each entry: its row, and bytes into it
@@ -147,7 +151,7 @@ class Launch:
         for k, (row, d) in enumerate(zip(self.rows, divisions, strict=True)):
             size = row.w.element_size()
             if row.view is None or d is None:
-                self._add(row.w.numel(), 0, k, NO_GROUPS, blocks, width)
+                self._add(row.w.numel(), 0, k, NO_GROUPS, blocks, width, row.cut)
                 continue
             ratio, length = self._factors(row, d, sum_blocks, join_blocks)
             if self.action == "penalty":
@@ -174,9 +178,11 @@ class Launch:
         self.whole = all(source == (k, 0) for k, source in enumerate(self.sources))
         self.totals = torch.empty(sum(blocks) * (self.action == "penalty"), dtype=torch.float64, device=self.device)
 
-    def _add(self, numel: int, offset: int, k: int, grouped: list[int], blocks: list[int], width: int) -> None:
+    def _add(
+        self, numel: int, offset: int, k: int, grouped: list[int], blocks: list[int], width: int, cut: int = 0
+    ) -> None:
         first = self.entries[-1][1] + blocks[-1] if self.entries else 0
-        self.entries.append([numel, first, self.keys[self.rows[k].key], *grouped])
+        self.entries.append([numel, first, self.keys[self.rows[k].key], *grouped, cut])
         self.sources.append((k, offset))
         # The tensor may begin up to width - 1 elements after a boundary.
         blocks.append(-(-(numel + width - 1) // self.block) if numel else 0)
@@ -195,31 +201,49 @@ class Launch:
 
         ratio = None if value else take(count, self.arithmetic)
         length = take(count, self.arithmetic) if value or self.lasso else None
-        partials = take(d.parts * count, torch.float64) if d.parts > 1 else None
+        of = [0 if t is None else t.data_ptr() for t in (ratio, length)]
+        # Where what is thresholded is not w, group lasso needs a sum of its own.
+        dual = self.method == _ADMM
+        for factors, with_dual in [([of[0], 0], True), ([0, of[1]], False)] if dual and self.lasso else [(of, dual)]:
+            partials = take(d.parts * count, torch.float64) if d.parts > 1 else None
+            self._add_sums(row, d, factors, with_dual, partials, sum_blocks, join_blocks)
+        return ratio, length
+
+    def _add_sums(
+        self,
+        row: Row,
+        d: Division,
+        factors: list[int],
+        with_dual: bool,
+        partials: Tensor | None,
+        sum_blocks: list[int],
+        join_blocks: list[int],
+    ) -> None:
+        v = row.view
+        assert v is not None
+        count, value = v.batch * v.groups, self.action == "penalty"
         out = 0 if partials is None else partials.data_ptr()
         first = self.sums[-1][1] + sum_blocks[-1] if self.sums else 0
-        record, factors = self.keys[row.key], [0 if t is None else t.data_ptr() for t in (ratio, length)]
-        source = _ADDRESSES * len(self.entries) + (1 if self.action != "step" else 0)
+        record = self.keys[row.key]
+        addresses = _ADDRESSES * len(self.entries)
+        source, dual = addresses + (1 if self.action != "step" else 0), addresses + 3 if with_dual else -1
         shape = [v.outer, v.groups, v.inner, count, d.tile, d.tiles, d.parts, int(d.cut_rows), d.shape, int(value)]
+        shape += [dual, row.cut]
         self.sums.append([source, first, record, *factors, out, *shape])
         sum_blocks.append(d.blocks)
         if partials is not None:
             first = self.joins[-1][1] + join_blocks[-1] if self.joins else 0
             self.joins.append([0, first, record, *factors, out, *shape])
             join_blocks.append(-(-count // JOIN_GROUPS))
-        return ratio, length
 
     # ---- what changes from step to step ------------------------------------------------------------------------------
 
-    def move(self, w: Sequence[int], g: Sequence[int], m: Sequence[int] | None = None) -> None:
-        """Addresses of the rows' tensors."""
-        if not self.whole:
-            w, g = ([a[k] + offset for k, offset in self.sources] for a in (w, g))
-            m = None if m is None else [m[k] + offset for k, offset in self.sources]
-        flat = [0] * (_ADDRESSES * len(w))
-        flat[::_ADDRESSES], flat[1::_ADDRESSES] = w, g
-        if m is not None:
-            flat[2::_ADDRESSES] = m
+    def move(self, *of: Sequence[int] | None) -> None:
+        """Addresses of the rows' w, g, m, and of what the method keeps; None where there are none of a kind."""
+        flat = [0] * (_ADDRESSES * len(self.sources))
+        for place, own in enumerate(of):
+            if own is not None:
+                flat[place::_ADDRESSES] = own if self.whole else [own[k] + offset for k, offset in self.sources]
         self.addresses.data = array("q", flat).tobytes()
 
     def set(self, numbers: Mapping[tuple[Any, ...], Sequence[float]]) -> None:
@@ -239,7 +263,7 @@ class Launch:
         calls = self.calls
         if "sums" in calls:
             call = calls["sums"]
-            call(sum_kernel, addresses, call.entries, records, call.owners, S, T)
+            call(sum_kernel, addresses, call.entries, records, call.owners, S, T, self.method == _ADMM)
         if "joins" in calls:
             call = calls["joins"]
             call(join_kernel, call.entries, records, call.owners, T, 32, JOIN_GROUPS)
@@ -250,7 +274,7 @@ class Launch:
         block = self.block
         if self.action == "step":
             assert grad_scale is not None and found_inf is not None
-            kinds = self.momentum, self.with_tl1, self.grouped
+            kinds = self.momentum, self.method, self.with_tl1, self.grouped
             kind = grad_scale.dtype, found_inf.dtype
             call(step_kernel, *tables, grad_scale, found_inf, S, T, block, *kinds, kind=kind)
         elif self.action == "prox":

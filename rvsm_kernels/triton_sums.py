@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import prox_of
+from .triton_kernels import prox_of, with_cut
 from .triton_prox import length_of, shrink_ratio
 
 # Fields of an entry, in int64.
@@ -30,7 +30,9 @@ PARTS = tl.constexpr(12)
 CUT_ROWS = tl.constexpr(13)  # parts are rows of a group, else pieces of its rows
 SHAPE = tl.constexpr(14)  # of a tile
 NORMS = tl.constexpr(15)  # LENGTH gets the bare norm
-SUM_ENTRY = tl.constexpr(16)
+DUAL = tl.constexpr(16)  # which address is added to X, or -1
+CUT = tl.constexpr(17)  # address of the cut of top-k, or 0
+SUM_ENTRY = tl.constexpr(18)
 
 # Shapes of a tile: groups x elements of a row that a program has at once; a strip is rows x columns.
 STRIP = tl.constexpr(0)
@@ -63,33 +65,48 @@ def store_factors(entry, numbers, group, sums, mask, T: tl.constexpr):
     norm = tl.sqrt(sums).to(T)
     ratio, length = tl.load(entry + RATIO), tl.load(entry + LENGTH)
     if ratio != 0:
-        tl.store(ratio.to(tl.pointer_type(T)) + group, shrink_ratio(norm, prox_of(numbers)).to(T), mask)
+        f = with_cut(prox_of(numbers), tl.load(entry + CUT), T)
+        tl.store(ratio.to(tl.pointer_type(T)) + group, shrink_ratio(norm, f).to(T), mask)
     if length != 0:
         bare = tl.load(entry + NORMS) != 0
         tl.store(length.to(tl.pointer_type(T)) + group, tl.where(bare, norm, length_of(norm)), mask)
 
 
 @triton.jit
-def sum_team(x, rows, groups, columns, inner, length, G: tl.constexpr, K: tl.constexpr):
+def load_sum(x, y, at, mask, T: tl.constexpr, DUAL_OF: tl.constexpr):
+    """x, or x + y as a step with a dual thresholds it, in double precision."""
+    v = tl.load(x + at, mask, 0.0).to(T)
+    if DUAL_OF:
+        v += tl.load(y + at, mask, 0.0).to(T)
+    return v.to(tl.float64)
+
+
+@triton.jit
+def sum_team(
+    x, y, rows, groups, columns, inner, length,
+    T: tl.constexpr, DUAL_OF: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
     """G groups, K elements of a row of each at once."""
     g, k = tl.arange(0, G)[:, None], tl.arange(0, K)[None, :]
-    at = x + g * inner
+    at = g * inner
     acc = tl.zeros([G, K], tl.float64)
     for _ in range(0, rows):
         for i in range(0, length, K):
-            v = tl.load(at + (i + k), (g < groups) & (i + k < length), 0.0).to(tl.float64)
+            v = load_sum(x, y, at + (i + k), (g < groups) & (i + k < length), T, DUAL_OF)
             acc += v * v
         at += columns
     return tl.sum(acc, 1)
 
 
 @triton.jit
-def sum_strip(x, rows, columns, width, inner, R: tl.constexpr, C: tl.constexpr):
+def sum_strip(
+    x, y, rows, columns, width, inner, T: tl.constexpr, DUAL_OF: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
     """Rows of several whole groups, `width` columns in all; the sum of a group is in its place of C."""
     r, c = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
     acc = tl.zeros([R, C], tl.float64)
     for row in range(0, rows, R):
-        v = tl.load(x + (row + r) * columns + c, (row + r < rows) & (c < width), 0.0).to(tl.float64)
+        v = load_sum(x, y, (row + r) * columns + c, (row + r < rows) & (c < width), T, DUAL_OF)
         acc += v * v
     by_column = tl.sum(acc, 0)
     first = tl.arange(0, C) * inner.to(tl.int32)
@@ -106,21 +123,24 @@ def multiple(n, W: tl.constexpr):
 
 
 @triton.jit
-def sum_shape(x, rows, groups, columns, inner, length, SHAPE_OF: tl.constexpr, W: tl.constexpr):
+def sum_shape(
+    x, y, rows, groups, columns, inner, length,
+    SHAPE_OF: tl.constexpr, T: tl.constexpr, DUAL_OF: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
     """Sums of squares of the groups of a tile: at a time 16 bytes, W elements, for each thread."""
     ELEMENTS: tl.constexpr = THREADS * W
     if SHAPE_OF == STRIP:
-        sums = sum_strip(x, rows, columns, length, inner, ELEMENTS // STRIP_COLUMNS, STRIP_COLUMNS)
+        sums = sum_strip(x, y, rows, columns, length, inner, T, DUAL_OF, ELEMENTS // STRIP_COLUMNS, STRIP_COLUMNS)
     else:
         G: tl.constexpr = tile_groups(SHAPE_OF)
-        sums = sum_team(x, rows, groups, columns, inner, length, G, ELEMENTS // G)
+        sums = sum_team(x, y, rows, groups, columns, inner, length, T, DUAL_OF, G, ELEMENTS // G)
     return sums
 
 
 @triton.jit
 def sum_tile(
-    entry, numbers, address, rows, groups, columns, inner, length, part, group,
-    SHAPE_OF: tl.constexpr, S: tl.constexpr, T: tl.constexpr, W: tl.constexpr,
+    entry, numbers, address, dual, rows, groups, columns, inner, length, part, group,
+    SHAPE_OF: tl.constexpr, S: tl.constexpr, T: tl.constexpr, DUAL_OF: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """One tile of a shape. Where every row begins on a boundary of 16 bytes, accesses are as wide."""
     if SHAPE_OF == STRIP:
@@ -128,19 +148,42 @@ def sum_tile(
         even = (address % 16 == 0) & (columns % W == 0) & (length % W == 0)
     else:
         even = (address % 16 == 0) & (columns % W == 0) & (length % W == 0) & (inner % W == 0)
+    even = even & (dual % 16 == 0)
     if even:
+        y = tl.multiple_of(dual.to(tl.pointer_type(S)), 16)
         x = tl.multiple_of(address.to(tl.pointer_type(S)), 16)
         wide = inner if SHAPE_OF == STRIP else multiple(inner, W)
-        sums = sum_shape(x, rows, groups, multiple(columns, W), wide, multiple(length, W), SHAPE_OF, W)
+        sums = sum_shape(x, y, rows, groups, multiple(columns, W), wide, multiple(length, W), SHAPE_OF, T, DUAL_OF, W)
     else:
-        sums = sum_shape(address.to(tl.pointer_type(S)), rows, groups, columns, inner, length, SHAPE_OF, W)
+        x, y = address.to(tl.pointer_type(S)), dual.to(tl.pointer_type(S))
+        sums = sum_shape(x, y, rows, groups, columns, inner, length, SHAPE_OF, T, DUAL_OF, W)
     g = tl.arange(0, STRIP_COLUMNS if SHAPE_OF == STRIP else tile_groups(SHAPE_OF))
     finish(entry, numbers, part, group + g, sums, g < groups, T)
 
 
 @triton.jit
-def sum_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.constexpr):
-    """Sums of squares of the groups of all entries, or factors where a group is one part."""
+def sum_any(
+    entry, numbers, x, y, rows, groups, columns, inner, length, part, group,
+    S: tl.constexpr, T: tl.constexpr, DUAL_OF: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """One tile, of the entry's shape."""
+    shape = tl.load(entry + SHAPE)
+    if shape == STRIP:
+        sum_tile(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, STRIP, S, T, DUAL_OF, W)
+    elif shape == TEAM:
+        sum_tile(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, TEAM, S, T, DUAL_OF, W)
+    elif shape == LONG:
+        sum_tile(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, LONG, S, T, DUAL_OF, W)
+    else:
+        sum_tile(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, SHORT, S, T, DUAL_OF, W)
+
+
+@triton.jit
+def sum_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.constexpr, WITH_DUAL: tl.constexpr):
+    """Sums of squares of the groups of all entries, or factors where a group is one part.
+
+    WITH_DUAL: an entry may have a dual.
+    """
     block = tl.program_id(0)
     entry = entries + tl.load(owners + block).to(tl.int64) * SUM_ENTRY
     numbers = (records + tl.load(entry + RECORD)).to(tl.pointer_type(T))
@@ -163,17 +206,18 @@ def sum_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.const
     groups = tl.minimum(tile, all_groups - first)
     columns = all_groups * inner
     size: tl.constexpr = S.primitive_bitwidth // 8
-    x = tl.load(addresses + tl.load(entry + X)) + ((row * all_groups + first) * inner + skip) * size
+    begin = ((row * all_groups + first) * inner + skip) * size
+    x = tl.load(addresses + tl.load(entry + X)) + begin
     group = batch * all_groups + first
-    shape = tl.load(entry + SHAPE)
-    if shape == STRIP:
-        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, STRIP, S, T, W)
-    elif shape == TEAM:
-        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, TEAM, S, T, W)
-    elif shape == LONG:
-        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, LONG, S, T, W)
+    if WITH_DUAL:
+        which = tl.load(entry + DUAL)
+        if which >= 0:
+            y = tl.load(addresses + which) + begin
+            sum_any(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, S, T, True, W)
+        else:
+            sum_any(entry, numbers, x, x, rows, groups, columns, inner, length, part, group, S, T, False, W)
     else:
-        sum_tile(entry, numbers, x, rows, groups, columns, inner, length, part, group, SHORT, S, T, W)
+        sum_any(entry, numbers, x, x, rows, groups, columns, inner, length, part, group, S, T, False, W)
 
 
 @triton.jit

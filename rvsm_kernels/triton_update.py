@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .methods import is_topk
 from .options import is_split
 from .triton_prox import Prox, make_prox, shrink, value
 
@@ -37,7 +38,8 @@ def make_step(group: Mapping[str, Any], lam: float, first: bool) -> tuple[float,
     """
     lr, beta, momentum = float(group["lr"]), float(group["beta"]), float(group["momentum"])
     split, decoupled = is_split(group), bool(group["decoupled"])
-    prox = make_prox(group["penalty"] if split else None, lam / beta if split else 0.0, float(group["a"]))
+    penalty = "l0" if is_topk(group) else group["penalty"]  # its cut comes from elsewhere
+    prox = make_prox(penalty if split else None, lam / beta if split else 0.0, float(group["a"]))
     return (
         *prox,
         *Step(
@@ -54,6 +56,33 @@ def make_step(group: Mapping[str, Any], lam: float, first: bool) -> tuple[float,
             lr=lr,
         ),
     )
+
+
+# The order of csrc/types.h.
+DELAYED = tl.constexpr(1)
+ADMM = tl.constexpr(2)
+
+
+@triton.jit
+def argument(w, kept, METHOD: tl.constexpr):
+    """What a method thresholds: w, or w + dual."""
+    return w + kept if METHOD == ADMM else w
+
+
+@triton.jit
+def gap_of(w, v, u, kept, METHOD: tl.constexpr):
+    """The gap that pulls, from v = argument(w, kept) and u = prox(v), and what is kept from now on.
+
+    rvsm: w - u. delayed: w - kept, and kept = u. admm: kept = v - u, and then w - u + kept.
+    """
+    gap = w - u
+    if METHOD == DELAYED:
+        gap = w - kept
+        kept = u
+    elif METHOD == ADMM:
+        kept = v - u
+        gap += kept
+    return gap, kept
 
 
 @triton.jit

@@ -35,9 +35,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) step_kernel(const __grid
 
 // One more array to read and to write: fewer threads have as many bytes in flight.
 template <class S>
-__global__ void __launch_bounds__(kThreads, sizeof(S) == 4   ? 4
-                                            : sizeof(S) == 2 ? 3
-                                                             : 2) keep_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 3) keep_kernel(const __grid_constant__ Table table) {
   step_thread<S, true>(table, blockIdx.x, int(threadIdx.x));
 }
 
