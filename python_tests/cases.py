@@ -111,10 +111,10 @@ class Case:
 # ---- drawing a case --------------------------------------------------------------------------------------------------
 
 
-def draw(seed: int, dtypes: Sequence[torch.dtype]) -> Case:
-    """The case of a seed; every tensor's dtype is one of `dtypes`."""
+def draw(seed: int, dtypes: Sequence[torch.dtype], methods: bool = False) -> Case:
+    """The case of a seed; every tensor's dtype is one of `dtypes`. `methods`: other methods than rvsm, and top-k."""
     rng = random.Random(seed)
-    groups = tuple(_draw_group(rng, dtypes) for _ in range(rng.choice((1, 1, 2, 3))))
+    groups = tuple(_draw_group(rng, dtypes, methods) for _ in range(rng.choice((1, 1, 2, 3))))
     scale = rng.choice((None, None, None, 1024.0, 0.37, 65536.0))
     # A GradScaler hands over both; after unscale_() only found_inf.
     found_inf = rng.choice((0.0, 0.0, 0.0, 1.0)) if scale is not None else rng.choice((None, None, None, 0.0, 1.0))
@@ -160,13 +160,18 @@ def _draw_group_dim(rng: random.Random, shape: tuple[int, ...], order: tuple[int
     return rng.choice([d for d in options if collapses(shape, order, d)])
 
 
-def _draw_group(rng: random.Random, dtypes: Sequence[torch.dtype]) -> GroupCase:
+def _draw_group(rng: random.Random, dtypes: Sequence[torch.dtype], methods: bool) -> GroupCase:
     """Group options first for one tensor; further tensors of the group must allow its group_dim."""
     spread = 10 ** rng.uniform(-3, 1)
     shape = _draw_shape(rng)
     layout = _draw_layout(rng, len(shape))
     group_dim = _draw_group_dim(rng, shape, layout.order) if rng.random() < 0.55 else None
     options = _draw_options(rng, shape, group_dim, spread)
+    if methods:
+        options["method"] = rng.choice(("rvsm-delayed", "admm"))
+        if options["penalty"] is not None and rng.random() < 0.4:
+            options |= {"penalty": "topk", "density": rng.choice((0.1, 0.3, 0.5, 0.9, 1.0))}
+            options["method"] = rng.choice(("rvsm", "rvsm", "rvsm-delayed", "admm"))
     tensors = [_draw_tensor(rng, dtypes, shape, layout, options, spread)]
     for _ in range(rng.choice((0, 0, 1, 2, 4))):
         shape = _draw_shape(rng)
@@ -263,7 +268,8 @@ def plant(values: Tensor, options: dict[str, Any], dtype: torch.dtype, gen: torc
     if values.numel() == 0:
         return values.to(dtype)
     tau = definition.step_tau(options, values.shape)
-    at = None if tau is None else float(definition.cut(options["penalty"], tau, options["a"]))
+    cut_by_data = tau is None or options["penalty"] == "topk"
+    at = None if cut_by_data else float(definition.cut(options["penalty"], tau, options["a"]))
     dims = options["group_dim"]
     # A subnormal group whose 1 / norm overflows, but whose norm float32 still holds to 1e-6.
     tiny = 2e-39 if dtype == torch.float32 else 1e-7 if dtype == torch.float16 else 1e-37

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,21 @@ def step_tau(options: Mapping[str, Any], shape: Sequence[int]) -> REAL | None:
     return strength(options, shape) / REAL(options["beta"])
 
 
+def threshold(options: Mapping[str, Any], v: Array) -> tuple[str | None, REAL] | None:
+    """The penalty and the tau that v is thresholded with; None where there is no splitting.
+
+    Top-k is l0 whose cut is the largest magnitude that goes; where that is 0, or all stay, u is v.
+    """
+    tau = step_tau(options, v.shape)
+    if tau is None or options["penalty"] != "topk":
+        return None if tau is None else (options["penalty"], tau)
+    r = np.sort(over_groups(magnitudes(v, options["group_dim"]), options["group_dim"]))
+    goes = r.size - math.ceil(Fraction(str(options["density"])) * r.size)
+    if goes == 0 or r[goes - 1] == 0:
+        return None, REAL(0)
+    return "l0", r[goes - 1] ** 2 / 2 * (1 + 8 * np.finfo(REAL).eps)  # a hair above: what ties with it goes too
+
+
 def strength(options: Mapping[str, Any], shape: Sequence[int]) -> REAL:
     """lambda of a tensor, with group_scale."""
     root = np.sqrt(REAL(group_size(shape, options["group_dim"]))) if options["group_scale"] else REAL(1)
@@ -163,14 +179,16 @@ def prox(
         return np.where(s == r, w, np.where(r == 0, 0, w * (s / r)))
 
 
-def penalty_value(w: Array, options: Mapping[str, Any]) -> REAL:
-    """lambda P(u) + beta / 2 ||w - u||^2 of one tensor."""
-    tau = step_tau(options, w.shape)
-    if tau is None or w.size == 0:
+def penalty_value(w: Array, options: Mapping[str, Any], v: Array | None = None) -> REAL:
+    """lambda P(u) + beta / 2 ||w - u||^2 of one tensor, with u = prox(v), v = w unless it is given; P of top-k is 0."""
+    v = w if v is None else v
+    found = threshold(options, v) if w.size else None
+    if found is None:
         return REAL(0)
-    u = prox(w, options["penalty"], tau, options["a"], options["group_dim"])
+    u = prox(v, *found, options["a"], options["group_dim"])
     norms = over_groups(magnitudes(u, options["group_dim"]), options["group_dim"])
-    penalty = strength(options, w.shape) * np.sum(g(options["penalty"], norms, options["a"]))
+    kind = None if options["penalty"] == "topk" else options["penalty"]
+    penalty = strength(options, w.shape) * np.sum(g(kind, norms, options["a"]))
     return penalty + REAL(options["beta"]) / 2 * np.sum(np.square(w - u))
 
 
@@ -180,13 +198,16 @@ class Step:
 
     Attributes:
         w, m: the new weights and momentum (None without momentum).
-        m_scale, w_scale: the sums of the absolute addends they were made of, for the error bounds.
+        kept: the new u or dual (None without either).
+        m_scale, w_scale, kept_scale: the sums of the absolute addends they were made of, for the error bounds.
     """
 
     w: Array
     m: Array | None
     w_scale: Array
     m_scale: Array
+    kept: Array | None = None
+    kept_scale: Array | None = None
 
 
 def step(
@@ -196,8 +217,12 @@ def step(
     options: Mapping[str, Any],
     grad_scale: float | None = None,
     u: Array | None = None,
+    kept: Array | None = None,
 ) -> Step:
-    """One step of one parameter, line by line as section 2.3 has it. `u` replaces prox(w) where it is given."""
+    """One step of one parameter, line by line as section 2.3 has it.
+
+    `u` replaces the prox where it is given. `kept`: u of the step before, or the dual.
+    """
     lr, beta, wd = (REAL(float(options[key])) for key in ("lr", "beta", "weight_decay"))
     mu, dampening, lasso = (REAL(float(options[key])) for key in ("momentum", "dampening", "group_lasso"))
     size = np.abs(w)
@@ -206,13 +231,26 @@ def step(
         grad = -grad
     d_scale = np.abs(grad)
 
-    tau = step_tau(options, w.shape)
-    if tau is None:
+    method = options.get("method", "rvsm")
+    v = w + kept if method == "admm" and kept is not None else w
+    found, new_kept, kept_scale = threshold(options, v), None, None
+    if found is None:
         pull = pull_scale = np.zeros_like(w)
     else:
-        u = prox(w, options["penalty"], tau, options["a"], options["group_dim"]) if u is None else u
-        pull = w - u
-        pull_scale = beta * np.where((u == 0) | (u == w), np.abs(pull), np.abs(w) + np.abs(u))
+        u = prox(v, *found, options["a"], options["group_dim"]) if u is None else u
+        if method == "rvsm-delayed":
+            assert kept is not None
+            pull, new_kept = w - kept, u
+            pull_scale, kept_scale = beta * (np.abs(w) + np.abs(kept)), np.abs(v) + np.abs(u)
+        elif method == "admm":
+            assert kept is not None
+            new_kept = v - u
+            pull = w - u + new_kept
+            kept_scale = np.abs(w) + np.abs(kept) + np.abs(u)
+            pull_scale = beta * (np.abs(w) + np.abs(u) + kept_scale)
+        else:
+            pull = w - u
+            pull_scale = beta * np.where((u == 0) | (u == w), np.abs(pull), np.abs(w) + np.abs(u))
     if lasso != 0:
         norms = magnitudes(w, options["group_dim"])
         unit = np.where(norms == 0, 0, w / np.where(norms == 0, 1, norms))
@@ -240,4 +278,4 @@ def step(
             m = mu * m + (1 - dampening) * d
         d = d + mu * m if options["nesterov"] else m
         d_scale = d_scale + mu * m_scale if options["nesterov"] else m_scale
-    return Step(w - lr * d, m, w_scale + lr * d_scale, m_scale)
+    return Step(w - lr * d, m, w_scale + lr * d_scale, m_scale, new_kept, kept_scale)

@@ -52,6 +52,8 @@ class Before:
     m: Array | None
     w_bits: Tensor
     m_bits: Tensor | None
+    kept: Array | None = None
+    kept_bits: Tensor | None = None
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
@@ -59,15 +61,24 @@ def momentum_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
     return optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
 
 
+def kept_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
+    """What a method keeps of a parameter, u or dual; creates no state."""
+    own = optimizer.state.get(p, {})
+    assert len({"u", "dual"} & own.keys()) <= 1, "both u and dual are kept"
+    return own.get("u", own.get("dual"))
+
+
 def before(optimizer: torch.optim.Optimizer, p: Tensor) -> Before:
     """Everything that the step of p may depend on, copied."""
-    m = momentum_of(optimizer, p)
+    m, kept = momentum_of(optimizer, p), kept_of(optimizer, p)
     return Before(
         w=real(p),
         grad=None if p.grad is None else real(p.grad),
         m=None if m is None else real(m),
         w_bits=bits(p),
         m_bits=None if m is None else bits(m),
+        kept=None if kept is None else real(kept),
+        kept_bits=None if kept is None else bits(kept),
     )
 
 
@@ -97,11 +108,19 @@ def mismatch(got: Tensor, wants: Sequence[tuple[Array, Array, Array]], dtype: to
     return f"{found}, expected {' or '.join(answers)}"
 
 
+def argument(w: Array, kept: Array | None, options: Mapping[str, Any], arithmetic: type) -> Array:
+    """What is thresholded: w, or w + dual, rounded as one addition rounds it."""
+    if kept is None or options["method"] != "admm" or definition.step_tau(options, w.shape) is None:
+        return w
+    return (w.astype(arithmetic) + kept.astype(arithmetic)).astype(REAL)
+
+
 def right_u(w: Array, options: Mapping[str, Any], arithmetic: type) -> list[tuple[Array, Array]]:
     """Every u that is right, as (low, high): the prox; near the cut both choices; near the critical tau a range."""
-    tau, (penalty, a, dims) = definition.step_tau(options, w.shape), (options[k] for k in ("penalty", "a", "group_dim"))
-    if tau is None or w.size == 0:
+    found, a, dims = definition.threshold(options, w) if w.size else None, options["a"], options["group_dim"]
+    if found is None or found[0] is None:
         return [(w, w)]
+    penalty, tau = found
     us = [definition.prox(w, penalty, tau, a, dims)]
     r = definition.magnitudes(w, dims)
     tie = in_band(r, penalty, tau, a, arithmetic)
@@ -119,15 +138,32 @@ def right_u(w: Array, options: Mapping[str, Any], arithmetic: type) -> list[tupl
     return [(u - np.where(u == 0, 0, extra), u + np.where(u == 0, 0, extra)) for u in us]
 
 
-def check_weights(p: Tensor, m: Tensor | None, b: Before, options: Mapping[str, Any], grad_scale: float | None) -> None:
+def check_weights(
+    p: Tensor,
+    m: Tensor | None,
+    kept: Tensor | None,
+    b: Before,
+    options: Mapping[str, Any],
+    grad_scale: float | None,
+) -> None:
     """One parameter after a step that it took part in."""
     assert b.grad is not None
     arithmetic = ARITHMETIC[p.dtype]
     share, floor = REAL(STEP[arithmetic]), underflow(arithmetic)
-    weights, momenta = [], []
+    weights, momenta, keeps = [], [], []
+    old = b.kept
+    if definition.step_tau(options, b.w.shape) is not None and options["method"] != "rvsm":
+        assert kept is not None, "nothing is kept after a step of a method that keeps something"
+        if old is None:  # u of the first weights, which the step has just found again, or 0
+            old = real(kept) if options["method"] == "rvsm-delayed" else np.zeros_like(b.w)
+    else:
+        assert kept is None, "something is kept that no method keeps"
     with np.errstate(invalid="ignore", over="ignore"):
-        for us in right_u(b.w, options, arithmetic):
-            ends = [definition.step(b.w, b.grad, b.m, options, grad_scale, u) for u in us]
+        for us in right_u(argument(b.w, old, options, arithmetic), options, arithmetic):
+            ends = [definition.step(b.w, b.grad, b.m, options, grad_scale, u, old) for u in us]
+            if ends[0].kept is not None:
+                low, high = (f(ends[0].kept, ends[1].kept) for f in (np.minimum, np.maximum))
+                keeps.append((low, high, share * ends[0].kept_scale + floor))
             low, high = (f(ends[0].w, ends[1].w) for f in (np.minimum, np.maximum))
             weights.append((low, high, share * ends[0].w_scale + floor))
             if ends[0].m is not None:
@@ -135,6 +171,10 @@ def check_weights(p: Tensor, m: Tensor | None, b: Before, options: Mapping[str, 
                 momenta.append((low, high, share * ends[0].m_scale + floor))
     wrong = mismatch(p, weights, p.dtype)
     assert wrong is None, f"weights: {wrong}"
+    if keeps:
+        assert kept is not None and (kept.dtype, kept.shape) == (p.dtype, p.shape)
+        wrong = mismatch(kept, keeps, p.dtype)
+        assert wrong is None, f"what is kept: {wrong}"
     if momenta:
         assert m is not None, "no momentum_buffer after a step with momentum"
         assert (m.dtype, m.shape) == (p.dtype, p.shape), f"momentum is {m.dtype} {list(m.shape)}"
@@ -151,6 +191,9 @@ def unchanged(optimizer: torch.optim.Optimizer, p: Tensor, b: Before) -> None:
     m = momentum_of(optimizer, p)
     assert (m is None) == (b.m_bits is None), "a momentum_buffer came or went"
     assert m is None or torch.equal(bits(m), b.m_bits), "momentum changed"
+    kept = kept_of(optimizer, p)
+    assert (kept is None) == (b.kept_bits is None), "what is kept came or went"
+    assert kept is None or torch.equal(bits(kept), b.kept_bits), "what is kept changed"
 
 
 def checked_step(optimizer: Any, what: object = "", step: Callable[[], Any] | None = None) -> None:
@@ -173,7 +216,7 @@ def checked_step(optimizer: Any, what: object = "", step: Callable[[], Any] | No
                     unchanged(optimizer, p, old[p])
                 else:
                     scale = None if grad_scale is None else float(grad_scale)
-                    check_weights(p, momentum_of(optimizer, p), old[p], options[i], scale)
+                    check_weights(p, momentum_of(optimizer, p), kept_of(optimizer, p), old[p], options[i], scale)
                 assert p.grad is None or torch.equal(bits(p.grad), grads[p]), "the step wrote into the gradient"
             except AssertionError as error:
                 text = f"{error}\ngroup {i}, parameter {j}: {p.dtype} {tuple(p.shape)} {p.stride()}\n"
@@ -189,12 +232,14 @@ def copied(value: Any) -> Any:
 
 
 def check_u(u: Tensor, w: Array, options: Mapping[str, Any]) -> None:
-    """u as read from an optimizer: values within the bound of shrink, zeros exactly where they belong."""
+    """u as read from an optimizer, of w (or w + dual): within the bound of shrink, zeros exactly where they belong."""
     arithmetic = ARITHMETIC[u.dtype]
-    tau, (penalty, a, dims) = definition.step_tau(options, w.shape), (options[k] for k in ("penalty", "a", "group_dim"))
-    if tau is None or w.size == 0:
-        assert np.array_equal(real(u), w), "u is not w without a splitting"
+    found, a, dims = definition.threshold(options, w) if w.size else None, options["a"], options["group_dim"]
+    if found is None or found[0] is None:
+        low, high = bracket(w, np.zeros_like(w), u.dtype)
+        assert ((real(u) >= low) & (real(u) <= high)).all(), "u is not w without a splitting"
         return
+    penalty, tau = found
     r = definition.magnitudes(w, dims)
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = np.where(r > 0, shrink_bound(r, penalty, tau, a, arithmetic) / np.where(r > 0, r, 1), 0)
@@ -233,11 +278,12 @@ def check_reading(optimizer: Any, what: object = "") -> None:
                 where = f"group {i}, parameter {j}: {p.dtype} {tuple(p.shape)} {p.stride()}"
                 assert torch.equal(bits(p), old[p].w_bits), f"sparse_weights() did not give w back, {where}"
                 try:
-                    check_u(us[p], old[p].w, group)
+                    v = argument(old[p].w, old[p].kept, group, ARITHMETIC[p.dtype])
+                    check_u(us[p], v, group)
                 except AssertionError as error:
                     options = {k: v for k, v in group.items() if k != "params"}
                     raise AssertionError(f"{error}\n{where}\noptions {options}") from None
-                want += definition.penalty_value(old[p].w, group)
+                want += definition.penalty_value(old[p].w, group, v)
                 loosest = np.float32 if ARITHMETIC[p.dtype] is np.float32 else loosest
         assert value.dtype == torch.float64 and value.dim() == 0, f"penalty_value() is {value.dtype} {value.shape}"
         error = abs(REAL(value.item()) - want)

@@ -21,7 +21,10 @@ FAMILIES = {
     "half": (torch.bfloat16, torch.float16),
     "mixed": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
 }
-CHUNKS = [(family, k) for family, n in (("float32", 8), ("float64", 3), ("half", 5), ("mixed", 2)) for k in range(n)]
+FAMILIES |= {f"methods, {name}": dtypes for name, dtypes in list(FAMILIES.items())}
+COUNTS = {"float32": 8, "float64": 3, "half": 5, "mixed": 2}
+COUNTS |= {"methods, float32": 4, "methods, float64": 2, "methods, half": 3, "methods, mixed": 1}
+CHUNKS = [(family, k) for family, n in COUNTS.items() for k in range(n)]
 
 
 def run(case: Case, engine: str) -> None:
@@ -64,7 +67,7 @@ def test_random_configurations(engine: str, family: str, chunk: int) -> None:
     failed: dict[int, AssertionError] = {}
     for seed in range(first, first + few(engine, PER_TEST)):
         try:
-            run(draw(seed, FAMILIES[family]), engine)
+            run(draw(seed, FAMILIES[family], family.startswith("methods")), engine)
         except AssertionError as error:
             failed[seed] = error
     first_error = next(iter(failed.values()), None)
