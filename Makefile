@@ -13,7 +13,7 @@ export PYTHONPATH := $(CURDIR)
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/* cmake/*) CMakeLists.txt
 TESTS := $(wildcard csrc/tests/*)
-PYTHON_SOURCES := rvsm_kernels bench python_tests setup.py csrc/fit_tl1.py
+PYTHON_SOURCES := rvsm_kernels bench examples python_tests setup.py csrc/fit_tl1.py
 CMAKE := cmake -G Ninja -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 
 .PHONY: bench test test-cpp test-python gpu-check sanitize smoke lint format build clean
