@@ -40,6 +40,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.seeds = 10 if args.quick else 100
     if args.seeds < 2:
         parser.error(f"argument --seeds: {args.seeds}: a standard deviation needs at least 2")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"argument --out: {args.out}: not a folder")
     return args
 
 

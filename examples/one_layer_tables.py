@@ -1,4 +1,4 @@
-"""Tables 1-3 of arXiv 1812.05719 (page 19), measured beside the printed values.
+"""Tables 1-3 of arXiv 1812.05719, measured beside the printed values.
 
 The paper does not say when an iteration stops. Each run is therefore read at three moments:
 
@@ -34,7 +34,7 @@ QUANTITIES = ("angle_w", "loss_w", "angle_u", "loss_u", "loss_unit_u", "zeros")
 LABELS = dict(
     zip(QUANTITIES, ("θ(w̄,w*)", "f(w̄)", "θ(ū,w*)", "f(ū)", "f(ū/‖ū‖)", "d − ‖ū‖₀"), strict=True),
 )
-_ = math.nan
+MISSING = math.nan
 PRINTED: dict[str, dict[str, tuple[float, ...]]] = {
     "l0": {
         "angle_w": (8.75685e-03, 6.68412e-03, 6.04336e-03, 5.32728e-03, 4.94954e-03),
@@ -42,7 +42,7 @@ PRINTED: dict[str, dict[str, tuple[float, ...]]] = {
         "angle_u": (3.37294e-01, 5.28306e-01, 6.58853e-01, 7.03679e-01, 8.68654e-01),
         "loss_u": (2.57150e-02, 5.83579e-02, 8.56018e-02, 9.56203e-02, 1.34753e-01),
         "loss_unit_u": (2.61605e-02, 6.05623e-02, 9.01282e-02, 1.01181e-01, 1.44854e-01),
-        "zeros": (_, 6, 15, 25, 34),
+        "zeros": (MISSING, 6, 15, 25, 34),
     },
     "tl1": {
         "angle_w": (2.89468e-02, 2.03823e-02, 2.03790e-02, 1.64539e-02, 1.37370e-02),
@@ -50,7 +50,7 @@ PRINTED: dict[str, dict[str, tuple[float, ...]]] = {
         "angle_u": (1.05764e-01, 1.42955e-01, 1.70723e-01, 1.93306e-01, 2.09155e-01),
         "loss_u": (3.94756e-03, 8.38579e-03, 1.25855e-02, 1.74556e-02, 2.18136e-02),
         "loss_unit_u": (2.73123e-03, 4.94569e-03, 7.00566e-03, 8.93097e-03, 1.04133e-02),
-        "zeros": (_, 1, 4, 9, 10),
+        "zeros": (MISSING, 1, 4, 9, 10),
     },
     "l1": {
         "angle_w": (5.57468e-02, 3.98867e-02, 3.57740e-02, 2.95779e-02, 2.56507e-02),
@@ -58,7 +58,7 @@ PRINTED: dict[str, dict[str, tuple[float, ...]]] = {
         "angle_u": (7.52479e-02, 9.48354e-02, 1.00794e-01, 1.01500e-01, 1.02384e-01),
         "loss_u": (2.51967e-03, 4.44921e-03, 5.79414e-03, 7.15888e-03, 8.44975e-03),
         "loss_unit_u": (1.39230e-03, 2.20154e-03, 2.48343e-03, 2.51794e-03, 2.56144e-03),
-        "zeros": (_, 0, 1, 2, 4),
+        "zeros": (MISSING, 0, 1, 2, 4),
     },
 }
 """As in the text that we have, where the last row has four numbers and no entry for d = 10. Moved one column to the
