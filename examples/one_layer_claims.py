@@ -236,13 +236,12 @@ def hard_thresholding(d: int, s: int, seeds: int, generator: torch.Generator, lr
         return x / x.norm(dim=1, keepdim=True)
 
     target, start = sparse(random_directions(seeds, d, generator)), sparse(random_directions(seeds, d, generator))
-    density = (s - 0.5) / d  # the optimizer rounds density * d up: s, whatever the rounding of s / d
     runs = Ensemble(
         target,
         start,
         [{}],
         relu_gradient,
-        lambda groups: rk.AdaptiveHardThreshold(groups, lr=lr, density=density),
+        lambda groups: rk.AdaptiveHardThreshold(groups, lr=lr, density=s / d),
     )
     steps = runs.converge()
     eligible = (start * (target != 0)).abs().sum(1) > 0
