@@ -61,16 +61,14 @@ def momentum_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
     return optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
 
 
-def kept_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
-    """What a method keeps of a parameter, u or dual; creates no state."""
-    own = optimizer.state.get(p, {})
-    assert len({"u", "dual"} & own.keys()) <= 1, "both u and dual are kept"
-    return own.get("u", own.get("dual"))
+def kept_of(optimizer: torch.optim.Optimizer, p: Tensor, method: str) -> Tensor | None:
+    """What a method keeps of a parameter; creates no state."""
+    return optimizer.state.get(p, {}).get({"rvsm": "", "rvsm-delayed": "u", "admm": "dual"}[method])
 
 
-def before(optimizer: torch.optim.Optimizer, p: Tensor) -> Before:
+def before(optimizer: torch.optim.Optimizer, p: Tensor, method: str) -> Before:
     """Everything that the step of p may depend on, copied."""
-    m, kept = momentum_of(optimizer, p), kept_of(optimizer, p)
+    m, kept = momentum_of(optimizer, p), kept_of(optimizer, p, method)
     return Before(
         w=real(p),
         grad=None if p.grad is None else real(p.grad),
@@ -185,13 +183,13 @@ def check_weights(
         assert m is None or torch.equal(bits(m), b.m_bits), "the momentum_buffer changed without momentum"
 
 
-def unchanged(optimizer: torch.optim.Optimizer, p: Tensor, b: Before) -> None:
+def unchanged(optimizer: torch.optim.Optimizer, p: Tensor, b: Before, method: str) -> None:
     """One parameter after a step that it took no part in: not a bit differs."""
     assert torch.equal(bits(p), b.w_bits), "weights changed"
     m = momentum_of(optimizer, p)
     assert (m is None) == (b.m_bits is None), "a momentum_buffer came or went"
     assert m is None or torch.equal(bits(m), b.m_bits), "momentum changed"
-    kept = kept_of(optimizer, p)
+    kept = kept_of(optimizer, p, method)
     assert (kept is None) == (b.kept_bits is None), "what is kept came or went"
     assert kept is None or torch.equal(bits(kept), b.kept_bits), "what is kept changed"
 
@@ -204,7 +202,7 @@ def checked_step(optimizer: Any, what: object = "", step: Callable[[], Any] | No
         what: goes into the message.
         step: what to call instead of optimizer.step().
     """
-    old = {p: before(optimizer, p) for group in optimizer.param_groups for p in group["params"]}
+    old = {p: before(optimizer, p, group["method"]) for group in optimizer.param_groups for p in group["params"]}
     grads = {p: None if p.grad is None else bits(p.grad) for p in old}
     options = [{k: copied(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
@@ -213,10 +211,13 @@ def checked_step(optimizer: Any, what: object = "", step: Callable[[], Any] | No
         for j, p in enumerate(group["params"]):
             try:
                 if p.grad is None or p.numel() == 0 or (found_inf is not None and float(found_inf) > 0):
-                    unchanged(optimizer, p, old[p])
+                    unchanged(optimizer, p, old[p], group["method"])
                 else:
                     scale = None if grad_scale is None else float(grad_scale)
-                    check_weights(p, momentum_of(optimizer, p), kept_of(optimizer, p), old[p], options[i], scale)
+                    kept = kept_of(optimizer, p, group["method"])
+                    check_weights(p, momentum_of(optimizer, p), kept, old[p], options[i], scale)
+                    strange = {"u", "dual"} & optimizer.state.get(p, {}).keys()
+                    assert len(strange) == (kept is not None), f"the state has {strange}"
                 assert p.grad is None or torch.equal(bits(p.grad), grads[p]), "the step wrote into the gradient"
             except AssertionError as error:
                 text = f"{error}\ngroup {i}, parameter {j}: {p.dtype} {tuple(p.shape)} {p.stride()}\n"
@@ -267,7 +268,7 @@ def check_u(u: Tensor, w: Array, options: Mapping[str, Any]) -> None:
 
 def check_reading(optimizer: Any, what: object = "") -> None:
     """sparse_weights() and penalty_value() of an optimizer against the definition."""
-    old = {p: before(optimizer, p) for group in optimizer.param_groups for p in group["params"]}
+    old = {p: before(optimizer, p, group["method"]) for group in optimizer.param_groups for p in group["params"]}
     value = optimizer.penalty_value()
     with optimizer.sparse_weights():
         us = {p: p.detach().clone() for p in old}

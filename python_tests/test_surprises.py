@@ -220,8 +220,8 @@ def test_prox_under_torch_func() -> None:
     assert torch.equal(slope, (w.abs() > 0.1).float())
 
 
-def test_topk_is_reserved() -> None:
-    with pytest.raises(NotImplementedError, match="topk"):
+def test_topk_has_no_tau() -> None:
+    with pytest.raises(ValueError, match="topk"):
         rk.prox(torch.ones(3), "topk", 0.1)
 
 

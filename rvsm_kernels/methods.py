@@ -202,13 +202,17 @@ def special_value(w: Tensor, u: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 def normalize_(params: Sequence[Tensor], found_inf: Tensor | None) -> None:
     """w <- w / ||w||_2 of each whole tensor; a zero tensor stays zero, and so does everything after a found_inf."""
-    for p in params:
-        w = arithmetic(p.detach())
-        norm = torch.linalg.vector_norm(w, dtype=torch.float64)
-        keep = norm == 0
+    for device in dict.fromkeys(p.device for p in params):
+        own = [p for p in params if p.device == device]
+        ws = [arithmetic(p.detach()) for p in own]
+        norms = torch.stack(torch._foreach_norm(ws, 2, dtype=torch.float64))
+        keep = norms == 0
         if found_inf is not None:
-            keep = keep | (found_inf.to(p.device) > 0).reshape(())
-        p.copy_(w / torch.where(keep, 1.0, norm).to(w.dtype))
+            keep |= found_inf.to(device).reshape(()) > 0
+        torch._foreach_div_(ws, list(torch.where(keep, 1.0, norms).unbind()))
+        for p, w in zip(own, ws, strict=True):
+            if w.dtype != p.dtype:  # else the division was in place
+                p.copy_(w)
 
 
 def drop_obsolete(groups: Sequence[Mapping[str, Any]], state: MutableMapping[Tensor, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .base import Engine, check_gradient
 from .groups import GroupDim, GroupView, kept_dims
-from .methods import is_topk
+from .methods import is_topk, state_name
 from .options import METHODS, OPTIONS, differ, is_split, param_name, snapshot, strength
 from .triton_launch import Launch, Row
 from .triton_prox import make_prox
@@ -63,7 +63,7 @@ def _structure(group: Mapping[str, Any]) -> tuple[Any, ...]:
     dims = group["group_dim"]
     dims = tuple(dims) if isinstance(dims, list) else dims  # a list can be edited in place
     norms, scaled = needs_norms(group), bool(group["group_scale"])
-    switches = group["group_lasso"] != 0, group["momentum"] != 0, group["method"]
+    switches = group["group_lasso"] != 0, group["momentum"] != 0, state_name(group), is_topk(group)
     return group["penalty"], dims, norms, scaled, *switches
 
 

@@ -66,11 +66,12 @@ inline Options random_options(bool grouped) {
 // A tensor of any type, with guard elements around it.
 struct Tensor {
   Row row;
-  std::vector<char> w, g, m;
+  std::vector<char> w, g, m, x, cut;
   int64_t at;
 
-  // `parts`: some groups are so few and long that they are summed in parts.
-  Tensor(int64_t most, bool parts) : at(integer(0, 1) * integer(1, 7)) {
+  // `parts`: some groups are so few and long that they are summed in parts. `methods`: some keep a u or a dual, some
+  // have a cut of their own.
+  Tensor(int64_t most, bool parts, bool methods) : at(integer(0, 1) * integer(1, 7)) {
     static const GroupView views[] = {{1, 1, 7, 5},    {1, 11, 5, 1},   {1, 4, 6, 9},    {3, 2, 4, 3}, {1, 1, 1, 37},
                                       {1, 700, 3, 2},  {1, 3, 2, 64},   {1, 30, 64, 9},  {1, 1, 9, 8}, {5, 1, 70, 16},
                                       {1, 1, 3, 4096}, {1, 1, 600, 24}, {1, 1, 2, 9000}, {1, 1, 1, 2}};
@@ -86,12 +87,19 @@ struct Tensor {
     const int64_t size = row.grouped ? row.view.size() : 1;
     row.step = make_step(o, size, integer(0, 1));
     row.momentum = momentum_of(o);
+    if (methods && is_split(o)) {
+      row.method = Method(integer(0, 2));
+      row.topk = o.penalty == Penalty::l0 && integer(0, 1);
+    }
     row.lam = strength(o, size);
     row.beta = o.beta;
     row.active = integer(0, 9) != 0 && row.numel > 0;
     with_storage(row.dtype, [&](auto s) {
       using S = decltype(s);
-      for (auto* v : {&w, &g, &m}) {
+      const Arithmetic<S> number = Arithmetic<S>(uniform(0, row.grouped ? 2 : 1));
+      cut.resize(16);
+      std::memcpy(cut.data(), &number, sizeof number);
+      for (auto* v : {&w, &g, &m, &x}) {
         v->resize(size_t(row.numel + 16) * sizeof(S));
         for (int64_t i = 0; i < row.numel + 16; ++i)
           store(reinterpret_cast<S*>(v->data())[i], Arithmetic<S>(uniform(-1, 1)));
@@ -100,12 +108,14 @@ struct Tensor {
   }
 
   // Where the engine finds the arrays; the gradient is sometimes out of line.
-  void aim(char* w_place, char* g_place, char* m_place) {
+  void aim(char* w_place, char* g_place, char* m_place, char* x_place, const char* cut_place) {
     with_storage(row.dtype, [&](auto s) {
       using S = decltype(s);
       row.w = reinterpret_cast<S*>(w_place) + at;
       row.g = reinterpret_cast<S*>(g_place) + (row.numel % 4 == 0 ? 1 : at);
       row.m = row.momentum == Momentum::none ? nullptr : reinterpret_cast<S*>(m_place) + at;
+      row.kept = row.method == Method::rvsm ? nullptr : reinterpret_cast<S*>(x_place) + (row.numel % 7 == 0 ? 0 : at);
+      row.cut = row.topk ? cut_place : nullptr;
     });
   }
 };
@@ -115,7 +125,8 @@ template <class S>
 void compare(const Tensor& got, const Tensor& want, const char* what, double loose) {
   const double bound = sizeof(S) == 8 ? 1e-14 : sizeof(S) == 4 ? 1e-6 : 0.02;
   const double allowed = got.row.grouped ? bound + loose * bound : loose * bound;
-  const std::pair<const std::vector<char>*, const std::vector<char>*> pairs[] = {{&got.w, &want.w}, {&got.m, &want.m}};
+  const std::pair<const std::vector<char>*, const std::vector<char>*> pairs[] = {
+      {&got.w, &want.w}, {&got.m, &want.m}, {&got.x, &want.x}};
   for (const auto& [x, y] : pairs) {
     for (int64_t i = 0; i < got.row.numel + 16; ++i) {
       const double a = double(load(reinterpret_cast<const S*>(x->data())[i]));
@@ -133,17 +144,20 @@ template <class Memory>
 int64_t engines(int count, Action action, const cuda::Kernels& kernels, double loose) {
   Memory memory;
   std::vector<Tensor> got;
-  for (int i = 0; i < count; ++i) got.emplace_back(3 * cuda::kChunk<float>, count % 2 == 0);
+  for (int i = 0; i < count; ++i) got.emplace_back(3 * cuda::kChunk<float>, count % 2 == 0, action == Action::step);
   std::vector<Tensor> want = got;
   const std::vector<Tensor> before = got;
   cuda::Job job(action, kernels);
   cpu::Job cpu_job(action);
-  std::vector<std::pair<char*, char*>> places;
+  struct Places {
+    char *w, *m, *x;
+  };
+  std::vector<Places> places;
   for (int i = 0; i < count; ++i) {
     Tensor &x = got[size_t(i)], &y = want[size_t(i)];
-    places.emplace_back(memory.place(x.w), memory.place(x.m));
-    x.aim(places.back().first, memory.place(x.g), places.back().second);
-    y.aim(y.w.data(), y.g.data(), y.m.data());
+    const Places p = places.emplace_back(Places{memory.place(x.w), memory.place(x.m), memory.place(x.x)});
+    x.aim(p.w, memory.place(x.g), p.m, p.x, memory.place(x.cut));
+    y.aim(y.w.data(), y.g.data(), y.m.data(), y.x.data(), y.cut.data());
     job.rows.push_back(x.row);
     cpu_job.rows.push_back(y.row);
     if (action == Action::prox) job.rows.back().g = nullptr;
@@ -163,8 +177,9 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
   job.set_scratch(memory.scratch(job.scratch_bytes()));
   const auto fetch = [&] {
     for (int i = 0; i < count; ++i) {
-      memory.fetch(got[size_t(i)].w, places[size_t(i)].first);
-      memory.fetch(got[size_t(i)].m, places[size_t(i)].second);
+      memory.fetch(got[size_t(i)].w, places[size_t(i)].w);
+      memory.fetch(got[size_t(i)].m, places[size_t(i)].m);
+      memory.fetch(got[size_t(i)].x, places[size_t(i)].x);
     }
   };
   std::vector<char> numbers(3 * sizeof(float));
@@ -175,7 +190,7 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
     job.run({}, {nullptr, placed + 1});
     fetch();
     for (size_t i = 0; i < got.size(); ++i)
-      CHECK(got[i].w == before[i].w && got[i].m == before[i].m, "a step in spite of Inf");
+      CHECK(got[i].w == before[i].w && got[i].m == before[i].m && got[i].x == before[i].x, "a step in spite of Inf");
     job.run({}, {placed, placed + 2});
   } else {
     job.run({}, {});

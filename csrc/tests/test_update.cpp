@@ -86,6 +86,14 @@ int main() {
     compare<double>(o, first);
     cases += 2;
   }
+  // What a method pulls with and what it keeps, by hand.
+  double kept = 0.25;
+  CHECK(argument<Method::rvsm>(1.0, kept) == 1 && argument<Method::delayed>(1.0, kept) == 1, "w is thresholded");
+  CHECK(argument<Method::admm>(1.0, kept) == 1.25, "w + dual is thresholded");
+  CHECK(gap_of<Method::rvsm>(1.0, 1.0, 0.5, kept) == 0.5 && kept == 0.25, "w - u");
+  CHECK(gap_of<Method::delayed>(1.0, 1.0, 0.5, kept) == 0.75 && kept == 0.5, "w - the u of the step before");
+  kept = 0.25;
+  CHECK(gap_of<Method::admm>(1.0, 1.25, 0.75, kept) == 0.75 && kept == 0.5, "w - u + dual, the dual v - u");
   // No splitting: nothing pulls, and u is w.
   for (const auto& [lam, beta] : {std::pair{0.0, 1.0}, std::pair{1.0, 0.0}}) {
     Options o;
