@@ -71,6 +71,7 @@ sanitize: $(VENV)/installed
 
 smoke: build
 	$(BIN)/python -m bench --smoke
+	$(BIN)/python examples/one_layer.py --quick --out build/one_layer
 
 $(VENV)/linters: $(VENV)/installed
 	$(PIP) ruff mypy clang-format pre-commit

@@ -91,8 +91,7 @@ void Job::set_scratch(void* memory) {
     for (Layout* layout : {&g.own, &g.wide}) {
       for (SumEntry& e : layout->sums) {
         e.finish = uint16_t(e.parts == 1 ? finish : Finish::part);
-        e.out = g.parts;
-        e.ratio = g.ratio;
+        e.out = e.parts == 1 ? g.ratio : reinterpret_cast<char*>(g.parts);
         e.length = g.length;
       }
     }
@@ -102,7 +101,7 @@ void Job::set_scratch(void* memory) {
     g.join.parts = 1;
     g.join.finish = uint16_t(finish);
     g.join.x = g.parts;
-    g.join.ratio = g.ratio;
+    g.join.out = g.ratio;
     g.join.length = g.length;
   }
 }
@@ -123,13 +122,16 @@ void Job::add_plane(const Row& row, const Groups& groups, int plane) {
   e.x = source(row);
   e.dual = dual ? row.kept : nullptr;
   for (SumEntry* s : {&e, &join}) {
-    s->prox = row.step.prox;
-    s->cut = row.cut;
-    if (plane > 0) s->ratio = nullptr;
+    s->by_data = row.cut != nullptr;
+    if (s->by_data)
+      s->cut = row.cut;
+    else
+      s->prox = row.step.prox;
+    if (plane > 0) s->out = nullptr;
     if (!lengths) s->length = nullptr;
   }
   double* const parts = groups.parts + plane * groups.partials;
-  e.out = parts;
+  if (e.parts > 1) e.out = parts;
   auto& squares = row.method == Method::admm ? dual_squares_ : squares_;
   squares[int(row.dtype)].add(e, row.view.batch, row.group);
   if (e.parts == 1) return;

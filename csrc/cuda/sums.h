@@ -26,25 +26,26 @@ enum class Finish : uint8_t {
 struct alignas(16) SumEntry {
   const void* x;
   const void* dual;  // added to x, or null
-  double* out;
-  void* ratio;  // null: only the length is wanted
+  void* out;         // sums (part, total), or the ratios (factors; null: only the lengths are wanted)
   void* length;
-  const void* cut;  // of top-k, in the type of the factors, in the place of the prox's; null: that one
-  Prox<double> prox;
+  union {
+    Prox<double> prox;
+    const void* cut;  // by_data: of top-k, in the type of the factors
+  };
   int64_t outer, groups, inner, count;  // count: the groups of all batches
   uint32_t first;                       // its first block
   uint32_t tiles, parts;
   uint16_t tile;       // groups of a tile
   uint16_t lanes : 9;  // threads that share one row of a group (team) or of the tile (strip)
-  uint16_t strip : 1, vectors : 1, cut_rows : 1, finish : 2;
+  uint16_t strip : 1, vectors : 1, cut_rows : 1, finish : 2, by_data : 1;
 };
 
 struct SumTable {
   uint32_t entries = 0;
   uint32_t blocks = 0;
-  SumEntry at[226];
+  SumEntry at[255];
 };
-static_assert(sizeof(SumEntry) == 144 && sizeof(SumTable) <= 32764);
+static_assert(sizeof(SumEntry) == 128 && sizeof(SumTable) <= 32764);
 
 // Where a block works: from element `begin` in so many rows, of so many groups from `group` on, and of each so many
 // consecutive elements.
@@ -173,14 +174,14 @@ template <class T>
 RVSM_HD void finish_group(const SumEntry& e, uint32_t part, int64_t group, double sum) {
   const Finish finish = Finish(e.finish);
   if (finish == Finish::part || finish == Finish::total) {
-    e.out[(finish == Finish::part ? int64_t(part) * e.count : 0) + group] = sum;
+    static_cast<double*>(e.out)[(finish == Finish::part ? int64_t(part) * e.count : 0) + group] = sum;
     return;
   }
   const T norm = T(std::sqrt(sum));
-  if (finish == Finish::factors && e.ratio != nullptr) {
-    Prox<T> prox = narrow<T>(e.prox);
-    if (e.cut != nullptr) prox.cut = *static_cast<const T*>(e.cut);
-    static_cast<T*>(e.ratio)[group] =
+  if (finish == Finish::factors && e.out != nullptr) {
+    const Prox<T> prox =
+        e.by_data ? Prox<T>{Penalty::l0, *static_cast<const T*>(e.cut), 0, 0, 0, 0} : narrow<T>(e.prox);
+    static_cast<T*>(e.out)[group] =
         with_penalty(prox.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(norm, prox); });
   }
   if (e.length != nullptr) static_cast<T*>(e.length)[group] = finish == Finish::factors ? length_of(norm) : norm;
