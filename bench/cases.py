@@ -151,12 +151,14 @@ class Case:
     penalty: str = "l0"
     group_dim: GroupDim = None
     dtype: str = "float32"
+    method: str = "rvsm"
 
     @property
     def name(self) -> str:
         group = "" if self.group_dim is None else f", group_dim {self.group_dim}"
         dtype = "" if self.dtype == "float32" else f", {self.dtype}"
-        return f"{self.shape} {self.penalty}{group}{dtype}"
+        method = "" if self.method == "rvsm" else f", {self.method}"
+        return f"{self.shape} {self.penalty}{group}{dtype}{method}"
 
     @property
     def specs(self) -> Specs:
@@ -172,8 +174,9 @@ class Case:
 
     @property
     def counted_bytes(self) -> int:
-        """What a step with momentum must move: read w, g, m; write w, m. u costs nothing."""
-        return 5 * self.itemsize * self.elements
+        """What a step with momentum must move: read w, g, m; write w, m. u costs nothing, what a method keeps does."""
+        kept = 0 if self.method == "rvsm" else 2 * sum(spec.numel for spec in self.specs if spec.penalised)
+        return self.itemsize * (5 * self.elements + kept)
 
     @property
     def groups(self) -> int:
@@ -197,6 +200,7 @@ QUICK_CASES = (
     *(Case(shape) for shape in SINGLE if shape != "100M"),
     Case("25M", "l1"),
     Case("25M", "tl1"),
+    Case("25M", method="admm"),
     Case("10M", dtype="bfloat16"),
     Case("10M", dtype="float64"),
     Case(MATRIX, "l0", 1),
@@ -216,6 +220,8 @@ FULL_CASES = (
     *(Case(shape, penalty) for shape in SINGLE for penalty in _PENALTIES),
     *(Case("10M", penalty, dtype=dtype) for dtype in ("bfloat16", "float64") for penalty in _PENALTIES),
     *(Case(shape, penalty, dim) for shape in (MATRIX, CONV) for penalty in _PENALTIES for dim in (0, 1)),
+    *(Case("25M", method=method) for method in ("rvsm-delayed", "admm")),
+    *(Case(MATRIX, "l0", dim, method="admm") for dim in (0, 1)),
     *(Case(model, penalty, dim) for model in MODELS for penalty, dim in _MODEL_VARIANTS),
     Case("1000 of 1"),
 )

@@ -51,6 +51,7 @@ class Problem:
             "beta": BETA,
             "a": A,
             "group_dim": case.group_dim,
+            "method": case.method,
         }
 
     def parameters(self) -> list[nn.Parameter]:

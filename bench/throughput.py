@@ -63,6 +63,8 @@ def too_large(case: Case, contenders: int, device: str) -> str | None:
 
 def _wanted(case: Case, name: str, config: Config) -> str | None:
     """Why a baseline is left out of a run, or None."""
+    if case.method != "rvsm" and name in ("compiled", "channel_loop", "pat"):
+        return f"does not do the step of {case.method}"
     if name == "compiled" and case.group_dim is None and len(case.specs) > config.effort.compile_up_to:
         return f"left out of --{config.effort.name}: compiling takes longer than the run may"
     return None
@@ -95,6 +97,7 @@ def _describe(case: Case) -> Row:
         "groups": case.groups,
         "penalty": case.penalty,
         "group_dim": case.group_dim,
+        "method": case.method,
         "dtype": case.dtype,
         "counted_bytes": case.counted_bytes,
     }
