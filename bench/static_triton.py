@@ -7,8 +7,11 @@ for NVIDIA, from the assembly for AMD. No GPU is needed; TRITON_INTERPRET must n
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -88,15 +91,21 @@ def usage(binary: Any) -> dict[str, int]:
     return {"registers": numbers.get("vgpr_count", 0), "spilled": spilled, "wide": wide}
 
 
+def row(name: str, index: int) -> dict[str, Any]:
+    """What became of a variant for a target."""
+    kernel, constants, streams = list(variants())[index]
+    kinds = {key: str(value) for key, value in constants.items()}
+    found = usage(compiled(kernel, constants, target_of(name)))
+    return {"target": name, "kernel": kernel.__name__, **kinds, "streams": streams, **found}
+
+
 def measure(targets: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each kernel, variant and target."""
-    rows = []
-    for name in targets:
-        for kernel, constants, streams in variants():
-            kinds = {key: str(value) for key, value in constants.items()}
-            found = usage(compiled(kernel, constants, target_of(name)))
-            rows.append({"target": name, "kernel": kernel.__name__, **kinds, "streams": streams, **found})
-    return rows
+    """One row for each kernel, variant and target; as many at a time as there are processors."""
+    work = [(name, index) for name in targets for index in range(len(list(variants())))]
+    # Fresh processes: those that this one would fork have its threads' locks.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        return list(pool.map(row, *zip(*work, strict=True), chunksize=8))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
