@@ -237,9 +237,11 @@ void Plan::find_beside(Entry& e, Row& row) const {
       throw std::runtime_error(std::string("a step without the ") + what + " of a parameter");
     return found;
   };
-  e.kept = row.method == Method::rvsm ? nullptr : find(kept_, "u or dual");
-  row.kept = e.kept == nullptr ? nullptr : THPVariable_Unpack(e.kept).mutable_data_ptr();
-  row.cut = row.topk ? THPVariable_Unpack(find(cuts_, "cut")).const_data_ptr() : nullptr;
+  if (row.method != Method::rvsm) {
+    e.kept = find(kept_, "u or dual");
+    row.kept = THPVariable_Unpack(e.kept).mutable_data_ptr();
+  }
+  if (row.topk) row.cut = THPVariable_Unpack(find(cuts_, "cut")).const_data_ptr();
 }
 
 void Plan::prepare_entry(const py::list& groups, Entry& e, Row& row, double grad_factor) {
@@ -250,6 +252,9 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, Row& row, double grad
   const Options& o = options_[e.group].options;
   const bool momentum = o.momentum != 0;
   if (momentum) find_buffer(groups, e);
+  e.kept = nullptr;
+  row.kept = nullptr;
+  row.cut = nullptr;
   if (row.active && (row.method != Method::rvsm || row.topk)) find_beside(e, row);
   const bool first = momentum && e.buffer == nullptr;
   const at::Tensor* m = momentum && !first ? &THPVariable_Unpack(e.buffer) : nullptr;
