@@ -31,6 +31,7 @@ from .triton_table import (
     pieces,
     record_of,
     record_words,
+    stream_of,
     upload,
 )
 from .triton_update import ADMM, Step
@@ -175,6 +176,7 @@ class Launch:
             if sum(counts):
                 self.calls[name] = Call(entries, counts, self.device)
         self.addresses, self.records = Table(self.device), Table(self.device)
+        self.home = stream_of(self.device)
         self.whole = all(source == (k, 0) for k, source in enumerate(self.sources))
         self.totals = torch.empty(sum(blocks) * (self.action == "penalty"), dtype=torch.float64, device=self.device)
 
@@ -261,6 +263,12 @@ class Launch:
         S, T = STORAGE[self.dtype], STORAGE[self.arithmetic]
         addresses, records = self.addresses.put(captured), self.records.put(captured)
         calls = self.calls
+        stream = stream_of(self.device)
+        if stream != self.home and not captured:
+            # The allocator must not hand this memory on before another stream is done with it.
+            own = (t for call in calls.values() for t in (call.entries, call.owners))
+            for t in (addresses, records, self.totals, *self.scratch, *own):
+                t.record_stream(stream)
         if "sums" in calls:
             call = calls["sums"]
             call(sum_kernel, addresses, call.entries, records, call.owners, S, T, self.method == _ADMM)

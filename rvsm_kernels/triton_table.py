@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,6 +133,11 @@ def owners_of(blocks: Sequence[int]) -> Tensor:
     """For each block the entry it works for, from the number of blocks of each entry; int32 on the CPU."""
     counts = torch.tensor(blocks, dtype=torch.int64, device="cpu")
     return torch.repeat_interleave(torch.arange(len(blocks), dtype=torch.int32, device="cpu"), counts)
+
+
+def stream_of(device: torch.device) -> Any:
+    """The current stream of a device; None on the CPU."""
+    return None if device.type == "cpu" else torch.get_device_module(device).current_stream(device)
 
 
 def pinned(like: Tensor, device: torch.device) -> Tensor:
