@@ -45,11 +45,14 @@ def prox(v: Vector, penalty: str, groups: int | None) -> Vector:
     return out
 
 
-def algorithm(method: str, w: Vector, penalty: str, groups: int | None, target: Vector, steps: int) -> Vector:
-    """Algorithm 1 of the papers without momentum on f(w) = |w - target|^2 / 2, on plain lists of floats.
+def algorithm(
+    method: str, w: Vector, penalty: str, groups: int | None, target: Vector, steps: int, unit_norm: bool
+) -> Vector:
+    """The algorithms of the papers on f(w) = |w - target|^2 / 2, on plain lists of floats.
 
-    rvsm: u = prox(w). rvsm-delayed: as it is printed, the u that was made one step earlier. admm: with a gradient step
-    in w in the place of its minimisation, and the scaled multiplier.
+    With unit_norm: Algorithm 1 of arXiv 1812.05719, and RVSCGD, whose gradient is another. Without: that of the later
+    papers. rvsm: u = prox(w). rvsm-delayed: as it is printed, the u that was made one step earlier. admm: with a
+    gradient step in w in the place of its minimisation, and the scaled multiplier.
     """
     u, y = prox(w, penalty, groups), [0.0] * len(w)
     for _ in range(steps):
@@ -65,21 +68,26 @@ def algorithm(method: str, w: Vector, penalty: str, groups: int | None, target: 
             y = [c + a - b for a, b, c in zip(w, u, y, strict=True)]
             pull = [a - b + c for a, b, c in zip(w, u, y, strict=True)]
         w = [a - LR * g - LR * BETA * p for a, g, p in zip(w, grad, pull, strict=True)]
+        if unit_norm:
+            norm = math.sqrt(sum(a * a for a in w))
+            w = [a / norm for a in w]
     return w
 
 
 @pytest.mark.parametrize("method", ["rvsm", "rvsm-delayed", "admm"])
 @pytest.mark.parametrize("penalty", ["l0", "l1", "tl1"])
 @pytest.mark.parametrize("groups", [None, 3])
-def test_the_algorithms_as_printed(engine: str, method: str, penalty: str, groups: int | None) -> None:
+@pytest.mark.parametrize("unit_norm", [False, True])
+def test_the_algorithms_as_printed(engine: str, method: str, penalty: str, groups: int | None, unit_norm: bool) -> None:
     """Forty steps on a quadratic, in float64; both couplings are the same without momentum and weight decay."""
     gen = generator(4)
     start, target = (torch.randn(12, generator=gen, dtype=torch.float64) * 0.6 for _ in range(2))
-    want = algorithm(method, start.tolist(), penalty, groups, target.tolist(), 40)
+    want = algorithm(method, start.tolist(), penalty, groups, target.tolist(), 40, unit_norm)
     shape = (12,) if groups is None else (12 // groups, groups)
     for decoupled in (True, False):
         p = nn.Parameter(start.clone().reshape(shape))
         options = {"penalty": penalty, "lam": LAM, "beta": BETA, "group_dim": None if groups is None else 0}
+        options["unit_norm"] = unit_norm
         optimizer = rk.RVSM([p], lr=LR, method=method, decoupled=decoupled, **options, engine=engine)
         for _ in range(40):
             p.grad = p.detach() - target.reshape(shape)
