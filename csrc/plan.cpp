@@ -90,6 +90,7 @@ void Plan::set_options(size_t group, GroupOptions options) {
   // Numbers are refreshed row by row; another grouping needs another table.
   const Options &old = own.options, &next = options.options;
   built_ = built_ && own.group_dim == options.group_dim && needs_norms(old) == needs_norms(next) &&
+           is_split(old) == is_split(next) &&
            (old.group_lasso != 0) == (next.group_lasso != 0) && old.method == next.method && old.topk == next.topk;
   own = std::move(options);
 }

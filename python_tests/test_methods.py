@@ -148,8 +148,12 @@ def test_a_checkpoint_without_what_is_kept(engine: str, method: str, name: str) 
     assert torch.equal(bits(optimizer.state[p][name]), before) and torch.equal(bits(p), weights)
     sgd = torch.optim.SGD([p], lr=0.1, momentum=0.9)
     sgd.step()
-    with pytest.raises(ValueError, match=f"no {name}"):
+    with pytest.raises(ValueError, match=f"no {name}.*edit the method after that"):
         optimizer.load_state_dict(sgd.state_dict())
+    loaded = rk.RVSM([p], lr=0.1, penalty="l1", lam=0.1, beta=0.5, engine=engine)
+    loaded.load_state_dict(sgd.state_dict())
+    loaded.param_groups[0]["method"] = method
+    go(p, loaded, 6)
     _, plain = started(engine, "rvsm")
     optimizer.load_state_dict(plain.state_dict())  # which brings its method along
     assert optimizer.param_groups[0]["method"] == "rvsm"
@@ -190,6 +194,74 @@ def test_switched_off_and_on(engine: str, method: str, name: str) -> None:
     go(p, optimizer, 23)
     go(p, optimizer, 24)
     check_reading(optimizer)
+
+
+@pytest.mark.parametrize("method", ["rvsm-delayed", "admm"])
+@pytest.mark.parametrize("edit", [{"lam": 0.0}, {"beta": 0.0}, {"penalty": None}])
+@pytest.mark.parametrize("shape", [(40, 3), (40, 64)])
+def test_switched_on_beside_group_lasso(engine: str, method: str, edit: dict[str, Any], shape: tuple[int, int]) -> None:
+    """The norms were wanted before, but not those of another argument, nor anything kept."""
+    p = nn.Parameter(torch.randn(shape) * 0.3)
+    final = {"penalty": "l0", "lam": 0.05, "beta": 0.5}
+    options = {"group_dim": 0, "group_lasso": 0.1, "method": method, **final, **edit}
+    optimizer = rk.RVSM([p], lr=0.1, **options, engine=engine)
+    go(p, optimizer, 0)
+    optimizer.param_groups[0].update(final)
+    go(p, optimizer, 1)
+    go(p, optimizer, 2)
+    optimizer.param_groups[0].update(edit)
+    go(p, optimizer, 3)
+
+
+@pytest.mark.parametrize("method", ["rvsm-delayed", "admm"])
+def test_saved_between_an_edit_and_a_step(engine: str, method: str) -> None:
+    """The next step would begin anew, and so does that of a loaded optimizer."""
+    p, optimizer = started(engine, method, lam=0.0)
+    optimizer.param_groups[0]["lam"] = 0.1
+    q = nn.Parameter(p.detach().clone())
+    other = rk.RVSM([q], lr=0.1, engine=engine)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for k in range(3):
+        go(p, optimizer, k)
+        go(q, other, k)
+        assert same_bits(p, q)
+
+
+def test_moved_to_another_group(engine: str) -> None:
+    p, optimizer = started(engine, "admm")
+    q = nn.Parameter(torch.randn(3, 4))
+    optimizer.add_param_group({"params": [q], "method": "rvsm"})
+    q.grad = torch.ones_like(q)
+    first, second = optimizer.param_groups
+    first["params"], second["params"] = second["params"], first["params"]
+    go(p, optimizer, 4)
+    assert "dual" not in optimizer.state[p] and "dual" in optimizer.state[q]
+
+
+@pytest.mark.parametrize("wrong", ["text", torch.ones(5), torch.ones(2, 6, 5), torch.zeros(1).expand(6, 5)])
+def test_reading_with_a_dual_that_does_not_fit(engine: str, wrong: Any) -> None:
+    p, optimizer = started(engine, "admm")
+    good, weights = optimizer.state[p]["dual"], bits(p)
+    optimizer.state[p]["dual"] = wrong.to(p.device) if isinstance(wrong, Tensor) else wrong
+    calls = [optimizer.penalty_value, optimizer.sparsity, optimizer.sparsify_, optimizer.step]
+    for call in [*calls, optimizer.sparse_weights().__enter__]:
+        with pytest.raises(RuntimeError, match="the dual of parameter 0 of group 0"):
+            call()
+        assert torch.equal(bits(p), weights)
+    optimizer.state[p]["dual"] = good
+    check_reading(optimizer)
+
+
+@pytest.mark.parametrize("penalty", ["l0", "l1"])
+def test_sparsified_for_good(engine: str, penalty: str) -> None:
+    """What is read afterwards is what the parameters hold."""
+    p, optimizer = started(engine, "admm", penalty=penalty)
+    optimizer.sparsify_()
+    u = p.detach().clone()
+    with optimizer.sparse_weights():
+        assert torch.equal(p == 0, u == 0)
+        torch.testing.assert_close(p.detach(), u)
+    go(p, optimizer, 9)
 
 
 @pytest.mark.parametrize("method", ["rvsm-delayed", "admm"])
@@ -283,6 +355,23 @@ def test_topk_where_magnitudes_tie(engine: str) -> None:
     assert cut_of(nan, 0.5).item() == 1, "a NaN counts as large, and stays visible"
 
 
+def test_neighbours_are_no_tie(engine: str) -> None:
+    """Norms one ulp apart: halfway between them there is nothing."""
+    eps = torch.finfo(torch.float32).eps
+    p = nn.Parameter(torch.tensor([[1 + eps], [1 + 2 * eps]]))
+    rk.RVSM([p], lr=0.1, penalty="topk", density=0.5, group_dim=0, engine=engine).sparsify_()
+    assert p.flatten().tolist() == [0, 1 + 2 * eps]
+
+
+def test_topk_after_inference_mode(engine: str) -> None:
+    p = nn.Parameter(torch.randn(9))
+    optimizer = rk.RVSM([p], lr=0.1, penalty="topk", density=0.5, lam=1.0, engine=engine)
+    p.grad = torch.ones_like(p)
+    with torch.inference_mode():
+        optimizer.step()
+    go(p, optimizer, 1)
+
+
 def test_density_is_read_at_each_step(engine: str) -> None:
     p = nn.Parameter(torch.randn(40, generator=generator(8)))
     optimizer = rk.RVSM([p], lr=0.1, penalty="topk", density=0.5, lam=1.0, beta=0.9, engine=engine)
@@ -326,6 +415,14 @@ def test_unit_norm(engine: str, dtype: torch.dtype) -> None:
             want = q.double() / norm if norm > 0 else q.double()
             torch.testing.assert_close(p.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=0)
         assert not params[2].any() and not params[0][1].any()
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(3e38, torch.float32), (1e-44, torch.float32), (3e200, torch.float64)])
+def test_unit_norm_of_numbers_out_of_range(engine: str, value: float, dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.full((4,), value, dtype=dtype))
+    p.grad = torch.zeros_like(p)
+    rk.RVSM([p], lr=0.1, penalty=None, unit_norm=True, engine=engine).step()
+    torch.testing.assert_close(p.detach(), torch.full((4,), 0.5, dtype=dtype))
 
 
 def test_unit_norm_and_an_inf(engine: str) -> None:
@@ -393,3 +490,29 @@ def test_adaptive_hard_thresholding_is_checked(engine: str) -> None:
     assert int((q != 0).any(1).sum()) == 3
     copied = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(copied)
+
+
+def test_adaptive_thresholding_leaves_the_rest_alone(engine: str) -> None:
+    """Biases and norms stay dense, and a NaN stays where it came from, visible."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    optimizer = rk.AdaptiveHardThreshold(rk.param_groups(model, penalty="topk"), lr=0.5, density=0.25, engine=engine)
+    for k in range(5):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator(k))
+        optimizer.step()
+    assert all((p != 0).all() for p in (model[0].bias, model[1].weight, model[1].bias))
+    p = nn.Parameter(torch.tensor([1.0, 2, 3, 4]))
+    optimizer = rk.AdaptiveHardThreshold([p], lr=0.1, density=0.5, engine=engine)
+    p.grad = torch.tensor([math.nan, 0, 0, 0])
+    optimizer.step()
+    assert math.isnan(p[0].item()) and p[3].item() == 4
+
+
+def test_adaptive_thresholding_knows_one_penalty(engine: str) -> None:
+    p, rvsm = started(engine, "rvsm")
+    optimizer = rk.AdaptiveHardThreshold([p], lr=0.1, density=0.5, engine=engine)
+    with pytest.raises(ValueError, match=r"penalty.*'l1'.*topk"):
+        optimizer.load_state_dict(rvsm.state_dict())
+    optimizer.param_groups[0]["penalty"] = "l0"
+    with pytest.raises(ValueError, match=r"penalty.*'l0'.*topk"):
+        optimizer.step()

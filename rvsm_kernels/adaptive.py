@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Engine, Group, SplittingOptimizer
 from .groups import GroupDim, magnitudes
-from .methods import arithmetic, cut_of, moved
+from .methods import arithmetic, cut_of, is_topk, moved
 
 
 class AdaptiveThresholding(SplittingOptimizer):
@@ -50,15 +50,21 @@ class AdaptiveThresholding(SplittingOptimizer):
             engine=engine,
         )
 
+    def _validate(self, group: Mapping[str, Any]) -> None:
+        super()._validate(group)
+        if group["penalty"] not in (None, "topk"):
+            raise ValueError(f"Invalid penalty: {group['penalty']!r}: AdaptiveHardThreshold knows 'topk' and None")
+
     def _step_groups(self) -> Sequence[Group]:
         """The step of the algorithm is a plain one: top-k says only what u is."""
         return [{**group, "penalty": None} for group in self.param_groups]
 
     def _supports(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The parameters that a step moves, and where H_s is not 0 of them."""
+        """The parameters that a step moves and that have a penalty, and where H_s is not 0 of them."""
         for group in self.param_groups:
-            for _, p in moved(group):
-                yield p, _support(p, group)
+            if is_topk(group):
+                for _, p in moved(group):
+                    yield p, _support(p, group)
 
     def _run(self, engines: Sequence[Engine]) -> None:
         before = dict(self._supports())
@@ -70,4 +76,5 @@ class AdaptiveThresholding(SplittingOptimizer):
 
 def _support(p: Tensor, group: Mapping[str, Any]) -> Tensor:
     w = arithmetic(p.detach())
-    return magnitudes(w, group["group_dim"]) > cut_of(w, group["density"], group["group_dim"])
+    # Not "above": NaN is above nothing, and must stay visible.
+    return ~(magnitudes(w, group["group_dim"]) <= cut_of(w, group["density"], group["group_dim"]))

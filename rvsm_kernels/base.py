@@ -133,7 +133,7 @@ class SplittingOptimizer(Optimizer):
     ) -> None:
         values = locals()
         defaults = {key: values[key] for key in OPTIONS}
-        validate(defaults)
+        self._validate(defaults)
         self._start(engine)
         super().__init__(params, defaults)
 
@@ -143,10 +143,13 @@ class SplittingOptimizer(Optimizer):
         self._engines: dict[str, Engine] = {}
         self._validated: list[tuple[Any, ...] | None] = []
         self._cuts = methods.Cuts()
-        self._names: list[str | None] = []  # of what each group's method keeps
-        self._obsolete = False  # that changed: the state may hold what no method keeps any more
+        self._keeps = True  # the state may hold what a method keeps, or what none keeps any more
         self._dense: dict[Tensor, Tensor] | None = None  # the weights, while sparse_weights() holds u in them
         self._check_engine()  # an unknown or missing engine is an error now, not at the first step
+
+    def _validate(self, group: Mapping[str, Any]) -> None:
+        """Check every option of a param group; see :func:`rvsm_kernels.options.validate`."""
+        validate(group)
 
     # ---- engines -------------------------------------------------------------------------------------------------
 
@@ -187,19 +190,15 @@ class SplittingOptimizer(Optimizer):
         groups, seen = self.param_groups, self._validated
         if len(seen) != len(groups):
             seen[:] = [None] * len(groups)
-            self._names, self._obsolete = [None] * len(groups), True
         for i, group in enumerate(groups):
             values = _read_options(group)
             if differ(values, seen[i]):
-                validate(group)
+                self._validate(group)
                 before = seen[i]
                 if before is None or before[_GROUP_DIM] != group["group_dim"]:
                     for j, p in enumerate(group["params"]):
                         validate_param(p, group, param_name(group, i, j))
                 seen[i] = snapshot(values)
-                name = methods.state_name(group)
-                self._obsolete |= name != self._names[i]
-                self._names[i] = name
 
     def _first_u(self, p: Tensor, group: Mapping[str, Any], name: str) -> Tensor:
         """u of a parameter that has none in its state yet."""
@@ -250,9 +249,8 @@ class SplittingOptimizer(Optimizer):
             return loss
         for p, (key, value) in fresh.items():
             self.state[p][key] = value
-        if self._obsolete:
-            methods.drop_obsolete(self.param_groups, self.state)
-            self._obsolete = False
+        if self._keeps or fresh:
+            self._keeps = methods.drop_obsolete(self.param_groups, self.state)
         if cuts:
             self._cuts.select(whole, kept)
         self._run(engines)
@@ -284,11 +282,22 @@ class SplittingOptimizer(Optimizer):
                 by_device: dict[str, list[Tensor]] = {}
                 for j, p in enumerate(group["params"]):
                     if not is_lazy(p) and p.numel() > 0:
-                        refuse_expanded(p, param_name(group, i, j))
-                        self._engine(p.device.type).check(p, group, param_name(group, i, j))
+                        self._check_reading(p, p, group, param_name(group, i, j))
                         by_device.setdefault(p.device.type, []).append(p)
                 for device_type, params in by_device.items():
                     yield group, self._engine(device_type), params
+
+    def _check_reading(self, p: Tensor, w: Tensor, group: Group, name: str) -> None:
+        """Raise unless u of a parameter with these weights can be made."""
+        refuse_expanded(w, name)
+        self._engine(w.device.type).check(w, group, name)
+        dual = self._dual(p, group)
+        if dual is not None:
+            methods.check_kept(dual, w, name, "dual")
+
+    def _dual(self, p: Tensor, group: Mapping[str, Any]) -> Any:
+        """The dual of a parameter, None where there is none or it does not matter."""
+        return self.state[p].get("dual") if group["method"] == "admm" and p in self.state else None
 
     @contextlib.contextmanager
     def sparse_weights(self) -> Iterator[None]:
@@ -330,10 +339,17 @@ class SplittingOptimizer(Optimizer):
 
     @torch.no_grad()
     def sparsify_(self) -> None:
-        """w <- u for good. Momentum is left alone, so a pruned weight may grow again."""
+        """w <- u for good. Momentum is left alone, so a pruned weight may grow again.
+
+        The dual of ``method="admm"`` becomes what the step makes of it, w + dual - u, so that u stays what it is.
+        """
         self._refuse_inside_sparse_weights("sparsify_()")
         for group, engine, params in list(self._split_params()):
+            before = [(p, p.detach().clone(), self._dual(p, group)) for p in params]
             self._write_u(params, group, engine)
+            for p, w, dual in before:
+                if dual is not None:
+                    dual.copy_(methods.argument(w, dual) - methods.arithmetic(p.detach()))
 
     @torch.no_grad()
     def penalty_value(self) -> Tensor:
@@ -365,17 +381,15 @@ class SplittingOptimizer(Optimizer):
                     continue
                 u = self._weights(p).detach()
                 if is_split(group) and u.numel() > 0:  # else u is w
-                    engine = self._engine(u.device.type)
-                    engine.check(u, group, name)
-                    u = self._u_of(p, u, group, engine).to(u.dtype)
+                    self._check_reading(p, u, group, name)
+                    u = self._u_of(p, u, group, self._engine(u.device.type)).to(u.dtype)
                 rows.append(measure(name, u, group["group_dim"]))
         return SparsityReport(rows)
 
     def _u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
         """u of a parameter with these weights, as a new tensor; where it is special, in the arithmetic type."""
         if methods.is_special(group):
-            dual = self.state[p].get("dual") if group["method"] == "admm" and p in self.state else None
-            return methods.special_u(w.detach(), dual, group, engine.prox_)
+            return methods.special_u(w.detach(), self._dual(p, group), group, engine.prox_)
         u = w.detach().clone()
         engine.prox_([u], group)
         return u
@@ -413,12 +427,30 @@ class SplittingOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            validate(group)
+            self._validate(group)
             for j, p in enumerate(group["params"]):
                 validate_param(p, group, param_name(group, len(self.param_groups) - 1, j))
         except Exception:
             self.param_groups.pop()
             raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the options, as in torch.optim.
+
+        A parameter that is in training, but not yet with its method (which was edited after the last step), gets what
+        the next step would begin with.
+        """
+        for i, group in enumerate(self.param_groups):
+            key = methods.state_name(group)
+            for j, p in enumerate(group["params"]):
+                own = self.state.get(p)
+                if key is not None and own and own.get(key) is None and not is_lazy(p) and p.numel() > 0:
+                    w, name = self._weights(p).detach(), param_name(group, i, j)
+                    # Where u cannot be made the next step will say so; saving must not.
+                    with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError):
+                        own[key] = torch.zeros_like(p) if key == "dual" else self._first_u(w, group, name)
+                    self._keeps = True
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of torch.optim.SGD.
@@ -430,6 +462,7 @@ class SplittingOptimizer(Optimizer):
             ValueError: groups that do not match, or an invalid option in the checkpoint; nothing has changed then.
         """
         self._refuse_inside_sparse_weights("load_state_dict()")
+        self._keeps = True
         super().load_state_dict(state_dict)  # runs the pre-hooks, then hands the groups to __setstate__
         self._validated.clear()
 
@@ -444,7 +477,7 @@ class SplittingOptimizer(Optimizer):
             for i, (own, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True)):
                 for key in OPTIONS:
                     loaded.setdefault(key, own[key])
-                validate(loaded)
+                self._validate(loaded)
                 for j, p in enumerate(loaded["params"]):
                     validate_param(p, loaded, param_name(loaded, i, j))
             methods.check_loaded(state["param_groups"], state["state"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .groups import GroupDim, magnitudes
-from .options import is_split, param_name, strength
+from .options import is_split, param_name, refuse_expanded, strength
 from .penalties import PENALTIES
 
 STATE = {"rvsm": None, "rvsm-delayed": "u", "admm": "dual"}
@@ -64,7 +64,8 @@ def cut_of(v: Tensor, density: float, group_dim: GroupDim = None) -> Tensor:
     if group_dim is None:
         return low
     high = torch.kthvalue(r, dropped + 1).values
-    return torch.where(high.isfinite(), low + (high - low) / 2, low)
+    middle = low + (high - low) / 2
+    return torch.where(high.isfinite() & (middle < high), middle, low)  # between neighbours it is one of them
 
 
 def keep_above(v: Tensor, cut: Tensor, group_dim: GroupDim = None) -> Tensor:
@@ -96,6 +97,7 @@ def check_kept(kept: Any, p: Tensor, name: str, key: str) -> None:
             f"the {key} of {name} is {what}, the parameter {p.dtype} {list(p.shape)} on {p.device}; delete it from the"
             " optimizer's state to begin anew"
         )
+    refuse_expanded(kept, f"the {key} of {name}")
 
 
 def find_kept(
@@ -148,7 +150,8 @@ class Cuts:
                 for _, p in moved(group):
                     own = self._of.get(p)
                     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                    if own is None or own.device != p.device or own.dtype != dtype:
+                    odd = own is not None and own.is_inference() and not torch.is_inference_mode_enabled()
+                    if own is None or odd or own.device != p.device or own.dtype != dtype:
                         own = torch.zeros((), dtype=dtype, device=p.device)
                     cuts[p] = own
         self._of = cuts
@@ -202,21 +205,33 @@ def special_value(w: Tensor, u: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 def normalize_(params: Sequence[Tensor], found_inf: Tensor | None) -> None:
     """w <- w / ||w||_2 of each whole tensor; a zero tensor stays zero, and so does everything after a found_inf."""
-    for device in dict.fromkeys(p.device for p in params):
-        own = [p for p in params if p.device == device]
+    for device, dtype in dict.fromkeys((p.device, p.dtype) for p in params):
+        own = [p for p in params if (p.device, p.dtype) == (device, dtype)]
         ws = [arithmetic(p.detach()) for p in own]
-        norms = torch.stack(torch._foreach_norm(ws, 2, dtype=torch.float64))
-        keep = norms == 0
+        # ||w|| = largest * ||w / largest||, whose squares neither overflow nor vanish.
+        largest = torch.stack(torch._foreach_norm(ws, torch.inf)).double()
+        largest = torch.where(largest == 0, 1.0, largest)
+        scaled = torch._foreach_div(ws, list(largest.unbind()))
+        rest = torch.stack(torch._foreach_norm(scaled, 2, dtype=torch.float64))
+        keep = rest == 0
         if found_inf is not None:
             keep |= found_inf.to(device).reshape(()) > 0
-        torch._foreach_div_(ws, list(torch.where(keep, 1.0, norms).unbind()))
+        # One division, unless the norm itself is out of range.
+        norms = torch.where(keep, 1.0, largest * rest)
+        once = norms.to(ws[0].dtype).isfinite() & (norms >= torch.finfo(ws[0].dtype).tiny)
+        for factors in (torch.where(once, norms, largest), torch.where(once, 1.0, rest)):
+            torch._foreach_div_(ws, list(factors.unbind()))
         for p, w in zip(own, ws, strict=True):
             if w.dtype != p.dtype:  # else the division was in place
                 p.copy_(w)
 
 
-def drop_obsolete(groups: Sequence[Mapping[str, Any]], state: MutableMapping[Tensor, Any]) -> None:
-    """Forget what no method keeps any more: it would be stale when the splitting is switched on again."""
+def drop_obsolete(groups: Sequence[Mapping[str, Any]], state: MutableMapping[Tensor, Any]) -> bool:
+    """Forget what no method keeps any more: it would be stale when the splitting is switched on again.
+
+    Returns whether anything is kept still.
+    """
+    kept = False
     for group in groups:
         name = state_name(group)
         for p in group["params"]:
@@ -224,6 +239,8 @@ def drop_obsolete(groups: Sequence[Mapping[str, Any]], state: MutableMapping[Ten
             for key in ("u", "dual"):
                 if own and key in own and key != name:
                     del own[key]
+            kept = kept or bool(own and name in own)
+    return kept
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -245,6 +262,6 @@ def check_loaded(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) 
             if name not in own and any(value is not None for value in own.values()):
                 raise ValueError(
                     f"the checkpoint has no {name} for {param_name(group, i, j)}, which"
-                    f" method={group['method']!r} keeps (it has {', '.join(own)}); to begin with a new one, remove that"
-                    " parameter's state from it"
+                    f" method={group['method']!r} keeps (it has {', '.join(own)}); to begin with a new one, load it"
+                    " with method='rvsm' and edit the method after that"
                 )

@@ -61,7 +61,7 @@ def _step(
         g = [x * grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
     if group["maximize"]:
         g = list(torch._foreach_neg(g))
-    lr, beta, dims = float(group["lr"]), group["beta"], group["group_dim"]
+    lr, beta, dims = float(group["lr"]), float(group["beta"]), group["group_dim"]
 
     if group["group_lasso"] != 0:
         norms = [magnitudes(x, dims) for x in w]
