@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Engine, Group, SplittingOptimizer
+from .base import SplittingOptimizer
 from .groups import GroupDim, magnitudes
+from .interface import Engine, Group
 from .methods import arithmetic, cut_of, is_topk, moved
 
 

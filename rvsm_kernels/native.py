@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Engine
 from .groups import GroupDim, kept_dims
+from .interface import Engine
 from .methods import is_topk
 from .options import METHODS, differ, is_split, snapshot
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .adaptive import AdaptiveThresholding
-from .base import Engine, SplittingOptimizer
+from .base import SplittingOptimizer
 from .engines import choose, known, serving
+from .interface import Engine
 from .native import NativeEngine
 from .reference import ReferenceEngine
 

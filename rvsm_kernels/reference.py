@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from .adaptive import AdaptiveThresholding
-from .base import Engine, SplittingOptimizer, check_gradient
+from .base import SplittingOptimizer
 from .groups import GroupDim, magnitudes
+from .interface import Engine, check_gradient
 from .methods import arithmetic, is_topk, keep_above
 from .options import is_split, strength
 from .penalties import PENALTIES, shrink

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Engine, check_gradient
 from .groups import GroupDim, GroupView, kept_dims
+from .interface import Engine, check_gradient
 from .methods import is_topk, state_name
 from .options import METHODS, OPTIONS, differ, is_split, param_name, snapshot, strength
 from .triton_launch import Launch, Row
