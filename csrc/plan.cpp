@@ -90,8 +90,8 @@ void Plan::set_options(size_t group, GroupOptions options) {
   // Numbers are refreshed row by row; another grouping needs another table.
   const Options &old = own.options, &next = options.options;
   built_ = built_ && own.group_dim == options.group_dim && needs_norms(old) == needs_norms(next) &&
-           is_split(old) == is_split(next) &&
-           (old.group_lasso != 0) == (next.group_lasso != 0) && old.method == next.method && old.topk == next.topk;
+           is_split(old) == is_split(next) && (old.group_lasso != 0) == (next.group_lasso != 0) &&
+           old.method == next.method && old.topk == next.topk;
   own = std::move(options);
 }
 
@@ -253,7 +253,7 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, Row& row, double grad
   const Options& o = options_[e.group].options;
   const bool momentum = o.momentum != 0;
   if (momentum) find_buffer(groups, e);
-  e.kept = nullptr;
+  e.kept = nullptr;  // what was borrowed for another step
   row.kept = nullptr;
   row.cut = nullptr;
   if (row.active && (row.method != Method::rvsm || row.topk)) find_beside(e, row);
@@ -399,7 +399,6 @@ void Plan::launch() {
   }
   staging_.clear();
   new_buffers_.clear();
-  for (Entry& e : entries_) e.kept = nullptr;
   scaling_ = {};
   state_ = kept_ = cuts_ = nullptr;
 }

@@ -50,7 +50,7 @@ class Plan {
     PyObject* param = nullptr;   // owned
     PyObject* state = nullptr;   // owned: the dict state[param], or null
     PyObject* buffer = nullptr;  // owned: the momentum buffer in it, or null
-    PyObject* kept = nullptr;    // borrowed, from prepare() to launch(): what its method keeps
+    PyObject* kept = nullptr;    // borrowed, from prepare() to launch(), anew each time: what its method keeps
     size_t group = 0;
     size_t index = 0;
     size_t job = 0;      // of its device

@@ -18,15 +18,15 @@ struct Row {
   int32_t group = 0;  // its param group, for error messages
 
   bool active = true;  // false: nothing is done for it
+  bool topk = false;   // the penalty is l0, with a cut that is read
+  Momentum momentum = Momentum::none;
+  Method method = Method::rvsm;
   void* w = nullptr;
   const void* g = nullptr;
-  void* m = nullptr;  // not read without momentum
-  Method method = Method::rvsm;
+  void* m = nullptr;          // not read without momentum
   void* kept = nullptr;       // what the method keeps of each element
-  bool topk = false;          // the cut is read
-  const void* cut = nullptr;  // from here, in the arithmetic type, when the step runs
+  const void* cut = nullptr;  // top-k: in the arithmetic type, read when the step runs
   Step<double> step{};
-  Momentum momentum = Momentum::none;
   double lam = 0;  // for the penalty's value: already times sqrt(group size) with group_scale
   double beta = 0;
 

@@ -370,32 +370,46 @@ void block_squares(const Source all, const Row& row, const Block& block, const E
 
 // ---- the entries of the table ----------------------------------------------------------------------------------
 
-template <class S>
-void run_step(const Row& row, const Block& block) {
+template <Method kMethod, class S>
+void step_block(const Row& row, const Block& block, const Step<Arithmetic<S>>& s) {
   using T = Arithmetic<S>;
-  Step<T> s = narrow<T>(row.step);
-  if (row.topk) s.prox.cut = *static_cast<const T*>(row.cut);
   S* const w = static_cast<S*>(row.w);
   const S* const g = static_cast<const S*>(row.g);
   S* const m = static_cast<S*>(row.m);
-  S* const x = static_cast<S*>(row.kept);
-  with_method(row.method, [&](auto method) {
-    constexpr Method kMethod = decltype(method)::value;
-    const auto span = [&](int64_t at, int64_t n, const auto& pull) {
+  S* const x = kMethod == Method::rvsm ? nullptr : static_cast<S*>(row.kept);
+  if (row.grouped) {
+    for_spans(row, block, s.prox, s.lasso != T(0), [&](int64_t at, int64_t n, const auto& pull) {
       with_kind<kMethod, std::decay_t<decltype(pull)>>(
           row, [&](auto kind) { step_span<kMethod>(w + at, g + at, offset(m, at), offset(x, at), n, s, pull, kind); });
-    };
-    if (row.grouped) {
-      for_spans(row, block, s.prox, s.lasso != T(0), span);
-      return;
-    }
-    with_penalty(s.prox.penalty, [&](auto tag) {
-      constexpr Penalty kPenalty = decltype(tag)::value;
-      // A method without a penalty keeps nothing.
-      if constexpr (kMethod == Method::rvsm || kPenalty != Penalty::none)
-        span(block.c0, block.c1 - block.c0, ElementPull<kPenalty, T>{s.prox});
     });
+    return;
+  }
+  with_penalty(s.prox.penalty, [&](auto tag) {
+    constexpr Penalty kPenalty = decltype(tag)::value;
+    using Pull = ElementPull<kPenalty, T>;
+    // A method without a penalty keeps nothing.
+    if constexpr (kMethod == Method::rvsm || kPenalty != Penalty::none)
+      with_kind<kMethod, Pull>(row, [&](auto kind) {
+        const int64_t at = block.c0, n = block.c1 - block.c0;
+        step_span<kMethod>(w + at, g + at, offset(m, at), offset(x, at), n, s, Pull{s.prox}, kind);
+      });
   });
+}
+
+// Apart from the others: a thousand tiny rows notice every instruction.
+template <class S>
+__attribute__((noinline)) void step_beside(const Row& row, const Block& block, Step<Arithmetic<S>> s) {
+  if (row.topk) s.prox.cut = *static_cast<const Arithmetic<S>*>(row.cut);
+  with_method(row.method, [&](auto method) { step_block<decltype(method)::value, S>(row, block, s); });
+}
+
+template <class S>
+void run_step(const Row& row, const Block& block) {
+  const Step<Arithmetic<S>> s = narrow<Arithmetic<S>>(row.step);
+  if (row.method != Method::rvsm || row.topk)
+    step_beside<S>(row, block, s);
+  else
+    step_block<Method::rvsm, S>(row, block, s);
 }
 
 template <class S>
