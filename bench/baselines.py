@@ -104,40 +104,54 @@ def foreach_sgd(problem: Problem) -> Step:
     return torch.optim.SGD(problem.parameters(), **SGD_OPTIONS, foreach=True).step
 
 
-def channel_loop(problem: Problem) -> Step:
+class ChannelLoop(torch.optim.SGD):
     """What the released research code does: a Python loop over the channels of every weight, then SGD.
 
     Written anew after its structure: the norms of one tensor at once, then channel by channel a comparison and a
-    scaling of that channel of a copy; the pull; torch.optim.SGD with its defaults.
+    scaling of that channel of a copy; the pull; torch.optim.SGD with its defaults. Groups may have the options penalty,
+    lam, beta, a, group_dim and group_lasso of :class:`rvsm_kernels.RVSM`; others are dense.
     """
-    case = problem.case
-    if not isinstance(case.group_dim, int):
-        raise Unavailable("the loop is over one channel dimension")
-    dim, penalty, tau = case.group_dim, case.penalty, strength(case.penalty) / BETA
-    cut = PENALTIES[penalty].cut(tau, A)
-    params = problem.parameters()
-    penalised, _ = problem.divided(params)
-    optimizer = torch.optim.SGD(params, **SGD_OPTIONS)
 
-    def thresholded(w: Tensor) -> Tensor:
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            if group.get("penalty") is not None and not isinstance(group.get("group_dim"), int):
+                raise Unavailable("the loop is over one channel dimension")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step; a closure is not supported."""
+        assert closure is None
+        for group in self.param_groups:
+            if group.get("penalty") is None:
+                continue
+            pulled = [(p, *self._thresholded(p, group)) for p in group["params"] if p.grad is not None]
+            for p, u, norms in pulled:
+                if group.get("group_lasso"):
+                    p.grad.add_(torch.where(norms > 0, p / norms, 0), alpha=group["group_lasso"])
+                p.sub_(p - u, alpha=group["lr"] * group["beta"])
+        super().step()
+
+    @staticmethod
+    def _thresholded(w: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """u, and the norms of the channels in a shape that goes with w's."""
+        dim, penalty, tau, a = group["group_dim"], PENALTIES[group["penalty"]], group["lam"] / group["beta"], group["a"]
+        cut = penalty.cut(tau, a)
         u = w.clone()
-        norms = u.square().sum(dim=[d for d in range(u.dim()) if d != dim]).sqrt()
+        kept = u.square().sum(dim=[d for d in range(u.dim()) if d != dim], keepdim=True).sqrt()
+        norms = kept.flatten()
         for i in range(len(norms)):
             channel = u.select(dim, i)
             if norms[i] <= cut:
                 channel.mul_(0)
-            elif penalty != "l0":
-                channel.mul_(PENALTIES[penalty].shrink(norms[i], tau, A) / norms[i])
-        return u
+            elif group["penalty"] != "l0":
+                channel.mul_(penalty.shrink(norms[i], tau, a) / norms[i])
+        return u, kept
 
-    @torch.no_grad()
-    def step() -> None:
-        pulled = [(p, thresholded(p)) for p in penalised]
-        for p, u in pulled:
-            p.sub_(p - u, alpha=LR * BETA)
-        optimizer.step()
 
-    return step
+def channel_loop(problem: Problem) -> Step:
+    """:class:`ChannelLoop` over a problem with a group penalty."""
+    return ChannelLoop(problem.groups(problem.parameters()), **SGD_OPTIONS).step
 
 
 def pat(problem: Problem) -> Step:

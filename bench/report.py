@@ -14,8 +14,6 @@ from .results import Result, read_json
 README = ROOT / "README.md"
 REPORT = "report.md"
 
-_BLOCK = re.compile(r"(<!-- bench:([\w./-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
-
 _SOURCES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "headline": ("throughput", tables.headline),
     **{kind: (kind, render) for kind, render in tables.KINDS.items()},
@@ -57,6 +55,24 @@ def write_folder(folder: Path) -> list[Path]:
     return [report, *written]
 
 
+def _block(mark: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- {mark}:([\w./-]+) -->\n).*?(<!-- /{mark}:\2 -->)", re.DOTALL)
+
+
+def fill(text: str, mark: str, content: Callable[[str], str]) -> str:
+    """A text with the content of its blocks ``<!-- mark:NAME -->`` made anew from their names.
+
+    Raises:
+        ValueError: a block that is not closed.
+    """
+    block = _block(mark)
+    opened = len(re.findall(rf"<!-- {mark}:", text))
+    closed = len(block.findall(text))
+    if opened != closed:
+        raise ValueError(f"{opened} {mark} blocks are opened, {closed} are closed by their own name")
+    return block.sub(lambda match: f"{match[1]}{content(match[2])}\n{match[3]}", text)
+
+
 def filled(text: str, results: Path) -> str:
     """A README with its blocks filled from the results.
 
@@ -67,15 +83,11 @@ def filled(text: str, results: Path) -> str:
         ValueError: an unknown block, or one that is not closed.
     """
 
-    def fill(match: re.Match[str]) -> str:
-        folder, _, name = match[2].rpartition("/")
-        return f"{match[1]}{render(results / folder, name)}\n{match[3]}"
+    def content(name: str) -> str:
+        folder, _, name = name.rpartition("/")
+        return render(results / folder, name)
 
-    opened = len(re.findall(r"<!-- bench:", text))
-    closed = len(_BLOCK.findall(text))
-    if opened != closed:
-        raise ValueError(f"{opened} bench blocks are opened, {closed} are closed by their own name")
-    return _BLOCK.sub(fill, text)
+    return fill(text, "bench", content)
 
 
 def check_readme(readme: Path = README, results: Path = RESULTS) -> bool:
@@ -84,7 +96,8 @@ def check_readme(readme: Path = README, results: Path = RESULTS) -> bool:
     fresh = filled(text, results)
     if text == fresh:
         return True
-    stale = [old[2] for old, new in zip(_BLOCK.finditer(text), _BLOCK.finditer(fresh), strict=True) if old[0] != new[0]]
+    block = _block("bench")
+    stale = [old[2] for old, new in zip(block.finditer(text), block.finditer(fresh), strict=True) if old[0] != new[0]]
     print(f"{readme.name} is stale in {', '.join(stale)}; run python -m bench report --readme")
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 from .baselines import LABELS
@@ -53,6 +54,12 @@ def stamp(result: Result) -> str:
     if busy is not None and busy > BUSY:
         trouble += f" Other programs kept {busy:.0%} of the cores busy when it began."
     return f"*{where}. `{result['command']}`.{trouble}*"
+
+
+def spread(values: Sequence[float], places: int = 1) -> str:
+    """Mean and, in brackets, the least and the greatest, in percent."""
+    low, mean, high = (f"{100 * v:.{places}f}" for v in (min(values), statistics.fmean(values), max(values)))
+    return mean if low == high else f"{mean} ({low}–{high})"
 
 
 def duration(seconds: float) -> str:

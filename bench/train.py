@@ -123,12 +123,6 @@ def _last(rows: Sequence[Run], key: str) -> list[float]:
     return [row["curve"][-1][key] for row in rows]
 
 
-def _spread(values: Sequence[float], places: int = 1) -> str:
-    """Mean and, in brackets, the least and the greatest, in percent."""
-    low, mean, high = (f"{100 * v:.{places}f}" for v in (min(values), statistics.fmean(values), max(values)))
-    return mean if low == high else f"{mean} ({low}–{high})"
-
-
 def _engine_label(method: Method, engine: str) -> str:
     if method.dense:
         return "torch, fused" if engine == "native" else "torch, foreach"
@@ -161,7 +155,9 @@ def table(result: Result) -> str:
         for engine in ENGINES:
             rows = _rows(result, method.name, engine)
             if rows:
-                percents = [_spread(_last(rows, key)) for key in ("accuracy_w", "accuracy_u", "zeros", "zero_channels")]
+                percents = [
+                    tables.spread(_last(rows, key)) for key in ("accuracy_w", "accuracy_u", "zeros", "zero_channels")
+                ]
                 seconds = statistics.fmean(row["step_s"] for row in rows)
                 median = statistics.median(row["step_median_s"] for row in rows)
                 label = _engine_label(method, engine)
@@ -343,7 +339,7 @@ def search_table(result: Result) -> str:
     chosen = choose(result["rows"])
     lines = []
     for row in result["rows"]:
-        percents = [_spread(row[key]) for key in ("accuracy_w", "accuracy_u", "zeros", "zero_channels")]
+        percents = [tables.spread(row[key]) for key in ("accuracy_w", "accuracy_u", "zeros", "zero_channels")]
         setting = f"**{row['setting']}**" if row is chosen.get(row["name"]) else row["setting"]
         lines.append([f"{row['label']}: {setting}", *percents])
     header = ["tried", "validation accuracy with w, %", "with u, %", "zero weights, %", "zero channels, %"]

@@ -1,0 +1,1 @@
+"""Models, data, training loop and attacks that the deep experiments share."""

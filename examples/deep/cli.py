@@ -1,0 +1,208 @@
+"""What ``train.py`` and ``robust.py`` share as scripts: the command line, the run from data to result, errors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from deep import data, files, methods, plots, recipes
+from deep.loop import CHECKPOINT, Perturb, Stopped, Training
+from deep.settings import Settings, SettingsError, add_options, from_arguments
+
+Result = dict[str, Any]
+Test = Callable[[Training], Result]
+"""What is measured on the test images in the end."""
+
+ERRORS = (data.DataError, files.FileError, SettingsError, Stopped)
+
+
+def arguments(
+    argv: Sequence[str] | None, description: str, kind: type[Settings], smoke: dict[str, Any], robust: bool
+) -> tuple[Settings, argparse.Namespace]:
+    """The settings of a command line, and the rest of it.
+
+    Args:
+        smoke: settings that --smoke stands for.
+        robust: whether the script takes the recipes of robust or of natural training.
+    """
+    rows = recipes.recipes(robust)
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--recipe", metavar="ROW", help="settings of a row of the papers' tables; see --list")
+    parser.add_argument("--list", action="store_true", help="print the recipes and what the papers print, and stop")
+    parser.add_argument("--data-folder", type=Path, metavar="DIR", help="where the files of the data set are")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for checkpoint, JSON, plots (build/SCRIPT)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew even if --out has a checkpoint")
+    parser.add_argument("--tensorboard", action="store_true", help="log to --out/tensorboard")
+    parser.add_argument("--smoke", action="store_true", help="seconds: shows that it runs, nothing else")
+    add_options(parser, kind)
+    given = parser.parse_args(argv)
+    if given.list:
+        for name, row in rows.items():
+            print(f"{name:28} {', '.join(f'{what} {value:g}' for what, value in row.printed.items())}")
+        raise SystemExit(0)
+    if given.recipe is not None and given.recipe not in rows:
+        near = [name for name in rows if name.startswith(given.recipe)]
+        parser.error(f"no recipe {given.recipe!r}; there are {', '.join(near or rows)}")
+    recipe = rows[given.recipe].settings if given.recipe else {}
+    try:
+        settings = from_arguments(kind, given, recipe, smoke if given.smoke else {})
+    except SettingsError as error:
+        parser.error(str(error))
+    script = Path(parser.prog).stem
+    if given.out is None:
+        given.out = Path("build") / (f"{script}-smoke" if given.smoke else script)
+    given.overwrite |= given.smoke and not given.resume
+    given.printed = rows[given.recipe].printed if given.recipe else {}
+    return settings, given
+
+
+class Logbook:
+    """What an epoch came to: a line on the terminal and, if asked for, TensorBoard's scalars."""
+
+    def __init__(self, folder: Path | None, first_epoch: int) -> None:
+        self._writer = None
+        if folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise SettingsError("--tensorboard needs its package: pip install tensorboard") from error
+            # What was logged after the checkpoint that a run goes on from is not part of it any more.
+            self._writer = SummaryWriter(folder, purge_step=first_epoch)
+
+    def __call__(self, row: Result) -> None:
+        """Log the row of an epoch."""
+        u = row["u"]
+        tqdm.write(
+            f"epoch {row['epoch']:3}  loss {row['loss']:.4f}"
+            f"  accuracy of w {row['accuracy_w']:.4f}  of u {row['accuracy_u']:.4f}"
+            f"  zeros {u['zeros']:.3f}  zero channels {u['zero_channels']:.3f}  {row['seconds']:.1f} s"
+        )
+        if self._writer is None:
+            return
+        values = {"loss": row["loss"], "L_beta": row["lagrangian"], "lr": row["lr"]}
+        values |= {"accuracy/w": row["accuracy_w"], "accuracy/u": row["accuracy_u"]}
+        values |= {"sparsity/zeros": u["zeros"], "sparsity/channels": u["zero_channels"], "sparsity/small": u["small"]}
+        for layer in row["layers"]:
+            values[f"zeros/{layer['name']}"] = layer["zeros"] / layer["weights"]
+            values[f"zero channels/{layer['name']}"] = layer["zero_channels"] / layer["channels"]
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, row["epoch"])
+        self._writer.flush()
+
+
+def load(settings: Settings, folder: Path | None) -> data.Dataset:
+    """The data set of some settings."""
+    found = data.load(settings.data, folder, settings.pad)
+    return replace(found, train=found.train.first(settings.train_images), test=found.test.first(settings.test_images))
+
+
+def run(
+    settings: Settings,
+    dataset: data.Dataset,
+    out: Path,
+    test: Test,
+    *,
+    command: str,
+    perturb: Perturb | None = None,
+    printed: dict[str, float] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    tensorboard: bool = False,
+) -> Result:
+    """Train, test, write out/result.json and the plots.
+
+    Raises:
+        SettingsError, FileError, Stopped: see :mod:`deep.loop`.
+    """
+    checkpoint = out / CHECKPOINT
+    if checkpoint.exists() and not (resume or overwrite):
+        raise SettingsError(f"{checkpoint} is of an earlier run: --resume goes on with it, --overwrite begins anew")
+    if resume and not checkpoint.exists():
+        raise SettingsError(f"nothing to resume: there is no {checkpoint}")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    training = Training(settings, dataset, perturb)
+    if resume:
+        training.load(files.load_checkpoint(checkpoint), checkpoint)
+    training.fit(out, Logbook(out / "tensorboard" if tensorboard else None, training.epoch + 1))
+    epoch = training.use_best()
+    result = {
+        "command": command,
+        "settings": settings.to_dict(),
+        "printed": printed or {},
+        "versions": versions(),
+        "tested_epoch": epoch,
+        "seconds_per_epoch": _mean(training.history, "seconds"),
+        "step_seconds_per_epoch": _mean(training.history, "step_seconds"),
+        "test": test(training),
+        "history": training.history,
+    }
+    files.write_json(out / "result.json", result)
+    pictures(training, result, out)
+    return result
+
+
+def _mean(history: list[Result], key: str) -> float:
+    return sum(row[key] for row in history) / max(1, len(history))
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with."""
+    import rvsm_kernels as rk
+
+    return {"rvsm_kernels": rk.__version__, "torch": torch.__version__}
+
+
+def pictures(training: Training, result: Result, out: Path) -> None:
+    """Accuracy against sparsity over the epochs, channel norms (Figure 5 of 002), weights (Figure 1)."""
+    part = "zero_channels" if training.settings.groups else "zeros"
+    points = [(row["u"][part], row["accuracy_u"]) for row in training.history]
+    plots.accuracy_sparsity(out / "accuracy.png", {"u, epoch by epoch": points}, part.replace("_", " "))
+    norms = {"w": methods.channel_norms(training.model)}
+    weights = {"w": methods.all_weights(training.model)}
+    if methods.penalised(training.settings):
+        with methods.sparse_weights(training.optimizer):
+            norms["u"] = methods.channel_norms(training.model)
+            weights["u"] = methods.all_weights(training.model)
+    plots.channel_norms(out / "channel_norms.png", norms)
+    plots.weights(out / "weights.png", weights)
+
+
+def summary(result: Result) -> str:
+    """A result in a few lines."""
+    test = result["test"]
+    lines = []
+    for which in ("w", "u"):
+        s = test[which]
+        lines.append(
+            f"{which}: accuracy {100 * test[f'accuracy_{which}']:.2f} %, zero weights {100 * s['zeros']:.2f} %,"
+            f" zero input channels {100 * s['zero_channels']:.2f} %, |weights| < 1e-3: {100 * s['small']:.2f} %"
+        )
+        robust = test.get(f"robust_{which}", {})
+        if robust:
+            lines.append("   under attack: " + ", ".join(f"{name} {100 * x:.2f} %" for name, x in robust.items()))
+    if result["printed"]:
+        lines.append("printed in the paper: " + ", ".join(f"{name} {x:g} %" for name, x in result["printed"].items()))
+    share = result["step_seconds_per_epoch"] / max(result["seconds_per_epoch"], 1e-12)
+    lines.append(f"{result['seconds_per_epoch']:.2f} s per epoch, {100 * share:.1f} % of it in the optimizer's step")
+    return "\n".join(lines)
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run a script; what it was told wrongly, or what stopped it, ends with one line and status 1 (130: Ctrl-C)."""
+    try:
+        main()
+    except ERRORS as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,80 @@
+"""The figures of a run, and of several."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+from deep import files
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers say the same again.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+MARKERS = "o^sDvPX"
+
+
+def _save(path: Path, figure: Any) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    files.write(path, picture.getvalue())
+
+
+def accuracy_sparsity(
+    path: Path, points: dict[str, Sequence[tuple[float, float]]], what: str, line: bool = True
+) -> None:
+    """Accuracy against sparsity.
+
+    Args:
+        points: by label, pairs of shares (sparsity, accuracy).
+        what: of which sparsity, for the axis.
+        line: whether the points of a label follow each other.
+    """
+    figure, axes = plt.subplots(figsize=(5.2, 4))
+    for i, (label, pairs) in enumerate(points.items()):
+        x, y = ([100 * value for value in values] for values in zip(*pairs, strict=True))
+        axes.plot(
+            x,
+            y,
+            MARKERS[i % 7] + ("-" if line else ""),
+            color=COLOURS[i % 7],
+            alpha=0.8,
+            markersize=5,
+            linewidth=0.8,
+            label=label,
+        )
+    axes.set_xlabel(f"{what}, %")
+    axes.set_ylabel("accuracy, %")
+    axes.legend(frameon=False, fontsize=8)
+    _save(path, figure)
+
+
+def _histogram(path: Path, values: dict[str, Tensor], what: str, many: str, log: bool) -> None:
+    figure, all_axes = plt.subplots(1, len(values), figsize=(4.4 * len(values), 3.4), squeeze=False, sharex=True)
+    for i, (axes, (label, x)) in enumerate(zip(all_axes[0], values.items(), strict=True)):
+        axes.hist(x.numpy(), bins=100 if log else 40, color=COLOURS[i % 7], log=log)
+        axes.set_title(label, loc="left", fontsize=10)
+        axes.set_xlabel(what)
+        axes.set_ylabel(many)
+    _save(path, figure)
+
+
+def channel_norms(path: Path, norms: dict[str, Tensor]) -> None:
+    """Histograms of ||w_g||_2 of the input channels, side by side (Figure 5 of 002)."""
+    _histogram(path, norms, "norm of an input channel", "channels", log=False)
+
+
+def weights(path: Path, values: dict[str, Tensor]) -> None:
+    """Histograms of the weights, side by side; the counts on a log scale (Figure 1 of 002)."""
+    _histogram(path, values, "weight", "weights", log=True)

@@ -1,0 +1,117 @@
+"""Adversarial training (PGD) with RVSM, RGSM or ADMM on top; the papers' robust experiments.
+
+    python examples/robust.py --model resnet8 --method rgsm --penalty l1 --lam 0.05 --beta 1 --group-lasso 1e-5
+    python examples/robust.py --recipe table4.5/en2resnet20-0.05               # a row of the papers' tables
+    python examples/robust.py --adversarial 0                                  # natural training, attacked in the end
+
+Every batch is attacked by IFGSM from a random start, and the net is trained on what comes of it. In the end w and u are
+tested on clean images and under FGSM, IFGSM and C&W. examples/README.md says more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from deep import attacks, cli, methods
+from deep.loop import EVALUATION_BATCH, Perturb, Training
+from deep.settings import Settings, SettingsError, number, option
+
+SMOKE = {"epochs": 2, "milestones": (1,), "train_images": 512, "test_images": 200, "attacked": 100, "width": 4}
+
+
+@dataclass(frozen=True)
+class RobustSettings(Settings):
+    """A run of ``robust.py``; radii and step sizes are those of the papers."""
+
+    model: str = option("resnet8", Settings.__dataclass_fields__["model"].metadata["help"])
+    adversarial: int = option(10, "steps of the attack on each batch; 0 trains on clean images")
+    alpha: float = option(attacks.ALPHA, "step size of the attacks, the images being in [0, 1]")
+    epsilon: float = option(attacks.EPSILON, "radius of the attacks")
+    random_start: bool = option(True, "begin the attack on a batch anywhere in the ball")
+    ifgsm_steps: int = option(20, "steps of the IFGSM that tests")
+    cw_steps: int = option(50, "steps of the C&W attack")
+    cw_lr: float = option(6e-4, "learning rate of the C&W attack")
+    cw_c: float = option(10.0, "weight of the margin in the C&W attack")
+    cw_kappa: float = option(0.0, "confidence of the C&W attack")
+    attacked: int | None = option(None, "attack only the first so many test images", type=int)
+    fgsm_epsilon: float | None = option(None, "radius of FGSM, if not epsilon", type=number)
+
+    def check(self) -> None:
+        """Raise SettingsError, naming the option, for what no run can be."""
+        super().check()
+        self._at_least("adversarial", 0)
+        if self.attacked is not None:
+            self._at_least("attacked", 1)
+        try:
+            testers(self)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+
+
+def testers(settings: RobustSettings) -> list[attacks.Attack]:
+    """The attacks that test, with their settings: A2, A3 and A4 of the papers."""
+    s = settings
+    fgsm_epsilon = s.epsilon if s.fgsm_epsilon is None else s.fgsm_epsilon
+    return [
+        attacks.Attack("fgsm", epsilon=fgsm_epsilon),
+        attacks.Attack("ifgsm", steps=s.ifgsm_steps, alpha=s.alpha, epsilon=s.epsilon),
+        attacks.Attack("cw", steps=s.cw_steps, epsilon=s.epsilon, lr=s.cw_lr, c=s.cw_c, kappa=s.cw_kappa),
+    ]
+
+
+def perturbation(settings: RobustSettings) -> Perturb | None:
+    """What is done to a batch before the net is trained on it; None for natural training."""
+    s = settings
+    if not s.adversarial:
+        return None
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        # In training mode, as the released code does: the net is attacked as it is being trained.
+        return attacks.ifgsm(model, x, y, s.adversarial, s.alpha, s.epsilon, s.random_start)
+
+    return attack
+
+
+def test(training: Training) -> dict[str, Any]:
+    """Accuracy and sparsity on the test images, and accuracy under attack, of w and of u."""
+    settings = training.settings
+    assert isinstance(settings, RobustSettings)
+    images = training.test_images.first(settings.attacked)
+
+    def under_attack() -> dict[str, float]:
+        batches = list(images.batches(min(EVALUATION_BATCH, settings.batch)))
+        return attacks.accuracies(training.forward, batches, testers(settings), settings.device)
+
+    result = training.measure(training.test_images)
+    result["attacked_images"] = len(images)
+    result["robust_w"] = under_attack()
+    with methods.sparse_weights(training.optimizer):
+        result["robust_u"] = under_attack()
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One run."""
+    settings, given = cli.arguments(argv, __doc__.partition("\n")[0], RobustSettings, SMOKE, robust=True)
+    assert isinstance(settings, RobustSettings)
+    result = cli.run(
+        settings,
+        cli.load(settings, given.data_folder),
+        given.out,
+        test,
+        command=settings.command("examples/robust.py"),
+        perturb=perturbation(settings),
+        printed=given.printed,
+        resume=given.resume,
+        overwrite=given.overwrite,
+        tensorboard=given.tensorboard,
+    )
+    print(f"\n{cli.summary(result)}\n\nwrote {given.out / 'result.json'} and plots beside it")
+
+
+if __name__ == "__main__":
+    cli.guarded(main)

@@ -1,0 +1,361 @@
+"""The runs that examples/README.md reports: train them, measure the loop, fill the README's tables.
+
+    PYTHONPATH=. python examples/runs.py a b c d     # train; what is in examples/results already is not trained again
+    PYTHONPATH=. python examples/runs.py time        # seconds per epoch by engine
+    PYTHONPATH=. python examples/runs.py a --check   # train again and compare with examples/results
+    PYTHONPATH=. python examples/runs.py --readme    # fill the tables from examples/results
+
+A run that is stopped goes on where it was when the command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import robust
+import train
+from bench.report import fill
+from bench.results import environment
+from bench.tables import spread, stamp, table
+from deep import cli, files, plots
+from deep.loop import CHECKPOINT, Training
+from deep.settings import Settings
+from robust import RobustSettings
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+README = HERE / "README.md"
+SEEDS = (0, 1, 2)
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: its row's label, and its settings."""
+
+    label: str
+    settings: Settings
+
+    @property
+    def command(self) -> str:
+        """The command line that gives this run alone."""
+        script = "robust" if isinstance(self.settings, RobustSettings) else "train"
+        return self.settings.command(f"examples/{script}.py")
+
+
+# ---- what is trained -------------------------------------------------------------------------------------------------
+
+LENET = Settings(data="fashion-mnist", model="lenet5", epochs=20, milestones=(12,), threads=1)
+"""The paper's settings of LeNet (Table 4.1) in a fifth of its epochs, without its MNIST. One thread: it is small."""
+
+RGSM = replace(LENET, method="rgsm", beta=1.0)
+TABLE_3_1 = replace(LENET, method="rvsm", lam=1e-5, beta=1e-2)
+"""The paper's lambda and beta of Table 3.1 (Table 1 of 001)."""
+
+SMALL_ROBUST = RobustSettings(
+    data="fashion-mnist",
+    model="resnet8",
+    width=8,
+    epochs=10,
+    milestones=(6, 8),
+    train_images=12_000,
+    attacked=2_000,
+    threads=1,
+)
+PRUNING = {"method": "rgsm", "penalty": "l1", "lam": 0.1, "beta": 1.0, "group_lasso": 1e-5}
+
+
+def lenet_channels() -> list[Run]:
+    """(a) Dense training against RGSM, beside Table 4.1."""
+    runs = [Run("dense", LENET)]
+    runs += [Run(f"RGSM group lasso, λ = {lam:g}", replace(RGSM, penalty="l1", lam=lam)) for lam in (0.03, 0.1, 0.2)]
+    runs += [Run(f"RGSM group ℓ0, λ = {lam:g}", replace(RGSM, penalty="l0", lam=lam)) for lam in (0.4, 0.5, 0.8)]
+    return runs
+
+
+def lenet_penalties() -> list[Run]:
+    """(b) RVSM under the three penalties, beside Table 3.1."""
+    names = {"l1": "ℓ1", "tl1": "TL1, a = 1", "l0": "ℓ0"}
+    return [Run("dense", LENET)] + [Run(f"RVSM {name}", replace(TABLE_3_1, penalty=p)) for p, name in names.items()]
+
+
+def lenet_admm() -> list[Run]:
+    """(c) RVSM and RGSM against ADMM at equal settings, beside Tables 3.2 and 4.7."""
+    channels = replace(RGSM, penalty="l1", lam=0.1)
+    return [
+        Run("RVSM ℓ0", replace(TABLE_3_1, penalty="l0")),
+        Run("ADMM ℓ0", replace(TABLE_3_1, penalty="l0", method="admm")),
+        Run("RGSM group lasso", channels),
+        Run("ADMM group lasso", replace(channels, method="admm", structure="in_channels")),
+    ]
+
+
+def small_robust() -> list[Run]:
+    """(d) Natural against adversarial training, one net against two, dense and RGSM."""
+    return [
+        Run(f"{net}, {training}, {pruning}", replace(SMALL_ROBUST, model=model, adversarial=steps, **options))
+        for model, net in (("resnet8", "ResNet-8"), ("en2resnet8", "En₂ResNet-8"))
+        for steps, training in ((0, "natural"), (5, "PGD-5"))
+        for pruning, options in (("dense", {}), ("RGSM", PRUNING))
+    ]
+
+
+SETS: dict[str, Callable[[], list[Run]]] = {
+    "a": lenet_channels,
+    "b": lenet_penalties,
+    "c": lenet_admm,
+    "d": small_robust,
+}
+TIMED = {
+    "a": replace(RGSM, penalty="l1", lam=0.1),
+    "d": replace(SMALL_ROBUST, adversarial=5, train_images=2560, **PRUNING),
+}
+ENGINES = ("native", "reference", "loop")
+
+
+def seeded(name: str, smoke: bool) -> Iterator[Run]:
+    """The runs of a set with their seeds, the first seed of all first; one short run for each label with ``smoke``."""
+    short = {"epochs": 1, "milestones": (), "train_images": 256, "test_images": 200}
+    for seed in SEEDS[:1] if smoke or name == "d" else SEEDS:
+        for run in SETS[name]():
+            settings = replace(run.settings, seed=seed, **(short if smoke else {}))
+            if smoke and isinstance(settings, RobustSettings):
+                settings = replace(settings, width=4, attacked=50, ifgsm_steps=2, cw_steps=2)
+            yield Run(run.label, settings)
+
+
+def trained(run: Run, out: Path) -> Result:
+    """Train, or go on with what is in the folder; the row of the result."""
+    s = run.settings
+    perturb, test = None, train.test
+    if isinstance(s, RobustSettings):
+        perturb, test = robust.perturbation(s), robust.test
+    resume = (out / CHECKPOINT).exists()
+    result = cli.run(s, cli.load(s, None), out, test, command=run.command, perturb=perturb, resume=resume)
+    curve = [[row["accuracy_u"], row["u"]["zeros"], row["u"]["zero_channels"]] for row in result["history"]]
+    seconds = {key: result[key] for key in ("seconds_per_epoch", "step_seconds_per_epoch")}
+    return {
+        "label": run.label,
+        "seed": s.seed,
+        "command": run.command,
+        **seconds,
+        "test": result["test"],
+        "curve": curve,
+    }
+
+
+def train_set(name: str, out: Path, smoke: bool) -> None:
+    """Train what is missing in out/NAME.json; the file is written after each run."""
+    path = out / f"{name}.json"
+    result = read(path) or {**environment("cpu", f"python examples/runs.py {name}"), "rows": []}
+    done = {row["command"] for row in result["rows"]}
+    # Runs of two sets may be the same one.
+    known = {
+        row["command"]: row for other in SETS if other != name for row in (read(out / f"{other}.json") or EMPTY)["rows"]
+    }
+    runs = list(seeded(name, smoke))
+    for i, run in enumerate(runs, 1):
+        if run.command in done:
+            continue
+        print(f"({name}) {i}/{len(runs)}: {run.label}, seed {run.settings.seed}", flush=True)
+        if run.command in known:
+            row = {**known[run.command], "label": run.label}
+        else:
+            row = trained(run, Path("build/runs") / ("smoke" if smoke else "full") / name / slug(run))
+        result["rows"].append(row)
+        files.write_json(path, result)
+
+
+EMPTY: Result = {"rows": []}
+
+
+def slug(run: Run) -> str:
+    """A folder's name for a run."""
+    words = "".join(c if c.isalnum() and c.isascii() else "-" for c in f"{run.label}-{run.settings.seed}")
+    return "-".join(word for word in words.split("-") if word)
+
+
+def read(path: Path) -> Result | None:
+    """A result file, or None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+# ---- run again, and compare ------------------------------------------------------------------------------------------
+
+ALLOWED = {"accuracy": 0.02, "zeros": 0.05, "zero_channels": 1 / 7 + 1e-9}
+"""How far a run on another machine may lie from the committed one: its sums are rounded otherwise, and training
+amplifies that. The last is one of LeNet's seven channels."""
+
+
+def check_set(name: str) -> bool:
+    """Train the first seed of a set again; returns whether all is within :data:`ALLOWED`."""
+    committed = {row["command"]: row["test"] for row in (read(RESULTS / f"{name}.json") or EMPTY)["rows"]}
+    good = True
+    for run in seeded(name, smoke=False):
+        if run.settings.seed != SEEDS[0] or run.command not in committed:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            again = trained(run, Path(folder))["test"]
+        for key, mine, theirs in compared(again, committed[run.command]):
+            near = abs(mine - theirs) <= ALLOWED[key.split(" ")[0]]
+            good &= near
+            print(f"{'ok ' if near else 'FAR'} {run.label}: {key} {mine:.4f}, committed {theirs:.4f}", flush=True)
+    return good
+
+
+def compared(again: Result, committed: Result) -> Iterator[tuple[str, float, float]]:
+    """(what, value now, value committed) of two tests of a run."""
+    for which in ("w", "u"):
+        yield f"accuracy of {which}", again[f"accuracy_{which}"], committed[f"accuracy_{which}"]
+    for key in ("zeros", "zero_channels"):
+        yield key, again["u"][key], committed["u"][key]
+
+
+# ---- seconds per epoch by engine -------------------------------------------------------------------------------------
+
+
+def time_loop(out: Path, rounds: int, smoke: bool) -> None:
+    """Seconds of an epoch and of the steps in it: the engines in turn, one epoch each, in one process."""
+    result = {**environment("cpu", "python examples/runs.py time"), "rounds": rounds, "rows": []}
+    for name, settings in TIMED.items():
+        images = {"train_images": 256, "test_images": 10} if smoke else {"test_images": 10}
+        kinds = {engine: replace(settings, engine=engine, **images) for engine in ENGINES}
+        dataset = cli.load(kinds["native"], None)
+        trainings = {
+            engine: Training(s, dataset, robust.perturbation(s) if isinstance(s, RobustSettings) else None)
+            for engine, s in kinds.items()
+        }
+        epochs: dict[str, list[Result]] = {engine: [] for engine in ENGINES}
+        for _ in range(rounds):
+            for engine, training in trainings.items():
+                epochs[engine].append(training.train_epoch())
+        for engine, rows in epochs.items():
+            seconds, steps = (statistics.median(row[key] for row in rows) for key in ("seconds", "step_seconds"))
+            result["rows"].append({"set": name, "engine": engine, "seconds": seconds, "step_seconds": steps})
+            print(f"({name}) {engine}: {seconds:.2f} s per epoch, {steps:.3f} s in step()", flush=True)
+    files.write_json(out / "time.json", result)
+
+
+# ---- tables and figures ----------------------------------------------------------------------------------------------
+
+Get = Callable[[Result], float]
+
+ACCURACY: dict[str, Get] = {"accuracy of w, %": lambda t: t["accuracy_w"], "of u, %": lambda t: t["accuracy_u"]}
+ZEROS: dict[str, Get] = {"zero weights of u, %": lambda t: t["u"]["zeros"]}
+CHANNELS: dict[str, Get] = {"zero channels of u, %": lambda t: t["u"]["zero_channels"]}
+COLUMNS: dict[str, dict[str, Get]] = {
+    "a": {**ACCURACY, **CHANNELS, **ZEROS},
+    "b": {**ACCURACY, **ZEROS},
+    "c": {
+        **ACCURACY,
+        **ZEROS,
+        **CHANNELS,
+        "zero weights of w, %": lambda t: t["w"]["zeros"],
+        "zero channels of w, %": lambda t: t["w"]["zero_channels"],
+    },
+    "d": {
+        "|w| < 1e-3, %": lambda t: t["w"]["small"],
+        **CHANNELS,
+        **{
+            f"{name} of {which}, %": lambda t, key=key, which=which: t[f"robust_{which}"][key]
+            for which in ("w", "u")
+            for name, key in (("A1", "natural"), ("A2", "FGSM"), ("A3", "IFGSM^20"), ("A4", "C&W"))
+        },
+    },
+}
+
+
+def by_label(result: Result) -> dict[str, list[Result]]:
+    """The tests of a result, those of one label together."""
+    groups: dict[str, list[Result]] = {}
+    for row in result["rows"]:
+        groups.setdefault(row["label"], []).append(row["test"])
+    return groups
+
+
+def training_table(name: str, result: Result) -> str:
+    """The Markdown table of a set: one line for each label, mean (least–greatest) over the seeds."""
+    columns = COLUMNS[name]
+    lines = [
+        [label, *(spread([get(test) for test in tests]) for get in columns.values())]
+        for label, tests in by_label(result).items()
+    ]
+    seeds = len({row["seed"] for row in result["rows"]})
+    note = f"{seeds} seed{'s: mean (least–greatest)' if seeds > 1 else ''}."
+    return f"{table(['', *columns], lines)}\n\n{note} {stamp(result)}"
+
+
+def time_table(result: Result) -> str:
+    """The Markdown table of ``runs.py time``."""
+    labels = {"native": "rvsm_kernels (native)", "reference": "PyTorch reference", "loop": "channel-by-channel loop"}
+    lines = [
+        [
+            f"({row['set']}) {labels[row['engine']]}",
+            f"{row['seconds']:.2f}",
+            f"{row['step_seconds']:.3f}",
+            f"{100 * row['step_seconds'] / row['seconds']:.1f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["", "seconds per epoch", "of them in step()", "share of the optimizer, %"]
+    return f"{table(header, lines)}\n\nMedians of {result['rounds']} epochs each, the engines in turn. {stamp(result)}"
+
+
+def content(name: str) -> str:
+    """What a block of the README says."""
+    result = read(RESULTS / f"{name}.json")
+    if result is None:
+        return "*Not measured yet.*"
+    return time_table(result) if name == "time" else training_table(name, result)
+
+
+def figures(out: Path) -> None:
+    """Accuracy against sparsity of the sets, as far as they were trained."""
+    for name, of, what in (("a", "zero_channels", "zero input channels of u"), ("b", "zeros", "zero weights of u")):
+        result = read(out / f"{name}.json")
+        if result is not None:
+            points = {
+                label: [(test["u"][of], test["accuracy_u"]) for test in tests]
+                for label, tests in by_label(result).items()
+            }
+            plots.accuracy_sparsity(out / f"{name}.png", points, what, line=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sets", nargs="*", metavar="SET", choices=[*SETS, "time", []], help="a, b, c, d, time")
+    parser.add_argument("--check", action="store_true", help="train the first seed again and compare")
+    parser.add_argument("--readme", action="store_true", help="fill the tables of examples/README.md")
+    parser.add_argument("--smoke", action="store_true", help="all of it in seconds, into build/runs")
+    parser.add_argument("--rounds", type=int, default=5, help="time: epochs of each engine (default: %(default)s)")
+    given = parser.parse_args(argv)
+    out = Path("build/runs/smoke") if given.smoke else RESULTS
+    torch.manual_seed(0)
+    if given.check:
+        far = [name for name in given.sets if name in SETS and not check_set(name)]
+        raise SystemExit(1 if far else 0)
+    for name in given.sets or ([*SETS, "time"] if given.smoke else []):
+        if name == "time":
+            time_loop(out, 1 if given.smoke else given.rounds, given.smoke)
+        else:
+            train_set(name, out, given.smoke)
+    figures(out)
+    if given.readme:
+        README.write_text(fill(README.read_text(encoding="utf-8"), "runs", content), encoding="utf-8")
+    for name in given.sets:
+        print(f"\n{content(name)}")
+
+
+if __name__ == "__main__":
+    cli.guarded(main)
