@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -189,7 +189,7 @@ class Attack:
     Args:
         name: "fgsm", "ifgsm" or "cw".
         epsilon: radius in units of a pixel.
-        steps, alpha: as the function of that name has them; None: its default.
+        steps, alpha, lr, c, kappa: as the function of that name has them; None: its default.
 
     Raises:
         ValueError: an unknown name, or a bad value.
@@ -200,6 +200,9 @@ class Attack:
     epsilon: float = EPSILON
     steps: int | None = None
     alpha: float | None = None
+    lr: float | None = None
+    c: float | None = None
+    kappa: float | None = None
 
     def __post_init__(self) -> None:  # here and not after the training of what is to be attacked
         if self.name not in FUNCTIONS:
@@ -208,7 +211,7 @@ class Attack:
         inspect.signature(FUNCTIONS[self.name]).bind(None, None, None, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        options = {"epsilon": self.epsilon, "steps": self.steps, "alpha": self.alpha}
+        options = {field.name: getattr(self, field.name) for field in fields(self)[1:]}  # all but the name
         return {name: value for name, value in options.items() if value is not None}
 
     @property

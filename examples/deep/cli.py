@@ -202,7 +202,7 @@ def guarded(main: Callable[[], None]) -> None:
         main()
     except ERRORS as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(getattr(error, "status", 1)) from None
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -30,6 +30,14 @@ Row = dict[str, Any]
 class Stopped(Exception):
     """A training that ended before its last epoch, in one line that says how to go on."""
 
+    status = 1
+
+
+class Interrupted(Stopped):
+    """A training that Ctrl-C ended."""
+
+    status = 130  # what a shell reports for SIGINT
+
 
 def to_float(x: Tensor, device: str, channels_last: bool = False) -> Tensor:
     """Images of bytes to float32 in [0, 1] on a device."""
@@ -313,10 +321,14 @@ class Training:
                 files.save_checkpoint(path, self.state())
                 saved = self.epoch
                 tell({**row, "layers": layers["u"]})
-        except (KeyboardInterrupt, Stopped) as error:
-            reason = str(error) if isinstance(error, Stopped) else f"stopped in epoch {self.epoch + 1}"
-            go_on = f"{path} holds epoch {saved}: --resume goes on" if saved else "no epoch was completed"
-            raise Stopped(f"{reason}; {go_on}") from None
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped in epoch {self.epoch + 1}; {self._go_on(path, saved)}") from None
+        except Stopped as error:
+            raise Stopped(f"{error}; {self._go_on(path, saved)}") from None
+
+    @staticmethod
+    def _go_on(path: Path, saved: int) -> str:
+        return f"{path} holds epoch {saved}: --resume goes on" if saved else "no epoch was completed"
 
 
 def _copied(value: Any) -> Any:
