@@ -115,7 +115,7 @@ class Settings:
             raise SettingsError("--engine loop is a loop over input channels: it needs --method rgsm")
 
     def _at_least(self, name: str, least: int) -> None:
-        if getattr(self, name) < least:
+        if not getattr(self, name) >= least:  # so that NaN is refused too
             raise SettingsError(f"{flag(name)} must be at least {least}, not {getattr(self, name)}")
 
     @property

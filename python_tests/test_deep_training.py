@@ -1,0 +1,542 @@
+"""Training of the deep experiments: methods, checkpoints, interruptions, pruning by Torch-Pruning, scripts."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import robust
+import train
+from deep import cli, data, files, methods, recipes
+from deep.loop import CHECKPOINT, Stopped, Training
+from deep.settings import Settings, SettingsError
+from runner import same_bits
+
+ROOT = Path(__file__).resolve().parent.parent
+DIGITS = data.load("digits")
+SMALL = replace(DIGITS, train=DIGITS.train.first(320), test=DIGITS.test.first(100))
+BASE = Settings(epochs=3, milestones=(2,), batch=64, lr=0.05)
+RESNET = replace(BASE, model="resnet8", width=4)
+RGSM = {"method": "rgsm", "penalty": "l1", "lam": 0.02, "beta": 1.0}
+
+needs_pruning = pytest.mark.skipif(
+    importlib.util.find_spec("torch_pruning") is None, reason="Torch-Pruning is not installed"
+)
+
+
+def trained(settings: Settings, out: Path, **more: Any) -> Training:
+    """A training from begin to end."""
+    settings.check()
+    training = Training(settings, SMALL, **more)
+    training.fit(out)
+    return training
+
+
+def assert_same(a: Training, b: Training) -> None:
+    """Weights, momentum, random numbers and what was measured are the same, bit for bit."""
+    mine, theirs = a.model.state_dict(), b.model.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert same_bits(value, theirs[name]), name
+    for one, two in zip(a.optimizer.state.values(), b.optimizer.state.values(), strict=True):
+        assert same_bits(one["momentum_buffer"], two["momentum_buffer"])
+    assert torch.equal(a.order.get_state(), b.order.get_state())
+    times = ("seconds", "step_seconds")
+    told = [[{k: v for k, v in row.items() if k not in times} for row in t.history] for t in (a, b)]
+    assert told[0] == told[1]
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "elements", "channels"),
+    [
+        ({}, False, False),
+        ({"method": "rvsm", "penalty": "l0", "lam": 5e-5, "beta": 0.1}, True, False),
+        ({"method": "rvsm", "penalty": "l1", "lam": 1e-3, "beta": 0.1}, True, False),
+        ({"method": "rvsm", "penalty": "tl1", "lam": 1e-3, "beta": 0.1}, True, False),
+        ({"method": "rvsm", "penalty": "topk", "density": 0.5, "lam": 1.0, "beta": 0.1}, True, False),
+        ({"method": "admm", "penalty": "l0", "lam": 5e-5, "beta": 0.1}, True, False),
+        ({"method": "rgsm", "penalty": "l0", "lam": 0.5, "beta": 1.0}, True, True),
+        ({"method": "rgsm", "penalty": "l1", "lam": 0.8, "beta": 1.0, "group_lasso": 1e-2}, True, True),
+        ({"method": "admm", "structure": "in_channels", "penalty": "l0", "lam": 5.0, "beta": 1.0}, True, True),
+    ],
+)
+def test_methods_zero_what_they_should(tmp_path: Path, options: dict[str, Any], elements: bool, channels: bool) -> None:
+    training = trained(replace(BASE, **options), tmp_path)
+    row = training.history[-1]
+    assert (row["u"]["zeros"] > 0, row["u"]["zero_channels"] > 0) == (elements, channels)
+    assert row["w"]["zeros"] == 0
+    dense = options == {}
+    assert (row["lagrangian"] > row["loss"]) != dense
+    assert (row["lagrangian"] == row["loss"]) == dense
+    assert [r["lr"] for r in training.history] == pytest.approx([0.05, 0.05, 0.005])
+
+
+def test_channels_are_those_of_convolutions_as_in_the_papers(tmp_path: Path) -> None:
+    training = Training(replace(BASE, **RGSM), SMALL)
+    penalised = [name for group in training.optimizer.param_groups if group["penalty"] for name in group["param_names"]]
+    assert penalised == ["net.conv1.weight", "net.conv2.weight"]
+    statistics = methods.weight_statistics(training.model, training.sizes)
+    assert sum(layer["channels"] for layer in statistics["layers"] if len(layer["shape"]) == 4) == 7
+
+
+def test_statistics_count_what_is_there() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 2, 3), nn.Linear(5, 3))
+    before = methods.sizes(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+        model[0].weight[:, 1:3] = 0
+        model[1].weight[0] = 1e-4
+    found = methods.weight_statistics(model, before)
+    assert found["zero_channels"] == 0.5
+    assert found["zeros"] == 36 / (72 + 15)
+    assert found["small"] == (36 + 5) / (72 + 15)
+    assert methods.channel_norms(model).tolist() == pytest.approx([18**0.5, 0, 0, 18**0.5])
+
+
+def test_sparsify_replaces_w_for_good(tmp_path: Path) -> None:
+    training = trained(replace(BASE, method="rvsm", lam=5e-5, beta=0.1, sparsify=True), tmp_path)
+    row = training.history[-1]
+    assert row["w"]["zeros"] == row["u"]["zeros"] > 0
+
+
+def test_engines_train_alike(tmp_path: Path) -> None:
+    """The reference and the loop of the released code do the same steps, up to rounding."""
+    losses = {}
+    for engine in ("native", "reference", "loop"):
+        settings = replace(BASE, epochs=1, milestones=(), **RGSM, group_lasso=1e-3, engine=engine)
+        losses[engine] = trained(settings, tmp_path / engine).history[0]["loss"]
+    assert losses["reference"] == pytest.approx(losses["native"], rel=1e-4)
+    assert losses["loop"] == pytest.approx(losses["native"], rel=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"amp": True}, {"channels_last": True}, {"augment": True}])
+def test_ways_to_compute(tmp_path: Path, how: dict[str, bool]) -> None:
+    loss = trained(replace(RESNET, epochs=1, milestones=(), **how), tmp_path / "a").history[0]["loss"]
+    plain = trained(replace(RESNET, epochs=1, milestones=()), tmp_path / "b").history[0]["loss"]
+    assert loss == pytest.approx(plain, rel=0.1)
+    assert loss != plain
+
+
+def test_the_best_epoch_is_tested(tmp_path: Path) -> None:
+    training = trained(replace(BASE, method="rvsm", lam=5e-5, beta=0.1, validation=60), tmp_path)
+    assert len(training.train_images) == 260
+    best = max(row["accuracy_u"] for row in training.history)
+    epoch = next(row["epoch"] for row in training.history if row["accuracy_u"] == best)
+    assert training.use_best() == epoch
+    assert training.measure(training.validation)["accuracy_u"] == best
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        BASE,
+        replace(BASE, **RGSM, validation=40),
+        replace(BASE, method="admm", lam=5e-5, beta=0.1),
+        replace(RESNET, model="en2resnet8", method="rvsm", lam=5e-5, beta=0.1, augment=True),
+    ],
+)
+def test_a_resumed_training_is_the_same_bit_for_bit(tmp_path: Path, settings: Settings) -> None:
+    whole = trained(settings, tmp_path / "whole")
+    first = Training(settings, SMALL)
+    out = tmp_path / "halves"
+    files.save_checkpoint(out / CHECKPOINT, _after(first, 1, out))
+    torch.manual_seed(99)  # another process has other random numbers
+    second = Training(settings, SMALL)
+    second.load(files.load_checkpoint(out / CHECKPOINT), out / CHECKPOINT)
+    second.fit(out)
+    assert_same(whole, second)
+    assert (whole.best is None) == (second.best is None)
+    if whole.best is not None:
+        assert whole.best["epoch"] == second.best["epoch"]
+
+
+def _after(training: Training, epochs: int, out: Path) -> dict[str, Any]:
+    """The state of a training that is interrupted after so many epochs."""
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == epochs:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Stopped, match=f"holds epoch {epochs}"):
+        training.fit(out, stop)
+    return files.load_checkpoint(out / CHECKPOINT)
+
+
+def in_mid_epoch(error: BaseException) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """A perturbation that raises in the middle of the second epoch."""
+    calls = 0
+
+    def perturb(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 8:  # an epoch has 5 batches
+            raise error
+        return x
+
+    return perturb
+
+
+def test_ctrl_c_in_mid_epoch_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    whole = trained(BASE, tmp_path / "whole")
+    out = tmp_path / "stopped"
+    with pytest.raises(Stopped, match=r"stopped in epoch 2; .*holds epoch 1: --resume"):
+        Training(BASE, SMALL, in_mid_epoch(KeyboardInterrupt())).fit(out)
+    again = Training(BASE, SMALL)
+    again.load(files.load_checkpoint(out / CHECKPOINT), out / CHECKPOINT)
+    again.fit(out)
+    assert_same(whole, again)
+
+
+def test_ctrl_c_in_the_first_epoch(tmp_path: Path) -> None:
+    def stop(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Stopped, match="no epoch was completed"):
+        Training(BASE, SMALL, stop).fit(tmp_path)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.fsync, 0
+
+    def full(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(files.FileError, match=r"could not be written \(No space left on device\); the previous one"):
+        Training(BASE, SMALL).fit(tmp_path)
+    assert files.load_checkpoint(tmp_path / CHECKPOINT)["epoch"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT], "nothing half written stays"
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    training = Training(BASE, SMALL)
+
+    def poison(row: dict[str, Any]) -> None:
+        with torch.no_grad():
+            training.model.get_parameter("net.fc3.bias").fill_(float("nan"))
+
+    with pytest.raises(Stopped, match=r"the loss became nan in epoch 2: try a smaller --lr; .*holds epoch 1"):
+        training.fit(tmp_path, poison)
+    saved = files.load_checkpoint(tmp_path / CHECKPOINT)
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"not a checkpoint",
+        lambda content: b"",
+        lambda content: content[:200] + bytes(1000) + content[1200:],
+    ],
+)
+def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / CHECKPOINT
+    _after(Training(BASE, SMALL), 1, tmp_path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(files.FileError, match=CHECKPOINT) as caught:
+        files.load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_run_no_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"format": files.FORMAT, "evil": Evil()}, tmp_path / CHECKPOINT)
+    with pytest.raises(files.FileError, match="not a checkpoint"):
+        files.load_checkpoint(tmp_path / CHECKPOINT)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    state = _after(Training(BASE, SMALL), 1, tmp_path)
+    with pytest.raises(SettingsError, match=r"lr 0.05 \(now 0.1\)"):
+        Training(replace(BASE, lr=0.1), SMALL).load(state, tmp_path)
+    Training(replace(BASE, channels_last=True), SMALL).load(state, tmp_path)  # how it is computed may change
+    del state["optimizer"]
+    with pytest.raises(files.FileError, match="does not fit"):
+        Training(BASE, SMALL).load(state, tmp_path)
+
+
+# ---- Torch-Pruning ---------------------------------------------------------------------------------------------------
+
+
+@needs_pruning
+@pytest.mark.parametrize(
+    ("method", "options"), [("l1norm", {}), ("slimming", {"scale_lasso": 1e-2}), ("slimming", {"scratch": True})]
+)
+def test_pruning_removes_channels_and_trains_on(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    settings = replace(RESNET, epochs=2, milestones=(1,), finetune=2, method=method, **options)
+    training = trained(settings, tmp_path / "whole")
+    assert [row["u"]["zero_channels"] > 0.25 for row in training.history] == [False, False, True, True]
+    assert sum(p.numel() for p in training.model.parameters()) < 0.8 * sum(n for n, _ in training.sizes.values())
+    scratch = options.get("scratch", False)
+    assert [row["lr"] for row in training.history[2:]] == pytest.approx([0.05, 0.005] if scratch else [0.005, 0.005])
+
+    _after(Training(settings, SMALL), 3, tmp_path / "halves")
+    again = Training(settings, SMALL)
+    again.load(files.load_checkpoint(tmp_path / "halves" / CHECKPOINT), tmp_path)
+    again.fit(tmp_path / "halves")
+    assert_same(training, again)
+
+
+@needs_pruning
+def test_slimming_lowers_the_scales(tmp_path: Path) -> None:
+    def scales(strength: float) -> float:
+        settings = replace(RESNET, method="slimming", scale_lasso=strength)
+        model = trained(settings, tmp_path / str(strength)).model
+        return sum(m.weight.abs().sum().item() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+    assert scales(1e-1) < 0.9 * scales(0.0)
+
+
+@needs_pruning
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (replace(BASE, method="slimming", finetune=1), "batch norms"),
+        (replace(RESNET, model="en2resnet8", method="l1norm", finetune=1), "not an ensemble"),
+    ],
+)
+def test_what_cannot_be_pruned(settings: Settings, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        Training(settings, SMALL)
+
+
+# ---- settings and recipes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1, not 0"),
+        ({"lr": -1.0}, "--lr"),
+        ({"lr": float("nan")}, "--lr"),
+        ({"ratio": 1.0}, "--ratio"),
+        ({"momentum": 0.0}, "--momentum"),
+        ({"penalty": "topk"}, "--density"),
+        ({"finetune": 1}, "--finetune"),
+        ({"method": "slimming", "scratch": True}, "--scratch needs --finetune"),
+        ({"group_lasso": 0.1, "method": "rvsm"}, "--group-lasso"),
+        ({"engine": "loop", "method": "rvsm"}, "--engine loop"),
+        ({"train_images": 0}, "--train-images"),
+    ],
+)
+def test_settings_that_cannot_be(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        replace(BASE, **options).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "rvsm", "lam": -1.0}, "Invalid lam value"),
+        ({"model": "alexnet"}, "unknown model"),
+        ({"engine": "triton", "method": "rvsm", "device": "cpu"}, "triton"),
+    ],
+)
+def test_settings_that_the_optimizer_or_the_models_refuse(options: dict[str, Any], words: str) -> None:
+    if os.environ.get("TRITON_INTERPRET") and "engine" in options:
+        pytest.skip("the interpreter runs Triton on the CPU")
+    with pytest.raises(SettingsError, match=words):
+        Training(replace(BASE, **options), SMALL)
+
+
+@pytest.mark.parametrize("is_robust", [False, True])
+def test_every_recipe_is_a_run(is_robust: bool) -> None:
+    kind = robust.RobustSettings if is_robust else Settings
+    rows = recipes.recipes(is_robust)
+    assert rows
+    for name, row in rows.items():
+        settings = kind(**row.settings)
+        settings.check()
+        assert settings.epochs in (100, 200), name
+        assert row.printed, name
+        model = Training(replace(settings, data="digits", device="cpu", validation=0), _as_colour()).model
+        assert len(methods.parameter_groups(settings, model)[0]["params"]) > 0
+
+
+def _as_colour() -> data.Dataset:
+    """Two digits in the shape of CIFAR's images."""
+
+    def part(images: data.Images) -> data.Images:
+        few = images.first(2)
+        return data.Images(nn.functional.pad(few.x, (2, 2, 2, 2)).expand(-1, 3, -1, -1).contiguous(), few.y)
+
+    return replace(DIGITS, train=part(DIGITS.train), test=part(DIGITS.test))
+
+
+def test_recipes_are_the_printed_tables() -> None:
+    natural, robust_rows = recipes.recipes(False), recipes.recipes(True)
+    assert natural["table4.1/gl"].settings | {"lam": 1.0, "beta": 1.0, "penalty": "l1", "epochs": 100} == (
+        natural["table4.1/gl"].settings
+    )
+    assert natural["table3.2/rvsm"].printed == {"accuracy": 94.89, "sparsity": 93.70}
+    row = robust_rows["table4.5/en2resnet20-0.05"]
+    assert row.printed == {"A1": 78.28, "A2": 56.53, "A3": 49.58, "A4": 66.56, "channel sparsity": 41.48}
+    assert row.settings["group_lasso"] == 1e-5 and row.settings["lam"] == 0.05 and row.settings["adversarial"] == 10
+    settings = robust.RobustSettings(**row.settings)
+    assert (settings.alpha, settings.epsilon, settings.milestones) == (2 / 255, 8 / 255, (80, 120, 160))
+
+
+@pytest.mark.parametrize("script", [train, robust])
+def test_the_recorded_command_gives_the_settings_again(script: Any) -> None:
+    is_robust = script is robust
+    kind = robust.RobustSettings if is_robust else Settings
+    given = {"lr": 0.03, "milestones": (1, 2), "decoupled": False, "augment": True, "model": "en2resnet8", **RGSM}
+    settings = kind(**given, **({"random_start": False} if is_robust else {}))
+    words = settings.command("x.py").split()
+    again, _ = cli.arguments(words[2:], "", kind, {}, is_robust)
+    assert again == settings
+
+
+# ---- robust training -------------------------------------------------------------------------------------------------
+
+
+def test_adversarial_training_trains_on_the_attacked_images(tmp_path: Path) -> None:
+    settings = robust.RobustSettings(epochs=1, batch=64, lr=0.05, width=4, adversarial=2, attacked=40, cw_steps=2)
+    seen: list[float] = []
+    attack = robust.perturbation(settings)
+    assert attack is not None
+
+    def watched(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        perturbed = attack(model, x, y)
+        seen.append((perturbed - x).abs().max().item())
+        return perturbed
+
+    training = trained(settings, tmp_path, perturb=watched)
+    assert min(seen) > 0 and max(seen) <= settings.epsilon + 1e-6
+    result = robust.test(training)
+    assert result["attacked_images"] == 40
+    assert set(result["robust_w"]) == {"natural", "FGSM", "IFGSM^20", "C&W"}
+    for which in ("robust_w", "robust_u"):
+        assert all(value <= result[which]["natural"] for value in result[which].values())
+    assert robust.perturbation(replace(settings, adversarial=0)) is None
+
+
+@pytest.mark.parametrize(
+    "bad", [{"epsilon": 2.0}, {"alpha": 0.0}, {"ifgsm_steps": 0}, {"cw_lr": 0.0}, {"adversarial": -1}]
+)
+def test_bad_attacks_are_refused_before_training(bad: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(bad)).split("_")[-1]):
+        robust.RobustSettings(**bad).check()
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+
+def script(name: str, *words: str, **more: Any) -> subprocess.Popen[str]:
+    """A script in a process of its own."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "examples" / name), *words],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+
+
+def test_a_script_that_is_interrupted_goes_on(tmp_path: Path) -> None:
+    """A real Ctrl-C: the signal that the terminal sends."""
+    words = ["--train-images", "320", "--epochs", "400", "--lr", "0.01", "--out", str(tmp_path)]
+    process = script("train.py", *words)
+    assert process.stdout is not None
+    while "epoch   2" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume goes on" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    state = files.load_checkpoint(tmp_path / CHECKPOINT)
+    assert state["epoch"] >= 2 and len(state["history"]) == state["epoch"]
+
+    refused = script("train.py", *words)
+    assert "--overwrite begins anew" in refused.communicate(timeout=120)[1]
+    assert refused.returncode == 1
+
+
+def test_a_result_says_how_it_came_about(tmp_path: Path) -> None:
+    words = ["--smoke", "--out", str(tmp_path), *"--method rgsm --penalty l1 --lam 0.5 --beta 1 --lr 0.05".split()]
+    train.main(words)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["command"].startswith("python examples/train.py --train-images 1280")
+    assert str(tmp_path) not in json.dumps(result), "no path of a machine"
+    assert len(result["history"]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(CHECKPOINT, "result.json", "accuracy.png", "channel_norms.png", "weights.png")
+    }
+    train.main([*words, "--resume"])
+    again = json.loads((tmp_path / "result.json").read_text())
+    assert again["test"] == result["test"]
+
+
+def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train.main(["--smoke", "--tensorboard", "--out", str(tmp_path), "--method", "rvsm", "--beta", "0.1"])
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss", "L_beta", "sparsity/zeros", "zeros/net.conv1.weight", "zero channels/net.conv2.weight"} <= tags
+    assert [event.step for event in events.Scalars("L_beta")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "table9"], "no recipe 'table9'"),
+        (["--recipe", "table4.1"], "table4.1/base, table4.1/gl"),
+        (["--lam", "nan"], "--lam"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+    ],
+)
+def test_command_lines_that_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.main(words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_data_set_is_one_line(tmp_path: Path) -> None:
+    process = script("train.py", "--data", "cifar10", "--data-folder", str(tmp_path), "--out", str(tmp_path / "out"))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert len(errors.splitlines()) == 1 and "cifar-10" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_list_names_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    for module, is_robust in ((train, False), (robust, True)):
+        with pytest.raises(SystemExit):
+            module.main(["--list"])
+        listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        assert listed == list(recipes.recipes(is_robust))
