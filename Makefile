@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the Python tests.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 # The environment's own cmake and ninja come first.
@@ -24,7 +26,7 @@ bench: build
 test: test-cpp test-python
 
 test-python: build $(VENV)/triton
-	RVSM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest
+	RVSM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # Installs nothing: with the torch, the pytest and the CMake of that Python.
 OUT ?= build/gpu-check
@@ -36,7 +38,8 @@ gpu-check:
 $(VENV)/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy
-	$(PIP) setuptools cmake ninja matplotlib pytest pytest-benchmark scikit-learn tqdm
+	$(PIP) setuptools cmake ninja matplotlib pytest pytest-benchmark pytest-xdist scikit-learn tqdm
+	$(PIP) tensorboard torch-pruning
 	touch $@
 
 # Its cuobjdump reads the kernels for `python -m bench static`. Without what it depends on: torch has come already.
@@ -72,6 +75,9 @@ sanitize: $(VENV)/installed
 smoke: build
 	$(BIN)/python -m bench --smoke
 	$(BIN)/python examples/one_layer.py --quick --out build/one_layer
+	$(BIN)/python examples/train.py --smoke --method rgsm --penalty l1 --lam 0.1 --beta 1
+	$(BIN)/python examples/robust.py --smoke --method rvsm --beta 0.1
+	$(BIN)/python examples/runs.py --smoke  # needs Fashion-MNIST, see examples/README.md
 
 $(VENV)/linters: $(VENV)/installed
 	$(PIP) ruff mypy clang-format pre-commit
