@@ -34,7 +34,7 @@ from robust import RobustSettings
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 
 Result = dict[str, Any]
 
@@ -66,10 +66,10 @@ SMALL_ROBUST = RobustSettings(
     data="fashion-mnist",
     model="resnet8",
     width=8,
-    epochs=10,
-    milestones=(6, 8),
-    train_images=12_000,
-    attacked=500,
+    epochs=8,
+    milestones=(5, 7),
+    train_images=10_000,
+    attacked=300,
     threads=1,
 )
 PRUNING = {"method": "rgsm", "penalty": "l1", "lam": 0.02, "beta": 1.0, "group_lasso": 1e-5, "sparsify": True}
@@ -80,7 +80,7 @@ def lenet_channels() -> list[Run]:
     """(a) Dense training against RGSM, beside Table 4.1."""
     runs = [Run("dense", LENET)]
     runs += [Run(f"RGSM group lasso, λ = {lam:g}", replace(RGSM, penalty="l1", lam=lam)) for lam in (0.03, 0.1, 0.2)]
-    runs += [Run(f"RGSM group ℓ0, λ = {lam:g}", replace(RGSM, penalty="l0", lam=lam)) for lam in (0.4, 0.5, 0.8)]
+    runs += [Run(f"RGSM group ℓ0, λ = {lam:g}", replace(RGSM, penalty="l0", lam=lam)) for lam in (0.45, 0.5, 0.8)]
     return runs
 
 
@@ -108,6 +108,7 @@ def small_robust() -> list[Run]:
         for model, net in (("resnet8", "ResNet-8"), ("en2resnet8", "En₂ResNet-8"))
         for steps, training in ((0, "natural"), (5, "PGD-5"))
         for pruning, options in (("dense", {}), ("RGSM", PRUNING))
+        if (model, steps, pruning) != ("en2resnet8", 0, "RGSM")  # nothing to compare it with
     ]
 
 

@@ -131,6 +131,8 @@ class Noise(nn.Module):
 class PreActBlock(nn.Module):
     """norm-relu-conv twice, the shortcut added, noise or none after (He et al., 2016).
 
+    A shortcut that changes the shape is a 1x1 convolution of the activated input, as in the released code.
+
     Args:
         skip: False leaves the shortcut out; the block is then no residual block any more.
     """
@@ -142,16 +144,17 @@ class PreActBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.skip = skip
-        self.shortcut: nn.Module = nn.Identity()
-        if skip and (stride != 1 or inputs != outputs):
-            self.shortcut = _shortcut(inputs, outputs, stride)
+        reshapes = skip and (stride != 1 or inputs != outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride) if reshapes else None
         self.noise: nn.Module = nn.Identity() if noise is None else Noise(noise)
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature maps to feature maps."""
-        out = self.conv1(torch.relu(self.bn1(x)))
-        out = self.conv2(torch.relu(self.bn2(out)))
-        return self.noise(out + self.shortcut(x) if self.skip else out)
+        activated = torch.relu(self.bn1(x))
+        out = self.conv2(torch.relu(self.bn2(self.conv1(activated))))
+        if self.skip:
+            out = out + (x if self.shortcut is None else self.shortcut(activated))
+        return self.noise(out)
 
 
 class PreActResNet(nn.Module):
@@ -190,6 +193,10 @@ class PreActResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(inputs)
         self.linear = nn.Linear(inputs, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # As the released code does: thresholds are absolute, so the size of the first weights matters.
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Images, N x channels x H x W, to logits, N x classes."""

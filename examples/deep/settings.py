@@ -159,7 +159,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
     group = parser.add_argument_group("settings")
     for field in dataclasses.fields(kind):
         told = dict(field.metadata)
-        read = told.pop("type", type(field.default))
+        read = told.pop("type", str if field.default is None else type(field.default))
         text = told.pop("help")
         if field.default not in (None, (), False) and field.default is not True:
             text += f" (default: {field.default})"
