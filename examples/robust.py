@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deep import attacks, cli, methods
+from deep import attacks, cli
 from deep.loop import EVALUATION_BATCH, Perturb, Training
 from deep.settings import Settings, SettingsError, number, option
 
@@ -26,6 +26,11 @@ SMOKE = {"epochs": 2, "milestones": (1,), "train_images": 512, "test_images": 20
 @dataclass(frozen=True)
 class RobustSettings(Settings):
     """A run of ``robust.py``; radii and step sizes are those of the papers."""
+
+    free: ClassVar[tuple[str, ...]] = (
+        *Settings.free,
+        *("attacked", "ifgsm_steps", "cw_steps", "cw_lr", "cw_c", "cw_kappa", "fgsm_epsilon"),  # after the training
+    )
 
     model: str = option("resnet8", Settings.__dataclass_fields__["model"].metadata["help"])
     adversarial: int = option(10, "steps of the attack on each batch; 0 trains on clean images")
@@ -89,7 +94,7 @@ def test(training: Training) -> dict[str, Any]:
     result = training.measure(training.test_images)
     result["attacked_images"] = len(images)
     result["robust_w"] = under_attack()
-    with methods.sparse_weights(training.optimizer):
+    with training.sparse_weights():
         result["robust_u"] = under_attack()
     return result
 
@@ -98,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """One run."""
     settings, given = cli.arguments(argv, __doc__.partition("\n")[0], RobustSettings, SMOKE, robust=True)
     assert isinstance(settings, RobustSettings)
-    result = cli.run(
+    cli.run(
         settings,
         cli.load(settings, given.data_folder),
         given.out,
@@ -110,7 +115,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         overwrite=given.overwrite,
         tensorboard=given.tensorboard,
     )
-    print(f"\n{cli.summary(result)}\n\nwrote {given.out / 'result.json'} and plots beside it")
 
 
 if __name__ == "__main__":

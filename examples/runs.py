@@ -11,7 +11,6 @@ A run that is stopped goes on where it was when the command is given again.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -159,12 +158,11 @@ def trained(run: Run, out: Path) -> Result:
 def train_set(name: str, out: Path, smoke: bool) -> None:
     """Train what is missing in out/NAME.json; the file is written after each run."""
     path = out / f"{name}.json"
-    result = read(path) or {**environment("cpu", f"python examples/runs.py {name}"), "rows": []}
+    result = files.read_json(path) or {**environment("cpu", f"python examples/runs.py {name}"), "rows": []}
     done = {row["command"] for row in result["rows"]}
     # Runs of two sets may be the same one.
-    known = {
-        row["command"]: row for other in SETS if other != name for row in (read(out / f"{other}.json") or EMPTY)["rows"]
-    }
+    others = [files.read_json(out / f"{other}.json") or EMPTY for other in SETS if other != name]
+    known = {row["command"]: row for other in others for row in other["rows"]}
     runs = list(seeded(name, smoke))
     for i, run in enumerate(runs, 1):
         if run.command in done:
@@ -187,11 +185,6 @@ def slug(run: Run) -> str:
     return "-".join(word for word in words.split("-") if word)
 
 
-def read(path: Path) -> Result | None:
-    """A result file, or None if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 # ---- run again, and compare ------------------------------------------------------------------------------------------
 
 ALLOWED = {"accuracy": 0.02, "zeros": 0.05, "zero_channels": 1 / 7 + 1e-9}
@@ -200,9 +193,9 @@ amplifies that. The last is one of LeNet's seven channels."""
 
 
 def check_set(name: str) -> bool:
-    """Train the first seed of a set again; returns whether all is within :data:`ALLOWED`."""
-    committed = {row["command"]: row["test"] for row in (read(RESULTS / f"{name}.json") or EMPTY)["rows"]}
-    good = True
+    """Train the first seed of a set again; returns whether there is something to compare, and all within ALLOWED."""
+    committed = {row["command"]: row["test"] for row in (files.read_json(RESULTS / f"{name}.json") or EMPTY)["rows"]}
+    good = bool(committed)
     for run in seeded(name, smoke=False):
         if run.settings.seed != SEEDS[0] or run.command not in committed:
             continue
@@ -232,6 +225,8 @@ def time_loop(out: Path, rounds: int, smoke: bool) -> None:
     for name, settings in TIMED.items():
         images = {"train_images": 256, "test_images": 10} if smoke else {"test_images": 10}
         kinds = {engine: replace(settings, engine=engine, **images) for engine in ENGINES}
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
         dataset = cli.load(kinds["native"], None)
         trainings = {
             engine: Training(s, dataset, robust.perturbation(s) if isinstance(s, RobustSettings) else None)
@@ -316,7 +311,7 @@ def time_table(result: Result) -> str:
 
 def content(name: str) -> str:
     """What a block of the README says."""
-    result = read(RESULTS / f"{name}.json")
+    result = files.read_json(RESULTS / f"{name}.json")
     if result is None:
         return "*Not measured yet.*"
     return time_table(result) if name == "time" else training_table(name, result)
@@ -325,7 +320,7 @@ def content(name: str) -> str:
 def figures(out: Path) -> None:
     """Accuracy against sparsity of the sets, as far as they were trained."""
     for name, of, what in (("a", "zero_channels", "zero input channels of u"), ("b", "zeros", "zero weights of u")):
-        result = read(out / f"{name}.json")
+        result = files.read_json(out / f"{name}.json")
         if result is not None:
             points = {
                 label: [(test["u"][of], test["accuracy_u"]) for test in tests]
@@ -337,16 +332,19 @@ def figures(out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("sets", nargs="*", metavar="SET", choices=[*SETS, "time", []], help="a, b, c, d, time")
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"{', '.join(SETS)}, time")
     parser.add_argument("--check", action="store_true", help="train the first seed again and compare")
     parser.add_argument("--readme", action="store_true", help="fill the tables of examples/README.md")
     parser.add_argument("--smoke", action="store_true", help="all of it in seconds, into build/runs")
     parser.add_argument("--rounds", type=int, default=5, help="time: epochs of each engine (default: %(default)s)")
     given = parser.parse_args(argv)
+    unknown = set(given.sets) - {*SETS, "time"}
+    if unknown:
+        parser.error(f"no set {', '.join(sorted(unknown))}; there are {', '.join(SETS)}, time")
     out = Path("build/runs/smoke") if given.smoke else RESULTS
     torch.manual_seed(0)
     if given.check:
-        far = [name for name in given.sets if name in SETS and not check_set(name)]
+        far = [name for name in given.sets or SETS if name in SETS and not check_set(name)]
         raise SystemExit(1 if far else 0)
     for name in given.sets or ([*SETS, "time"] if given.smoke else []):
         if name == "time":

@@ -27,7 +27,7 @@ def test(training: Training) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """One run."""
     settings, given = cli.arguments(argv, __doc__.partition("\n")[0], Settings, SMOKE, robust=False)
-    result = cli.run(
+    cli.run(
         settings,
         cli.load(settings, given.data_folder),
         given.out,
@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         overwrite=given.overwrite,
         tensorboard=given.tensorboard,
     )
-    print(f"\n{cli.summary(result)}\n\nwrote {given.out / 'result.json'} and plots beside it")
 
 
 if __name__ == "__main__":

@@ -171,10 +171,10 @@ def test_unknown_name() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("fashion-mnist", ["dataset-fashion-mnist", *data.IDX_FILES, "--data FOLDER"]),
-        ("mnist", [*data.IDX_FILES, "--data FOLDER"]),
-        ("cifar10", ["cifar-10-python.tar.gz", "--data FOLDER"]),
-        ("cifar100", ["cifar-100-python.tar.gz", "--data FOLDER"]),
+        ("fashion-mnist", ["dataset-fashion-mnist", *data.IDX_FILES, "--data-folder FOLDER"]),
+        ("mnist", [*data.IDX_FILES, "--data-folder FOLDER"]),
+        ("cifar10", ["cifar-10-python.tar.gz", "--data-folder FOLDER"]),
+        ("cifar100", ["cifar-100-python.tar.gz", "--data-folder FOLDER"]),
     ],
 )
 def test_missing_data_set(name: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
         with torch.no_grad():
             training.model.get_parameter("net.fc3.bias").fill_(float("nan"))
 
-    with pytest.raises(Stopped, match=r"the loss became nan in epoch 2: try a smaller --lr; .*holds epoch 1"):
+    with pytest.raises(Stopped, match=r"not all numbers are finite in epoch 2: try a smaller --lr; .*holds epoch 1"):
         training.fit(tmp_path, poison)
     saved = files.load_checkpoint(tmp_path / CHECKPOINT)
     assert all(value.isfinite().all() for value in saved["model"].values())

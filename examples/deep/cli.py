@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from deep import data, files, methods, plots, recipes
-from deep.loop import CHECKPOINT, Perturb, Stopped, Training
+from deep.loop import CHECKPOINT, Interrupted, Perturb, Stopped, Training
 from deep.settings import Settings, SettingsError, add_options, from_arguments
 
 Result = dict[str, Any]
@@ -38,8 +39,9 @@ def arguments(
     parser.add_argument("--list", action="store_true", help="print the recipes and what the papers print, and stop")
     parser.add_argument("--data-folder", type=Path, metavar="DIR", help="where the files of the data set are")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for checkpoint, JSON, plots (build/SCRIPT)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew even if --out has a checkpoint")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    begin.add_argument("--overwrite", action="store_true", help="begin anew even if --out has a checkpoint")
     parser.add_argument("--tensorboard", action="store_true", help="log to --out/tensorboard")
     parser.add_argument("--smoke", action="store_true", help="seconds: shows that it runs, nothing else")
     add_options(parser, kind)
@@ -56,11 +58,12 @@ def arguments(
         settings = from_arguments(kind, given, recipe, smoke if given.smoke else {})
     except SettingsError as error:
         parser.error(str(error))
-    script = Path(parser.prog).stem
     if given.out is None:
-        given.out = Path("build") / (f"{script}-smoke" if given.smoke else script)
-    given.overwrite |= given.smoke and not given.resume
-    given.printed = rows[given.recipe].printed if given.recipe else {}
+        given.out = Path("build") / (Path(parser.prog).stem + ("-smoke" if given.smoke else ""))
+        given.overwrite |= given.smoke and not given.resume
+    # The printed numbers belong to the printed settings.
+    same = all(getattr(settings, name) == value for name, value in recipe.items())
+    given.printed = rows[given.recipe].printed if recipe and same else {}
     return settings, given
 
 
@@ -74,8 +77,11 @@ class Logbook:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise SettingsError("--tensorboard needs its package: pip install tensorboard") from error
-            # What was logged after the checkpoint that a run goes on from is not part of it any more.
-            self._writer = SummaryWriter(folder, purge_step=first_epoch)
+            try:
+                # What was logged after the checkpoint that a run goes on from is not part of it any more.
+                self._writer = SummaryWriter(folder, purge_step=first_epoch)
+            except OSError as error:
+                raise files.FileError(f"{folder} cannot be written to ({error.strerror or error})") from error
 
     def __call__(self, row: Result) -> None:
         """Log the row of an epoch."""
@@ -93,9 +99,15 @@ class Logbook:
         for layer in row["layers"]:
             values[f"zeros/{layer['name']}"] = layer["zeros"] / layer["weights"]
             values[f"zero channels/{layer['name']}"] = layer["zero_channels"] / layer["channels"]
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, row["epoch"])
-        self._writer.flush()
+        try:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, row["epoch"])
+            self._writer.flush()
+        except OSError as error:  # a log is not worth a training
+            tqdm.write(
+                f"TensorBoard's log ends here ({error.strerror or error}); the training goes on", file=sys.stderr
+            )
+            self._writer = None
 
 
 def load(settings: Settings, folder: Path | None) -> data.Dataset:
@@ -123,6 +135,7 @@ def run(
         SettingsError, FileError, Stopped: see :mod:`deep.loop`.
     """
     checkpoint = out / CHECKPOINT
+    files.prepare(out)
     if checkpoint.exists() and not (resume or overwrite):
         raise SettingsError(f"{checkpoint} is of an earlier run: --resume goes on with it, --overwrite begins anew")
     if resume and not checkpoint.exists():
@@ -134,6 +147,10 @@ def run(
         training.load(files.load_checkpoint(checkpoint), checkpoint)
     training.fit(out, Logbook(out / "tensorboard" if tensorboard else None, training.epoch + 1))
     epoch = training.use_best()
+    try:
+        tested = test(training)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped in the final test; {checkpoint} holds all epochs: --resume tests again") from None
     result = {
         "command": command,
         "settings": settings.to_dict(),
@@ -142,11 +159,13 @@ def run(
         "tested_epoch": epoch,
         "seconds_per_epoch": _mean(training.history, "seconds"),
         "step_seconds_per_epoch": _mean(training.history, "step_seconds"),
-        "test": test(training),
+        "test": tested,
         "history": training.history,
     }
+    print(f"\n{summary(result)}\n", flush=True)  # before a full disk can lose it
     files.write_json(out / "result.json", result)
     pictures(training, result, out)
+    print(f"wrote {out / 'result.json'} and plots beside it")
     return result
 
 
@@ -169,7 +188,7 @@ def pictures(training: Training, result: Result, out: Path) -> None:
     norms = {"w": methods.channel_norms(training.model)}
     weights = {"w": methods.all_weights(training.model)}
     if methods.penalised(training.settings):
-        with methods.sparse_weights(training.optimizer):
+        with training.sparse_weights():
             norms["u"] = methods.channel_norms(training.model)
             weights["u"] = methods.all_weights(training.model)
     plots.channel_norms(out / "channel_norms.png", norms)
@@ -197,7 +216,11 @@ def summary(result: Result) -> str:
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Run a script; what it was told wrongly, or what stopped it, ends with one line and status 1 (130: Ctrl-C)."""
+    """Run a script; what it was told wrongly, or what stopped it, ends with one line and status 1 (130: Ctrl-C).
+
+    A request to terminate is treated as Ctrl-C, so that what was begun is put in order.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except ERRORS as error:

@@ -220,7 +220,7 @@ def _idx(name: str, folder: Path | None) -> Dataset:
     package = "install Debian's dataset-fashion-mnist, or " if name == "fashion-mnist" else ""
     raise DataError(
         f"{name} is not in {' or '.join(map(str, folders))}: {package}put the four IDX files "
-        f"({', '.join(f'{file}[.gz]' for file in IDX_FILES)}) in a folder and pass --data FOLDER"
+        f"({', '.join(f'{file}[.gz]' for file in IDX_FILES)}) in a folder and pass --data-folder FOLDER"
     )
 
 
@@ -269,7 +269,7 @@ def _cifar(name: str, folder: Path | None) -> Dataset:
             return Dataset(name, classes, whole, last, augment=True)
     raise DataError(
         f"{name} is not in {root} or {root / inner}: unpack cifar-{classes}-python.tar.gz "
-        f"(https://www.cs.toronto.edu/~kriz/cifar.html) in {root}, or elsewhere and pass --data FOLDER"
+        f"(https://www.cs.toronto.edu/~kriz/cifar.html) in {root}, or elsewhere and pass --data-folder FOLDER"
     )
 
 

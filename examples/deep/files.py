@@ -45,6 +45,34 @@ def write(path: Path, content: bytes) -> None:
                 os.unlink(name)
 
 
+def prepare(folder: Path) -> None:
+    """Make a folder, and see that it can be written to: before hours of work, not after them.
+
+    Raises:
+        FileError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FileError(f"{folder} cannot be written to ({error.strerror or error})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; None if there is none.
+
+    Raises:
+        FileError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path} could not be read as JSON ({error})".split("\n")[0]) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all; NaN is an error.
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import rvsm_kernels as rk
 from deep import data, files, methods, models, pruning
 from deep.data import Dataset, Images
-from deep.settings import HOW, PRUNERS, Settings, SettingsError
+from deep.settings import PRUNERS, Settings, SettingsError
 
 CHECKPOINT = "checkpoint.pt"
 EVALUATION_BATCH = 1000
@@ -92,6 +91,7 @@ class Training:
     def __init__(self, settings: Settings, dataset: Dataset, perturb: Perturb | None = None) -> None:
         self.settings = s = settings
         self.perturb = perturb
+        _use_device(s.device)
         dataset, self.validation = data.divide(dataset, s.validation, s.seed)
         self.train_images, self.test_images = dataset.train, dataset.test
         self.augment = dataset.augment if s.augment is None else s.augment
@@ -117,8 +117,11 @@ class Training:
     def _set_up(self) -> None:
         """Optimizer, compiled model and pruner for the model as it is now."""
         self.optimizer = methods.optimizer_for(self.settings, self.model)
+        self.reader = methods.reader_for(self.settings, self.model, self.optimizer)
         self.forward = torch.compile(self.model) if self.settings.compile else self.model
-        self.regularize = pruning.regularizer(self.settings, self.model, self.example)
+        # What network slimming adds to the gradients chooses the channels; after that it has done its work.
+        done = self.pruned is not None
+        self.regularize = None if done else pruning.regularizer(self.settings, self.model, self.example)
 
     def lr(self) -> float:
         """The learning rate of the next epoch: divided by 10 at every milestone.
@@ -130,7 +133,7 @@ class Training:
         epoch, milestones = self.epoch, s.milestones
         if epoch >= s.epochs and s.scratch:
             epoch -= s.epochs
-            milestones = tuple(m * s.finetune // s.epochs for m in milestones)
+            milestones = tuple(m * s.finetune // max(1, s.epochs) for m in milestones)
         return s.lr * 0.1 ** sum(epoch >= m for m in milestones)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -148,7 +151,7 @@ class Training:
             Mean loss (of the images trained on), seconds of the epoch and of the optimizer's steps in it.
 
         Raises:
-            Stopped: the loss is not finite any more.
+            Stopped: the loss or a weight is not finite any more.
         """
         s = self.settings
         if self.epoch == s.epochs and s.method in PRUNERS and self.pruned is None:
@@ -166,12 +169,13 @@ class Training:
                 total += self._step(x, y, clock) * len(y)
                 bar.update()
         loss = total.item() / len(self.train_images)
-        if not math.isfinite(loss):
-            raise Stopped(f"the loss became {loss} in epoch {self.epoch + 1}: try a smaller --lr")
+        # The losses were taken before their steps: the last step can still have broken the weights.
+        if not (math.isfinite(loss) and all(bool(p.isfinite().all()) for p in self.model.parameters())):
+            raise Stopped(f"loss {loss}: not all numbers are finite in epoch {self.epoch + 1}: try a smaller --lr")
         self.epoch += 1
         seconds = time.perf_counter() - start
-        if s.sparsify and isinstance(self.optimizer, rk.RVSM):
-            self.optimizer.sparsify_()
+        if s.sparsify and self.reader is not None:
+            self.reader.sparsify_()
         return {"epoch": self.epoch, "lr": lr, "loss": loss, "seconds": seconds, "step_seconds": clock.seconds()}
 
     def _step(self, x: Tensor, y: Tensor, clock: Clock) -> Tensor:
@@ -217,13 +221,28 @@ class Training:
     def measure(self, images: Images) -> Row:
         """Accuracy of w and of u, how sparse both are. The statistics of batch norm are those of w for both."""
         row: Row = {"accuracy_w": self.accuracy(images), "w": methods.weight_statistics(self.model, self.sizes)}
-        with methods.sparse_weights(self.optimizer):
+        with self.sparse_weights():
             row |= {"accuracy_u": self.accuracy(images), "u": methods.weight_statistics(self.model, self.sizes)}
         return row
 
+    def sparse_weights(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the weights are u.
+
+        They stay as they are where there is no u, and where w has become u already: prox is not idempotent.
+        """
+        if self.reader is None or self.settings.sparsify:
+            return contextlib.nullcontext()
+        return self.reader.sparse_weights()
+
     def lagrangian(self, loss: float) -> float:
-        """L_beta: the loss, plus lam P(u) + beta/2 ||w - u||^2 of the weights as they stand."""
-        return loss + (self.optimizer.penalty_value().item() if isinstance(self.optimizer, rk.RVSM) else 0.0)
+        """f + lam P(u) + beta/2 ||w - u||^2 + lam_2 ||w||_GL of the weights as they stand.
+
+        Args:
+            loss: f; the mean over an epoch stands in for it. ADMM's multiplier term is left out.
+        """
+        if self.reader is None:
+            return loss
+        return loss + self.reader.penalty_value().item() + methods.group_lasso(self.reader)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -241,7 +260,7 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "order": self.order.get_state(),
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state() if cuda else None,
+            "random_cuda": torch.cuda.get_rng_state() if cuda else None,  # of the current device, which is ours
         }
 
     def load(self, state: dict[str, Any], path: Path) -> None:
@@ -251,11 +270,13 @@ class Training:
             SettingsError: it is the state of another run.
             FileError: it does not fit the model.
         """
-        mine = self.settings.to_dict()
-        theirs = state.get("settings", {})
-        other = [name for name in mine if name not in HOW and theirs.get(name) != mine[name]]
+        mine, theirs = self.settings.to_dict(), state.get("settings")
+        if not isinstance(theirs, dict):
+            raise files.FileError(f"{path} has no settings")
+        names = dict.fromkeys([*mine, *theirs])  # a robust run is no natural one, whatever they share
+        other = [name for name in names if name not in self.settings.free and mine.get(name) != theirs.get(name)]
         if other:
-            told = ", ".join(f"{name} {theirs.get(name)!r} (now {mine[name]!r})" for name in other)
+            told = ", ".join(f"{name} {theirs.get(name)!r} (now {mine.get(name)!r})" for name in other)
             raise SettingsError(f"{path} is of a run with other settings: {told}")
         try:
             if state["pruned"] is not None:
@@ -270,9 +291,14 @@ class Training:
             torch.set_rng_state(state["random"])
             if state["random_cuda"] is not None and self.settings.device.startswith("cuda"):
                 torch.cuda.set_rng_state(state["random_cuda"])
-            self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise files.FileError(f"{path} does not fit this version of the script: {error}".split("\n")[0]) from error
+            self.epoch, self.history, self.best = state["epoch"], list(state["history"]), state["best"]
+            if not (isinstance(self.epoch, int) and len(self.history) == self.epoch):
+                raise ValueError(f"{len(self.history)} rows of history after epoch {self.epoch!r}")
+            if self.best is not None and not {"epoch", "accuracy", "model", "optimizer"} <= set(self.best):
+                raise ValueError("the best epoch is incomplete")
+        except (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise files.FileError(f"{path} does not fit this version of the script: {reason}") from error
 
     def keep_best(self, accuracy: float) -> None:
         """Remember model and optimizer if no epoch before was better on the validation images."""
@@ -307,9 +333,10 @@ class Training:
         """
         path = out / CHECKPOINT
         images = self.validation if len(self.validation) else self.test_images
-        saved = self.epoch
+        number = self.epoch + 1
         try:
             while self.epoch < self.settings.total_epochs:
+                number = self.epoch + 1
                 row = self.train_epoch()
                 row |= {"lagrangian": self.lagrangian(row["loss"]), **self.measure(images)}
                 # A pruned model and the one before are not the same model.
@@ -319,16 +346,35 @@ class Training:
                 layers = {which: row[which].pop("layers") for which in ("w", "u")}
                 self.history.append(row)
                 files.save_checkpoint(path, self.state())
-                saved = self.epoch
                 tell({**row, "layers": layers["u"]})
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped in epoch {self.epoch + 1}; {self._go_on(path, saved)}") from None
+            raise Interrupted(f"stopped in epoch {number}; {_go_on(path)}") from None
         except Stopped as error:
-            raise Stopped(f"{error}; {self._go_on(path, saved)}") from None
+            raise Stopped(f"{error}; {_go_on(path)}") from None
 
-    @staticmethod
-    def _go_on(path: Path, saved: int) -> str:
-        return f"{path} holds epoch {saved}: --resume goes on" if saved else "no epoch was completed"
+
+def _use_device(name: str) -> None:
+    """Make a device the current one.
+
+    Raises:
+        SettingsError: it is not there, or neither a CPU nor a GPU.
+    """
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise SettingsError(f"--device must be cpu or cuda, not {name}")
+        torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # random numbers and events are those of the current device
+    except (AssertionError, RuntimeError) as error:
+        raise SettingsError(f"--device {name}: {error}".split("\n")[0]) from error
+
+
+def _go_on(path: Path) -> str:
+    """What the checkpoint holds, read from itself: an interruption can come between writing it and noting that."""
+    if not path.exists():
+        return "no epoch was completed"
+    return f"{path} holds epoch {files.load_checkpoint(path)['epoch']}: --resume goes on"
 
 
 def _copied(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 import rvsm_kernels as rk
 from deep.settings import Settings, SettingsError
+from rvsm_kernels.groups import magnitudes
 
 SMALL = 1e-3
 """Weights below this count as small: Figure 1 of 002."""
@@ -71,9 +71,22 @@ def optimizer_for(settings: Settings, model: nn.Module, lr: float | None = None)
         raise SettingsError(str(error)) from error
 
 
-def sparse_weights(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
-    """A context in which the weights are u; they stay as they are where the optimizer has none."""
-    return optimizer.sparse_weights() if isinstance(optimizer, rk.RVSM) else contextlib.nullcontext()
+def reader_for(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer) -> rk.RVSM | None:
+    """The optimizer that knows u: a run's own, or one that never steps beside the loop over channels; None if dense."""
+    if not penalised(settings):
+        return None
+    return optimizer if isinstance(optimizer, rk.RVSM) else rk.RVSM(parameter_groups(settings, model))
+
+
+@torch.no_grad()
+def group_lasso(optimizer: torch.optim.Optimizer) -> float:
+    """lam_2 ||w||_GL: RGSM's second penalty, over the groups of the weights as they stand."""
+    total = 0.0
+    for group in optimizer.param_groups:
+        if group["group_lasso"]:
+            norms = (magnitudes(p, group["group_dim"]).sum().item() for p in group["params"])
+            total += group["group_lasso"] * sum(norms)
+    return total
 
 
 def sizes(model: nn.Module) -> dict[str, tuple[int, int]]:

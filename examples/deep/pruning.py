@@ -37,7 +37,9 @@ def _pruner(settings: Settings, model: nn.Module, example: Tensor) -> Any:
         raise SettingsError(f"--method {settings.method} takes a single net, not an ensemble")
     options = {"pruning_ratio": settings.ratio, "ignored_layers": heads}
     if settings.method == "l1norm":
-        return tp.pruner.MagnitudePruner(model, example, tp.importance.MagnitudeImportance(p=1), **options)
+        # Of the filters alone: by default the library averages with the norms and the next layer that go with them.
+        importance = tp.importance.MagnitudeImportance(p=1, group_reduction="first", normalizer=None)
+        return tp.pruner.MagnitudePruner(model, example, importance, **options)
     return tp.pruner.BNScalePruner(
         model,
         example,

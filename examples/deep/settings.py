@@ -7,7 +7,7 @@ import dataclasses
 import math
 import shlex
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from deep import data, models
 
@@ -16,8 +16,8 @@ PRUNERS = ("l1norm", "slimming")
 """Methods that remove channels by Torch-Pruning after a dense training, and train on."""
 
 ENGINES = ("native", "triton", "reference", "loop")
-HOW = ("engine", "device", "amp", "channels_last", "compile", "threads")
-"""Settings that say how a run is computed, not what: a checkpoint may be resumed under others."""
+LARGEST = 2**63 - 1
+"""What torch takes as an integer."""
 
 
 class SettingsError(Exception):
@@ -45,6 +45,9 @@ def epoch_list(text: str) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Settings:
     """A run of ``train.py``; the papers' base settings are the defaults where they fit any data set."""
+
+    free: ClassVar[tuple[str, ...]] = ("engine", "device", "amp", "channels_last", "compile", "threads")
+    """Settings that say how a run is computed, not what: a checkpoint may be resumed under others."""
 
     data: str = option("digits", "data set", choices=data.NAMES)
     pad: int | None = option(None, "zero-pad the images to this height and width", type=int)
@@ -92,8 +95,8 @@ class Settings:
 
     def check(self) -> None:
         """Raise SettingsError, naming the option, for what no run can be."""
-        for name in ("epochs", "batch"):
-            self._at_least(name, 1)
+        self._at_least("batch", 1)
+        self._at_least("epochs", 0 if self.method in PRUNERS else 1)
         for name in ("validation", "finetune", "lr", "weight_decay", "noise", "scale_lasso", "seed"):
             self._at_least(name, 0)
         for name in ("train_images", "test_images", "pad", "threads"):
@@ -107,16 +110,25 @@ class Settings:
             raise SettingsError("--penalty topk needs --density")
         if self.scratch and not self.finetune:
             raise SettingsError("--scratch needs --finetune: epochs for the new training")
-        if self.finetune and self.method not in PRUNERS:
-            raise SettingsError(f"--finetune belongs to --method {' and '.join(PRUNERS)}")
+        if bool(self.finetune) != (self.method in PRUNERS):
+            raise SettingsError(
+                f"--method {' and '.join(PRUNERS)} need --finetune, epochs after the pruning; others none"
+            )
+        if any(m < 1 for m in self.milestones) or list(self.milestones) != sorted(set(self.milestones)):
+            raise SettingsError(f"--milestones must be epochs in ascending order, not {list(self.milestones)}")
         if self.group_lasso and self.groups is None:
             raise SettingsError("--group-lasso needs --method rgsm or --structure")
-        if self.engine == "loop" and self.groups != "in_channels":
-            raise SettingsError("--engine loop is a loop over input channels: it needs --method rgsm")
+        simple = self.method == "rgsm" and self.groups == "in_channels" and self.decoupled and not self.group_scale
+        if self.engine == "loop" and not (simple and self.penalty != "topk" and self.beta > 0):
+            raise SettingsError(
+                "--engine loop is plain --method rgsm: input channels, l0, l1 or tl1, decoupled, beta > 0"
+            )
 
     def _at_least(self, name: str, least: int) -> None:
         if not getattr(self, name) >= least:  # so that NaN is refused too
             raise SettingsError(f"{flag(name)} must be at least {least}, not {getattr(self, name)}")
+        if getattr(self, name) > LARGEST:
+            raise SettingsError(f"{flag(name)} must be at most {LARGEST}, not {getattr(self, name)}")
 
     @property
     def groups(self) -> str | None:
@@ -176,13 +188,20 @@ def from_arguments(
     """Settings from the defaults, over them the recipe, over them what was given; checked.
 
     Args:
-        smoke: values that stand in for what was not given; they go over the recipe.
+        smoke: values that stand in for what was not given; they go over the recipe. Empty: no smoke run.
 
     Raises:
         SettingsError: settings that cannot be run.
     """
     names = {field.name for field in dataclasses.fields(kind)}
     told = {name: value for name, value in vars(given).items() if name in names}
+    if smoke:
+        few = {name: min(recipe[name], most) for name, most in SMOKE_MOST.items() if name in recipe}
+        smoke = {**smoke, **few}
     settings = kind(**{**recipe, **smoke, **told})
     settings.check()
     return settings
+
+
+SMOKE_MOST = {"validation": 64, "finetune": 1}
+"""What a recipe may ask of a smoke run."""
