@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -110,20 +112,46 @@ def test_statistics_count_what_is_there() -> None:
     assert methods.channel_norms(model).tolist() == pytest.approx([18**0.5, 0, 0, 18**0.5])
 
 
-def test_sparsify_replaces_w_for_good(tmp_path: Path) -> None:
-    training = trained(replace(BASE, method="rvsm", lam=5e-5, beta=0.1, sparsify=True), tmp_path)
+@pytest.mark.parametrize("options", [{"penalty": "l0", "lam": 5e-5}, {"penalty": "l1", "lam": 1e-3}])
+def test_sparsify_replaces_w_for_good(tmp_path: Path, options: dict[str, Any]) -> None:
+    training = trained(replace(BASE, method="rvsm", beta=0.1, sparsify=True, **options), tmp_path)
     row = training.history[-1]
-    assert row["w"]["zeros"] == row["u"]["zeros"] > 0
+    assert row["w"] == row["u"] and row["u"]["zeros"] > 0
+    assert row["accuracy_w"] == row["accuracy_u"]
 
 
 def test_engines_train_alike(tmp_path: Path) -> None:
     """The reference and the loop of the released code do the same steps, up to rounding."""
-    losses = {}
+    found = {}
     for engine in ("native", "reference", "loop"):
-        settings = replace(BASE, epochs=1, milestones=(), **RGSM, group_lasso=1e-3, engine=engine)
-        losses[engine] = trained(settings, tmp_path / engine).history[0]["loss"]
-    assert losses["reference"] == pytest.approx(losses["native"], rel=1e-4)
-    assert losses["loop"] == pytest.approx(losses["native"], rel=1e-4)
+        # lam pulls every channel, and lam_2 is large enough to be seen.
+        options = {**RGSM, "lam": 0.3, "beta": 2.0, "group_lasso": 0.05}
+        training = trained(replace(BASE, epochs=1, milestones=(), **options, engine=engine), tmp_path / engine)
+        with training.sparse_weights():
+            u = [p.detach().clone() for p in training.model.parameters()]
+        found[engine] = ([p.detach() for p in training.model.parameters()], u, training.history[0])
+    w, u, row = found["native"]
+    assert row["u"]["zeros"] < 1 and row["lagrangian"] > row["loss"]
+    start = list(Training(BASE, SMALL).model.parameters())
+    for engine in ("reference", "loop"):
+        for mine, theirs, first in zip(w, found[engine][0], start, strict=True):
+            moved = (mine - first).abs().max().item()
+            torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-3 * moved)
+        for mine, theirs in zip(u, found[engine][1], strict=True):
+            torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-4)
+        assert found[engine][2]["u"]["zero_channels"] == row["u"]["zero_channels"]
+        assert found[engine][2]["lagrangian"] == pytest.approx(row["lagrangian"], rel=1e-4)
+
+
+def test_the_logged_lagrangian_is_the_formula(tmp_path: Path) -> None:
+    training = trained(replace(BASE, **{**RGSM, "lam": 0.3, "group_lasso": 0.05}), tmp_path)
+    expected = training.history[-1]["loss"]
+    for module in (training.model.get_submodule("net.conv1"), training.model.get_submodule("net.conv2")):
+        for channel in module.weight.detach().double().unbind(1):
+            norm = channel.norm().item()
+            left = max(norm - 0.3, 0.0)
+            expected += 0.3 * left + 0.5 * (norm - left) ** 2 + 0.05 * norm
+    assert training.history[-1]["lagrangian"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("how", [{"amp": True}, {"channels_last": True}, {"augment": True}])
@@ -134,13 +162,29 @@ def test_ways_to_compute(tmp_path: Path, how: dict[str, bool]) -> None:
     assert loss != plain
 
 
-def test_the_best_epoch_is_tested(tmp_path: Path) -> None:
-    training = trained(replace(BASE, method="rvsm", lam=5e-5, beta=0.1, validation=60), tmp_path)
+@pytest.mark.parametrize("options", [{"method": "rvsm"}, {"method": "admm"}])
+def test_the_best_epoch_is_tested(tmp_path: Path, options: dict[str, Any]) -> None:
+    """With ADMM's multiplier, for u depends on it."""
+    # A learning rate that breaks the net in the last epoch.
+    settings = replace(BASE, lam=5e-5, beta=0.1, validation=60, **options)
+    training = Training(settings, SMALL)
+    duals: list[Tensor] = []
+
+    def watch(row: dict[str, Any]) -> None:
+        state = training.optimizer.state[training.model.get_parameter("net.conv2.weight")]
+        duals.append(state["dual"].clone() if "dual" in state else torch.zeros(1))
+        training.settings = replace(settings, lr=5.0) if row["epoch"] == 2 else settings
+
+    training.fit(tmp_path, watch)
     assert len(training.train_images) == 260
+    assert training.best is not None and training.best["epoch"] <= 2
     best = max(row["accuracy_u"] for row in training.history)
-    epoch = next(row["epoch"] for row in training.history if row["accuracy_u"] == best)
-    assert training.use_best() == epoch
+    assert training.use_best() == next(row["epoch"] for row in training.history if row["accuracy_u"] == best)
     assert training.measure(training.validation)["accuracy_u"] == best
+    if options["method"] == "admm":
+        state = training.optimizer.state[training.model.get_parameter("net.conv2.weight")]
+        assert same_bits(state["dual"], duals[training.best["epoch"] - 1])
+        assert not torch.equal(duals[0], duals[-1])
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -264,6 +308,46 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: Callable[[bytes
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change", [{"settings": None}, {"settings": []}, {"epoch": "x"}, {"history": []}, {"best": 3}, {"model": None}]
+)
+def test_checkpoints_of_another_form_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    state = _after(Training(BASE, SMALL), 1, tmp_path)
+    with pytest.raises(files.FileError, match=CHECKPOINT):
+        Training(BASE, SMALL).load({**state, **change}, tmp_path / CHECKPOINT)
+
+
+def test_weights_that_break_in_the_last_step_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match=r"not all numbers are finite.*no epoch was completed"):
+        Training(replace(BASE, lr=1e40), replace(SMALL, train=SMALL.train.first(64))).fit(tmp_path)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("name", ["result.json", "weights.png"])
+def test_a_full_disk_in_the_end_keeps_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    real = os.replace
+
+    def full(source: str, target: Path) -> None:
+        if target.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(files.FileError, match=name):
+        train.main(["--smoke", "--overwrite", "--out", str(tmp_path)])
+    assert "w: accuracy" in capsys.readouterr().out, "the numbers were on the screen before"
+    assert (tmp_path / "result.json").exists() == (name != "result.json")
+    assert files.load_checkpoint(tmp_path / CHECKPOINT)["epoch"] == 2
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(files.FileError, match="cannot be written"):
+        train.main(["--smoke", "--out", str(tmp_path / "file")])
+
+
 def test_checkpoints_run_no_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -280,6 +364,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"lr 0.05 \(now 0.1\)"):
         Training(replace(BASE, lr=0.1), SMALL).load(state, tmp_path)
     Training(replace(BASE, channels_last=True), SMALL).load(state, tmp_path)  # how it is computed may change
+    other_script = Training(robust.RobustSettings(**dataclasses.asdict(BASE)), SMALL)
+    with pytest.raises(SettingsError, match="adversarial"):
+        other_script.load(state, tmp_path)
     del state["optimizer"]
     with pytest.raises(files.FileError, match="does not fit"):
         Training(BASE, SMALL).load(state, tmp_path)
@@ -308,10 +395,14 @@ def test_pruning_removes_channels_and_trains_on(tmp_path: Path, method: str, opt
 
 
 @needs_pruning
-def test_slimming_lowers_the_scales(tmp_path: Path) -> None:
+def test_slimming_lowers_the_scales() -> None:
     def scales(strength: float) -> float:
-        settings = replace(RESNET, method="slimming", scale_lasso=strength)
-        model = trained(settings, tmp_path / str(strength)).model
+        """The sum of the norms' scales before the pruning."""
+        settings = replace(RESNET, method="slimming", scale_lasso=strength, finetune=1)
+        training = Training(settings, SMALL)
+        for _ in range(settings.epochs):
+            training.train_epoch()
+        model = training.model
         return sum(m.weight.abs().sum().item() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
     assert scales(1e-1) < 0.9 * scales(0.0)
@@ -342,7 +433,12 @@ def test_what_cannot_be_pruned(settings: Settings, words: str) -> None:
         ({"ratio": 1.0}, "--ratio"),
         ({"momentum": 0.0}, "--momentum"),
         ({"penalty": "topk"}, "--density"),
-        ({"finetune": 1}, "--finetune"),
+        ({"finetune": 1}, "others none"),
+        ({"method": "l1norm"}, "need --finetune"),
+        ({"milestones": (-5, 1)}, "--milestones"),
+        ({"milestones": (5, 5)}, "--milestones"),
+        ({"seed": 2**63}, "--seed must be at most"),
+        ({"engine": "loop", **RGSM, "group_scale": True}, "--engine loop"),
         ({"method": "slimming", "scratch": True}, "--scratch needs --finetune"),
         ({"group_lasso": 0.1, "method": "rvsm"}, "--group-lasso"),
         ({"engine": "loop", "method": "rvsm"}, "--engine loop"),
@@ -359,6 +455,8 @@ def test_settings_that_cannot_be(options: dict[str, Any], words: str) -> None:
     [
         ({"method": "rvsm", "lam": -1.0}, "Invalid lam value"),
         ({"model": "alexnet"}, "unknown model"),
+        ({"device": "nonsense"}, "--device nonsense"),
+        ({"device": "meta"}, "must be cpu or cuda"),
         ({"engine": "triton", "method": "rvsm", "device": "cpu"}, "triton"),
     ],
 )
@@ -410,11 +508,25 @@ def test_recipes_are_the_printed_tables() -> None:
 def test_the_recorded_command_gives_the_settings_again(script: Any) -> None:
     is_robust = script is robust
     kind = robust.RobustSettings if is_robust else Settings
-    given = {"lr": 0.03, "milestones": (1, 2), "decoupled": False, "augment": True, "model": "en2resnet8", **RGSM}
-    settings = kind(**given, **({"random_start": False} if is_robust else {}))
-    words = settings.command("x.py").split()
+    others = {"data": "mnist", "penalty": "topk", "method": "rgsm", "structure": "kernels", "engine": "reference"}
+    others |= {"milestones": (1, 2), "augment": True, "model": "en2resnet8", "device": "cuda", "density": 0.25}
+    given = {}
+    for field in dataclasses.fields(kind):
+        if field.name in others:
+            given[field.name] = others[field.name]
+        elif isinstance(field.default, bool):
+            given[field.name] = not field.default
+        elif isinstance(field.default, float):
+            given[field.name] = field.default / 2 if field.default else 0.125
+        elif field.name not in ("finetune", "scratch"):
+            given[field.name] = 0.125 if "epsilon" in field.name else (field.default or 0) + 3
+    given["scratch"] = False
+    settings = kind(**given)
+    words = shlex.split(settings.command("x.py"))
     again, _ = cli.arguments(words[2:], "", kind, {}, is_robust)
     assert again == settings
+    same = [field.name for field in dataclasses.fields(kind) if getattr(settings, field.name) == field.default]
+    assert same == ["finetune", "scratch"]
 
 
 # ---- robust training -------------------------------------------------------------------------------------------------
@@ -422,22 +534,28 @@ def test_the_recorded_command_gives_the_settings_again(script: Any) -> None:
 
 def test_adversarial_training_trains_on_the_attacked_images(tmp_path: Path) -> None:
     settings = robust.RobustSettings(epochs=1, batch=64, lr=0.05, width=4, adversarial=2, attacked=40, cw_steps=2)
-    seen: list[float] = []
     attack = robust.perturbation(settings)
     assert attack is not None
+    made: list[Tensor] = []
 
     def watched(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         perturbed = attack(model, x, y)
-        seen.append((perturbed - x).abs().max().item())
+        assert 0 < (perturbed - x).abs().max() <= settings.epsilon + 1e-6
+        made.append(perturbed)
         return perturbed
 
-    training = trained(settings, tmp_path, perturb=watched)
-    assert min(seen) > 0 and max(seen) <= settings.epsilon + 1e-6
+    settings.check()
+    training = Training(settings, SMALL, watched)
+    seen: list[Tensor] = []
+    training.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    training.train_epoch()
+    assert len(made) == 5
+    # Each batch: two forward passes of the attack, then the one that is trained on.
+    assert len(seen) == 15 and all(torch.equal(x, y) for x, y in zip(seen[2::3], made, strict=True))
     result = robust.test(training)
     assert result["attacked_images"] == 40
-    assert set(result["robust_w"]) == {"natural", "FGSM", "IFGSM^20", "C&W"}
     for which in ("robust_w", "robust_u"):
-        assert all(value <= result[which]["natural"] for value in result[which].values())
+        assert set(result[which]) == {"natural", "FGSM", "IFGSM^20", "C&W"}
     assert robust.perturbation(replace(settings, adversarial=0)) is None
 
 
@@ -480,6 +598,15 @@ def test_a_script_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     state = files.load_checkpoint(tmp_path / CHECKPOINT)
     assert state["epoch"] >= 2 and len(state["history"]) == state["epoch"]
 
+    words[3] = str(state["epoch"] + 1)  # one more; the schedule does not change before it
+    state["settings"]["epochs"] = state["epoch"] + 1
+    files.save_checkpoint(tmp_path / CHECKPOINT, state)
+    resumed = script("train.py", *words, "--resume")
+    output, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert [line.split()[1] for line in output.splitlines() if line.startswith("epoch ")] == [words[3]]
+    assert len(json.loads((tmp_path / "result.json").read_text())["history"]) == state["epoch"] + 1
+
     refused = script("train.py", *words)
     assert "--overwrite begins anew" in refused.communicate(timeout=120)[1]
     assert refused.returncode == 1
@@ -502,7 +629,7 @@ def test_a_result_says_how_it_came_about(tmp_path: Path) -> None:
 
 def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train.main(["--smoke", "--tensorboard", "--out", str(tmp_path), "--method", "rvsm", "--beta", "0.1"])
+    train.main(["--smoke", "--overwrite", "--tensorboard", "--out", str(tmp_path), "--method", "rvsm", "--beta", "0.1"])
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
@@ -517,6 +644,7 @@ def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
         (["--recipe", "table4.1"], "table4.1/base, table4.1/gl"),
         (["--lam", "nan"], "--lam"),
         (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--resume", "--overwrite"], "not allowed with"),
     ],
 )
 def test_command_lines_that_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

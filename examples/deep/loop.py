@@ -339,6 +339,8 @@ class Training:
                 number = self.epoch + 1
                 row = self.train_epoch()
                 row |= {"lagrangian": self.lagrangian(row["loss"]), **self.measure(images)}
+                if not math.isfinite(row["lagrangian"]):
+                    raise Stopped(f"L_beta became {row['lagrangian']} in epoch {number}: try a smaller --lr")
                 # A pruned model and the one before are not the same model.
                 comparable = self.settings.method not in PRUNERS or self.epoch > self.settings.epochs
                 if len(self.validation) and comparable:
