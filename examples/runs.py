@@ -71,7 +71,7 @@ SMALL_ROBUST = RobustSettings(
     attacked=300,
     threads=1,
 )
-PRUNING = {"method": "rgsm", "penalty": "l1", "lam": 0.02, "beta": 1.0, "group_lasso": 1e-5, "sparsify": True}
+PRUNING = {"method": "rgsm", "penalty": "l1", "lam": 0.05, "beta": 1.0, "group_lasso": 1e-5, "sparsify": True}
 """A setting of Table 4.5; w becomes u after each epoch, as 002 describes, so w is the sparse net."""
 
 
