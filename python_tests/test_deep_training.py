@@ -162,6 +162,24 @@ def test_ways_to_compute(tmp_path: Path, how: dict[str, bool]) -> None:
     assert loss != plain
 
 
+def test_recalibrated_norms_have_statistics_of_u(tmp_path: Path) -> None:
+    options = {"method": "rvsm", "penalty": "l0", "lam": 5e-4, "beta": 0.1}
+    training = trained(replace(RESNET, **options, recalibrate=2), tmp_path)
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
+    norm = training.model.get_submodule("net.blocks.0.bn1")
+    conv = training.model.get_submodule("net.conv1")
+    with training.sparse_weights():
+        training.model.eval()
+        first = list(training.train_images.batches(BASE.batch))[:2]
+        outputs = [conv((x.float() / 255 - training.model.mean) / training.model.std) for x, _ in first]
+        means = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
+        torch.testing.assert_close(norm.running_mean, means)
+        assert norm.momentum is None
+    for name, value in training.model.state_dict().items():
+        assert same_bits(value, before[name]), name
+    assert norm.momentum == 0.1
+
+
 @pytest.mark.parametrize("options", [{"method": "rvsm"}, {"method": "admm"}])
 def test_the_best_epoch_is_tested(tmp_path: Path, options: dict[str, Any]) -> None:
     """With ADMM's multiplier, for u depends on it."""
@@ -392,6 +410,18 @@ def test_pruning_removes_channels_and_trains_on(tmp_path: Path, method: str, opt
     again.load(files.load_checkpoint(tmp_path / "halves" / CHECKPOINT), tmp_path)
     again.fit(tmp_path / "halves")
     assert_same(training, again)
+
+
+@needs_pruning
+def test_l1_pruning_keeps_the_filters_of_largest_norm() -> None:
+    training = Training(replace(BASE, method="l1norm", finetune=1), SMALL)
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    training.epoch = training.settings.epochs
+    training._prune()
+    for name, kept in (("net.conv1", 3), ("net.conv2", 8), ("net.fc1", 60)):
+        norms = before[f"{name}.weight"].abs().flatten(1).sum(1)
+        largest = norms.topk(kept).indices.sort().values
+        assert torch.equal(training.model.get_parameter(f"{name}.bias"), before[f"{name}.bias"][largest]), name
 
 
 @needs_pruning

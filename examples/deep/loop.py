@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -178,15 +179,19 @@ class Training:
             self.reader.sparsify_()
         return {"epoch": self.epoch, "lr": lr, "loss": loss, "seconds": seconds, "step_seconds": clock.seconds()}
 
-    def _step(self, x: Tensor, y: Tensor, clock: Clock) -> Tensor:
-        """One batch; returns its loss."""
-        s = self.settings
-        if self.augment:
-            x = data.augment(x, self.order)
-        x, y = to_float(x, s.device, s.channels_last), y.to(s.device)
+    def _perturbed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch on the device, perturbed if this is adversarial training."""
+        x, y = to_float(x, self.settings.device, self.settings.channels_last), y.to(self.settings.device)
         if self.perturb is not None:
             with self.autocast():
                 x = self.perturb(self.forward, x, y)
+        return x, y
+
+    def _step(self, x: Tensor, y: Tensor, clock: Clock) -> Tensor:
+        """One batch; returns its loss."""
+        if self.augment:
+            x = data.augment(x, self.order)
+        x, y = self._perturbed(x, y)
         self.optimizer.zero_grad()
         with self.autocast():
             loss = nn.functional.cross_entropy(self.forward(x), y)
@@ -225,14 +230,42 @@ class Training:
             row |= {"accuracy_u": self.accuracy(images), "u": methods.weight_statistics(self.model, self.sizes)}
         return row
 
-    def sparse_weights(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def sparse_weights(self) -> Iterator[None]:
         """A context in which the weights are u.
 
-        They stay as they are where there is no u, and where w has become u already: prox is not idempotent.
+        They stay as they are where there is no u, and where w has become u already: prox is not idempotent. With
+        ``recalibrate``, the batch norms have statistics of u inside, and those of w again after.
         """
         if self.reader is None or self.settings.sparsify:
-            return contextlib.nullcontext()
-        return self.reader.sparse_weights()
+            yield
+            return
+        with self.reader.sparse_weights(), self._recalibrated():
+            yield
+
+    @contextlib.contextmanager
+    def _recalibrated(self) -> Iterator[None]:
+        s = self.settings
+        norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
+        if not s.recalibrate or not norms:
+            yield
+            return
+        kept = [({name: value.clone() for name, value in norm.named_buffers()}, norm.momentum) for norm in norms]
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over the batches
+            self.model.train()
+            for x, y in itertools.islice(self.train_images.batches(s.batch), s.recalibrate):
+                x, _ = self._perturbed(x, y)  # its forward passes count too, as they do in training
+                with torch.no_grad(), self.autocast():
+                    self.forward(x)
+            self.model.eval()
+            yield
+        finally:
+            for norm, (buffers, momentum) in zip(norms, kept, strict=True):
+                norm.load_state_dict(buffers, strict=False)
+                norm.momentum = momentum
 
     def lagrangian(self, loss: float) -> float:
         """f + lam P(u) + beta/2 ||w - u||^2 + lam_2 ||w||_GL of the weights as they stand.

@@ -73,6 +73,7 @@ class Settings:
     group_lasso: float = option(0.0, "RGSM's lambda_2")
     decoupled: bool = option(True, "the pull moves the weights before the step, not the gradient")
     sparsify: bool = option(False, "replace w by u for good after each epoch")
+    recalibrate: int = option(0, "batches that re-estimate the batch norms' statistics whenever u is tested")
     ratio: float = option(0.5, "l1norm, slimming: the share of channels that goes")
     scale_lasso: float = option(1e-4, "slimming: strength of the l1 penalty on the scales of the norms")
     finetune: int = option(0, "l1norm, slimming: epochs after the pruning")
@@ -97,7 +98,7 @@ class Settings:
         """Raise SettingsError, naming the option, for what no run can be."""
         self._at_least("batch", 1)
         self._at_least("epochs", 0 if self.method in PRUNERS else 1)
-        for name in ("validation", "finetune", "lr", "weight_decay", "noise", "scale_lasso", "seed"):
+        for name in ("validation", "finetune", "recalibrate", "lr", "weight_decay", "noise", "scale_lasso", "seed"):
             self._at_least(name, 0)
         for name in ("train_images", "test_images", "pad", "threads"):
             if getattr(self, name) is not None:
