@@ -101,20 +101,7 @@ def test(training: Training) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """One run."""
-    settings, given = cli.arguments(argv, __doc__.partition("\n")[0], RobustSettings, SMOKE, robust=True)
-    assert isinstance(settings, RobustSettings)
-    cli.run(
-        settings,
-        cli.load(settings, given.data_folder),
-        given.out,
-        test,
-        command=settings.command("examples/robust.py"),
-        perturb=perturbation(settings),
-        printed=given.printed,
-        resume=given.resume,
-        overwrite=given.overwrite,
-        tensorboard=given.tensorboard,
-    )
+    cli.script(argv, "examples/robust.py", __doc__.partition("\n")[0], RobustSettings, SMOKE, test, perturbation)
 
 
 if __name__ == "__main__":

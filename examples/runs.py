@@ -33,7 +33,7 @@ from robust import RobustSettings
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 
 Result = dict[str, Any]
 

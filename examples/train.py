@@ -26,18 +26,7 @@ def test(training: Training) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """One run."""
-    settings, given = cli.arguments(argv, __doc__.partition("\n")[0], Settings, SMOKE, robust=False)
-    cli.run(
-        settings,
-        cli.load(settings, given.data_folder),
-        given.out,
-        test,
-        command=settings.command("examples/train.py"),
-        printed=given.printed,
-        resume=given.resume,
-        overwrite=given.overwrite,
-        tensorboard=given.tensorboard,
-    )
+    cli.script(argv, "examples/train.py", __doc__.partition("\n")[0], Settings, SMOKE, test)
 
 
 if __name__ == "__main__":

@@ -215,6 +215,38 @@ def summary(result: Result) -> str:
     return "\n".join(lines)
 
 
+def script(
+    argv: Sequence[str] | None,
+    path: str,
+    description: str,
+    kind: type[Settings],
+    smoke: dict[str, Any],
+    test: Test,
+    perturbation: Callable[[Any], Perturb | None] | None = None,
+) -> None:
+    """A script: one run from its command line.
+
+    Args:
+        path: the script's, for the recorded command.
+        kind, smoke: its settings, and what --smoke stands for.
+        test: what is measured in the end.
+        perturbation: from settings to what is done to the images; with it, the recipes are those of robust training.
+    """
+    settings, given = arguments(argv, description, kind, smoke, robust=perturbation is not None)
+    run(
+        settings,
+        load(settings, given.data_folder),
+        given.out,
+        test,
+        command=settings.command(path),
+        perturb=None if perturbation is None else perturbation(settings),
+        printed=given.printed,
+        resume=given.resume,
+        overwrite=given.overwrite,
+        tensorboard=given.tensorboard,
+    )
+
+
 def guarded(main: Callable[[], None]) -> None:
     """Run a script; what it was told wrongly, or what stopped it, ends with one line and status 1 (130: Ctrl-C).
 

@@ -193,9 +193,12 @@ class PreActResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(inputs)
         self.linear = nn.Linear(inputs, classes)
+        self.reset_convolutions()
+
+    def reset_convolutions(self) -> None:
+        """First weights as in the released code: thresholds are absolute, so their size matters."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # As the released code does: thresholds are absolute, so the size of the first weights matters.
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:

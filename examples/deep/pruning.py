@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deep.models import PreActResNet
 from deep.settings import PRUNERS, Settings, SettingsError
 
 LEAST_LEFT = 0.1
@@ -89,3 +90,6 @@ def initialize(model: nn.Module, seed: int) -> None:
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
+    for module in model.modules():
+        if isinstance(module, PreActResNet):
+            module.reset_convolutions()

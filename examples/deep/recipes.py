@@ -2,7 +2,8 @@
 
 Numbers of tables are those of the dissertation (000); in its other places a table has another number:
 3.1 and 3.2 are Tables 1 and 2 of 001; 4.4 to 4.8 are Tables 1, 2, 3, 4 and 7 of 002; 5 and 6 of 002 stand here as
-"002-5" and "002-6".
+"002-5" and "002-6". Epochs and milestones of 3.1, and the strength of 4.3's RGSM, are not printed: those of their
+neighbours.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ TABLES: dict[str, dict[str, Row]] = {
     },
     "table3.2": {
         "base": Row({**CHAPTER_3, "model": "resnet18"}, _natural(95.07, 0)),
-        # A "pruning threshold of 60 %": the 40 % largest weights of each layer stay.
+        # A "pruning threshold of 60 %", read as: of each layer the 40 % largest weights stay; then 60 % of u are zero.
         "admm": Row(
             {**CHAPTER_3, "model": "resnet18", "method": "admm", "penalty": "topk", "density": 0.4, "beta": 1e-2},
             _natural(94.84, 47.08),
@@ -115,10 +116,11 @@ TABLES: dict[str, dict[str, Row]] = {
     },
     "table4.3": {
         "base": Row({**CHAPTER_4, "model": "vgg16"}, _channels(93.96, 0)),
+        # Read as: trained, slimmed, then trained again from new weights. --epochs 0 slims the first weights instead.
         "slimming50": Row(_pruned("slimming", 0.5, 200, scratch=True), _channels(90.91, 50)),
         "slimming60": Row(_pruned("slimming", 0.6, 200, scratch=True), _channels(90.27, 60)),
         "slimming70": Row(_pruned("slimming", 0.7, 200, scratch=True), _channels(71.88, 70)),
-        # Li et al. train on for 40 epochs at the last learning rate.
+        # Read as 64 % of the filters of each layer; Li et al. (2017) train on for 40 epochs at the last learning rate.
         "l1norm": Row(_pruned("l1norm", 0.64, 40), _channels(93.30, 64)),
         "rgsm": Row({**CHAPTER_4, "model": "vgg16", **_rgsm(1e-3)}, _channels(93.62, 70)),
     },
