@@ -187,7 +187,7 @@ def pictures(training: Training, result: Result, out: Path) -> None:
     plots.accuracy_sparsity(out / "accuracy.png", {"u, epoch by epoch": points}, part.replace("_", " "))
     norms = {"w": methods.channel_norms(training.model)}
     weights = {"w": methods.all_weights(training.model)}
-    if methods.penalised(training.settings):
+    if training.has_u:
         with training.sparse_weights():
             norms["u"] = methods.channel_norms(training.model)
             weights["u"] = methods.all_weights(training.model)

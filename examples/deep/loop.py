@@ -108,7 +108,8 @@ class Training:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.sizes = methods.sizes(self.model)
         """Weights and channels of each layer before any pruning."""
-        self.scaler = torch.amp.GradScaler(s.device, enabled=s.amp and s.device.startswith("cuda"))
+        kind = torch.device(s.device).type
+        self.scaler = torch.amp.GradScaler(kind, enabled=s.amp and kind == "cuda")
         self.pruned: list[Any] | None = None
         self.epoch = 0
         self.history: list[Row] = []
@@ -224,20 +225,26 @@ class Training:
         return right / len(images)
 
     def measure(self, images: Images) -> Row:
-        """Accuracy of w and of u, how sparse both are. The statistics of batch norm are those of w for both."""
+        """Accuracy of w and of u, and how sparse both are."""
         row: Row = {"accuracy_w": self.accuracy(images), "w": methods.weight_statistics(self.model, self.sizes)}
+        if not self.has_u:
+            return {**row, "accuracy_u": row["accuracy_w"], "u": dict(row["w"])}
         with self.sparse_weights():
             row |= {"accuracy_u": self.accuracy(images), "u": methods.weight_statistics(self.model, self.sizes)}
         return row
 
+    @property
+    def has_u(self) -> bool:
+        """Whether there is a u beside w: not in dense training, nor where w has become u (prox is not idempotent)."""
+        return self.reader is not None and not self.settings.sparsify
+
     @contextlib.contextmanager
     def sparse_weights(self) -> Iterator[None]:
-        """A context in which the weights are u.
+        """A context in which the weights are u, if there is one.
 
-        They stay as they are where there is no u, and where w has become u already: prox is not idempotent. With
-        ``recalibrate``, the batch norms have statistics of u inside, and those of w again after.
+        The statistics of the batch norms stay those of w; with ``recalibrate``, they are those of u inside.
         """
-        if self.reader is None or self.settings.sparsify:
+        if self.reader is None or not self.has_u:
             yield
             return
         with self.reader.sparse_weights(), self._recalibrated():
