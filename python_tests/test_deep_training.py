@@ -162,6 +162,21 @@ def test_ways_to_compute(tmp_path: Path, how: dict[str, bool]) -> None:
     assert loss != plain
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("how", [{}, {"amp": True, "channels_last": True}])
+def test_a_gpu_trains_alike_and_goes_on(tmp_path: Path, how: dict[str, bool]) -> None:
+    settings = replace(RESNET, **RGSM, epochs=2, milestones=())
+    plain = trained(settings, tmp_path / "cpu").history[0]["loss"]
+    on_gpu = replace(settings, device="cuda", **how)
+    state = _after(Training(on_gpu, SMALL), 1, tmp_path / "gpu")
+    assert state["history"][0]["loss"] == pytest.approx(plain, rel=0.1)
+    assert state["history"][0]["step_seconds"] > 0
+    again = Training(on_gpu, SMALL)
+    again.load(state, tmp_path / "gpu" / CHECKPOINT)
+    again.fit(tmp_path / "gpu")
+    assert len(again.history) == 2
+
+
 def test_recalibrated_norms_have_statistics_of_u(tmp_path: Path) -> None:
     options = {"method": "rvsm", "penalty": "l0", "lam": 5e-4, "beta": 0.1}
     training = trained(replace(RESNET, **options, recalibrate=2), tmp_path)
