@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from .baselines import LABELS
 from .floors import number
@@ -56,10 +56,12 @@ def stamp(result: Result) -> str:
     return f"*{where}. `{result['command']}`.{trouble}*"
 
 
-def spread(values: Sequence[float], places: int = 1) -> str:
-    """Mean and, in brackets, the least and the greatest, in percent."""
-    low, mean, high = (f"{100 * v:.{places}f}" for v in (min(values), statistics.fmean(values), max(values)))
-    return mean if low == high else f"{mean} ({low}–{high})"
+def spread(
+    values: Sequence[float], places: int = 1, middle: Callable[[Sequence[float]], float] = statistics.fmean
+) -> str:
+    """Mean (or another middle) and, in brackets, the least and the greatest, in percent."""
+    low, mid, high = (f"{100 * v:.{places}f}" for v in (min(values), middle(values), max(values)))
+    return mid if low == high else f"{mid} ({low}–{high})"
 
 
 def duration(seconds: float) -> str:
