@@ -273,9 +273,10 @@ COLUMNS: dict[str, dict[str, Get]] = {
 
 
 def by_label(result: Result) -> dict[str, list[Result]]:
-    """The tests of a result, those of one label together."""
+    """The tests of a result, those of one label together, in the order of the sets."""
+    order = [run.label for runs in SETS.values() for run in runs()]
     groups: dict[str, list[Result]] = {}
-    for row in result["rows"]:
+    for row in sorted(result["rows"], key=lambda row: order.index(row["label"])):
         groups.setdefault(row["label"], []).append(row["test"])
     return groups
 
