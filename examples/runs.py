@@ -240,6 +240,7 @@ def time_loop(out: Path, rounds: int, smoke: bool) -> None:
             seconds, steps = (statistics.median(row[key] for row in rows) for key in ("seconds", "step_seconds"))
             result["rows"].append({"set": name, "engine": engine, "seconds": seconds, "step_seconds": steps})
             print(f"({name}) {engine}: {seconds:.2f} s per epoch, {steps:.3f} s in step()", flush=True)
+    result["threads"] = torch.get_num_threads()  # of the settings, not of the process as it began
     files.write_json(out / "time.json", result)
 
 
