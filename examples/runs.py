@@ -262,7 +262,7 @@ COLUMNS: dict[str, dict[str, Get]] = {
         "zero channels of w, %": lambda t: t["w"]["zero_channels"],
     },
     "d": {
-        "|w| < 1e-3, %": lambda t: t["w"]["small"],
+        "weights of w below 1e-3, %": lambda t: t["w"]["small"],
         **CHANNELS,
         **{
             f"{name} of {which}, %": lambda t, key=key, which=which: t[f"robust_{which}"][key]
