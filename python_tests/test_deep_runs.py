@@ -1,0 +1,80 @@
+"""The committed runs of the deep experiments: the README's tables, the recorded commands, the comparison."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import robust
+import runs
+from bench.report import fill
+from deep import cli, files
+from deep.settings import Settings
+
+SETS = sorted(runs.SETS)
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """The rows of a committed set."""
+    return json.loads((runs.RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    text = runs.README.read_text(encoding="utf-8")
+    assert all(f"<!-- runs:{name} -->" in text for name in [*SETS, "time"])
+    assert fill(text, "runs", runs.content) == text, "run python examples/runs.py --readme"
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_committed_results_are_those_of_the_runs(name: str) -> None:
+    """Every run of a set is there once, under the command that the code gives now."""
+    expected = [(run.label, run.settings.seed, run.command) for run in runs.seeded(name, smoke=False)]
+    found = [(row["label"], row["seed"], row["command"]) for row in rows(name)]
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_recorded_commands_parse_to_the_settings(name: str) -> None:
+    for run in runs.seeded(name, smoke=False):
+        is_robust = isinstance(run.settings, robust.RobustSettings)
+        words = shlex.split(run.command)
+        assert words[1] == f"examples/{'robust' if is_robust else 'train'}.py"
+        kind = robust.RobustSettings if is_robust else Settings
+        assert cli.arguments(words[2:], "", kind, {}, is_robust)[0] == run.settings
+
+
+def test_no_path_of_a_machine_is_in_the_results() -> None:
+    for path in runs.RESULTS.glob("*.json"):
+        text = path.read_text()
+        assert str(Path.home()) not in text and "/tmp" not in text, path.name
+
+
+def test_every_set_has_what_its_table_needs() -> None:
+    for name in SETS:
+        labels = runs.by_label({"rows": rows(name)})
+        assert list(labels) == list(dict.fromkeys(run.label for run in runs.SETS[name]()))
+        assert {len(tests) for tests in labels.values()} == ({1} if name == "d" else {len(runs.SEEDS)})
+
+
+def test_the_comparison_sees_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = rows("b")[0]
+    (tmp_path / "b.json").write_text(json.dumps({"rows": [committed]}))
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    for change, good in ((0.0, True), (0.019, True), (0.03, False)):
+        test = {**committed["test"], "accuracy_u": committed["test"]["accuracy_u"] - change}
+        monkeypatch.setattr(runs, "trained", lambda run, out, test=test: {"test": test})
+        assert runs.check_set("b") == good
+    assert not runs.check_set("a"), "nothing to compare is no success"
+
+
+def test_a_damaged_result_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"rows": [')
+    with pytest.raises(files.FileError, match="could not be read as JSON") as caught:
+        files.read_json(path)
+    assert "\n" not in str(caught.value)
+    assert files.read_json(tmp_path / "none.json") is None
