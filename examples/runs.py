@@ -122,6 +122,7 @@ TIMED = {
     "d": replace(SMALL_ROBUST, adversarial=5, train_images=2560, **PRUNING),
 }
 ENGINES = ("native", "reference", "loop")
+DENSE = {"method": "dense", "group_lasso": 0.0, "recalibrate": 0}
 
 
 def seeded(name: str, smoke: bool) -> Iterator[Run]:
@@ -220,11 +221,12 @@ def compared(again: Result, committed: Result) -> Iterator[tuple[str, float, flo
 
 
 def time_loop(out: Path, rounds: int, smoke: bool) -> None:
-    """Seconds of an epoch and of the steps in it: the engines in turn, one epoch each, in one process."""
+    """Seconds of an epoch and of the steps in it: dense SGD and the engines in turn, one epoch each, in one process."""
     result = {**environment("cpu", "python examples/runs.py time"), "rounds": rounds, "rows": []}
     for name, settings in TIMED.items():
         images = {"train_images": 256, "test_images": 10} if smoke else {"test_images": 10}
-        kinds = {engine: replace(settings, engine=engine, **images) for engine in ENGINES}
+        kinds = {"dense": replace(settings, **DENSE, **images)}
+        kinds |= {engine: replace(settings, engine=engine, **images) for engine in ENGINES}
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         dataset = cli.load(kinds["native"], None)
@@ -232,7 +234,7 @@ def time_loop(out: Path, rounds: int, smoke: bool) -> None:
             engine: Training(s, dataset, robust.perturbation(s) if isinstance(s, RobustSettings) else None)
             for engine, s in kinds.items()
         }
-        epochs: dict[str, list[Result]] = {engine: [] for engine in ENGINES}
+        epochs: dict[str, list[Result]] = {engine: [] for engine in kinds}
         for _ in range(rounds):
             for engine, training in trainings.items():
                 epochs[engine].append(training.train_epoch())
@@ -299,17 +301,20 @@ def training_table(name: str, result: Result) -> str:
 
 def time_table(result: Result) -> str:
     """The Markdown table of ``runs.py time``."""
-    labels = {"native": "rvsm_kernels (native)", "reference": "PyTorch reference", "loop": "channel-by-channel loop"}
+    labels = {"dense": "dense, torch.optim.SGD(fused=True)", "native": "RGSM, rvsm_kernels (native)"}
+    labels |= {"reference": "RGSM, PyTorch reference", "loop": "RGSM, channel-by-channel loop"}
+    dense = {row["set"]: row["step_seconds"] for row in result["rows"] if row["engine"] == "dense"}
     lines = [
         [
             f"({row['set']}) {labels[row['engine']]}",
             f"{row['seconds']:.2f}",
             f"{row['step_seconds']:.3f}",
             f"{100 * row['step_seconds'] / row['seconds']:.1f}",
+            f"{row['step_seconds'] / dense[row['set']]:.2f}",
         ]
         for row in result["rows"]
     ]
-    header = ["", "seconds per epoch", "of them in step()", "share of the optimizer, %"]
+    header = ["", "seconds per epoch", "of them in step()", "share of the optimizer, %", "step() over dense"]
     return f"{table(header, lines)}\n\nMedians of {result['rounds']} epochs each, the engines in turn. {stamp(result)}"
 
 
