@@ -615,7 +615,12 @@ def test_bad_attacks_are_refused_before_training(bad: dict[str, Any]) -> None:
 # ---- the scripts -----------------------------------------------------------------------------------------------------
 
 
-def script(name: str, *words: str, **more: Any) -> subprocess.Popen[str]:
+def _listen() -> None:
+    """A job in the background of a shell inherits that SIGINT is ignored; the script is to hear it all the same."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def script(name: str, *words: str) -> subprocess.Popen[str]:
     """A script in a process of its own."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -624,7 +629,7 @@ def script(name: str, *words: str, **more: Any) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **more,
+        preexec_fn=_listen,
     )
 
 

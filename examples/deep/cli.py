@@ -91,6 +91,7 @@ class Logbook:
             f"  accuracy of w {row['accuracy_w']:.4f}  of u {row['accuracy_u']:.4f}"
             f"  zeros {u['zeros']:.3f}  zero channels {u['zero_channels']:.3f}  {row['seconds']:.1f} s"
         )
+        sys.stdout.flush()  # a log file is to show each epoch when it is done
         if self._writer is None:
             return
         values = {"loss": row["loss"], "L_beta": row["lagrangian"], "lr": row["lr"]}
