@@ -1,6 +1,10 @@
 """Drives CMake for pip: CMakeLists.txt is the one description of the build."""
 
+from __future__ import annotations
+
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,6 +12,40 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+
+def setting(name: str) -> str:
+    """An environment variable; a blank one counts as not set."""
+    return os.environ.get(name, "").strip()
+
+
+def words(name: str) -> list[str]:
+    """The words of an environment variable, divided and unquoted as a shell does it."""
+    try:
+        return shlex.split(setting(name))
+    except ValueError as error:
+        raise SystemExit(
+            f"rvsm_kernels: {name} is {setting(name)!r}, which cannot be divided into words: {error}"
+        ) from None
+
+
+def jobs(asked: int | None) -> int:
+    """How many files are compiled at once: --parallel decides, else what the variables allow, else the processors."""
+    limits = []
+    for name in ("MAX_JOBS", "CMAKE_BUILD_PARALLEL_LEVEL"):
+        value = setting(name)
+        if value and not re.fullmatch("0*[1-9][0-9]{0,8}", value):
+            raise SystemExit(f"rvsm_kernels: {name} is {value!r}; it is a whole number above 0 or not set")
+        limits += [int(value)] if value else []
+    return asked or min(limits, default=os.cpu_count() or 1)
+
+
+def run(command: list[str], what: str) -> None:
+    """Run CMake, whose own words about an error are on the screen already."""
+    result = subprocess.run(command, check=False)
+    if result.returncode != 0:
+        raise SystemExit(f"rvsm_kernels: CMake {what} (it returned {result.returncode}); its messages above say why")
 
 
 class CMakeBuild(build_ext):
@@ -17,8 +55,9 @@ class CMakeBuild(build_ext):
         cmake = shutil.which("cmake")
         if cmake is None:
             raise SystemExit("rvsm_kernels needs CMake to build: pip install cmake ninja")
+        parallel, arguments = jobs(self.parallel), words("RVSM_CMAKE_ARGS")
         source = Path(__file__).resolve().parent
-        build = Path(os.environ.get("RVSM_BUILD_DIR", Path(self.build_temp) / "cmake")).resolve()
+        build = Path(setting("RVSM_BUILD_DIR") or Path(self.build_temp) / "cmake").resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         configure = [
@@ -26,25 +65,53 @@ class CMakeBuild(build_ext):
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            *os.environ.get("RVSM_CMAKE_ARGS", "").split(),
+            *arguments,
         ]  # fmt: skip
         target.mkdir(parents=True, exist_ok=True)
-        subprocess.run(configure, check=True)
-        jobs = self.parallel or os.cpu_count() or 1
-        subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs)], check=True)
+        run(configure, "could not configure the build")
+        run([cmake, "--build", str(build), "--parallel", str(parallel)], "could not build the module")
 
 
-def wants_module() -> bool:
-    """Whether to compile: RVSM_NATIVE=0/1 decides, else whether there is a C++ compiler."""
-    wanted = os.environ.get("RVSM_NATIVE", "")
+class BuildPython(build_py):
+    """Copies the package; a package without a compiled module gets a note that says why."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # the package is the source tree, where `make build` may add a module later
+            return
+        note = Path(self.build_lib) / "rvsm_kernels" / "no_module.txt"
+        note.unlink(missing_ok=True)
+        if no_module is not None:
+            note.write_text(no_module + "\n")
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler: the program that CXX names, else any that CMake looks for."""
+    named = setting("CXX")
+    if not named:
+        return any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+    # A path with blanks in it, or a program and its arguments ("ccache g++").
+    program = named if shutil.which(named) else words("CXX")[0]
+    if shutil.which(program) is None:
+        raise SystemExit(f"rvsm_kernels: CXX is {named!r}, but there is no {program!r}; set it to a C++ compiler")
+    return True
+
+
+def why_no_module() -> str | None:
+    """Why nothing is to be compiled, or None: RVSM_NATIVE=0/1 decides, else whether there is a C++ compiler."""
+    wanted = setting("RVSM_NATIVE")
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"RVSM_NATIVE is {wanted!r}; it is 0, 1 or not set")
-    compilers = [os.environ.get("CXX", "c++").split()[0], "g++", "clang++", "cl"]
-    if wanted == "" and not any(map(shutil.which, compilers)):
+        raise SystemExit(f"rvsm_kernels: RVSM_NATIVE is {wanted!r}; it is 0, 1 or not set")
+    if wanted == "0":
+        return "it was installed with RVSM_NATIVE=0; install it again without"
+    if not has_compiler() and wanted == "":
         print("rvsm_kernels: no C++ compiler here, so no native engine; GPU tensors go to Triton", file=sys.stderr)
-        return False
-    return wanted != "0"
+        return "there was no C++ compiler when it was installed; install it again where there is one (g++, clang++)"
+    return None
 
 
-modules = [Extension("rvsm_kernels._C", sources=[])] if wants_module() else []
-setup(ext_modules=modules, cmdclass={"build_ext": CMakeBuild})
+no_module = why_no_module()
+setup(
+    ext_modules=[] if no_module is not None else [Extension("rvsm_kernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
+)
