@@ -44,14 +44,17 @@ GroupOptions group_options(const py::dict& d) {
 }
 
 py::dict build_info() {
+  // native.py looks for these words in the file of a module that does not load.
+  static const char built_for[] = "built for torch " TORCH_VERSION;
   py::dict info;
-  info["built for"] = "torch " TORCH_VERSION;
+  info["built for"] = built_for + sizeof("built for ") - 1;
   info["compiler"] = __VERSION__;
   info["vectors"] = rvsm::cpu::kernels().name;
 #if defined(RVSM_CUDA)
   info["architectures"] = rvsm::cuda::architectures;
 #else
-  info["architectures"] = "none (no CUDA in this build)";
+  info["architectures"] = "none";
+  info["without CUDA"] = RVSM_NO_CUDA;
 #endif
   return info;
 }
