@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
+#include <string_view>
 #include <thread>
 
 namespace rvsm::cpu {
@@ -232,15 +232,15 @@ extern const Kernels kernels_avx512;
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
 #if defined(RVSM_X86)
-    const char* limit = std::getenv("RVSM_ISA");
-    const auto allowed = [&](const char* isa) {
-      return limit == nullptr || std::strcmp(limit, isa) == 0 || std::strcmp(limit, "avx512") == 0;
-    };
+    // A value that names none of the three limits nothing; native.py warns of it.
+    const char* value = std::getenv("RVSM_ISA");
+    const std::string_view limit = value == nullptr ? "" : value;
+    const bool base_only = limit == "base", no_avx512 = base_only || limit == "avx2";
     __builtin_cpu_init();
-    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       return kernels_avx512;
-    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2;
+    if (!base_only && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2;
 #endif
     return kernels_base;
   }();
