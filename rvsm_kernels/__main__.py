@@ -18,6 +18,8 @@ def main() -> None:
     if native.load_error is None:
         for key, value in native._C.build_info().items():
             print(f"{key:<13} {value}")
+    if native.other_torch is not None:
+        print(f"warning       the compiled module {native.other_torch}")
     print("engines")
     for name, devices in engines().items():
         for device, state in devices.items():

@@ -32,18 +32,34 @@ def missing_triton(device_type: str) -> str | None:
     """Why the Triton engine does not serve a type of device here, or None. Triton itself is not imported."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
+    interpret = os.environ.get("TRITON_INTERPRET", "")
     if device_type == "cpu":
-        return (
-            None if _interpreted() else "runs on GPUs; on a CPU only in Triton's slow interpreter (TRITON_INTERPRET=1)"
-        )
+        if _interpreted():
+            return None
+        ignored = f"; to Triton, {interpret!r} does not mean yes" if interpret not in ("", "0") else ""
+        return f"runs on GPUs; on a CPU only in Triton's slow interpreter (TRITON_INTERPRET=1{ignored})"
     if _interpreted():
-        return "TRITON_INTERPRET=1 is set: kernels run on CPU tensors"
-    if os.environ.get("CC") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
-        return "Triton needs a C compiler to start kernels: install gcc or clang, or set CC"
+        return f"TRITON_INTERPRET={interpret} is set: kernels run on CPU tensors"
+    compiler = _missing_compiler()
+    if compiler is not None:
+        return f"Triton needs a C compiler to start kernels: {compiler}"
     # Not before there are CUDA tensors: asking would start CUDA, and a process that did must not fork.
     if device_type == "cuda" and torch.version.hip is None and torch.cuda.is_initialized():
         return _too_old()
     return None
+
+
+def _missing_compiler() -> str | None:
+    """Why Triton finds no C compiler, or None. It runs what CC names even where CC is empty."""
+    named = os.environ.get("CC")
+    if named is None:
+        found = shutil.which("gcc") or shutil.which("clang")
+        return None if found else "install gcc or clang, or set CC"
+    if not named.strip():
+        return "CC is set but empty; unset it, or set it to a C compiler"
+    # Whether the words after the first count, Triton knows.
+    found = shutil.which(named) or shutil.which(named.split()[0])
+    return None if found else f"CC is {named!r}, and there is no such program; unset it, or set it to a C compiler"
 
 
 @functools.cache

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+import platform
+import re
+import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -17,19 +22,89 @@ from .methods import is_topk
 from .options import METHODS, differ, is_split, snapshot
 
 load_error: str | None = None
-"""Why the compiled module is missing, or None."""
+"""Why the compiled engine is missing, or None."""
+
+other_torch: str | None = None
+"""That the compiled module loads and works, but was built for another minor version of torch, or None."""
+
+_HERE = Path(__file__).parent
+_ISAS = ("base", "avx2", "avx512")
+_REBUILD = (
+    "build it again for this torch (pip install --no-build-isolation --no-deps --force-reinstall, from the sources; in"
+    " a source tree: rm -f build/module.stamp, then make build)"
+)
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """Why the import of the compiled module failed."""
+    file = next((f for suffix in EXTENSION_SUFFIXES if (f := _HERE / f"_C{suffix}").exists()), None)
+    if file is not None:
+        # The words that build_info() in bindings.cpp reads its answer from.
+        built = re.search(rb"built for (torch [\w.+-]+)\0", file.read_bytes())
+        built_for = built[1].decode() if built else "an unknown torch"
+        versions = f"was built for {built_for}, this is torch {torch.__version__}"
+        return f"{file} {versions}, and it does not load ({error}); {_REBUILD}"
+    note = _HERE / "no_module.txt"  # setup.py writes it
+    if note.exists():
+        return f"{_HERE} holds no compiled module: {note.read_text().strip()}"
+    others = [f.name for f in sorted(_HERE.glob("_C.*")) if f.suffix in (".so", ".pyd")]
+    if others:
+        return (
+            f"{_HERE} holds no compiled module for this Python ({platform.python_version()}), only {', '.join(others)};"
+            " install rvsm_kernels again with this Python, or build it there with make build"
+        )
+    if isinstance(error, ImportError):
+        return (
+            f"{_HERE} holds no compiled module; build it there with make build, or, if rvsm_kernels is installed, run"
+            " Python outside the source tree (an installation with RVSM_NATIVE=0, or without a C++ compiler, has none)"
+        )
+    return f"{_HERE} has no compiled module that loads here ({error})"
+
+
+def _minor(version: str) -> str:
+    """The major and minor version of a torch: "2.13" of "torch 2.13.0+cpu"."""
+    found = re.search(r"\d+\.\d+", version)
+    return found[0] if found else version
+
+
+def _fault() -> str | None:
+    """What is wrong when the compiled module does a little work, or None."""
+    try:
+        w = torch.tensor([[-3.0, 0.5], [2.0, 0.0]], dtype=torch.float32, device="cpu")
+        _C.check([w], [0])
+        u = torch.ops.rvsm_kernels.prox(w, "l1", 1.0, 1.0, None).tolist()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if u == [[-2.0, 0.0], [1.0, 0.0]] else f"a proximal step gives {u}"
+
 
 try:
     from . import _C  # type: ignore[attr-defined,unused-ignore]
-except ImportError as error:  # a source tree that was not built, or a build for another torch
+except Exception as error:  # a source tree that was not built, or a build for another torch
     _C = None  # type: ignore[assignment]
-    load_error = f"{Path(__file__).parent} has no compiled module that loads here ({error})"
-    if "partially initialized" in str(error):  # what Python says of a module that is not there
-        load_error = (
-            f"{Path(__file__).parent} holds no compiled module; build it there with make build, or, if"
-            " rvsm_kernels is installed, run Python outside the source tree (an installation without a C++ compiler"
-            " has none)"
-        )
+    load_error = _why_not_loaded(error)
+
+if load_error is None and _minor(_C.build_info()["built for"]) != _minor(torch.__version__):
+    # torch keeps its C++ interface within a minor version only. The warning comes first: the rest may crash.
+    _versions = f"was built for {_C.build_info()['built for']}, this is torch {torch.__version__}"
+    warnings.warn(
+        f"The compiled module of rvsm_kernels {_versions}; it may fail or give wrong results: {_REBUILD}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    if (_reason := _fault()) is None:
+        other_torch = f"{_versions}: {_REBUILD}"
+    else:
+        _C = None  # type: ignore[assignment]
+        load_error = f"the compiled module {_versions}, and it does not work ({_reason}); {_REBUILD}"
+
+if load_error is None and os.environ.get("RVSM_ISA", "") not in ("", *_ISAS):
+    warnings.warn(
+        f"RVSM_ISA is {os.environ['RVSM_ISA']!r}, no instruction set of the native engine ({', '.join(_ISAS)}), and has"
+        " no effect",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def missing_cuda() -> str | None:
@@ -39,7 +114,10 @@ def missing_cuda() -> str | None:
     if torch.version.hip is not None:
         return "the compiled kernels are CUDA's, this torch is built for ROCm"
     if not _C.has_cuda:
-        return "this build found no nvcc; rebuild where nvcc (12.1 or newer) is on PATH or under CUDA_HOME"
+        return (
+            f"this build has no CUDA kernels: {_C.build_info()['without CUDA']}; build it again with RVSM_CUDA=1, which"
+            " needs nvcc (12.1 or newer) on PATH or under CUDA_HOME"
+        )
     # Not before there are CUDA tensors: asking would start CUDA, and a process that did must not fork.
     return _probe() if torch.cuda.is_initialized() else None
 
