@@ -20,7 +20,7 @@ from deep import attacks, cli
 from deep.loop import EVALUATION_BATCH, Perturb, Training
 from deep.settings import Settings, SettingsError, number, option
 
-SMOKE = {"epochs": 2, "milestones": (1,), "train_images": 512, "test_images": 200, "attacked": 100, "width": 4}
+SMOKE = {"epochs": 2, "milestones": (1,), "train_images": 512, "test_images": 200, "attacked": 50, "width": 4}
 
 
 @dataclass(frozen=True)

@@ -677,6 +677,43 @@ def test_a_result_says_how_it_came_about(tmp_path: Path) -> None:
     assert again["test"] == result["test"]
 
 
+FEW = {
+    "train": "",
+    "robust": "--train-images 128 --adversarial 1 --attacked 10 --ifgsm-steps 1 --cw-steps 1",  # else 15 seconds
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_first_commands_of_the_readme_show_zeros(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--smoke`` alone trains sparsely: what is printed and what is recorded have zeros in u."""
+    assert f"examples/{name}.py --smoke " in (ROOT / "examples" / "README.md").read_text()
+    {"train": train, "robust": robust}[name].main(["--smoke", "--out", str(tmp_path), *FEW[name].split()])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["settings"]["method"] == "rvsm" and "--method rvsm" in result["command"]
+    zeros = result["test"]["u"]["zeros"]
+    assert 0.1 < zeros < 1
+    printed = capsys.readouterr().out
+    assert f"zero weights {100 * zeros:.2f} %" in next(line for line in printed.splitlines() if line.startswith("u: "))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--penalty l1", {"method": "rvsm", "penalty": "l1", "lam": 1e-5}),
+        ("--method dense", {"method": "dense", "lam": 1e-6}),
+        ("--method rgsm", {"method": "rgsm", "lam": 1e-6}),
+        ("--recipe table4.1/base", {"method": "dense", "data": "mnist", "epochs": 2}),
+        ("--recipe table4.1/gl", {"method": "rgsm", "lam": 1.0}),
+        ("--threads 2", {"method": "rvsm", "threads": 2}),
+    ],
+)
+def test_smoke_leaves_what_was_said(words: str, expected: dict[str, Any]) -> None:
+    settings, _ = cli.arguments(["--smoke", *words.split()], "", Settings, train.SMOKE, False)
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
 def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train.main(["--smoke", "--overwrite", "--tensorboard", "--out", str(tmp_path), "--method", "rvsm", "--beta", "0.1"])

@@ -24,6 +24,12 @@ Test = Callable[[Training], Result]
 ERRORS = (data.DataError, files.FileError, SettingsError, Stopped)
 
 
+SMOKE = {"threads": 1}
+"""What --smoke stands for in every script: threads of a busy machine would wait for each other."""
+SMOKE_METHOD = {"method": "rvsm", "penalty": "l0", "lam": 1e-5, "beta": 1e-2}
+"""How --smoke trains where neither a recipe nor --method says it: sparsely, as the row table3.1/l0 does."""
+
+
 def arguments(
     argv: Sequence[str] | None, description: str, kind: type[Settings], smoke: dict[str, Any], robust: bool
 ) -> tuple[Settings, argparse.Namespace]:
@@ -43,7 +49,9 @@ def arguments(
     begin.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     begin.add_argument("--overwrite", action="store_true", help="begin anew even if --out has a checkpoint")
     parser.add_argument("--tensorboard", action="store_true", help="log to --out/tensorboard")
-    parser.add_argument("--smoke", action="store_true", help="seconds: shows that it runs, nothing else")
+    parser.add_argument(
+        "--smoke", action="store_true", help="seconds: few images, two epochs, and RVSM unless told otherwise"
+    )
     add_options(parser, kind)
     given = parser.parse_args(argv)
     if given.list:
@@ -54,6 +62,8 @@ def arguments(
         near = [name for name in rows if name.startswith(given.recipe)]
         parser.error(f"no recipe {given.recipe!r}; there are {', '.join(near or rows)}")
     recipe = rows[given.recipe].settings if given.recipe else {}
+    if given.smoke:
+        smoke = {**SMOKE, **smoke, **({} if recipe or hasattr(given, "method") else SMOKE_METHOD)}
     try:
         settings = from_arguments(kind, given, recipe, smoke if given.smoke else {})
     except SettingsError as error:
