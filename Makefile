@@ -1,4 +1,4 @@
-# make bench   set up, build, run the main job, print its tables
+# make bench   set up, build, run the main job and print its table, then measure the speed; ends with 0 on any machine
 # make test    set up, build, every test (C++ and Python)
 # make gpu-check OUT=DIR   on a machine with a GPU, with the torch of $(PYTHON): tests, sanitizers, floors, throughput
 # The rest is for people who work on the project.

@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from . import floors, host, memory, report, static, throughput
+from . import floors, host, memory, report, static, throughput, train
 from .baselines import ENGINES
-from .config import FULL, QUICK, RESULTS, SMOKE, Config, available_engines, missing_engines
-from .results import environment, write_json
+from .config import FULL, QUICK, RESULTS, ROOT, SMOKE, Config, MissingPackage, available_engines, missing_engines, shown
 
-_MEASURES = {
+_MEASURES: dict[str, Callable[[Config], object]] = {
+    "train": train.run,
     "throughput": throughput.run,
     "host": host.run,
     "memory": memory.run,
     "floors": floors.run,
     "static": static.run,
 }
+"""Command to function. A function that judges returns False where its verdict is bad."""
+
+_EVERYTHING = ("train", "throughput", "host", "memory", "floors")
+"""What a run without a command measures, in this order: the main job first, because its table is what most people want
+to see."""
+
 _COMMANDS = {
+    "train": "training a small model dense and with each penalty; --full: three seeds, and the reference engine too",
     "throughput": "time, GB/s and share of the copy bandwidth of a step, against every baseline",
     "host": "microseconds of step() by number of parameters",
     "memory": "peak bytes beyond torch.optim.SGD's",
     "floors": "measured against floor; exits 1 if one falls short",
     "static": "registers, spills and widths of access of every CUDA kernel; needs no GPU",
-    "train": "training a small model with each penalty",
     "report": "Markdown tables and plots from the JSON",
 }
+
+_KNOWN_ENGINES = (*ENGINES, "reference")
+
+_MOST_THREADS = 1024
+"""More threads than any machine has; OpenMP ends the process where it cannot start a thread."""
+
+
+def _threads(text: str) -> int:
+    """The value of --threads."""
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads between 1 and {_MOST_THREADS}")
+    return int(text)
+
+
+def _folder(text: str) -> Path:
+    """The value of --out and --from."""
+    if not text:  # Path("") is the current folder
+        raise argparse.ArgumentTypeError("the name of a folder is needed")
+    return Path(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,11 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     effort = common.add_mutually_exclusive_group()
     effort.add_argument("--quick", dest="effort", action="store_const", const=QUICK, help="minutes (the default)")
     effort.add_argument("--full", dest="effort", action="store_const", const=FULL, help="every case; an hour or more")
-    effort.add_argument("--smoke", dest="effort", action="store_const", const=SMOKE, help="seconds; shows that it runs")
-    common.add_argument("--out", type=Path, metavar="DIR", help="results (default bench/results/local)")
+    effort.add_argument("--smoke", dest="effort", action="store_const", const=SMOKE, help="shows that it runs")
+    common.add_argument("--out", type=_folder, metavar="DIR", help="results (default bench/results/local)")
     common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    common.add_argument("--engines", metavar="A,B", help="default: every compiled engine of this build")
-    common.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's own)")
+    known = ", ".join(_KNOWN_ENGINES)
+    common.add_argument("--engines", metavar="A,B", help=f"of {known}; default: every compiled engine of this build")
+    common.add_argument("--threads", type=_threads, metavar="N", help="threads of torch (default: torch's own)")
 
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -54,9 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text, parents=[common])
         if name == "report":
-            sub.add_argument("--from", dest="source", type=Path, metavar="DIR", help="results (default: as --out)")
-            sub.add_argument("--readme", action="store_true", help="fill README.md's blocks from bench/results")
-            sub.add_argument("--check", action="store_true", help="exit 1 if README.md is not what bench/results gives")
+            sub.add_argument("--from", dest="source", type=_folder, metavar="DIR", help="results (default: as --out)")
+            goal = sub.add_mutually_exclusive_group()
+            committed = f"{RESULTS.relative_to(ROOT)}/{report.REPORT}"
+            goal.add_argument("--readme", action="store_true", help=f"write README.md's blocks, {committed}, its plots")
+            goal.add_argument("--check", action="store_true", help=f"exit 1 if README.md or {committed} is stale")
     return parser
 
 
@@ -68,21 +96,49 @@ def _engines(wanted: str | None, device: str) -> tuple[str, ...]:
         RuntimeError: an engine that is not here; no compiled engine at all, and none asked for.
     """
     if wanted is not None:
-        names = tuple(name.strip() for name in wanted.split(","))
-        unknown = set(names) - {*ENGINES, "reference"}
+        names = tuple(dict.fromkeys(name.strip() for name in wanted.split(",")))
+        unknown = [repr(name) for name in names if name not in _KNOWN_ENGINES]
         if unknown:
-            raise ValueError(f"unknown engine {', '.join(sorted(unknown))}")
+            known = ", ".join(_KNOWN_ENGINES)
+            raise ValueError(f"--engines: {', '.join(unknown)} is no engine; the engines are {known}")
         if not set(names) <= {*available_engines(device), "reference"}:
-            raise RuntimeError(f"not every one of {wanted} is available for {device} ({missing_engines(device)})")
+            raise RuntimeError(f"--engines {wanted}: not available for {device} here ({missing_engines(device)})")
         return names
     names = available_engines(device)
     if not names:
-        raise RuntimeError(f"no compiled engine for {device} to measure ({missing_engines(device)})")
+        raise RuntimeError(
+            f"the rvsm_kernels in {shown(ROOT)} has no compiled engine for {device}"
+            f" ({missing_engines(device)}). Run `make bench` in the clone, which builds it,"
+            " or choose --engines reference."
+        )
     return names
 
 
+def _writable(folder: Path) -> Path:
+    """A folder for results, made where it does not exist.
+
+    Raises:
+        ValueError: nothing can be written there; better said now than after the first measurement.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except FileExistsError:
+        raise ValueError(f"--out {folder} is a file; a folder is needed") from None
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror}") from error
+
+
 def _config(arguments: argparse.Namespace) -> Config:
+    """What the arguments ask for.
+
+    Raises:
+        RuntimeError, ValueError: it cannot be had here; the message is a sentence for the user.
+    """
     given = vars(arguments)
+    if given.get("device") == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device cuda: torch {torch.__version__} sees no GPU here")
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     if "threads" in given:
         torch.set_num_threads(arguments.threads)
@@ -91,55 +147,68 @@ def _config(arguments: argparse.Namespace) -> Config:
     words += [f"--engines {arguments.engines}"] if "engines" in given else []
     words += [f"--threads {arguments.threads}"] if "threads" in given else []
     return Config(
-        out=given.get("out", RESULTS / "local"),
-        device=device,
         engines=_engines(given.get("engines"), device),
+        out=_writable(given.get("out", RESULTS / "local")),
+        device=device,
         effort=effort,
         command=" ".join(word for word in words if word),
     )
 
 
-def _measure(command: str, config: Config) -> bool:
-    """Run one command; returns whether it passed."""
-    if command == "train":
+def _everything(config: Config) -> int:
+    """Measure everything, print the report, and end with what was missed or missing: neither is a failure."""
+    missing = []
+    for command in _EVERYTHING:
         try:
-            from . import train  # it needs a data set's package that the other measures do not
-        except ImportError as error:
-            print(f"train: not measured ({error}; the bench extra has what it needs)", file=sys.stderr)
-            return False
-        result = train.main(config.out, config.effort is SMOKE)
-        write_json(config.out / "train.json", {**environment(config.device, config.command), **result})
-        return True
-    return _MEASURES[command](config) is not False
+            _MEASURES[command](config)
+        except MissingPackage as error:
+            missing.append(f"{command}: not measured, because {error}")
+    text = report.write_folder(config.out)
+    print(f"\n{text}")
+    print("\n".join([floors.standing(config.out), *missing]))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """``python -m bench report``; returns the exit status."""
+    given = vars(arguments)
+    folder = arguments.source if arguments.source is not None else given.get("out")
+    if arguments.check:
+        if folder is not None:
+            raise ValueError("--check is about the committed results; leave --from and --out out")
+        return 0 if report.check() else 1
+    if folder is not None or not arguments.readme:
+        report.write_folder(RESULTS / "local" if folder is None else folder)
+    if arguments.readme:
+        report.write_committed()
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
+    name = " ".join(["python -m bench", *([arguments.command] if arguments.command else [])])
     if arguments.command == "report":
-        folder = arguments.source if arguments.source is not None else vars(arguments).get("out", RESULTS / "local")
         try:
-            return 0 if report.run(folder, arguments.readme, arguments.check) else 1
-        except (OSError, ValueError) as error:
-            print(f"python -m bench report: {error}", file=sys.stderr)
+            return _report(arguments)
+        except (MissingPackage, OSError, ValueError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
             return 1
     try:
         config = _config(arguments)
     except (RuntimeError, ValueError) as error:
-        print(f"python -m bench: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
-    wanted = (
-        [arguments.command] if arguments.command else [name for name in _COMMANDS if name not in ("static", "report")]
-    )
     try:
-        passed = [_measure(command, config) for command in wanted]
+        if arguments.command is None:
+            return _everything(config)
+        return 1 if _MEASURES[arguments.command](config) is False else 0
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was measured is in {os.path.relpath(config.out)}", file=sys.stderr)
+        print(f"\ninterrupted; what was measured is in {shown(config.out)}", file=sys.stderr)
         return 130
-    except OSError as error:  # a full disk, a folder that cannot be written
-        print(f"python -m bench: {error}; what was written before is in {os.path.relpath(config.out)}", file=sys.stderr)
+    except MissingPackage as error:
+        print(f"{name}: not measured, because {error}", file=sys.stderr)
         return 1
-    if arguments.command is None:
-        report.run(config.out, readme=False, check=False)
-        print((config.out / report.REPORT).read_text(encoding="utf-8"))
-    return 0 if all(passed) else 1
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"{name}: {error}; what was written before is in {shown(config.out)}", file=sys.stderr)
+        return 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,37 @@ ROOT = Path(__file__).resolve().parent.parent
 
 RESULTS = ROOT / "bench" / "results"
 """Results that are committed; a run writes to RESULTS/local, which git ignores, unless told otherwise."""
+
+
+def shown(path: Path) -> str:
+    """A path for a message: relative where that is shorter for the reader, below the current folder."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+_PACKAGES = {"sklearn": "scikit-learn"}
+"""The name under which pip knows a module, where the two names differ."""
+
+
+class MissingPackage(Exception):
+    """A Python package that a part of the harness needs is not installed; the message is a sentence for the user."""
+
+
+def require(*modules: str) -> None:
+    """Check that every module can be imported.
+
+    Raises:
+        MissingPackage: a module cannot be imported.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            # The module is there, but a module that it needs may be missing: numpy under scikit-learn.
+            found = (error.name or module).partition(".")[0] if isinstance(error, ModuleNotFoundError) else module
+            name = _PACKAGES.get(found, found)
+            remedy = f"`pip install {name}`, or `make bench` in the clone, installs it"
+            raise MissingPackage(f"{name} cannot be imported: {remedy}") from error
 
 
 @dataclass(frozen=True)

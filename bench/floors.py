@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -13,7 +14,7 @@ from .cases import CONV, MATRIX, Case, small
 from .config import Config
 from .peak import RSS_RESOLUTION, in_child
 from .problems import build
-from .results import Results, Row
+from .results import Results, Row, read_json
 from .throughput import COPY, copier, release, too_large
 from .timing import clock_for, interleave, launched
 
@@ -168,7 +169,10 @@ def memory(case: Case) -> Measure:
     def run(config: Config, smoke: bool, more: int) -> Measured:
         case_here = _sized(case, smoke)
         sgd = _sgd_bytes(case_here.shape, config.device)
-        own = in_child(case_here, config.engines[0], config.device)["bytes"]
+        answer = in_child(case_here, config.engines[0], config.device)
+        if "unavailable" in answer:
+            raise Unavailable(answer["unavailable"])
+        own = answer["bytes"]
         resolution = _CUDA_ALIGNMENT if config.device == "cuda" else RSS_RESOLUTION
         allowance = max(resolution, abs(sgd[0] - sgd[1]))
         note = f"the measurement resolves {allowance / 1024:.3g} KiB"
@@ -300,6 +304,23 @@ def line(row: Row) -> str:
     )
 
 
+def standing(folder: Path) -> str:
+    """Where the floors of a folder stand, in one line."""
+    result = read_json(folder / "floors.json")
+    if result is None:
+        return "floors: not measured"
+    rows = result["rows"]
+    if result["effort"] == "smoke":
+        return f"floors: {len(rows)} were measured with small sizes and few samples; that is no verdict"
+    lacking = {
+        word: [f"{row['where']}: {row['measure']}" for row in rows if row["passed"] is passed]
+        for word, passed in (("missed", False), ("not measured", None))
+    }
+    held = sum(row["passed"] is True for row in rows)
+    parts = [f"floors: {held} of {len(rows)} hold here"]
+    return "; ".join([*parts, *(f"{word}: {' | '.join(names)}" for word, names in lacking.items() if names)])
+
+
 def run(config: Config) -> bool:
     """Measure every floor of the device, write floors.json, and say whether all hold."""
     wanted = floors_of(config.device, config.engines)
@@ -311,10 +332,5 @@ def run(config: Config) -> bool:
             results.add(measure(floor, config))
             release(config.device)
             tqdm.write(line(results.rows[-1]))
-        missed = sum(row["passed"] is False for row in results.rows)
-        held = sum(row["passed"] is True for row in results.rows)
-    print(f"floors: {held} of {len(wanted)} hold, {missed} missed, {len(wanted) - held - missed} not measured")
-    if config.effort.name == "smoke":
-        print("a smoke run has small sizes and few samples: it shows that the floors can be measured, no more")
-        return True
-    return missed == 0
+    print(standing(config.out))
+    return config.effort.name == "smoke" or all(row["passed"] is not False for row in results.rows)

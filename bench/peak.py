@@ -94,6 +94,8 @@ def in_child(case: Case, contender: str, device: str) -> dict[str, Any]:
         text=True,
         check=False,
     )
+    if done.returncode < 0:  # a signal; the system ends a process so when memory runs out
+        return {"unavailable": f"its process was ended by signal {-done.returncode}"}
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"measuring the memory of {contender} failed: {without_paths(last)}")

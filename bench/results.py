@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 
 import rvsm_kernels as rk
 
-from .config import ROOT, Config
+from .config import ROOT, Config, shown
 
 Row = dict[str, Any]
 Result = dict[str, Any]
@@ -131,11 +132,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Result | None:
-    """A result file, or None if there is none."""
+    """A result file, or None if there is none.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{shown(path)} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{shown(path)} holds no result: its JSON is not an object")
+    return value
+
+
+def digest(result: Result) -> str:
+    """A short name of what a result says; a plot carries it, so that one of other numbers is found."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def environment(device: str, command: str) -> Result:

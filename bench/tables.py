@@ -11,7 +11,7 @@ from .results import BUSY, Result, Row
 
 NOT_MEASURED = "*not measured yet*"
 
-_HEADLINES = (
+_OVERVIEW = (
     ("25M", "l0", None),
     ("25M", "l1", None),
     ("25M", "tl1", None),
@@ -22,7 +22,15 @@ _HEADLINES = (
     ("ResNet-50", "l0", None),
     ("GPT-2 small", "l0", None),
 )
-"""What the front page shows, where it was measured."""
+"""(shape, penalty, group_dim) of the cases that the overview and the picture show, where they were measured."""
+
+_HEADLINES = (
+    ("ResNet-18", "l0", None),
+    ("ResNet-18", "l0", 1),
+    ("5000x5000", "l0", 1),
+    ("GPT-2 small", "l0", None),
+)
+"""The four of them on the front page: elements and channels, small and large, and the one that costs the most."""
 
 _BASELINES = ("reference", "compiled", "fused_sgd", "channel_loop", "pat")
 
@@ -101,22 +109,29 @@ def _measured(result: Result) -> list[Row]:
     return [row for row in result["rows"] if "skipped" not in row]
 
 
-def headline(result: Result) -> str:
-    """The short table of the front page."""
-    engine = result["engines"][0]
-    by_key = {
+def _chosen(result: Result, cases: Iterable[tuple[str, str, int | None]]) -> list[Row]:
+    """The rows of some cases in float32, in their order; what was not measured is left out."""
+    by_case = {
         (row["shape"], row["penalty"], row["group_dim"]): row
         for row in _measured(result)
-        if row["dtype"] == "float32" and not isinstance(row["group_dim"], list)
+        if row["dtype"] == "float32" and row.get("method", "rvsm") == "rvsm" and not isinstance(row["group_dim"], list)
     }
-    rows = []
-    for key in _HEADLINES:
-        if key not in by_key:
-            continue
-        row = by_key[key]
+    return [by_case[case] for case in cases if case in by_case]
+
+
+def overview_rows(result: Result) -> list[Row]:
+    """The cases that say most: of the overview, or those of a smoke run, which has none of them."""
+    return _chosen(result, _OVERVIEW) or [row for row in _measured(result) if row["dtype"] == "float32"]
+
+
+def _summary(result: Result, rows: Iterable[Row]) -> str:
+    """A short table: the step, and its price beside the reference, a dense step and a copy."""
+    engine = result["engines"][0]
+    cells = []
+    for row in rows:
         over_sgd = row["time_over"][engine].get("fused_sgd")
         tensors = f"{row['tensors']} tensor{'s' if row['tensors'] > 1 else ''}"
-        rows.append(
+        cells.append(
             [
                 f"{row['shape']} ({tensors}, {count(row['elements'])})",
                 row["penalty"],
@@ -127,7 +142,7 @@ def headline(result: Result) -> str:
                 f"{row['contenders'][engine]['share_of_copy']:.0%}",
             ]
         )
-    if not rows:
+    if not cells:
         return NOT_MEASURED
     header = [
         "parameters",
@@ -138,7 +153,17 @@ def headline(result: Result) -> str:
         "time over `SGD(fused=True)`",
         "share of copy bandwidth",
     ]
-    return table(header, rows) + "\n\n" + stamp(result)
+    return table(header, cells) + "\n\n" + stamp(result)
+
+
+def headline(result: Result) -> str:
+    """The four rows of the front page."""
+    return _summary(result, _chosen(result, _HEADLINES))
+
+
+def overview(result: Result) -> str:
+    """The same for every case of the picture."""
+    return _summary(result, overview_rows(result))
 
 
 def _missing(result: Result) -> list[str]:
@@ -235,4 +260,4 @@ def train(result: Result) -> str:
 
 
 KINDS = {"throughput": throughput, "host": host, "memory": memory, "floors": floors, "train": train}
-"""The function of every result file; also the README's blocks, with ``headline`` from throughput.json."""
+"""The function of every result file; also blocks of a README, beside ``headline`` and ``overview``."""

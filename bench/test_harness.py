@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
+import struct
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -14,10 +19,10 @@ import torch
 from rvsm_kernels.groups import magnitudes
 from rvsm_kernels.penalties import PENALTIES
 
-from . import baselines, cases, gpu_check, report, results, tables, timing
+from . import baselines, cases, cli, gpu_check, report, results, tables, timing, train
 from .baselines import CONTENDERS, Unavailable, without_paths
 from .cases import Case
-from .config import SMOKE, Config, available_engines
+from .config import RESULTS, ROOT, SMOKE, Config, MissingPackage, available_engines
 from .floors import Measured, at_least, at_most
 from .problems import BETA, CUT, A, build, strength
 
@@ -158,9 +163,9 @@ def test_readme_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     readme.write_text(
         "Text.\n" + "\n".join(f"<!-- bench:{b} -->\nold\n<!-- /bench:{b} -->" for b in blocks) + "\nEnd.\n"
     )
-    assert not report.check_readme(readme, tmp_path)
-    assert "stale in host, headline, gpu/host" in capsys.readouterr().out
-    report.write_readme(readme, tmp_path)
+    assert not report.check(readme, tmp_path)
+    assert "README.md in host, README.md in headline, README.md in gpu/host, report.md" in capsys.readouterr().out
+    report.write_committed(readme, tmp_path)
     text = readme.read_text()
     assert "| 1,000 | 98.7 |" in text
     assert "| 7 | 98.7 |" in text
@@ -168,7 +173,16 @@ def test_readme_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "commit 0123456789-dirty" in text
     assert text.startswith("Text.\n")
     assert text.endswith("\nEnd.\n")
-    assert report.check_readme(readme, tmp_path)
+    assert "| 1,000 | 98.7 |" in (tmp_path / "report.md").read_text()
+    assert report.check(readme, tmp_path)
+    # A plot of other numbers, and report.md: both are checked, not the README alone.
+    (tmp_path / "train.png").write_bytes(b"of other numbers")
+    assert not report.check(readme, tmp_path)
+    assert "stale: train.png; run" in capsys.readouterr().out
+    (tmp_path / "train.png").unlink()
+    (tmp_path / "report.md").write_text("old\n")
+    assert not report.check(readme, tmp_path)
+    assert capsys.readouterr().out.endswith("stale: report.md; run python -m bench report --readme\n")
 
 
 @pytest.mark.parametrize("text", ["<!-- bench:hsot -->\n<!-- /bench:hsot -->", "<!-- bench:host -->\n"])
@@ -210,3 +224,270 @@ def test_gpu_check_keeps_what_its_steps_said(tmp_path: Path) -> None:
     assert check.run("late", [sys.executable, "-c", ""], 20).status == "skipped"
     log = (tmp_path / "log.txt").read_text()
     assert all(word in log for word in ("fine", "not", "said", "no time left"))
+
+
+# ---- the front page --------------------------------------------------------------------------------------------------
+
+
+def test_the_front_page_is_short() -> None:
+    lines = report.README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 110
+    code = [number for number, line in enumerate(lines, 1) if line.startswith("```")]
+    assert code[0] < 25
+    table_rows = [line for line in lines if line.startswith("| ") and not line.startswith(("| ---", "| parameters"))]
+    assert len(table_rows) == 4
+    pictures = [line for line in lines if line.startswith("![")]
+    assert len(pictures) == 1 and "(bench/results/speedup.png)" in pictures[0]
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md"]
+    for page in [*pages, RESULTS / report.REPORT]:
+        links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == [], page.name
+
+
+def test_the_picture_fits_the_page() -> None:
+    """Twice the pixels of a README's 830, so that a letter of 8.5 points is 12 pixels high there."""
+    width, height = struct.unpack(">II", (RESULTS / "speedup.png").read_bytes()[16:24])
+    assert width == 2 * 830
+    assert height < width
+
+
+def _as_seen(colour: str, blindness: tuple[tuple[float, ...], ...]) -> tuple[float, ...]:
+    """A colour in CIE Lab, as a colour-blind reader sees it."""
+    srgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in srgb]
+    seen = [min(max(sum(m * c for m, c in zip(row, linear, strict=True)), 0.0), 1.0) for row in blindness]
+    to_xyz = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+    white = (0.9505, 1.0, 1.089)
+    xyz = [sum(m * c for m, c in zip(row, seen, strict=True)) / w for row, w in zip(to_xyz, white, strict=True)]
+    x, y, z = (t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in xyz)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize(
+    "blindness",
+    [
+        # Machado, Oliveira and Fernandes 2009, severity 1: protanopia, deuteranopia, tritanopia.
+        ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+        ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+        ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+    ],
+    ids=["protanopia", "deuteranopia", "tritanopia"],
+)
+def test_colour_blind_readers_tell_the_bars_apart(blindness: tuple[tuple[float, ...], ...]) -> None:
+    """A difference of 2 in CIE Lab can just be seen side by side; a legend needs several times that."""
+    plots = pytest.importorskip("bench.plots")
+    seen = {name: _as_seen(colour, blindness) for name, colour in plots.COLOURS.items()}
+    distances = {
+        (a, b): sum((x - y) ** 2 for x, y in zip(seen[a], seen[b], strict=True)) ** 0.5
+        for a, b in itertools.combinations(seen, 2)
+    }
+    nearest = min(distances, key=distances.__getitem__)
+    assert distances[nearest] > 10, (nearest, distances[nearest])
+
+
+def _throughput_row(case: Case, seconds: float) -> results.Row:
+    contender = {"median_s": seconds, "gb_per_s": 1.0, "share_of_copy": 0.5, "over_reference": 0.1}
+    return {
+        "case": case.name,
+        "shape": case.shape,
+        "tensors": len(case.specs),
+        "elements": case.elements,
+        "penalty": case.penalty,
+        "group_dim": case.group_dim,
+        "method": case.method,
+        "dtype": case.dtype,
+        "contenders": {"native": contender},
+        "time_over": {"native": {"reference": {"median": 0.1}}},
+        "not_measured": {},
+    }
+
+
+def test_the_front_page_shows_the_plain_method(tmp_path: Path) -> None:
+    """ADMM on the same tensors is another case: it does not take the place of RVSM in the short tables."""
+    rows = [_throughput_row(Case("GPT-2 small"), 0.001), _throughput_row(Case("GPT-2 small", method="admm"), 0.002)]
+    results.write_json(tmp_path / "throughput.json", _result(rows))
+    for block in ("headline", "overview"):
+        text = report.render(tmp_path, block)
+        assert "| 1 ms |" in text and "| 2 ms |" not in text
+
+
+def test_a_report_needs_no_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tables are written, a picture of an earlier run is removed, and a line says what to install."""
+    results.write_json(tmp_path / "throughput.json", _result([_throughput_row(Case("GPT-2 small"), 0.001)]))
+    (tmp_path / "speedup.png").write_bytes(b"of an earlier run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["report", "--from", str(tmp_path)]) == 0
+    assert "the plots were not drawn, because matplotlib cannot be imported" in capsys.readouterr().out
+    assert "speedup.png" not in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "speedup.png").exists()
+
+
+# ---- the order of a run, and how it ends -----------------------------------------------------------------------------
+
+
+def test_a_quick_run_trains_each_method_once() -> None:
+    both = ("reference", "native")
+    assert [(seed, engine) for seed, _, engine in train.runs("quick", both)] == [(0, "native")] * len(train.METHODS)
+    assert len(train.runs("full", both)) == 6 * len(train.METHODS)
+    assert {engine for _, _, engine in train.runs("smoke", both)} == set(both)
+    assert cli._EVERYTHING[0] == "train"
+
+
+def test_the_recorded_command_makes_the_committed_training() -> None:
+    """The command beside the table asks today for the trainings that the table has."""
+    result = json.loads((RESULTS / "train.json").read_text(encoding="utf-8"))
+    arguments = cli._parser().parse_args(result["command"].split()[3:])
+    assert arguments.command == "train"
+    asked = [(seed, method.name, engine) for seed, method, engine in train.runs(arguments.effort.name, train.ENGINES)]
+    assert sorted(asked) == sorted((row["seed"], row["method"], row["engine"]) for row in result["rows"])
+
+
+def test_the_table_of_one_seed_says_so() -> None:
+    result = json.loads((RESULTS / "train.json").read_text(encoding="utf-8"))
+    whole = train.table(result)
+    assert "3 seeds: mean" in whole and "over all engines and seeds" in whole and "One seed" not in whole
+    result["rows"] = [row for row in result["rows"] if row["seed"] == 0 and row["engine"] == "native"]
+    short = train.table(result)
+    assert "\n1 seed. " in short and "*One seed: " in short and "over all engines" not in short
+
+
+def _floor_row(measure: str, passed: bool | None) -> results.Row:
+    return {
+        "where": "here",
+        "measure": measure,
+        "at_least": False,
+        "limit": 1.0,
+        "unit": "x",
+        "value": None if passed is None else 2.0,
+        "passed": passed,
+        "note": "",
+        "first_value": None,
+    }
+
+
+@pytest.fixture
+def quick_measures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Measures that take no time: two of three floors fall short or cannot be measured, and no data set is there."""
+    called: list[str] = []
+
+    def floors(config: Config) -> bool:
+        called.append("floors")
+        rows = [_floor_row("a", True), _floor_row("b", False), _floor_row("c", None)]
+        results.write_json(config.out / "floors.json", {**_result(rows), "effort": "quick"})
+        return False
+
+    def no_data(config: Config) -> None:
+        called.append("train")
+        raise MissingPackage("scikit-learn cannot be imported: `pip install scikit-learn` installs it")
+
+    measures = {name: lambda config, name=name: called.append(name) for name in cli._MEASURES}
+    monkeypatch.setattr(cli, "_MEASURES", {**measures, "floors": floors, "train": no_data})
+    return called
+
+
+def test_a_run_that_ends_is_no_failure(
+    quick_measures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only ``floors`` judges by its exit status; a missing package is said in the last lines."""
+    common = ["--out", str(tmp_path), "--device", "cpu", "--engines", "reference"]
+    assert cli.main(common) == 0
+    assert quick_measures == list(cli._EVERYTHING)
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "floors: 1 of 3 hold here; missed: here: b; not measured: here: c",
+        "train: not measured, because scikit-learn cannot be imported: `pip install scikit-learn` installs it",
+    ]
+    assert cli.main(["floors", *common]) == 1
+    assert cli.main(["train", *common]) == 1
+    assert "python -m bench train: not measured, because scikit-learn" in capsys.readouterr().err
+
+
+# ---- mistakes of the user: a sentence, an exit status, no traceback --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--engines cuda", "'cuda' is no engine; the engines are native, triton, reference"),
+        ("throughput --engines native,,triton", "'' is no engine; the engines are native, triton, reference"),
+        ("--engines=", "'' is no engine"),
+        ("--out=", "the name of a folder is needed"),
+        ("--out {file}", "is a file; a folder is needed"),
+        ("--out {file}/below", "cannot be written"),
+        ("--threads 0", "'0' is not a number of threads"),
+        ("--threads -1", "'-1' is not a number of threads"),
+        ("--threads 1000000", "'1000000' is not a number of threads"),
+        ("--threads two", "'two' is not a number of threads"),
+        ("repot", "invalid choice: 'repot'"),
+        ("report --from {missing}", "no results in"),
+        ("report --from {file}", "no results in"),
+        ("report --from {corrupt}", "host.json is not valid JSON"),
+        ("report --from {binary}", "host.json is not valid JSON"),
+        ("report --from {list}", "host.json holds no result"),
+        ("report --from {empty}", "host.json is no result of python -m bench host (KeyError: 'rows')"),
+        ("report --check --from {missing}", "leave --from and --out out"),
+        ("report --check --readme", "not allowed with"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(
+    arguments: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {name: tmp_path / name for name in ("file", "missing", "corrupt", "binary", "list", "empty")}
+    places["file"].write_text("")
+    for name, content in (("corrupt", b'{"rows": ['), ("binary", b"\xff\xfe"), ("list", b"[]"), ("empty", b"{}")):
+        places[name].mkdir()
+        (places[name] / "host.json").write_bytes(content)
+    try:
+        status = cli.main([word.format(**places) for word in arguments.split()])
+    except SystemExit as end:  # argparse's own way
+        status = end.code
+    assert status not in (0, None)
+    said = capsys.readouterr()
+    assert words in said.err
+    assert "Traceback" not in said.err
+
+
+def test_cuda_without_a_gpu_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["--device", "cuda", "--engines", "reference"]) == 2
+    assert "sees no GPU here" in capsys.readouterr().err
+
+
+def test_a_build_without_engines_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after ``pip install`` in a clone: the clone's unbuilt folder is what Python imports."""
+    monkeypatch.setattr(cli, "available_engines", lambda device: ())
+    assert cli.main(["--device", "cpu"]) == 2
+    assert "Run `make bench` in the clone" in capsys.readouterr().err
+
+
+def _without(module: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m bench`` where a module is not installed; Python looks into the folder first."""
+    (folder / "bench").symlink_to(ROOT / "bench")
+    text = f"raise ModuleNotFoundError({f'No module named {module!r}'!r}, name={module!r})\n"
+    (folder / f"{module}.py").write_text(text)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("module", ["torch", "tqdm", "rvsm_kernels"])
+def test_a_missing_package_is_a_sentence(module: str, tmp_path: Path) -> None:
+    done = _without(module, tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert f"{module} is not installed" in done.stderr and "make bench" in done.stderr
+
+
+@pytest.mark.parametrize(("module", "name"), [("sklearn", "scikit-learn"), ("numpy", "numpy")])
+def test_training_without_its_data_set_is_a_sentence(module: str, name: str, tmp_path: Path) -> None:
+    options = ("--smoke", "--out", str(tmp_path / "out"), "--device", "cpu", "--engines", "reference")
+    done = _without(module, tmp_path, "train", *options)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"python -m bench train: not measured, because {name} cannot be imported" in done.stderr
