@@ -163,7 +163,11 @@ def _everything(config: Config) -> int:
             _MEASURES[command](config)
         except MissingPackage as error:
             missing.append(f"{command}: not measured, because {error}")
-    text = report.write_folder(config.out)
+    try:
+        text = report.write_folder(config.out)
+    except ValueError as error:  # an older file in the folder is damaged, or nothing at all could be measured
+        print("\n".join([f"python -m bench: there is no report: {error}", *missing]), file=sys.stderr)
+        return 1
     print(f"\n{text}")
     print("\n".join([floors.standing(config.out), *missing]))
     return 0

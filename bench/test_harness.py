@@ -401,6 +401,9 @@ def test_a_run_that_ends_is_no_failure(
         "floors: 1 of 3 hold here; missed: here: b; not measured: here: c",
         "train: not measured, because scikit-learn cannot be imported: `pip install scikit-learn` installs it",
     ]
+    (tmp_path / "train.json").write_text("{")  # of an earlier run
+    assert cli.main(common) == 1
+    assert "there is no report: " in capsys.readouterr().err
     assert cli.main(["floors", *common]) == 1
     assert cli.main(["train", *common]) == 1
     assert "python -m bench train: not measured, because scikit-learn" in capsys.readouterr().err
