@@ -9,24 +9,31 @@ Prints the tables as Markdown and writes ``one_layer.json`` and the figures. exa
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
+from deep.missing import explain
 
-import one_layer_claims as claims
-import one_layer_figures as figures
-import one_layer_tables as tables
-import rvsm_kernels as rk
-from one_layer_model import curvature
-from one_layer_runs import CONVERGED, PENALTIES, PENALTY_STRENGTH, K
+try:
+    import torch
+    from tqdm import tqdm
+
+    import one_layer_claims as claims
+    import one_layer_figures as figures
+    import one_layer_tables as tables
+    import rvsm_kernels as rk
+    from deep import cli, files
+    from one_layer_model import curvature
+    from one_layer_runs import CONVERGED, PENALTIES, PENALTY_STRENGTH, K
+except ModuleNotFoundError as error:
+    explain(error, __name__)
+    raise
 
 SEED = 1812
+MOST_SEEDS = 10_000
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,8 +47,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.seeds = 10 if args.quick else 100
     if args.seeds < 2:
         parser.error(f"argument --seeds: {args.seeds}: a standard deviation needs at least 2")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"argument --out: {args.out}: not a folder")
+    if args.seeds > MOST_SEEDS:
+        parser.error(f"argument --seeds: {args.seeds}: at most {MOST_SEEDS}, which take an hour and much memory")
     return args
 
 
@@ -74,7 +81,6 @@ def without_nan(x: Any) -> Any:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Everything, with one generator for each part: a part's numbers do not depend on the others."""
-    args.out.mkdir(parents=True, exist_ok=True)
     seeds, d = args.seeds, 30
     dimensions = (10, 30) if args.quick else tables.DIMENSIONS
 
@@ -177,14 +183,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run, print, save."""
     args = arguments(argv)
     torch.set_num_threads(1)  # tensors of a few kilobytes: threads would only wait for each other
+    files.prepare(args.out)
     start = time.perf_counter()
     result = run(args)
     result["settings"]["seconds"] = round(time.perf_counter() - start, 2)
     print(report(result))
     path = args.out / "one_layer.json"
-    path.write_text(json.dumps(without_nan(result), indent=1, allow_nan=False) + "\n")
+    files.write_json(path, without_nan(result))
     print(f"\n{result['settings']['seconds']} s; {path} and four figures written")
 
 
 if __name__ == "__main__":
-    main()
+    cli.guarded(main)

@@ -14,11 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from deep.missing import explain
 
-from deep import attacks, cli
-from deep.loop import EVALUATION_BATCH, Perturb, Training
-from deep.settings import Settings, SettingsError, number, option
+try:
+    from torch import Tensor, nn
+
+    from deep import attacks, cli
+    from deep.loop import EVALUATION_BATCH, Perturb, Training
+    from deep.settings import Settings, SettingsError, number, option
+except ModuleNotFoundError as error:
+    explain(error, __name__)
+    raise
 
 SMOKE = {"epochs": 2, "milestones": (1,), "train_images": 512, "test_images": 200, "attacked": 50, "width": 4}
 

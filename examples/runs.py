@@ -1,9 +1,9 @@
 """The runs that examples/README.md reports: train them, measure the loop, fill the README's tables.
 
-    PYTHONPATH=. python examples/runs.py a b c d     # train; what is in examples/results already is not trained again
-    PYTHONPATH=. python examples/runs.py time        # seconds per epoch by engine
-    PYTHONPATH=. python examples/runs.py a --check   # train again and compare with examples/results
-    PYTHONPATH=. python examples/runs.py --readme    # fill the tables from examples/results
+    python examples/runs.py a b c d e     # train; what is in examples/results already is not trained again
+    python examples/runs.py time          # seconds per epoch by engine
+    python examples/runs.py a --check     # train again and compare with examples/results
+    python examples/runs.py --readme      # fill the tables from examples/results
 
 A run that is stopped goes on where it was when the command is given again.
 """
@@ -18,19 +18,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from deep.missing import explain
 
-import robust
-import train
-from bench.report import fill
-from bench.results import environment
-from bench.tables import spread, stamp, table
-from deep import cli, files, plots, recipes
-from deep.loop import CHECKPOINT, Training
-from deep.settings import Settings
-from robust import RobustSettings
+try:
+    import torch
+
+    import robust
+    import train
+    from bench.report import fill
+    from bench.results import environment
+    from bench.tables import spread, stamp, table
+    from deep import cli, files, plots, recipes
+    from deep.loop import CHECKPOINT, Training
+    from deep.settings import Settings
+    from robust import RobustSettings
+except ModuleNotFoundError as error:
+    explain(error, __name__)
+    raise
 
 HERE = Path(__file__).resolve().parent
+BUILD = HERE.parent / "build" / "runs"
 RESULTS = HERE / "results"
 README = HERE / "README.md"
 SEEDS = (0, 1, 2)
@@ -182,7 +189,7 @@ def train_set(name: str, out: Path, smoke: bool) -> None:
         if run.command in known:
             row = {**known[run.command], "label": run.label}
         else:
-            row = trained(run, Path("build/runs") / ("smoke" if smoke else "full") / name / slug(run))
+            row = trained(run, BUILD / ("smoke" if smoke else "full") / name / slug(run))
         result["rows"].append(row)
         files.write_json(path, result)
 
@@ -349,6 +356,14 @@ def figures(out: Path) -> None:
             plots.accuracy_sparsity(out / f"{name}.png", points, what, line=False)
 
 
+def rounds(text: str) -> int:
+    """A number of epochs, for argparse."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("a median needs at least 1 epoch")
+    return count
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -356,12 +371,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="train the first seed again and compare")
     parser.add_argument("--readme", action="store_true", help="fill the tables of examples/README.md")
     parser.add_argument("--smoke", action="store_true", help="all of it in seconds, into build/runs")
-    parser.add_argument("--rounds", type=int, default=5, help="time: epochs of each engine (default: %(default)s)")
+    parser.add_argument("--rounds", type=rounds, default=5, help="time: epochs of each engine (default: %(default)s)")
     given = parser.parse_args(argv)
     unknown = set(given.sets) - {*SETS, "time"}
     if unknown:
         parser.error(f"no set {', '.join(sorted(unknown))}; there are {', '.join(SETS)}, time")
-    out = Path("build/runs/smoke") if given.smoke else RESULTS
+    if given.check and "time" in given.sets:
+        parser.error("--check trains again and compares accuracy and zeros; there is nothing to compare in time")
+    out = BUILD / "smoke" if given.smoke else RESULTS
     torch.manual_seed(0)
     if given.check:
         far = [name for name in given.sets or SETS if name in SETS and not check_set(name)]

@@ -12,9 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deep import cli
-from deep.loop import Training
-from deep.settings import Settings
+from deep.missing import explain
+
+try:
+    from deep import cli
+    from deep.loop import Training
+    from deep.settings import Settings
+except ModuleNotFoundError as error:
+    explain(error, __name__)
+    raise
 
 SMOKE = {"epochs": 2, "milestones": (1,), "train_images": 1280, "test_images": 500}
 

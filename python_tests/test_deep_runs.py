@@ -78,3 +78,19 @@ def test_a_damaged_result_is_one_line(tmp_path: Path) -> None:
         files.read_json(path)
     assert "\n" not in str(caught.value)
     assert files.read_json(tmp_path / "none.json") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["f"], "no set f; there are a, b, c, d, e, time"),
+        (["time", "--rounds", "0"], "--rounds: a median needs at least 1 epoch"),
+        (["time", "--rounds", "x"], "--rounds"),
+        (["time", "--check"], "nothing to compare in time"),
+    ],
+)
+def test_command_lines_that_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        runs.main(words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
+import one_layer
 import pytest
 import torch
 
 import one_layer_claims as claims
 import one_layer_tables as tables
 import rvsm_kernels as rk
+from deep import cli
 from one_layer_model import (
     SLOPE,
     NonOverlapNet,
@@ -261,3 +264,26 @@ def test_penalty_is_what_the_prox_minimises(penalty: str) -> None:
     value = tau * penalty_of(u[:, None], penalty, a) + (u - x).square() / 2
     assert (value <= best + ROUNDING).all()
     assert (value >= best - 1e-3).all(), "the grid is fine enough to come near"
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--seeds x", "--seeds: invalid int value: 'x'"),
+        ("--seeds 1", "needs at least 2"),
+        ("--seeds 1000000000000", "at most 10000"),
+        ("--out {file}", "is a file, not a folder: choose another folder"),
+        ("--out {file}/folder", "Not a directory): choose another folder"),
+    ],
+)
+def test_command_lines_that_cannot_be(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        cli.guarded(lambda: one_layer.main(words.format(file=tmp_path / "file").split()))
+    assert caught.value.code in (1, 2)
+    assert message in capsys.readouterr().err.splitlines()[-1]

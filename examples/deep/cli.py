@@ -21,6 +21,8 @@ Result = dict[str, Any]
 Test = Callable[[Training], Result]
 """What is measured on the test images in the end."""
 
+NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
+"""What torch says when an ordinary RuntimeError is about memory of the CPU."""
 ERRORS = (data.DataError, files.FileError, SettingsError, Stopped)
 
 
@@ -56,9 +58,12 @@ def arguments(
     given = parser.parse_args(argv)
     if given.list:
         for name, row in rows.items():
-            print(f"{name:28} {', '.join(f'{what} {value:g}' for what, value in row.printed.items())}")
+            printed = ", ".join(recipes.columns(row.printed))
+            print(f"{name:28} {'; '.join(text for text in (printed, row.note) if text)}")
         raise SystemExit(0)
     if given.recipe is not None and given.recipe not in rows:
+        if given.recipe in recipes.recipes(not robust):
+            parser.error(f"recipe {given.recipe} is a recipe of {'train' if robust else 'robust'}.py")
         near = [name for name in rows if name.startswith(given.recipe)]
         parser.error(f"no recipe {given.recipe!r}; there are {', '.join(near or rows)}")
     recipe = rows[given.recipe].settings if given.recipe else {}
@@ -74,6 +79,7 @@ def arguments(
     # The printed numbers belong to the printed settings.
     same = all(getattr(settings, name) == value for name, value in recipe.items())
     given.printed = rows[given.recipe].printed if recipe and same else {}
+    given.note = rows[given.recipe].note if recipe else ""
     return settings, given
 
 
@@ -220,7 +226,7 @@ def summary(result: Result) -> str:
         if robust:
             lines.append("   under attack: " + ", ".join(f"{name} {100 * x:.2f} %" for name, x in robust.items()))
     if result["printed"]:
-        lines.append("printed in the paper: " + ", ".join(f"{name} {x:g} %" for name, x in result["printed"].items()))
+        lines.append(f"printed in the paper: {', '.join(recipes.columns(result['printed'], ' %'))}")
     share = result["step_seconds_per_epoch"] / max(result["seconds_per_epoch"], 1e-12)
     lines.append(f"{result['seconds_per_epoch']:.2f} s per epoch, {100 * share:.1f} % of it in the optimizer's step")
     return "\n".join(lines)
@@ -244,6 +250,8 @@ def script(
         perturbation: from settings to what is done to the images; with it, the recipes are those of robust training.
     """
     settings, given = arguments(argv, description, kind, smoke, robust=perturbation is not None)
+    if given.note:
+        print(f"{given.recipe}: {given.note}", flush=True)
     run(
         settings,
         load(settings, given.data_folder),
@@ -264,11 +272,19 @@ def guarded(main: Callable[[], None]) -> None:
     A request to terminate is treated as Ctrl-C, so that what was begun is put in order.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    script = Path(sys.argv[0]).name
     try:
         main()
     except ERRORS as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{script}: {error}", file=sys.stderr)
         raise SystemExit(getattr(error, "status", 1)) from None
+    except (MemoryError, RuntimeError) as error:
+        if not (
+            isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
+        ):
+            raise
+        print(f"{script}: the memory is not enough: choose a smaller model, batch or number", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        print(f"{script}: stopped", file=sys.stderr)
         raise SystemExit(130) from None

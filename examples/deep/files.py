@@ -56,7 +56,8 @@ def prepare(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise FileError(f"{folder} cannot be written to ({error.strerror or error})") from error
+        why = "is a file, not a folder" if folder.is_file() else f"cannot be written to ({error.strerror or error})"
+        raise FileError(f"{folder} {why}: choose another folder") from error
 
 
 def read_json(path: Path) -> Any:

@@ -409,7 +409,8 @@ def _use_device(name: str) -> None:
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # random numbers and events are those of the current device
     except (AssertionError, RuntimeError) as error:
-        raise SettingsError(f"--device {name}: {error}".split("\n")[0]) from error
+        what = str(error).split("\n")[0].rstrip(".")
+        raise SettingsError(f"--device {name}: {what}; --device cpu needs no GPU") from error
 
 
 def _go_on(path: Path) -> str:

@@ -66,7 +66,7 @@ def optimizer_for(settings: Settings, model: nn.Module, lr: float | None = None)
             return ChannelLoop(groups, **base)
         return rk.RVSM(groups, **base, engine=settings.engine)
     except ImportError as error:
-        raise SettingsError("--engine loop needs the source tree: run from its root with PYTHONPATH=.") from error
+        raise SettingsError("--engine loop needs the folder bench of the source tree") from error
     except (ValueError, RuntimeError) as error:
         raise SettingsError(str(error)) from error
 

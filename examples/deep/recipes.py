@@ -272,6 +272,11 @@ TABLES: dict[str, dict[str, Row]] = {
 }
 
 
+def columns(printed: dict[str, float], unit: str = "") -> list[str]:
+    """Printed numbers as words: "A1 78.28" and so on."""
+    return [f"{name} {x:g}{unit}{' (NAttack, not run here)' if name in NOT_RUN else ''}" for name, x in printed.items()]
+
+
 def recipes(robust: bool) -> dict[str, Row]:
     """ "table4.1/gl" and so on: the rows of natural or of robust training."""
     return {

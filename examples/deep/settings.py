@@ -16,6 +16,8 @@ PRUNERS = ("l1norm", "slimming")
 """Methods that remove channels by Torch-Pruning after a dense training, and train on."""
 
 ENGINES = ("native", "triton", "reference", "loop")
+MOST_THREADS = 1024
+"""More of them only take memory."""
 LARGEST = 2**63 - 1
 """What torch takes as an integer."""
 
@@ -31,15 +33,21 @@ def option(default: Any, text: str, **more: Any) -> Any:
 
 def number(text: str) -> float:
     """A finite number, for argparse."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
     return value
 
 
 def epoch_list(text: str) -> tuple[int, ...]:
     """ "80,120" to (80, 120), for argparse; an empty text to ()."""
-    return tuple(int(word) for word in text.split(",") if word)
+    try:
+        return tuple(int(word) for word in text.split(",") if word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be epochs, as 80,120,160, not {text!r}") from None
 
 
 @dataclass(frozen=True)
@@ -100,9 +108,18 @@ class Settings:
         self._at_least("epochs", 0 if self.method in PRUNERS else 1)
         for name in ("validation", "finetune", "recalibrate", "lr", "weight_decay", "noise", "scale_lasso", "seed"):
             self._at_least(name, 0)
+        for name in ("lam", "beta", "group_lasso"):
+            self._at_least(name, 0)
+        self._at_least("width", 1)
         for name in ("train_images", "test_images", "pad", "threads"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise SettingsError(f"--threads must be at most {MOST_THREADS}, not {self.threads}")
+        if not self.a > 0:
+            raise SettingsError(f"--a must be greater than 0, not {self.a}")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise SettingsError(f"--density must lie between 0 and 1, not {self.density}")
         if not 0 < self.ratio < 1:
             raise SettingsError(f"--ratio must lie between 0 and 1, not {self.ratio}")
         if not 0 < self.momentum < 1:
