@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import robust
 import runs
 from bench.report import fill
-from deep import cli, files
+from deep import cli, files, recipes
 from deep.settings import Settings
 
 SETS = sorted(runs.SETS)
@@ -94,3 +95,30 @@ def test_command_lines_that_cannot_be(words: list[str], message: str, capsys: py
         runs.main(words)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def _cost(row: dict[str, Any], dense: float) -> str:
+    return f"{100 * (dense - row['test']['accuracy_u']):.1f}".removesuffix(".0")
+
+
+def test_the_readme_says_what_channels_cost() -> None:
+    """The sentence under the table of (a), from its rows: points below the median of the dense nets."""
+    dense = statistics.median(row["test"]["accuracy_u"] for row in rows("a") if row["label"] == "dense")
+    by_count: dict[int, list[dict[str, Any]]] = {}
+    for row in rows("a"):
+        by_count.setdefault(round(7 * row["test"]["u"]["zero_channels"]), []).append(row)
+    four = sorted(by_count[4], key=lambda row: -row["test"]["accuracy_u"])
+    assert [row["label"].partition("λ")[2] for row in four] == [" = 0.2", " = 0.5", " = 0.2"]
+    (three,) = [row for row in by_count[3] if row["label"].endswith("λ = 0.2")]
+    text = " ".join(runs.README.read_text(encoding="utf-8").split())
+    first, second, third = (_cost(row, dense) for row in four)
+    assert f"Four cost {first}, {second} and {third} points in the three runs that lost four" in text
+    assert f"The third seed of λ = 0.2 lost three and {_cost(three, dense)} points" in text
+
+
+def test_the_printed_lambda_leaves_no_channel() -> None:
+    """What the note of the recipe says, in the committed runs of (e)."""
+    printed = [row["test"] for row in rows("e") if "as printed" in row["label"]]
+    assert [(test["u"]["zero_channels"], test["accuracy_u"]) for test in printed] == [(1.0, 0.1)] * len(runs.SEEDS)
+    note = recipes.recipes(False)["table4.1/gl"].note
+    assert "in each of three seeds" in note and "accuracy of 10 %" in note
