@@ -71,7 +71,11 @@ int traverse(PyObject* self, visitproc visit, void* arg) {
 }
 
 int clear(PyObject* self) {
-  if (py::detail::is_holder_constructed(self)) py::cast<Plan&>(py::handle(self)).clear();
+  if (py::detail::is_holder_constructed(self)) {
+    Plan& plan = py::cast<Plan&>(py::handle(self));
+    plan.drop();
+    plan.clear();
+  }
   return 0;
 }
 
@@ -121,5 +125,12 @@ PYBIND11_MODULE(_C, m) {
              const rvsm::Scaling scaling{grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())};
              return plan.prepare(groups, state, scaling, kept, cuts);
            })
-      .def("launch", &Plan::launch);
+      .def("step",
+           [](Plan& plan, const py::list& groups, const py::dict& state, const std::optional<at::Tensor>& grad_scale,
+              const std::optional<at::Tensor>& found_inf, const py::dict& kept, const py::dict& cuts) {
+             const rvsm::Scaling scaling{grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())};
+             return plan.step(groups, state, scaling, kept, cuts);
+           })
+      .def("launch", &Plan::launch)
+      .def("drop", &Plan::drop);
 }

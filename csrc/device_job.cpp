@@ -117,10 +117,11 @@ std::unique_ptr<DeviceJob> DeviceJob::make(at::Device device, Action action) {
   return std::make_unique<CpuJob>(action);
 }
 
-size_t Jobs::of(at::Device device) {
+size_t Jobs::of(at::Device device, size_t turn) {
   for (size_t i = 0; i < jobs_.size(); ++i)
-    if (jobs_[i]->device == device) return i;
+    if (jobs_[i]->device == device && turn_of_[i] == turn) return i;
   jobs_.push_back(DeviceJob::make(device, action_));
+  turn_of_.push_back(turn);
   return jobs_.size() - 1;
 }
 
@@ -128,8 +129,9 @@ void Jobs::divide() {
   for (auto& job : jobs_) job->divide();
 }
 
-void Jobs::run(const Scaling& scaling) {
-  for (auto& job : jobs_) job->run(scaling);
+void Jobs::run(const Scaling& scaling, size_t turn) {
+  for (size_t i = 0; i < jobs_.size(); ++i)
+    if (turn_of_[i] == turn) jobs_[i]->run(scaling);
 }
 
 void interpret_cuda(bool on) { interpret = on; }

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -49,25 +50,32 @@ class DeviceJob {
       : rows(rows), device(device), scales_on_device(on_device), takes_source(on_device) {}
 };
 
-// One job per device.
+// One job per device and turn. Tensors that share memory have different turns, and a turn begins when the one before it is
+// done (see turns_of).
 class Jobs {
  public:
   explicit Jobs(Action action) : action_(action) {}
 
   // The number of a device's job, which is made where there is none.
-  size_t of(at::Device device);
+  size_t of(at::Device device, size_t turn = 0);
   DeviceJob& operator[](size_t i) const { return *jobs_[i]; }
   auto begin() const { return jobs_.begin(); }
   auto end() const { return jobs_.end(); }
   size_t size() const { return jobs_.size(); }
-  void clear() { jobs_.clear(); }
+  void clear() {
+    jobs_.clear();
+    turn_of_.clear();
+  }
+  size_t turn_of(size_t job) const { return turn_of_[job]; }
+  size_t turns() const { return turn_of_.empty() ? 0 : *std::max_element(turn_of_.begin(), turn_of_.end()) + 1; }
 
   void divide();
-  void run(const Scaling& scaling = {});
+  void run(const Scaling& scaling = {}, size_t turn = 0);
 
  private:
   Action action_;
   std::vector<std::unique_ptr<DeviceJob>> jobs_;
+  std::vector<size_t> turn_of_;
 };
 
 // Run CPU tensors through the CUDA engine's lines, interpreted on the host; for tests. Jobs that exist go on as before.

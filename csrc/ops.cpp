@@ -29,6 +29,19 @@ Options penalty_options(const Names& penalty, double lam, double beta, double a,
 void check(const at::Tensor& w) {
   TORCH_CHECK_TYPE(is_supported(w.scalar_type()) && w.layout() == at::kStrided,
                    "rvsm_kernels does not support tensors of dtype ", w.dtype());
+  TORCH_CHECK_TYPE(has_memory(w), "rvsm_kernels does not support tensors without memory of their own beside others");
+  TORCH_CHECK(is_allocated(w), "the memory of a tensor of shape ", w.sizes(), " has been freed");
+}
+
+// The places of the tensors of each turn; see turns_of.
+std::vector<std::vector<size_t>> by_turn(at::TensorList tensors) {
+  std::vector<std::vector<size_t>> places;
+  const std::vector<size_t> turns = turns_of(tensors.vec());
+  for (size_t i = 0; i < turns.size(); ++i) {
+    if (turns[i] >= places.size()) places.resize(turns[i] + 1);
+    places[turns[i]].push_back(i);
+  }
+  return places;
 }
 
 Row row_of(const at::Tensor& dense, const OptionalDims& group_dim, const Options& options, bool first = false) {
@@ -44,20 +57,23 @@ Row row_of(const at::Tensor& dense, const OptionalDims& group_dim, const Options
 }
 
 void prox_list(at::TensorList params, const Options& options, const OptionalDims& group_dim) {
-  Jobs jobs(Action::prox);
+  for (const at::Tensor& w : params) check(w);
   std::vector<Staged> staged;
+  std::vector<Row> rows;
   for (const at::Tensor& w : params) {
-    check(w);
     staged.emplace_back(w, w.scalar_type());
     const at::Tensor dense = staged.back().dense();
-    Row row = row_of(dense, group_dim, options);
-    if (w.numel() > 0) row.w = dense.mutable_data_ptr();
-    jobs[jobs.of(w.device())].rows.push_back(row);
+    rows.push_back(row_of(dense, group_dim, options));
+    if (w.numel() > 0) rows.back().w = dense.mutable_data_ptr();
   }
-  jobs.divide();
-  for (auto& s : staged) s.load();
-  jobs.run();
-  for (auto& s : staged) s.store();
+  for (const auto& places : by_turn(params)) {
+    Jobs jobs(Action::prox);
+    for (const size_t i : places) jobs[jobs.of(params[i].device())].rows.push_back(rows[i]);
+    jobs.divide();
+    for (const size_t i : places) staged[i].load();
+    jobs.run();
+    for (const size_t i : places) staged[i].store();
+  }
   for (const at::Tensor& w : params) bump_version(w);
 }
 
@@ -97,6 +113,7 @@ at::Tensor penalty_value(at::TensorList params, Names penalty, double lam, doubl
     staged.back().load();
     jobs[jobs.of(w.device())].rows.push_back(row_of(staged.back().dense(), group_dim, options));
   }
+  TORCH_CHECK_VALUE(!params.empty(), "penalty_value needs a tensor");
   jobs.divide();
   jobs.run();
   at::Tensor total;
@@ -122,45 +139,72 @@ void step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_
   options.decoupled = decoupled;
   options.maximize = maximize;
 
-  Jobs jobs(Action::step);
-  std::vector<Staged> written, read;
   for (size_t i = 0; i < params.size(); ++i) {
     check(params[i]);
+    check(grads[i]);
+    if (momentum != 0) check(momentum_buffers[i]);
     TORCH_CHECK(grads[i].device() == params[i].device(), "the gradient of parameter ", i, " is on another device");
     TORCH_CHECK(momentum == 0 || momentum_buffers[i].device() == params[i].device(),
                 "the momentum buffer of parameter ", i, " is on another device");
     TORCH_CHECK(grads[i].sizes() == params[i].sizes(), "the gradient of parameter ", i, " has another shape");
     TORCH_CHECK(momentum == 0 || momentum_buffers[i].sizes() == params[i].sizes(), "the momentum buffer of parameter ",
                 i, " has another shape");
+  }
+  // Everything is checked, and every copy made, before the first turn writes.
+  struct Place {
+    Row row;
+    std::vector<Staged> written, read;
+  };
+  std::vector<Place> all(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    auto& [row, written, read] = all[i];
     written.emplace_back(params[i], row_type(params[i].scalar_type(), grads[i].scalar_type()));
     const at::Tensor dense = written.back().dense();
-    Row row = row_of(dense, group_dim, options, first_step);
+    row = row_of(dense, group_dim, options, first_step);
     if (row.numel == 0) continue;
     row.w = dense.mutable_data_ptr();
     row.g = read.emplace_back(grads[i], dense).dense().const_data_ptr();
     if (momentum != 0) row.m = written.emplace_back(momentum_buffers[i], dense).dense().mutable_data_ptr();
-    jobs[jobs.of(dense.device())].rows.push_back(row);
   }
-  jobs.divide();
   // A first step ignores what the buffers hold, an Inf or NaN too.
   if (momentum != 0 && first_step)
     for (const at::Tensor& m : momentum_buffers) m.zero_();
-  for (auto& s : read) s.load();
-  for (auto& s : written) s.load();
-  jobs.run();
-  for (auto& s : written) s.store();
+  for (const auto& places : by_turn(params)) {
+    Jobs jobs(Action::step);
+    for (const size_t i : places)
+      if (all[i].row.numel > 0) jobs[jobs.of(params[i].device())].rows.push_back(all[i].row);
+    jobs.divide();
+    for (const size_t i : places) {
+      for (auto& s : all[i].read) s.load();
+      for (auto& s : all[i].written) s.load();
+    }
+    jobs.run();
+    for (const size_t i : places)
+      for (auto& s : all[i].written) s.store();
+  }
   for (const at::Tensor& w : params) bump_version(w);
   for (const at::Tensor& m : momentum_buffers) bump_version(m);
 }
 
-// What tracing needs to know: shapes and types.
+// What tracing needs to know: shapes and types. A list that mixes meta tensors with others comes here too, and would be
+// left undone without a word.
+void check_meta(at::TensorList tensors) {
+  for (const at::Tensor& t : tensors)
+    TORCH_CHECK_TYPE(t.is_meta(), "rvsm_kernels does not support meta tensors beside tensors on ", t.device());
+}
 at::Tensor prox_meta(const at::Tensor& w, Names, double, double, OptionalDims) { return at::empty_like(w); }
-void prox_meta_(at::TensorList, Names, double, double, double, OptionalDims, bool) {}
+void prox_meta_(at::TensorList w, Names, double, double, double, OptionalDims, bool) { check_meta(w); }
 at::Tensor penalty_value_meta(at::TensorList params, Names, double, double, double, OptionalDims, bool) {
+  check_meta(params);
+  TORCH_CHECK_VALUE(!params.empty(), "penalty_value needs a tensor");
   return at::empty({}, params.front().options().dtype(at::kDouble));
 }
-void step_meta_(at::TensorList, at::TensorList, at::TensorList, Names, double, double, double, OptionalDims, bool,
-                double, double, double, double, double, bool, bool, bool, bool) {}
+void step_meta_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers, Names, double, double,
+                double, OptionalDims, bool, double, double, double, double, double, bool, bool, bool, bool) {
+  check_meta(params);
+  check_meta(grads);
+  check_meta(momentum_buffers);
+}
 
 }  // namespace
 

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <sstream>
@@ -20,6 +21,12 @@ constexpr int64_t kReleaseGil = 1 << 20;
 PyObject* const kParams = PyUnicode_InternFromString("params");
 PyObject* const kParamNames = PyUnicode_InternFromString("param_names");
 PyObject* const kBuffer = PyUnicode_InternFromString("momentum_buffer");
+
+// What the plan does is no business of a dispatch mode, which might hand it tensors that have no memory.
+class OutsideModes {
+  c10::impl::ExcludeDispatchKeyGuard guard_{
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot})};
+};
 
 // Borrowed; null where the key is missing.
 PyObject* get(PyObject* dict, PyObject* key) {
@@ -60,6 +67,24 @@ bool is_twin(const at::Tensor& t, const at::Tensor& w) {
          equal(x->sizes(), y->sizes()) && equal(x->strides(), y->strides());
 }
 
+// is_allocated() of a dense tensor with so many elements; asked of every tensor in every step.
+bool dense_is_allocated(const at::Tensor& t, int64_t numel) {
+  const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
+  return size_t(impl->storage_offset() + numel) * impl->itemsize() <= impl->unsafe_storage().nbytes();
+}
+
+// The address of a tensor's first element, also where it has no memory.
+const void* address_of(const at::Tensor& t) {
+  const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
+  if (!impl->has_storage()) return nullptr;
+  return static_cast<const char*>(impl->unsafe_storage().data()) + impl->storage_offset() * int64_t(impl->itemsize());
+}
+
+// Python raises what a tensor without memory deserves, so that every engine says it in the same words.
+void refuse_without_memory(const at::Tensor& t, const std::string& name) {
+  if (!has_memory(t) || !is_allocated(t)) py::module_::import("rvsm_kernels.memory").attr("refuse")(t, name);
+}
+
 std::string text(at::IntArrayRef sizes) {
   std::string s = "[";
   for (size_t d = 0; d < sizes.size(); ++d) s += (d ? ", " : "") + std::to_string(sizes[d]);
@@ -97,19 +122,38 @@ void Plan::set_options(size_t group, GroupOptions options) {
 
 bool Plan::rebuild(const py::list& groups) {
   clear();
+  std::vector<at::Tensor> tensors;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
     PyObject* params = params_of(PyList_GET_ITEM(groups.ptr(), g));
     for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(params); ++j) {
       PyObject* p = PySequence_Fast_GET_ITEM(params, j);
       if (!THPVariable_Check(p)) throw py::type_error("optimizer can only optimize Tensors");
-      const at::Tensor& w = THPVariable_Unpack(p);
-      if (!DeviceJob::serves(w.device()) || w.layout() != at::kStrided) return false;
+      tensors.push_back(THPVariable_Unpack(p));
+    }
+  }
+  const std::vector<size_t> turns = turns_of(tensors);
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
+    PyObject* params = params_of(PyList_GET_ITEM(groups.ptr(), g));
+    for (Py_ssize_t j = 0; j < PySequence_Fast_GET_SIZE(params); ++j) {
+      PyObject* p = PySequence_Fast_GET_ITEM(params, j);
+      const at::Tensor& w = tensors[entries_.size()];
       Entry e;
-      e.job = jobs_.of(w.device());
-      e.device = w.device();
-      std::vector<Row>& rows = jobs_[e.job].rows;
       e.group = size_t(g);
       e.index = size_t(j);
+      e.keys = w.key_set();
+      const bool served = has_memory(w) && DeviceJob::serves(w.device()) && w.layout() == at::kStrided;
+      if (!served || (!w.grad().defined() && !is_supported(w.scalar_type()))) {
+        if (w.grad().defined()) return false;
+        reset(e.param, p);
+        entries_.push_back(std::move(e));
+        continue;
+      }
+      e.served = true;
+      e.turn = turns[entries_.size()];
+      e.address = address_of(w);
+      e.job = jobs_.of(w.device(), e.turn);
+      e.device = w.device();
+      std::vector<Row>& rows = jobs_[e.job].rows;
       e.sizes = at::DimVector(w.sizes());
       e.strides = at::DimVector(w.strides());
       e.type = w.scalar_type();
@@ -134,7 +178,8 @@ bool Plan::rebuild(const py::list& groups) {
   }
   for (auto& o : options_) o.changed = true;
   std::vector<size_t> next(jobs_.size());
-  for (Entry& e : entries_) e.row = &jobs_[e.job].rows[next[e.job]++];
+  for (Entry& e : entries_)
+    if (e.served) e.row = &jobs_[e.job].rows[next[e.job]++];
   jobs_.divide();
   built_ = true;
   return true;
@@ -178,6 +223,7 @@ void Plan::find_buffer(const py::list& groups, Entry& e) {
 void Plan::check_entry(const py::list& groups, const Entry& e, bool momentum) const {
   const at::Tensor& w = tensor(e);
   const at::Tensor& g = w.grad();
+  refuse_without_memory(w, name(groups, e));
   const auto error = errors_.find(size_t(&e - entries_.data()));
   if (error != errors_.end())
     throw py::value_error("Invalid group_dim value for " + name(groups, e) + ": " + error->second);
@@ -194,8 +240,11 @@ void Plan::check_entry(const py::list& groups, const Entry& e, bool momentum) co
   if (g.device() != w.device())
     throw std::runtime_error("the gradient of " + name(groups, e) + " is on " + text_of(g.device()) +
                              ", the parameter on " + text_of(w.device()));
+  refuse_without_memory(g, "the gradient of " + name(groups, e));
+  if (e.kept != nullptr) refuse_without_memory(THPVariable_Unpack(e.kept), "what is kept of " + name(groups, e));
   if (!momentum || e.buffer == nullptr) return;
   const at::Tensor& m = THPVariable_Unpack(e.buffer);
+  refuse_without_memory(m, "the momentum_buffer of " + name(groups, e));
   if (m.sizes() != at::IntArrayRef(e.sizes) || !m.is_floating_point() || m.device() != w.device() ||
       m.layout() != at::kStrided)
     throw std::runtime_error("the momentum_buffer of " + name(groups, e) + " is " + text_of(m.dtype()) + " " +
@@ -207,7 +256,7 @@ void Plan::check_entry(const py::list& groups, const Entry& e, bool momentum) co
 void Plan::stage_entry(Entry& e, Row& row, bool momentum) {
   const auto stage = [&](Staged staged, bool writes) {
     at::Tensor dense = staged.dense();
-    if (staged.is_copy()) staging_.push_back({std::move(staged), writes});
+    if (staged.is_copy()) staging_.push_back({std::move(staged), writes, e.turn});
     return dense;
   };
   const at::Tensor& w = tensor(e);
@@ -240,7 +289,7 @@ void Plan::find_beside(Entry& e, Row& row) const {
   };
   if (row.method != Method::rvsm) {
     e.kept = find(kept_, "u or dual");
-    row.kept = THPVariable_Unpack(e.kept).mutable_data_ptr();
+    row.kept = const_cast<void*>(address_of(THPVariable_Unpack(e.kept)));
   }
   if (row.topk) row.cut = THPVariable_Unpack(find(cuts_, "cut")).const_data_ptr();
 }
@@ -259,8 +308,10 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, Row& row, double grad
   if (row.active && (row.method != Method::rvsm || row.topk)) find_beside(e, row);
   const bool first = momentum && e.buffer == nullptr;
   const at::Tensor* m = momentum && !first ? &THPVariable_Unpack(e.buffer) : nullptr;
-  const bool usual = e.dense && errors_.empty() && is_twin(g, w) && (m == nullptr || is_twin(*m, w)) &&
-                     (e.kept == nullptr || is_twin(THPVariable_Unpack(e.kept), w));
+  const at::Tensor* kept = e.kept != nullptr ? &THPVariable_Unpack(e.kept) : nullptr;
+  const auto fits = [&](const at::Tensor& t) { return is_twin(t, w) && dense_is_allocated(t, row.numel); };
+  const bool usual = e.dense && errors_.empty() && dense_is_allocated(w, row.numel) && fits(g) && (m == nullptr || fits(*m)) &&
+                     (kept == nullptr || fits(*kept));
   if (!usual) check_entry(groups, e, momentum);
   if (!row.active) return;
   if (usual && !first) {
@@ -288,12 +339,12 @@ bool Plan::look(const py::list& groups, const py::dict& state) {
   }
   if (momentum) find_states(state);
   if (changed) {
-    for (size_t i = 0; i < entries_.size(); ++i)
-      if (options_[entries_[i].group].changed)
-        rvsm::set_options(*entries_[i].row, options_[entries_[i].group].options, entries_[i].first);
+    for (const Entry& e : entries_)
+      if (e.served && options_[e.group].changed) rvsm::set_options(*e.row, options_[e.group].options, e.first);
     for (auto& o : options_) o.changed = false;
   }
   size_t i = 0;
+  bool moved = false;
   const size_t count = entries_.size();
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
     PyObject* params = params_of(PyList_GET_ITEM(groups.ptr(), g));
@@ -303,13 +354,29 @@ bool Plan::look(const py::list& groups, const py::dict& state) {
       Entry& e = entries_[i];
       if (e.param != PySequence_Fast_GET_ITEM(params, j) || e.group != size_t(g)) return false;
       const at::Tensor& w = tensor(e);
-      if (!equal(w.sizes(), e.sizes) || !equal(w.strides(), e.strides) || w.scalar_type() != e.type ||
-          w.device() != e.device)
+      if (!e.served) {
+        if (w.grad().defined()) return false;
+        continue;
+      }
+      if (w.key_set() != e.keys || !equal(w.sizes(), e.sizes) || !equal(w.strides(), e.strides) ||
+          w.scalar_type() != e.type || w.device() != e.device)
         return false;
+      const void* address = address_of(w);
+      moved |= address != std::exchange(e.address, address);
       prepare_entry(groups, e, *e.row, factors_[e.job]);
     }
   }
-  return i == count;
+  return i == count && (!moved || turns_hold());
+}
+
+// Whether the parameters that share memory are still those that did when the table was made.
+bool Plan::turns_hold() const {
+  std::vector<at::Tensor> tensors;
+  for (const Entry& e : entries_) tensors.push_back(e.served ? tensor(e) : at::Tensor());
+  const std::vector<size_t> turns = turns_of(tensors);
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (entries_[i].served && entries_[i].turn != turns[i]) return false;
+  return true;
 }
 
 // What must be known on the host before a step: by an engine that scales there, or of a grad_scale that is not the
@@ -331,76 +398,118 @@ void Plan::read_scaling(const Scaling& given) {
   if (given.found_inf.defined() && on_host) skip_ = given.found_inf.item<double>() > 0;
 }
 
-bool Plan::prepare(const py::list& groups, const py::dict& state, const Scaling& scaling, const py::dict& kept,
-                   const py::dict& cuts) {
+bool Plan::prepare_unheld(const py::list& groups, const py::dict& state, const Scaling& scaling, const py::dict& kept,
+                          const py::dict& cuts) {
   const at::NoGradGuard no_grad;
-  kept_ = kept.ptr();
-  cuts_ = cuts.ptr();
-  staging_.clear();
-  new_buffers_.clear();
+  const OutsideModes outside;
+  drop();
+  reset(state_, state.ptr());
+  reset(kept_, kept.ptr());
+  reset(cuts_, cuts.ptr());
   try {
-    if (!built_ && !rebuild(groups)) return false;
-    read_scaling(scaling);
-    if (!look(groups, state)) {
-      if (!rebuild(groups)) return false;
-      read_scaling(scaling);
-      if (!look(groups, state)) throw std::runtime_error("the parameters changed while a step was prepared");
+    bool ready = built_ || rebuild(groups);
+    if (ready) read_scaling(scaling);
+    if (ready && !look(groups, state)) {
+      // What the first look has found is of other parameters, or of other layouts.
+      staging_.clear();
+      new_buffers_.clear();
+      ready = rebuild(groups);
+      if (ready) read_scaling(scaling);
+      if (ready && !look(groups, state))
+        throw std::runtime_error("the parameters changed while a step was prepared");
+    }
+    if (!ready) {
+      drop();
+      return false;
     }
     // Whether buffers appear is decided here, so that a first step waits for the device; no other does.
     if (!new_buffers_.empty() && scaling_.found_inf.defined() && !skip_) skip_ = scaling_.found_inf.item<double>() > 0;
   } catch (...) {
-    staging_.clear();
-    new_buffers_.clear();
+    drop();
     throw;
   }
-  state_ = state.ptr();
   return true;
 }
 
-void Plan::run_jobs() {
+bool Plan::prepare(const py::list& groups, const py::dict& state, const Scaling& scaling, const py::dict& kept,
+                   const py::dict& cuts) {
+  if (!prepare_unheld(groups, state, scaling, kept, cuts)) return false;
+  hold();
+  return true;
+}
+
+bool Plan::step(const py::list& groups, const py::dict& state, const Scaling& scaling, const py::dict& kept,
+                const py::dict& cuts) {
+  if (!prepare_unheld(groups, state, scaling, kept, cuts)) return false;
+  launch();
+  return true;
+}
+
+// Own the memory of all that the step touches: Python may drop a gradient or give a parameter other data meanwhile.
+void Plan::hold() {
+  held_.clear();
+  const auto own = [&](const at::Tensor& t) {
+    if (t.defined() && t.has_storage()) held_.push_back(t.storage());
+  };
+  for (const Entry& e : entries_) {
+    if (!e.served || !e.row->active) continue;
+    own(tensor(e));
+    own(tensor(e).grad());
+    if (e.buffer != nullptr) own(THPVariable_Unpack(e.buffer));
+    if (e.kept != nullptr) own(THPVariable_Unpack(e.kept));
+  }
+}
+
+void Plan::run_jobs(size_t turn) {
   int64_t workload = 0;
   for (const auto& job : jobs_) workload += job->workload();
-  if (workload < kReleaseGil) return jobs_.run(scaling_);
-  // While Python runs, it may drop a gradient: hold the memory.
-  std::vector<c10::Storage> held;
-  for (const Entry& e : entries_) {
-    const at::Tensor& w = tensor(e);
-    held.push_back(w.storage());
-    if (w.grad().defined()) held.push_back(w.grad().storage());
-    if (e.buffer != nullptr) held.push_back(THPVariable_Unpack(e.buffer).storage());
-  }
+  if (workload < kReleaseGil) return jobs_.run(scaling_, turn);
+  if (held_.empty()) hold();
   const py::gil_scoped_release release;
-  jobs_.run(scaling_);
+  jobs_.run(scaling_, turn);
 }
 
 void Plan::launch() {
   const at::NoGradGuard no_grad;
-  if (!skip_) {
-    for (auto& [index, buffer] : new_buffers_) {
-      Entry& e = entries_[index];
-      const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(buffer));
-      // state is a defaultdict: asking for the parameter's dict makes it.
-      const auto dict = py::reinterpret_steal<py::object>(PyObject_GetItem(state_, e.param));
-      if (!dict || PyDict_SetItem(dict.ptr(), kBuffer, wrapped.ptr()) != 0) throw py::error_already_set();
-      reset(e.state, dict.ptr());
-      reset(e.buffer, wrapped.ptr());
-      states_seen_ = false;  // the new dict may be gone again before the next step
-    }
-    for (auto& s : staging_) s.staged.load();
-    run_jobs();
-    for (auto& s : staging_)
-      if (s.writes) s.staged.store();
-    for (const Entry& e : entries_) {
-      if (!e.row->active) continue;
-      bump_version(tensor(e));
-      if (e.row->m != nullptr) bump_version(THPVariable_Unpack(e.buffer));
-      if (e.kept != nullptr) bump_version(THPVariable_Unpack(e.kept));
-    }
+  const OutsideModes outside;
+  struct Drop {
+    Plan& plan;
+    ~Drop() { plan.drop(); }
+  } const drop_at_the_end{*this};
+  if (skip_) return;
+  for (auto& [index, buffer] : new_buffers_) {
+    Entry& e = entries_[index];
+    const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(buffer));
+    // state is a defaultdict: asking for the parameter's dict makes it.
+    const auto dict = py::reinterpret_steal<py::object>(PyObject_GetItem(state_, e.param));
+    if (!dict || PyDict_SetItem(dict.ptr(), kBuffer, wrapped.ptr()) != 0) throw py::error_already_set();
+    reset(e.state, dict.ptr());
+    reset(e.buffer, wrapped.ptr());
+    states_seen_ = false;  // the new dict may be gone again before the next step
   }
+  for (size_t turn = 0; turn < jobs_.turns(); ++turn) {
+    for (auto& s : staging_)
+      if (s.turn == turn) s.staged.load();
+    run_jobs(turn);
+    for (auto& s : staging_)
+      if (s.turn == turn && s.writes) s.staged.store();
+  }
+  for (const Entry& e : entries_) {
+    if (!e.served || !e.row->active) continue;
+    bump_version(tensor(e));
+    if (e.row->m != nullptr) bump_version(THPVariable_Unpack(e.buffer));
+    if (e.kept != nullptr) bump_version(THPVariable_Unpack(e.kept));
+  }
+}
+
+void Plan::drop() {
   staging_.clear();
   new_buffers_.clear();
+  held_.clear();
   scaling_ = {};
-  state_ = kept_ = cuts_ = nullptr;
+  reset(state_, nullptr);
+  reset(kept_, nullptr);
+  reset(cuts_, nullptr);
 }
 
 int Plan::traverse(visitproc visit, void* arg) const {
@@ -409,6 +518,9 @@ int Plan::traverse(visitproc visit, void* arg) const {
     Py_VISIT(e.state);
     Py_VISIT(e.buffer);
   }
+  Py_VISIT(state_);
+  Py_VISIT(kept_);
+  Py_VISIT(cuts_);
   return 0;
 }
 
@@ -419,8 +531,6 @@ void Plan::clear() {
   states_.clear();
   states_seen_ = false;
   errors_.clear();
-  staging_.clear();
-  new_buffers_.clear();
   built_ = false;
   for (Entry& e : old) {
     reset(e.param, nullptr);

@@ -23,7 +23,10 @@ struct GroupOptions {
 class Plan {
  public:
   Plan() : jobs_(Action::step) {}
-  ~Plan() { clear(); }
+  ~Plan() {
+    drop();
+    clear();
+  }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
@@ -31,14 +34,24 @@ class Plan {
   void set_options(size_t group, GroupOptions options);
 
   // Look at every parameter, gradient and momentum buffer; throws before anything is changed. Returns false if a
-  // parameter is on a device that this build has no engine for. Where found_inf is above 0, launch() will leave
-  // everything as it is. `kept` and `cuts`: tensors by parameter, for those whose method keeps something and those with
-  // top-k; the caller holds them until launch() is done.
+  // parameter that has a gradient is none that this build has an engine for. Where found_inf is above 0, launch() will
+  // leave everything as it is. `kept` and `cuts`: tensors by parameter, for those whose method keeps something and those
+  // with top-k.
+  //
+  // All memory that the step will touch is held until launch() or drop(), for in between other threads of Python may take
+  // gradients and state away.
   bool prepare(const pybind11::list& groups, const pybind11::dict& state, const Scaling& scaling,
                const pybind11::dict& kept, const pybind11::dict& cuts);
 
   // Do the step that was prepared: one pass over all parameters of a device.
   void launch();
+
+  // Both at once: no other thread of Python runs in between, so that nothing needs to be held.
+  bool step(const pybind11::list& groups, const pybind11::dict& state, const Scaling& scaling,
+            const pybind11::dict& kept, const pybind11::dict& cuts);
+
+  // Forget what was prepared.
+  void drop();
 
   // For Python's garbage collector: a hook of a parameter may refer to the optimizer.
   int traverse(visitproc visit, void* arg) const;
@@ -50,19 +63,25 @@ class Plan {
     PyObject* param = nullptr;   // owned
     PyObject* state = nullptr;   // owned: the dict state[param], or null
     PyObject* buffer = nullptr;  // owned: the momentum buffer in it, or null
-    PyObject* kept = nullptr;    // borrowed, from prepare() to launch(), anew each time: what its method keeps
+    PyObject* kept = nullptr;    // borrowed from kept_, from prepare() to launch(), anew each time: what its method keeps
     size_t group = 0;
     size_t index = 0;
-    size_t job = 0;      // of its device
-    Row* row = nullptr;  // in that job
+    size_t turn = 0;                // when it is stepped: after those that share its memory and stand before it
+    size_t job = 0;                 // of its device and turn
+    Row* row = nullptr;             // in that job; null where `served` is false
+    const void* address = nullptr;  // of its memory, as last seen
+    c10::DispatchKeySet keys;
     at::Device device = at::kCPU;
     at::DimVector sizes, strides;
     at::ScalarType type = at::kFloat;
     Dtype dtype = Dtype::f32;  // the same, as the kernels name it
+    bool served = false;  // false: a parameter without a gradient that no engine of this build could step
     bool dense = true;
     bool first = false;
   };
 
+  bool prepare_unheld(const pybind11::list& groups, const pybind11::dict& state, const Scaling& scaling,
+                      const pybind11::dict& kept, const pybind11::dict& cuts);
   const at::Tensor& tensor(const Entry& e) const;
   std::string name(const pybind11::list& groups, const Entry& e) const;
   bool look(const pybind11::list& groups, const pybind11::dict& state);
@@ -74,7 +93,9 @@ class Plan {
   void prepare_entry(const pybind11::list& groups, Entry& e, Row& row, double grad_factor);
   void find_beside(Entry& e, Row& row) const;
   void read_scaling(const Scaling& given);
-  void run_jobs();
+  bool turns_hold() const;
+  void hold();
+  void run_jobs(size_t turn);
 
   std::vector<GroupOptions> options_;
   std::vector<Entry> entries_;
@@ -88,10 +109,12 @@ class Plan {
   struct Staging {
     Staged staged;
     bool writes;
+    size_t turn;
   };
   std::vector<Staging> staging_;
   std::vector<std::pair<size_t, at::Tensor>> new_buffers_;
-  PyObject *state_ = nullptr, *kept_ = nullptr, *cuts_ = nullptr;  // borrowed, from prepare() to launch()
+  std::vector<c10::Storage> held_;
+  PyObject *state_ = nullptr, *kept_ = nullptr, *cuts_ = nullptr;  // owned, from prepare() to launch()
   Scaling scaling_;
   std::vector<double> factors_;  // of each job: 1 / grad_scale where its rows carry it, else 1
   bool skip_ = false;

@@ -1,5 +1,7 @@
 #include "rows.h"
 
+#include <ATen/EmptyTensor.h>
+
 #include <algorithm>
 
 #include "group_view.h"
@@ -26,6 +28,52 @@ Dtype dtype_of(at::ScalarType type) {
     default:
       return Dtype::f32;
   }
+}
+
+bool has_memory(const at::Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet wrapped({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::FuncTorchBatched,
+                                         DispatchKey::FuncTorchGradWrapper, DispatchKey::Batched});
+  return !tensor.key_set().has_any(wrapped) && !tensor.is_meta();
+}
+
+bool is_allocated(const at::Tensor& tensor) {
+  if (tensor._is_zerotensor() || tensor.numel() == 0) return true;
+  const size_t bytes =
+      at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
+  return tensor.has_storage() && bytes <= tensor.storage().nbytes();
+}
+
+std::vector<size_t> turns_of(const std::vector<at::Tensor>& tensors) {
+  struct Range {
+    uintptr_t begin, end;
+    size_t index;
+  };
+  std::vector<Range> ranges;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& t = tensors[i];
+    if (!t.defined() || !has_memory(t) || t._is_zerotensor() || !t.has_storage() || t.numel() == 0) continue;
+    const auto base = reinterpret_cast<uintptr_t>(t.storage().data());
+    const size_t bytes = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), 0);
+    const uintptr_t begin = base + size_t(t.storage_offset()) * t.itemsize();
+    if (base != 0) ranges.push_back({begin, begin + bytes, i});
+  }
+  std::vector<size_t> turns(tensors.size(), 0);
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  // Mostly nothing overlaps; within a run of ranges that do, the tensors go in their order.
+  for (size_t first = 0; first < ranges.size();) {
+    size_t last = first + 1;
+    uintptr_t end = ranges[first].end;
+    for (; last < ranges.size() && ranges[last].begin < end; ++last) end = std::max(end, ranges[last].end);
+    std::sort(ranges.begin() + first, ranges.begin() + last,
+              [](const Range& a, const Range& b) { return a.index < b.index; });
+    for (size_t i = first; i < last; ++i)
+      for (size_t j = first; j < i; ++j)
+        if (ranges[j].begin < ranges[i].end && ranges[i].begin < ranges[j].end)
+          turns[ranges[i].index] = std::max(turns[ranges[i].index], turns[ranges[j].index] + 1);
+    first = last;
+  }
+  return turns;
 }
 
 bool same_layout(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides) {

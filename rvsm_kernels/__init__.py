@@ -1,8 +1,9 @@
 """Relaxed variable splitting (RVSM, RGSM) as fused kernels behind a drop-in ``torch.optim`` optimizer."""
 
 from . import reference
+from .checkpoint import to_torch_state_dict
 from .engines import engines
-from .modules import param_groups
+from .modules import describe, param_groups
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
 from .proximal import prox
 from .sparsity import SparsityReport, sparsity
@@ -15,9 +16,11 @@ __all__ = [
     "RVSMWrapper",
     "SparsityReport",
     "__version__",
+    "describe",
     "engines",
     "param_groups",
     "prox",
     "reference",
     "sparsity",
+    "to_torch_state_dict",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import SplittingOptimizer
+from .base import SplittingOptimizer, names_its_arguments
 from .groups import GroupDim, magnitudes
 from .interface import Engine, Group
 from .methods import arithmetic, cut_of, is_topk, moved
@@ -17,6 +17,9 @@ from .methods import arithmetic, cut_of, is_topk, moved
 class AdaptiveThresholding(SplittingOptimizer):
     """The algorithm over any engine; see :class:`rvsm_kernels.AdaptiveHardThreshold`."""
 
+    _at_once = False  # the supports are compared before and after
+
+    @names_its_arguments
     def __init__(
         self,
         params: Any,
@@ -30,6 +33,7 @@ class AdaptiveThresholding(SplittingOptimizer):
         group_dim: GroupDim = None,
         unit_norm: bool = False,
         maximize: bool = False,
+        amp_scaling: bool = True,
         engine: str | None = None,
     ) -> None:
         if density is None:
@@ -48,6 +52,7 @@ class AdaptiveThresholding(SplittingOptimizer):
             group_dim=group_dim,
             unit_norm=unit_norm,
             maximize=maximize,
+            amp_scaling=amp_scaling,
             engine=engine,
         )
 

@@ -7,6 +7,10 @@ nothing written) and launches (all writes). Nothing comes back up.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import numbers
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -15,16 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
-from . import methods
+from . import advice, checkpoint, methods
 from .groups import GroupDim
 from .interface import Engine, Group
+from .memory import kind_of, tracer
 from .options import (
     OPTIONS,
     differ,
+    is_left_alone,
+    learning_rate,
+    make_plain,
     param_name,
     refuse_expanded,
+    shown,
     snapshot,
+    unknown_option,
     validate,
     validate_param,
 )
@@ -34,12 +45,91 @@ _read_options = itemgetter(*OPTIONS)
 _GROUP_DIM = OPTIONS.index("group_dim")
 
 
+def names_its_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor whose errors about arguments name the class and what was probably meant."""
+    known = [name for name in inspect.signature(init).parameters if name not in ("self", "params")]
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        for key in kwargs:
+            if key not in known and key != "params":
+                raise TypeError(unknown_option(key, known, type(self).__name__))
+        params = args[0] if args else kwargs.get("params")
+        if isinstance(params, (numbers.Real, str)):
+            raise TypeError(f"{type(self).__name__} takes the parameters first, then lr; params is {shown(params)}")
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} takes parameters, not a module: rvsm_kernels.param_groups(model, ...) or"
+                " model.parameters()"
+            )
+        init(self, *args, **kwargs)
+
+    return wrapper
+
+
+class _OptionOfGroups:
+    """An option that is read and set on the param groups, never on the optimizer itself."""
+
+    def __init__(self, name: str) -> None:
+        self._text = f"{name} is an option of the param groups: for group in optimizer.param_groups: group[{name!r}] = ..."
+
+    def __get__(self, optimizer: Any, owner: type) -> Any:
+        if optimizer is None:
+            return self
+        raise AttributeError(self._text)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        raise AttributeError(self._text)
+
+
+class _FromScaler:
+    """What a GradScaler hands to one step: there until that step ends, however it ends.
+
+    The scaler deletes it after the step too, which must not be an error.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type) -> Any:
+        if optimizer is None:
+            return self
+        try:
+            return optimizer.__dict__[self._name]
+        except KeyError:
+            raise AttributeError(f"{self._name} is there only while a GradScaler steps the optimizer") from None
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        optimizer.__dict__[self._name] = value
+
+    def __delete__(self, optimizer: Any) -> None:
+        optimizer.__dict__.pop(self._name, None)
+
+
+def _ends_scaling(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step, with its hooks, that leaves no grad_scale and no found_inf behind."""
+
+    @functools.wraps(step)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(self, *args, **kwargs)
+        finally:
+            own = self.__dict__
+            own.pop("grad_scale", None)
+            own.pop("found_inf", None)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # torch.optim.Optimizer need not wrap it in hooks again
+    return wrapper
+
+
 class SplittingOptimizer(Reading):
     """SGD with relaxed variable splitting; see :class:`rvsm_kernels.RVSM` for the arguments."""
 
-    # GradScaler then hands grad_scale and found_inf to step() instead of unscaling in a pass of its own.
-    _step_supports_amp_scaling = True
+    grad_scale = _FromScaler("grad_scale")
+    found_inf = _FromScaler("found_inf")
+    _at_once = True  # a step is one call of an engine, where nothing has to be done in between
 
+    @names_its_arguments
     def __init__(
         self,
         params: Any,
@@ -61,17 +151,28 @@ class SplittingOptimizer(Reading):
         method: str = "rvsm",
         unit_norm: bool = False,
         maximize: bool = False,
+        amp_scaling: bool = True,
         engine: str | None = None,
     ) -> None:
         values = locals()
         defaults = {key: values[key] for key in OPTIONS}
+        make_plain(defaults)
         self._validate(defaults)
-        self._start(engine)
+        if not isinstance(amp_scaling, bool):
+            raise TypeError(f"Invalid amp_scaling value: {shown(amp_scaling)} (True or False is needed)")
+        self._start(engine, amp_scaling)
         super().__init__(params, defaults)
 
-    def _start(self, engine: str | None) -> None:
+    def _start(self, engine: str | None, amp_scaling: bool) -> None:
         """The attributes beside torch's own; none of them is part of the state."""
+        # GradScaler then hands grad_scale and found_inf to step() instead of unscaling in a pass of its own.
+        self._step_supports_amp_scaling = amp_scaling
         self._requested_engine = engine
+        self._lock = threading.RLock()  # one step at a time: an engine's table serves one
+        self._pull_rates = advice.PullRates()
+        self._marks = {}
+        self._dense_marks = set()
+        self._dead = set()
         self._engines: dict[str, Engine] = {}
         self._validated: list[tuple[Any, ...] | None] = []
         self._cuts = methods.Cuts()
@@ -93,26 +194,46 @@ class SplittingOptimizer(Reading):
         """Which engine serves a device."""
 
     @abstractmethod
-    def _make_engine(self, device_type: str) -> Engine:
-        """A new engine for a device."""
+    def _make_engine(self, name: str) -> Engine:
+        """A new engine."""
 
-    def _engine(self, device_type: str) -> Engine:
-        name = self._engine_name(device_type)
-        if name not in self._engines:
-            self._engines[name] = self._make_engine(device_type)
-        return self._engines[name]
+    def _engine(self, p: Tensor, name: str) -> Engine:
+        """The engine that serves a parameter.
+
+        Raises:
+            TypeError: a parameter without memory of its own, and a named engine that needs it.
+            RuntimeError: a named engine in code that is being traced, which would not see what it does.
+        """
+        asked = self._requested_engine
+        by = tracer()
+        kind = kind_of(p)
+        if by is None and kind is None:
+            engine = self._engine_name(p.device.type)
+        elif asked in (None, "reference") or self._engine_name("cpu") == "reference":
+            engine = "reference"
+        elif kind is not None:
+            raise TypeError(f"engine={asked!r} cannot serve {name}: it is {kind}. Leave engine=None for such tensors")
+        else:
+            raise RuntimeError(f"{by} would not see what engine={asked!r} does. Leave engine=None for code that is traced")
+        if engine not in self._engines:
+            self._engines[engine] = self._make_engine(engine)
+        return self._engines[engine]
 
     def _by_engine(self, whole: Sequence[Group]) -> list[tuple[Engine, list[Group]]]:
-        """Param groups, divided by the engine that serves each parameter's device."""
+        """Param groups, divided by the engine that serves each parameter; without those that have no gradient."""
         parts: dict[str, list[Group]] = {}
         for i, group in enumerate(whole):
             for j, p in enumerate(group["params"]):
-                part = parts.setdefault(self._engine(p.device.type).name, [])
+                if p.grad is None:
+                    continue
+                name = param_name(group, i, j)
+                part = parts.setdefault(self._engine(p, name).name, [])
                 if not part or part[-1]["index"] != i:
                     part.append({**group, "index": i, "params": [], "param_names": []})
                 part[-1]["params"].append(p)
-                part[-1]["param_names"].append(param_name(group, i, j))
-        self._engines = {name: self._engines[name] for name in parts}
+                part[-1]["param_names"].append(name)
+        if parts:
+            self._engines = {name: self._engines[name] for name in parts}
         return [(self._engines[name], groups) for name, groups in parts.items()]
 
     # ---- the step ------------------------------------------------------------------------------------------------
@@ -125,20 +246,25 @@ class SplittingOptimizer(Reading):
         for i, group in enumerate(groups):
             values = _read_options(group)
             if differ(values, seen[i]):
+                make_plain(group)
+                values = _read_options(group)
                 self._validate(group)
                 before = seen[i]
                 if before is None or before[_GROUP_DIM] != group["group_dim"]:
                     for j, p in enumerate(group["params"]):
                         validate_param(p, group, param_name(group, i, j))
                 seen[i] = snapshot(values)
+                self._pull_rates.look(i, group)
 
     def _first_u(self, p: Tensor, group: Mapping[str, Any], name: str) -> Tensor:
         """u of a parameter that has none in its state yet."""
         refuse_expanded(p, name)
-        engine = self._engine(p.device.type)
+        engine = self._engine(p, name)
         engine.check(p, group, name)
         return torch.empty_like(p).copy_(self._u_of(p, p, group, engine))
 
+    @_ends_scaling
+    @Optimizer.profile_hook_step
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step for every parameter that has a gradient.
@@ -151,8 +277,9 @@ class SplittingOptimizer(Reading):
 
         Raises:
             RuntimeError: inside :meth:`sparse_weights`; a sparse or complex gradient; a gradient or a momentum
-                buffer that does not fit its parameter.
-            ValueError, TypeError: an option that was edited to something invalid.
+                buffer that does not fit its parameter; a named engine in code that is being traced.
+            ValueError, TypeError: an option that was edited to something invalid; a tensor without memory of its own
+                beside a named engine, or in the place of a gradient or a state.
 
         No parameter and no state has changed when an error is raised.
         """
@@ -161,35 +288,50 @@ class SplittingOptimizer(Reading):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with self._lock:
+            self._do_step()
+        return loss
+
+    def _do_step(self) -> None:
         self._validate_groups()
         scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         whole = self._step_groups()
         kept, fresh = methods.find_kept(whole, self.state, self._first_u)
         cuts = self._cuts.find(whole)
+        inputs = self.state, *scaling, kept, cuts
+        known = None
+        # The reference engine is asked for anew each time: it may have served what was traced.
+        if len(self._engines) == 1 and tracer() is None:
+            (known,) = (engine if engine.name != "reference" else None for engine in self._engines.values())
         engines: list[Engine] = []
-        if len(self._engines) == 1:
-            (engine,) = self._engines.values()
-            if engine.prepare(whole, self.state, *scaling, kept, cuts):
-                engines = [engine]
-        if not engines:
-            parts = self._by_engine(whole)
-            for engine, groups in parts:
-                engine.prepare(groups, self.state, *scaling, kept, cuts)
-            engines = [engine for engine, _ in parts]
-        # Whether state appears is decided here, so that a first step waits for the device; no other does.
-        if fresh and scaling[1] is not None and scaling[1].item() > 0:
-            return loss
-        for p, (key, value) in fresh.items():
-            self.state[p][key] = value
-        if self._keeps or fresh:
-            self._keeps = methods.drop_obsolete(self.param_groups, self.state)
-        if cuts:
-            self._cuts.select(whole, kept)
-        self._run(engines)
+        done = False
+        try:
+            if known is not None and self._at_once and not (fresh or cuts or self._keeps):
+                done = known.step(whole, *inputs)
+            elif known is not None and known.prepare(whole, *inputs):
+                engines = [known]
+            if not (done or engines):
+                for engine, groups in self._by_engine(whole):
+                    engines.append(engine)
+                    if not engine.prepare(groups, *inputs):
+                        raise TypeError(f"engine {engine.name!r} does not serve all of its parameters")
+            if not done:
+                # Whether state appears is decided here, so that a first step waits for the device; no other does.
+                if fresh and scaling[1] is not None and scaling[1].item() > 0:
+                    return
+                for p, (key, value) in fresh.items():
+                    self.state[p][key] = value
+                if self._keeps or fresh:
+                    self._keeps = methods.drop_obsolete(self.param_groups, self.state)
+                if cuts:
+                    self._cuts.select(whole, kept)
+                self._run(engines)
+        finally:
+            for engine in engines:
+                engine.drop()
         for group in self.param_groups:
-            if group["unit_norm"]:
+            if group["unit_norm"] and learning_rate(group) != 0:
                 methods.normalize_([p for _, p in methods.moved(group)], scaling[1])
-        return loss
 
     def _step_groups(self) -> Sequence[Group]:
         """The param groups as the engines are to see them in a step."""
@@ -208,15 +350,29 @@ class SplittingOptimizer(Reading):
         Raises:
             ValueError, TypeError: as the constructor.
         """
-        super().add_param_group(param_group)
+        explicit = list(param_group) if isinstance(param_group, dict) else []
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            if "names" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}. The groups before this one have names (rvsm_kernels.param_groups gives them):"
+                " {'params': list(layer.named_parameters())} has them too, and rvsm_kernels.param_groups(model,"
+                " named=False) does without"
+            ) from None
+        index = len(self.param_groups) - 1
         group = self.param_groups[-1]
         try:
+            make_plain(group)
             self._validate(group)
             for j, p in enumerate(group["params"]):
-                validate_param(p, group, param_name(group, len(self.param_groups) - 1, j))
+                validate_param(p, group, param_name(group, index, j))
         except Exception:
             self.param_groups.pop()
             raise
+        advice.of_group(index, group, explicit)
+        self._pull_rates.look(index, group)
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the options, as in torch.optim.
@@ -225,13 +381,14 @@ class SplittingOptimizer(Reading):
         the next step would begin with.
         """
         for i, group in enumerate(self.param_groups):
+            make_plain(group)
             key = methods.state_name(group)
             for j, p in enumerate(group["params"]):
                 own = self.state.get(p)
-                if key is not None and own and own.get(key) is None and not is_lazy(p) and p.numel() > 0:
+                if key is not None and own and own.get(key) is None and not is_lazy(p) and not is_left_alone(p):
                     w, name = self._weights(p).detach(), param_name(group, i, j)
                     # Where u cannot be made the next step will say so; saving must not.
-                    with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError):
+                    with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, TypeError):
                         own[key] = torch.zeros_like(p) if key == "dual" else self._first_u(w, group, name)
                     self._keeps = True
         return super().state_dict()
@@ -239,35 +396,54 @@ class SplittingOptimizer(Reading):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of torch.optim.SGD.
 
-        Options that the checkpoint does not name keep the values they have here.
+        The options of the checkpoint go before those that were passed to the constructor, as in torch.optim; options that
+        it does not name keep the values they have here. Its groups need not be those of this optimizer: parameters are
+        found by their names where both sides have them, else by their order in ``model.parameters()``, which
+        :func:`rvsm_kernels.param_groups` notes. :func:`rvsm_kernels.to_torch_state_dict` is the way back.
 
         Raises:
             RuntimeError: inside :meth:`sparse_weights`.
-            ValueError: groups that do not match, or an invalid option in the checkpoint; nothing has changed then.
+            ValueError: a checkpoint of another kind of optimizer, parameters that cannot be mapped, or an invalid option;
+                nothing has changed then.
         """
         self._refuse_inside_sparse_weights("load_state_dict()")
-        self._keeps = True
-        super().load_state_dict(state_dict)  # runs the pre-hooks, then hands the groups to __setstate__
-        self._validated.clear()
+        with self._lock:
+            self._keeps = True
+            # A hook may unpack what it is given, so groups are mapped after the hooks, by the last of them.
+            last = self.register_load_state_dict_pre_hook(
+                lambda optimizer, state: checkpoint.regrouped(state, optimizer.param_groups)
+            )
+            try:
+                super().load_state_dict(state_dict)  # runs the hooks, then hands the groups to __setstate__
+            finally:
+                last.remove()
+            self._validated.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._dense is not None:
             raise RuntimeError("an optimizer cannot be copied or pickled inside sparse_weights()")
-        return {**super().__getstate__(), "_requested_engine": self._requested_engine}
+        return {**super().__getstate__(), "_start_with": (self._requested_engine, self._step_supports_amp_scaling)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loading = "_engines" in self.__dict__  # else a new object: unpickled or copied
         if loading:
             for i, (own, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True)):
-                for key in OPTIONS:
-                    loaded.setdefault(key, own[key])
+                for key in (*OPTIONS, "param_order"):
+                    if key in own:
+                        loaded.setdefault(key, own[key])
+                make_plain(loaded)
                 self._validate(loaded)
                 for j, p in enumerate(loaded["params"]):
                     validate_param(p, loaded, param_name(loaded, i, j))
             methods.check_loaded(state["param_groups"], state["state"])
+        start_with = state.pop("_start_with", (None, True)) if not loading else None
         super().__setstate__(state)
-        if not loading:
-            self._start(self._requested_engine)
+        if start_with is not None:
+            self._start(*start_with)
         for group in self.param_groups:
             for key in OPTIONS:
                 group.setdefault(key, self.defaults[key])
+
+
+for _name in OPTIONS:
+    setattr(SplittingOptimizer, _name, _OptionOfGroups(_name))

@@ -23,17 +23,42 @@ STRUCTURES: dict[str, tuple[GroupDim, GroupDim]] = {
 }
 
 
-def structure_dim(module: nn.Module, structure: str | None) -> GroupDim:
-    """The ``group_dim`` that a structure means for a module's weight.
+_NOT_WHOLE = "no whole dimension of this weight indexes"
+
+
+def structure_dim(
+    module: nn.Module, structure: str | None, name: str = "weight", swapped: bool = False
+) -> tuple[GroupDim, str | None]:
+    """The ``group_dim`` that a structure means for a weight of a module: its groups are channels of the network.
+
+    Args:
+        name: the weight's own name in the module.
+        swapped: the weight is (inputs, outputs), as a transposed convolution's.
+
+    Returns:
+        (group_dim, None), or (None, why the weight cannot express the structure).
 
     Raises:
         ValueError: an unknown structure.
     """
     if structure is None:
-        return None
+        return None, None
     if structure not in STRUCTURES:
         raise ValueError(f"Invalid structure: {structure!r} (choose one of None, {', '.join(map(repr, STRUCTURES))})")
-    return STRUCTURES[structure][isinstance(module, _TRANSPOSED)]
+    transposed = isinstance(module, _TRANSPOSED)
+    dim = STRUCTURES[structure][transposed or swapped]
+    groups = getattr(module, "groups", 1) if isinstance(module, nn.modules.conv._ConvNd) else 1
+    if groups > 1 and (structure, transposed) in (("in_channels", False), ("out_channels", True)):
+        inputs, outputs = module.in_channels, module.out_channels
+        if groups == inputs == outputs:  # depthwise: channel i is filter i
+            return 0, None
+        return None, f"{_NOT_WHOLE} its {structure.replace('_', ' ')}, for it has {groups} groups"
+    if isinstance(module, nn.Bilinear) and structure == "in_channels":
+        return None, f"{_NOT_WHOLE} its input channels, for it has two inputs"
+    gated = isinstance(module, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)) and not name.startswith("weight_hr")
+    if gated and structure == "out_channels":
+        return None, f"{_NOT_WHOLE} its units, for each gate has a row of its own"
+    return dim, None
 
 
 def kept_dims(group_dim: GroupDim, ndim: int, name: str = "the tensor") -> tuple[int, ...] | None:
@@ -53,10 +78,13 @@ def kept_dims(group_dim: GroupDim, ndim: int, name: str = "the tensor") -> tuple
         if isinstance(d, bool) or not isinstance(d, int):
             raise TypeError(f"group_dim must be None, an int or a tuple of ints, but got {group_dim!r}")
         if not -ndim <= d < ndim:
-            raise ValueError(
-                f"Invalid group_dim value: {group_dim!r}: {name} has {ndim} dimension(s)"
+            has = f"{name} has {ndim} dimension{'' if ndim == 1 else 's'}"
+            hint = (
                 " (rvsm_kernels.param_groups puts biases and norms into a group without a penalty)"
+                if ndim < 2
+                else f", 0 to {ndim - 1}: 0 indexes the outputs of a Linear or Conv weight, 1 its inputs"
             )
+            raise ValueError(f"Invalid group_dim value: {group_dim!r}: {has}{hint}")
         kept.append(d % ndim)
     if len(set(kept)) != len(kept):
         raise ValueError(f"Invalid group_dim value: {group_dim!r}: a dimension is named twice for {name}")

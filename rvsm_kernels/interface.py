@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import refuse
 from .options import param_name, refuse_expanded, validate_param
 
 Group = MutableMapping[str, Any]
@@ -35,12 +36,30 @@ class Engine(ABC):
             kept: what the methods of split parameters keep (u or dual), to be read and written by the step.
             cuts: of parameters with top-k: a number in the arithmetic type, which is there when the step is launched.
 
-        Returns False if a parameter is on a device that this engine does not serve.
+        Returns False if a parameter that has a gradient is none that this engine serves.
         """
 
     @abstractmethod
     def launch(self) -> None:
         """Do the step that was prepared."""
+
+    def step(
+        self,
+        groups: Sequence[Group],
+        state: MutableMapping[Tensor, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        kept: Mapping[Tensor, Tensor],
+        cuts: Mapping[Tensor, Tensor],
+    ) -> bool:
+        """:meth:`prepare`, and :meth:`launch` if that returned True."""
+        ready = self.prepare(groups, state, grad_scale, found_inf, kept, cuts)
+        if ready:
+            self.launch()
+        return ready
+
+    def drop(self) -> None:  # noqa: B027 - not every engine holds something
+        """Forget what was prepared and let go of its tensors."""
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:  # noqa: B027 - most need none
         """Raise ValueError if the groups of a parameter are none that this engine can reduce."""
@@ -54,8 +73,14 @@ class Engine(ABC):
         """lam P(u) + beta/2 ||w - u||^2 over the parameters of one split group, 0-dim float64."""
 
 
-def check_gradient(p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, Any], i: int, j: int) -> None:
-    """Raise if the gradient or the momentum of a parameter cannot be used; nothing is changed."""
+def check_gradient(
+    p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, Any], i: int, j: int, memory: bool = False
+) -> None:
+    """Raise if the gradient or the momentum of a parameter cannot be used; nothing is changed.
+
+    Args:
+        memory: the parameter has memory of its own, and all that stands beside it must have it too.
+    """
     grad, name = p.grad, param_name(group, i, j)
     assert grad is not None
     if grad.layout != torch.strided:
@@ -68,9 +93,14 @@ def check_gradient(p: Tensor, state: Mapping[Tensor, Any], group: Mapping[str, A
         raise RuntimeError(f"the gradient of {name} is on {grad.device}, the parameter on {p.device}")
     refuse_expanded(p, name)
     validate_param(p, group, name)
+    if memory:
+        refuse(p, name)
+        refuse(grad, f"the gradient of {name}")
     buffer = state[p].get("momentum_buffer") if p in state else None
     if not group["momentum"] or buffer is None:
         return
+    if memory:
+        refuse(buffer, f"the momentum_buffer of {name}")
     if (buffer.shape, buffer.device) != (p.shape, p.device) or not buffer.is_floating_point():
         raise RuntimeError(
             f"the momentum_buffer of {name} is {buffer.dtype} {list(buffer.shape)} on {buffer.device},"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .groups import GroupDim, magnitudes
-from .options import is_split, param_name, refuse_expanded, strength
+from .memory import kind_of, refuse, turns_of, whole
+from .options import is_split, learning_rate, param_name, refuse_expanded, strength
 from .penalties import PENALTIES
 
 STATE = {"rvsm": None, "rvsm-delayed": "u", "admm": "dual"}
@@ -55,7 +56,7 @@ def cut_of(v: Tensor, density: float, group_dim: GroupDim = None) -> Tensor:
         Magnitudes that tie with it go to zero too, as ties do under l0, so that fewer survive. Between norms of groups
         it is halfway to the smallest survivor: another order of summation cannot move a group across.
     """
-    r = magnitudes(v, group_dim).reshape(-1)
+    r = whole(magnitudes(v, group_dim)).reshape(-1)
     n = r.numel()
     dropped = n - survivors(density, n)
     if dropped == 0:
@@ -97,6 +98,8 @@ def check_kept(kept: Any, p: Tensor, name: str, key: str) -> None:
             f"the {key} of {name} is {what}, the parameter {p.dtype} {list(p.shape)} on {p.device}; delete it from the"
             " optimizer's state to begin anew"
         )
+    if kind_of(p) is None:
+        refuse(kept, f"the {key} of {name}")
     refuse_expanded(kept, f"the {key} of {name}")
 
 
@@ -111,7 +114,8 @@ def find_kept(
         first_u: u of the weights of (parameter, its group, its name), in the parameter's type and layout.
 
     Returns:
-        The tensors by parameter, and for those that the state lacks also their names. Nothing is changed.
+        The tensors by parameter, and for those that the state lacks also their names. Nothing is changed. Where lr is 0
+        the step gets copies to write to: neither w nor what is kept of it moves then.
 
     Raises:
         RuntimeError: a tensor of the state that does not fit its parameter.
@@ -132,7 +136,7 @@ def find_kept(
                 if found.dtype != p.dtype:  # it follows its parameter to another dtype
                     found = found.to(p.dtype)
                     fresh[p] = key, found
-            kept[p] = found
+            kept[p] = found if learning_rate(group) != 0 else found.clone()
     return kept, fresh
 
 
@@ -151,6 +155,7 @@ class Cuts:
                     own = self._of.get(p)
                     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
                     odd = own is not None and own.is_inference() and not torch.is_inference_mode_enabled()
+                    odd = odd or (own is not None and kind_of(own) is not None)  # left by a step that was traced
                     if own is None or odd or own.device != p.device or own.dtype != dtype:
                         own = torch.zeros((), dtype=dtype, device=p.device)
                     cuts[p] = own
@@ -205,8 +210,11 @@ def special_value(w: Tensor, u: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 def normalize_(params: Sequence[Tensor], found_inf: Tensor | None) -> None:
     """w <- w / ||w||_2 of each whole tensor; a zero tensor stays zero, and so does everything after a found_inf."""
-    for device, dtype in dict.fromkeys((p.device, p.dtype) for p in params):
-        own = [p for p in params if (p.device, p.dtype) == (device, dtype)]
+    turns = turns_of(params)
+    kinds = [(turn, p.device, p.dtype, kind_of(p)) for turn, p in zip(turns, params, strict=True)]
+    for key in sorted(dict.fromkeys(kinds), key=lambda kind: kind[0]):
+        device = key[1]
+        own = [p for p, kind in zip(params, kinds, strict=True) if kind == key]
         ws = [arithmetic(p.detach()) for p in own]
         # ||w|| = largest * ||w / largest||, whose squares neither overflow nor vanish.
         largest = torch.stack(torch._foreach_norm(ws, torch.inf)).double()

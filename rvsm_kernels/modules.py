@@ -1,17 +1,19 @@
-"""From a model to param groups: which weights are penalised, and along which dimension."""
+"""From a model to param groups: which weights are penalised, along which dimension, and why the others are not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
+from . import advice
 from .groups import GroupDim, structure_dim
-from .options import OPTIONS
+from .options import DTYPES, OPTIONS, unknown_option
 
-PENALISED = (
+PENALISED: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -19,71 +21,258 @@ PENALISED = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     nn.Linear,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
 )
+"""The modules whose weights are penalised, together with ``Conv1D`` of transformers."""
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_PRUNED = ("_orig", "_g", "_v", "_mask")  # what torch.nn.utils.prune, weight_norm and spectral_norm make of a weight
 
 
-def penalised_weights(
-    model: nn.Module, include: tuple[type[nn.Module], ...] = PENALISED
-) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """(name, parameter, owner) of the ``weight`` of every included module, each parameter once.
+class Weight(NamedTuple):
+    """A parameter of a model.
 
-    A weight that an Embedding shares (tied input and output layers) is left out: it is an embedding.
+    Attributes:
+        name: as in ``model.named_parameters()``.
+        param: the parameter.
+        owner: the module that has it.
+        left: why it is not penalised, None where it is.
+        group_dim: the dimensions of its groups, where a structure was asked for.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+
+    name: str
+    param: nn.Parameter
+    owner: nn.Module
+    left: str | None
+    group_dim: GroupDim = None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers") for c in type(module).__mro__)
+
+
+def is_changed(name: str, module: nn.Module) -> bool:
+    """Whether a parameter is what pruning or a parametrisation has made of a weight: the layer computes with another."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return True
+    for ending in _PRUNED:
+        base = name.removesuffix(ending)
+        if base != name and not isinstance(getattr(module, base, None), nn.Parameter) and hasattr(module, base):
+            return True
+    return False
+
+
+def owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, nn.Module]]:
+    """(full name, own name, parameter, owner) of every parameter, each once, in the order of ``model.parameters()``."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, include) or not isinstance(weight, nn.Parameter):
-            continue
-        # A lazy module's weight has no shape yet; it will be a matrix or a convolution's.
-        if (is_lazy(weight) or weight.dim() >= 2) and id(weight) not in embeddings and id(weight) not in seen:
-            seen.add(id(weight))
-            yield f"{prefix}.weight" if prefix else "weight", weight, module
+        for own, p in module.named_parameters(recurse=False):
+            if id(p) not in seen:
+                seen.add(id(p))
+                yield f"{prefix}.{own}" if prefix else own, own, p, module
+
+
+def _types(include: Any) -> tuple[type[nn.Module], ...]:
+    types = (include,) if isinstance(include, type) else include
+    if isinstance(types, (str, bytes)) or not isinstance(types, Iterable):
+        raise TypeError(f"include takes module types, as in include=(nn.Linear,), but got {include!r}")
+    types = tuple(types)
+    for t in types:
+        if not (isinstance(t, type) and issubclass(t, nn.Module)):
+            raise TypeError(f"include takes module types, as in include=(nn.Linear,), but got {t!r}")
+    return types
+
+
+def weights_of(
+    model: nn.Module, include: Iterable[type[nn.Module]] = PENALISED, structure: str | None = None
+) -> list[Weight]:
+    """Every parameter of a model, with why it is left dense.
+
+    A weight that an Embedding shares (tied input and output layers) is an embedding, unless Embedding is included.
+    """
+    types = _types(include)
+    by_default = types == PENALISED
+    wants_embeddings = any(issubclass(t, _EMBEDDINGS) for t in types)
+    embeddings = {id(p) for m in model.modules() if isinstance(m, _EMBEDDINGS) for p in m.parameters(recurse=False)}
+    weights = []
+    for name, own, p, module in owners(model):
+        included = isinstance(module, types) or (by_default and is_conv1d(module))
+        left: str | None = None
+        dim: GroupDim = None
+        if is_changed(own, module):
+            left = "pruned or parametrised: the layer computes with another tensor"
+        elif not is_lazy(p) and p.dim() < 2:
+            left = "a bias, a norm or another parameter of fewer than two dimensions"
+        elif "bias" in own:
+            left = "a bias"
+        elif id(p) in embeddings and not wants_embeddings:
+            left = "an embedding"
+        elif not included:
+            left = f"a parameter of {type(module).__name__}, which is not included"
+        elif not p.requires_grad:
+            left = "frozen"
+        elif p.dtype not in DTYPES:
+            left = f"of {p.dtype}, which is not trained"
+        else:
+            dim, left = structure_dim(module, structure, own, is_conv1d(module))
+        weights.append(Weight(name, p, module, left, dim))
+    return weights
+
+
+def _hint(model: nn.Module, weights: list[Weight]) -> str:
+    found = sorted({type(w.owner).__name__ for w in weights if not is_lazy(w.param) and w.param.dim() >= 2})
+    return f"its weights are in {', '.join(found)}" if found else f"{type(model).__name__} has no weights"
 
 
 def param_groups(
     model: nn.Module,
     *,
     structure: str | None = None,
-    include: tuple[type[nn.Module], ...] = PENALISED,
+    include: Iterable[type[nn.Module]] = PENALISED,
+    named: bool = True,
+    verbose: bool = False,
     **penalty_options: Any,
 ) -> list[dict[str, Any]]:
-    """Divide a model into the weights to penalise and the dense rest, with names.
+    """Divide a model into the weights to penalise and the dense rest.
 
     Args:
         model: any module.
         structure: None (elementwise, or ``group_dim`` as given), ``"in_channels"``, ``"out_channels"``,
-            ``"kernels"`` or ``"layers"``: sets ``group_dim`` by module type (a transposed convolution swaps
-            dimensions 0 and 1, so it gets a group of its own).
-        include: module types whose ``weight`` (2-D or more, and trained) is penalised.
+            ``"kernels"`` or ``"layers"``: sets ``group_dim`` so that a group is a channel of the network, by module type
+            (transposed convolutions, transformers' Conv1D and depthwise convolutions have theirs in other dimensions,
+            and get groups of their own). A weight that cannot express them in whole dimensions (a grouped convolution
+            by input channels, an LSTM by outputs) stays dense, with a warning.
+        include: module types whose weights (two dimensions or more, trained, no biases) are penalised: by default
+            convolutions, linear and bilinear layers, attention, recurrent layers, transformers' Conv1D. Another type
+            (experts of your own, an Embedding) takes all such parameters that belong to it directly.
+        named: False: plain tensors in the place of (name, tensor), for wrappers that know no names
+            (``ZeroRedundancyOptimizer``).
+        verbose: print which weights are taken and which are left, and why (see :func:`describe`).
         **penalty_options: any option of :class:`rvsm_kernels.RVSM`, for the penalised groups.
 
     Returns:
-        Groups for an optimizer: the penalised one (two if the model mixes transposed and plain convolutions under a
-        structure), then the rest (biases, norms, embeddings, frozen weights) with ``penalty=None``.
+        Groups for an optimizer: the penalised ones (one for each ``group_dim`` that a structure needs), then the rest
+        (biases, norms, embeddings, frozen weights) with ``penalty=None``. ``param_order`` notes each parameter's place in
+        ``model.parameters()``, so that a checkpoint of ``torch.optim.SGD`` can be loaded.
 
     Raises:
-        ValueError: an unknown structure, or a structure together with ``group_dim``.
-        TypeError: an option that RVSM does not have.
+        ValueError: an unknown structure, a structure together with ``group_dim``, an included type that the model does
+            not have, a model without a weight to penalise.
+        TypeError: an option that RVSM does not have, or something that is no module.
     """
-    unknown = set(penalty_options) - set(OPTIONS)
-    if unknown:
-        raise TypeError(f"param_groups got unknown option(s): {', '.join(sorted(unknown))}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups takes a module, but got a {type(model).__name__}; give the model itself")
+    for key in penalty_options:
+        if key not in OPTIONS:
+            raise TypeError(f"unknown option: {unknown_option(key, OPTIONS, 'param_groups')}")
     structure_dim(nn.Module(), structure)
     if structure is not None and penalty_options.get("group_dim") is not None:
         raise ValueError(f"structure={structure!r} sets group_dim; give one of the two")
+    types = _types(include)
+    weights = weights_of(model, types, structure)
+    if verbose:
+        print(_text(weights))
+    for t in types if types != PENALISED else ():
+        if not any(w.left is None and isinstance(w.owner, t) for w in weights):
+            had = [w for w in weights if isinstance(w.owner, t)]
+            why = f"its parameters are left: {had[0].name} is {had[0].left}" if had else "the model has none"
+            raise ValueError(f"include: no weight of {t.__name__} is penalised ({why}; {_hint(model, weights)})")
+    if not any(w.left is None for w in weights):
+        if weights and all(not w.param.requires_grad for w in weights):
+            raise ValueError("no weight is penalised: every parameter of the model is frozen (requires_grad=False)")
+        raise ValueError(f"no weight of the model is penalised: {_hint(model, weights)}; name those types in include")
+    _warn_of_left(weights, structure)
 
-    by_dim: dict[GroupDim, list[tuple[str, nn.Parameter]]] = {}
-    penalised: set[int] = set()
-    for name, weight, module in penalised_weights(model, include):
-        if weight.requires_grad:
-            by_dim.setdefault(structure_dim(module, structure), []).append((name, weight))
-            penalised.add(id(weight))
-    groups = [
-        {"params": params, **penalty_options, **({"group_dim": dim} if structure is not None else {})}
-        for dim, params in by_dim.items()
-    ]
-    rest = [(name, p) for name, p in model.named_parameters() if id(p) not in penalised]
+    order = {id(p): k for k, p in enumerate(model.parameters())}
+    by_dim: dict[Any, list[Weight]] = {}
+    for w in weights:
+        if w.left is None:
+            by_dim.setdefault(w.group_dim, []).append(w)
+    groups = []
+    for dim, own in by_dim.items():
+        groups.append({**_members(own, named, order), **penalty_options})
+        if structure is not None:
+            groups[-1]["group_dim"] = dim
+    rest = [w for w in weights if w.left is not None]
     if rest:
-        groups.append({"params": rest, "penalty": None, "group_dim": None, "group_lasso": 0.0})
+        groups.append({**_members(rest, named, order), "penalty": None, "group_dim": None, "group_lasso": 0.0})
     return groups
+
+
+def _members(weights: list[Weight], named: bool, order: dict[int, int]) -> dict[str, Any]:
+    params = [(w.name, w.param) if named else w.param for w in weights]
+    return {"params": params, "param_order": [order[id(w.param)] for w in weights]}
+
+
+def _warn_of_left(weights: list[Weight], structure: str | None) -> None:
+    """Warn of weights that someone would expect to be penalised."""
+    changed = [w.name for w in weights if w.left is not None and w.left.startswith("pruned")]
+    if changed:
+        advice.warn(
+            f"left dense: {advice.some(changed)}: torch.nn.utils.prune, weight_norm or a parametrisation computes the"
+            " weight from them; remove it (prune.remove, parametrize.remove_parametrizations), or build the group by hand"
+        )
+    unexpressed = [w for w in weights if w.left is not None and w.left.startswith("no whole dimension")]
+    if unexpressed:
+        names = advice.some([w.name for w in unexpressed])
+        advice.warn(f"left dense under structure={structure!r}: {names}: {unexpressed[0].left}")
+
+
+def _text(weights: list[Weight]) -> str:
+    width = max((len(w.name) for w in weights), default=0)
+    lines = []
+    for w in weights:
+        shape = "lazy" if is_lazy(w.param) else "x".join(map(str, w.param.shape)) or "1"
+        what = "dense: " + w.left if w.left is not None else "penalised"
+        what += "" if w.group_dim is None else f", group_dim={w.group_dim!r}"
+        lines.append(f"{w.name:<{width}}  {shape:>16}  {what}")
+    return "\n".join(lines)
+
+
+def describe(
+    model: nn.Module, *, structure: str | None = None, include: Iterable[type[nn.Module]] = PENALISED
+) -> str:
+    """Which weights :func:`param_groups` takes and which it leaves dense, with the reasons, as a table to print."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"describe takes a module, but got a {type(model).__name__}")
+    structure_dim(nn.Module(), structure)
+    return _text(weights_of(model, include, structure))
+
+
+def counted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]]:
+    """(name, tensor, why it is not penalised or None) of every weight that a model computes with.
+
+    Those are all of two dimensions or more but biases; of a pruned or parametrised layer the tensor that comes out.
+    """
+    for w in weights_of(model):
+        if w.left is not None and ("bias" in w.left or is_lazy(w.param)):
+            continue
+        prefix, _, own = w.name.rpartition(".")
+        if w.left is not None and w.left.startswith("pruned"):
+            found = _effective(own, w.owner, prefix, model)
+            if found is not None:
+                yield (*found, w.left)
+        elif not is_lazy(w.param):
+            yield w.name, w.param.detach(), None if w.left in (None, "frozen") else w.left
+
+
+def _effective(own: str, owner: nn.Module, prefix: str, model: nn.Module) -> tuple[str, Tensor] | None:
+    """The tensor that a pruned or parametrised layer computes with, once for all the parameters that it is made from."""
+    if isinstance(owner, parametrize.ParametrizationList):
+        if own not in ("original", "original0"):
+            return None
+        path, _, attribute = prefix.rpartition(".parametrizations.")
+        if not path and prefix.startswith("parametrizations."):
+            attribute = prefix.removeprefix("parametrizations.")
+        return f"{path}.{attribute}" if path else attribute, getattr(model.get_submodule(path), attribute).detach()
+    for ending in ("_orig", "_g"):
+        base = own.removesuffix(ending)
+        if base != own:
+            mask = getattr(owner, f"{base}_mask", None)
+            value = getattr(owner, own) * mask if mask is not None else getattr(owner, base)
+            return f"{prefix}.{base}" if prefix else base, value.detach()
+    return None

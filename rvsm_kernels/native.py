@@ -166,6 +166,29 @@ class NativeEngine(Engine):
         kept: Mapping[Tensor, Tensor],
         cuts: Mapping[Tensor, Tensor],
     ) -> bool:
+        self._set_options(groups)
+        return self._plan.prepare(groups, state, grad_scale, found_inf, kept, cuts)
+
+    def launch(self) -> None:
+        self._plan.launch()
+
+    def step(
+        self,
+        groups: Sequence[MutableMapping[str, Any]],
+        state: MutableMapping[Tensor, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        kept: Mapping[Tensor, Tensor],
+        cuts: Mapping[Tensor, Tensor],
+    ) -> bool:
+        self._set_options(groups)
+        return self._plan.step(groups, state, grad_scale, found_inf, kept, cuts)
+
+    def drop(self) -> None:
+        self._plan.drop()
+
+    def _set_options(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Tell the plan which groups have other options than at the last step."""
         seen, plan = self._seen, self._plan
         for i, group in enumerate(groups):
             values = _read(group)
@@ -173,10 +196,6 @@ class NativeEngine(Engine):
                 plan.set_options(i, _packed(group))
                 seen[i : i + 1] = [snapshot(values)]
         del seen[len(groups) :]
-        return plan.prepare(groups, state, grad_scale, found_inf, kept, cuts)
-
-    def launch(self) -> None:
-        self._plan.launch()
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
         if group["group_dim"] is not None:

@@ -19,8 +19,7 @@ class _OnEngines(SplittingOptimizer):
     def _engine_name(self, device_type: str) -> str:
         return choose(self._requested_engine, device_type)
 
-    def _make_engine(self, device_type: str) -> Engine:
-        name = self._engine_name(device_type)
+    def _make_engine(self, name: str) -> Engine:
         if name == "triton":
             from .triton_engine import TritonEngine  # Triton takes a second to import: only where it is used
 
@@ -74,8 +73,11 @@ class RVSM(_OnEngines):
             v = w + y, u = prox(v), y = v - u, p = w - u + y. What a method keeps is dropped when the splitting or the
             method is switched off, and begins anew.
         unit_norm: w <- w / ||w||_2 of each whole tensor at the end of the step; a zero tensor stays zero.
+        amp_scaling: True: a GradScaler hands its scale to the step, which unscales in the same pass (``p.grad`` stays
+            scaled: call ``scaler.unscale_(optimizer)`` to log or clip its norm). False: it unscales before the step, as
+            for ``SGD(fused=False)``; Lightning and Fabric ask for it when they clip float16 gradients.
         engine: ``"native"``, ``"triton"`` (GPUs), ``"reference"`` or None, which takes the first of them that serves
-            the device.
+            the device; tensors without memory of their own (DTensor, FakeTensor, ...) and traced code get the reference.
 
     Raises:
         ValueError: a number out of range, an unknown name, ``group_lasso`` without ``group_dim``, a ``group_dim``

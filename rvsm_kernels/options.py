@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -35,6 +36,46 @@ def differ(values: tuple[Any, ...], seen: tuple[Any, ...] | None) -> bool:
     return seen is None or torch.Tensor in map(type, values) or values != seen
 
 
+def shown(value: Any) -> str:
+    """A value that does not belong where it stands, in a few words: never a screen of weights."""
+    text = repr(value) if not isinstance(value, (torch.Tensor, list, tuple, dict, set)) or len(str(value)) < 40 else ""
+    return text if 0 < len(text) <= 60 else f"a {type(value).__name__}"
+
+
+def _plain(value: Any) -> Any:
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, (bool, torch.Tensor)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def make_plain(group: MutableMapping[str, Any]) -> None:
+    """Replace the numbers of numpy and of other libraries in a group by Python's own.
+
+    They compute alike, but ``torch.load(weights_only=True)`` refuses a checkpoint that has them.
+    """
+    for key in OPTIONS:
+        if key in group:
+            group[key] = _plain(group[key])
+
+
+def unknown_option(key: str, known: Collection[str], where: str) -> str:
+    """What to say of an option that does not exist.
+
+    Args:
+        where: who was given it.
+    """
+    if key == "structure":
+        return f"{where} has no option 'structure': it belongs to rvsm_kernels.param_groups(model, structure=...)"
+    near = difflib.get_close_matches(key, known, 1, 0.6)
+    return f"{where} has no option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
 def _number(group: Mapping[str, Any], key: str, what: str, *, above: float | None = None) -> float:
     """The option as a finite float >= 0 (or > above), or an error in torch.optim's wording."""
     value = group[key]
@@ -43,7 +84,7 @@ def _number(group: Mapping[str, Any], key: str, what: str, *, above: float | Non
             raise ValueError(f"Tensor {key} must be 1-element")
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"Invalid {what}: {value!r} (a number is needed)")
+        raise TypeError(f"Invalid {what}: {shown(value)} (a number is needed)")
     number = float(value)
     in_range = number >= 0.0 if above is None else number > above
     if not (in_range and math.isfinite(number)):
@@ -63,7 +104,7 @@ def validate(group: Mapping[str, Any]) -> None:
     _number(group, "weight_decay", "weight_decay value")
     dampening = group["dampening"]
     if isinstance(dampening, bool) or not isinstance(dampening, numbers.Real):
-        raise TypeError(f"Invalid dampening value: {dampening!r} (a number is needed)")
+        raise TypeError(f"Invalid dampening value: {shown(dampening)} (a number is needed)")
     if not math.isfinite(dampening):
         raise ValueError(f"Invalid dampening value: {dampening}")
     if group["nesterov"] and (momentum <= 0 or dampening != 0):
@@ -72,7 +113,7 @@ def validate(group: Mapping[str, Any]) -> None:
     penalty = group["penalty"]
     known = (*PENALTIES, "topk")
     if penalty is not None and penalty not in known:
-        raise ValueError(f"Invalid penalty: {penalty!r} (choose one of None, {', '.join(map(repr, known))})")
+        raise ValueError(f"Invalid penalty: {shown(penalty)} (choose one of None, {', '.join(map(repr, known))})")
     _number(group, "lam", "lam value")
     _number(group, "beta", "beta value")
     _number(group, "a", "a value", above=0.0)
@@ -82,26 +123,36 @@ def validate(group: Mapping[str, Any]) -> None:
     if group["density"] is not None and _number(group, "density", "density value", above=0.0) > 1:
         raise ValueError(f"Invalid density value: {group['density']}")
     if group["method"] not in METHODS:
-        raise ValueError(f"Invalid method: {group['method']!r} (choose one of {', '.join(map(repr, METHODS))})")
+        raise ValueError(f"Invalid method: {shown(group['method'])} (choose one of {', '.join(map(repr, METHODS))})")
 
     if penalty == "topk" and group["density"] is None:
         raise ValueError("penalty='topk' needs a density: the share of elements or groups that survive")
+
+
+def is_left_alone(p: torch.Tensor) -> bool:
+    """Whether a parameter is frozen and of a kind that no optimizer could train (int8, bool, complex, sparse, ...)."""
+    return not p.requires_grad and p.grad is None and (p.dtype not in DTYPES or p.layout != torch.strided)
 
 
 def validate_param(p: torch.Tensor, group: Mapping[str, Any], name: str) -> None:
     """Check that a parameter can be trained with the options of its group.
 
     Raises:
-        TypeError: a dtype or layout without a kernel.
+        TypeError: a dtype or layout without a kernel, of a parameter that is trained.
         ValueError: a ``group_dim`` that the tensor does not have.
     """
-    if torch.nn.parameter.is_lazy(p):
-        return  # it has no shape and no gradient yet
+    if torch.nn.parameter.is_lazy(p) or is_left_alone(p):
+        return  # it has no shape and no gradient yet, or never will
     if p.layout != torch.strided:
         raise TypeError(f"RVSM does not support parameters of layout {p.layout} ({name})")
     if p.dtype not in DTYPES:
         raise TypeError(f"RVSM does not support parameters of dtype {p.dtype} ({name})")
     kept_dims(group["group_dim"], p.dim(), name)
+
+
+def learning_rate(group: Mapping[str, Any]) -> float:
+    """The learning rate as a number."""
+    return float(group["lr"])
 
 
 def refuse_expanded(p: torch.Tensor, name: str) -> None:

@@ -11,11 +11,17 @@ from torch import Tensor
 from . import native, reference
 from .engines import choose
 from .groups import GroupDim, kept_dims, magnitudes
+from .memory import named, serves_ops
 from .options import DTYPES
 from .penalties import PENALTIES, shrink
 
 
 def _forward(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: GroupDim) -> Tensor:
+    if not serves_ops(w):
+        try:
+            return reference.prox(w, penalty, tau, a, group_dim)
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            raise named(error, w, "w") from error
     name = choose(None, w.device.type)
     if name == "triton":
         from . import triton_engine  # Triton takes a second to import: only where it is used
@@ -72,8 +78,10 @@ def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: 
 
     Raises:
         ValueError: an unknown penalty, tau < 0, a <= 0, a dimension that ``w`` does not have.
-        TypeError: a dtype without a kernel.
+        TypeError: a dtype without a kernel, or something else than a tensor.
     """
+    if not isinstance(w, Tensor):
+        raise TypeError(f"prox takes a tensor, but got a {type(w).__name__}; torch.as_tensor(w) makes one")
     if penalty == "topk":
         raise ValueError("Invalid penalty: 'topk' has no tau: its cut comes from the weights and a density")
     if penalty is not None and penalty not in PENALTIES:

@@ -7,7 +7,7 @@ beta * (w - u) to the gradient, then ``torch.optim.SGD.step()``. Both stand on t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from .adaptive import AdaptiveThresholding
 from .base import SplittingOptimizer
 from .groups import GroupDim, magnitudes
 from .interface import Engine, check_gradient
-from .methods import arithmetic, is_topk, keep_above
-from .options import is_split, strength
+from .memory import kind_of, named, tracer, turns_of, whole
+from .methods import arithmetic, is_topk, keep_above, moved
+from .options import is_split, param_name, strength
 from .penalties import PENALTIES, shrink
 
 
@@ -45,17 +46,33 @@ def _buffer(p: Tensor, state: MutableMapping[str, Any]) -> Tensor | None:
     return buffer
 
 
+def _batches(group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+    """The parameters of a group that a step moves, divided so that torch can step each list by one foreach call.
+
+    Tensors that share memory have one turn after the other, in their order; torch does not mix kinds of tensors, nor
+    DTensors of different meshes.
+    """
+    params = [p for _, p in moved(group)]
+    batches: dict[Any, list[Tensor]] = {}
+    for p, turn in zip(params, turns_of(params), strict=True):
+        batches.setdefault((turn, kind_of(p), getattr(p, "device_mesh", None)), []).append(p)
+    yield from (batches[key] for key in sorted(batches, key=lambda key: key[0]))
+
+
 def _step(
+    params: Sequence[Tensor],
+    stored: Sequence[Tensor | None],
     group: Mapping[str, Any],
     state: MutableMapping[Tensor, Any],
     grad_scale: Tensor | None,
     kept: Mapping[Tensor, Tensor],
     cuts: Mapping[Tensor, Tensor],
 ) -> None:
-    """One step of one param group: section 3 of docs/method.md, line by line."""
-    params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-    if not params:
-        return
+    """One step of parameters of one param group: section 3 of docs/method.md, line by line.
+
+    Args:
+        stored: their momentum buffers, None at a first step and without momentum.
+    """
     w = [arithmetic(p.detach()) for p in params]
     g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True)]
     if grad_scale is not None:
@@ -92,7 +109,6 @@ def _step(
     if group["nesterov"] and not group["weight_decay"]:
         g = [x.clone() for x in g]  # torch's foreach SGD would write the Nesterov direction into p.grad
 
-    stored = [_buffer(p, state[p]) if group["momentum"] else None for p in params]
     m = [None if b is None else arithmetic(b) for b in stored]
     sgd(
         w,
@@ -119,6 +135,7 @@ class ReferenceEngine(Engine):
     """Serves every device that torch serves."""
 
     name = "reference"
+    _job: Any = None
 
     def prepare(
         self,
@@ -132,17 +149,27 @@ class ReferenceEngine(Engine):
         for i, group in enumerate(groups):
             for j, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    check_gradient(p, state, group, i, j)
+                    check_gradient(p, state, group, i, j, kind_of(p) is None and tracer() is None)
         self._job = (groups, state, grad_scale, found_inf, kept, cuts)
         return True
 
     def launch(self) -> None:
+        assert self._job is not None
         groups, state, grad_scale, found_inf, kept, cuts = self._job
-        del self._job
+        self._job = None
         if found_inf is not None and found_inf.item() > 0:
             return
-        for group in groups:
-            _step(group, state, grad_scale, kept, cuts)
+        for i, group in enumerate(groups):
+            buffers = {p: _buffer(p, state[p]) if group["momentum"] else None for _, p in moved(group)}
+            for params in _batches(group):
+                try:
+                    _step(params, [buffers[p] for p in params], group, state, grad_scale, kept, cuts)
+                except (AssertionError, NotImplementedError, RuntimeError) as error:
+                    j = next(j for j, p in enumerate(group["params"]) if p is params[0])
+                    raise named(error, params[0], param_name(group, i, j)) from error
+
+    def drop(self) -> None:
+        self._job = None
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         for p in params:
@@ -152,7 +179,7 @@ class ReferenceEngine(Engine):
     def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=params[0].device)
         for p in params:
-            w, lam = arithmetic(p), strength(group, p.shape)
+            w, lam = arithmetic(whole(p)), strength(group, p.shape)
             u = prox(w, group["penalty"], lam / group["beta"], group["a"], group["group_dim"])
             value = PENALTIES[group["penalty"]].value(magnitudes(u.double(), group["group_dim"]), group["a"])
             total += lam * value.sum() + group["beta"] / 2 * (w.double() - u.double()).square().sum()
@@ -160,7 +187,7 @@ class ReferenceEngine(Engine):
 
 
 class _InPyTorch(SplittingOptimizer):
-    def _make_engine(self, device_type: str) -> Engine:
+    def _make_engine(self, name: str) -> Engine:
         return ReferenceEngine()
 
     def _engine_name(self, device_type: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .groups import GroupDim, GroupView, kept_dims
 from .interface import Engine, check_gradient
+from .memory import kind_of, turns_of
 from .methods import is_topk, state_name
 from .options import METHODS, OPTIONS, differ, is_split, param_name, snapshot, strength
 from .triton_launch import Launch, Row
@@ -38,11 +39,13 @@ class Part(NamedTuple):
     """A launch of a step, and where its rows are among the active parameters, the buffers and what methods keep.
 
     Attributes:
+        turn: launches of later turns have parameters that share memory with those of earlier ones.
         which: None for all in their order.
         buffers, kept: None where the launch has none.
     """
 
     launch: Launch
+    turn: int
     which: list[int] | None
     buffers: list[int] | None
     kept: list[int] | None
@@ -101,7 +104,9 @@ class TritonEngine(Engine):
         self._launches: list[Part] = []
         self._guards: Any = None
         self._addresses: list[int] = []
-        self._staged: list[tuple[Staged, bool]] = []
+        self._staged: list[tuple[Staged, bool, int]] = []  # whether a step writes to it, and in which turn
+        self._turns: list[int] = []  # of the active parameters
+        self._held: Any = None  # the tensors of a step that was prepared: other threads may take them away
         self._new: list[tuple[Tensor, Tensor]] = []
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -173,7 +178,11 @@ class TritonEngine(Engine):
             return False
         addresses = list(map(Tensor.data_ptr, tensors))
         if addresses != self._addresses:
+            count = sum(self._active)
+            if 0 in addresses or (addresses[:count] != self._addresses[:count] and turns_of(tensors[:count]) != self._turns):
+                return False
             self._move(addresses)
+        self._held = tensors
         if stale:
             self._set(groups)
         return True
@@ -184,7 +193,7 @@ class TritonEngine(Engine):
         kept = len(addresses) - len(self._keepers)
         n = (kept - len(self._buffers)) // 2
         w, g, m, x = addresses[:n], addresses[n : 2 * n], addresses[2 * n : kept], addresses[kept:]
-        for launch, which, buffers, keepers in self._launches:
+        for launch, _, which, buffers, keepers in self._launches:
             launch.move(
                 w if which is None else [w[k] for k in which],
                 g if which is None else [g[k] for k in which],
@@ -219,12 +228,12 @@ class TritonEngine(Engine):
         rows: list[tuple[int, Tensor]] = []
         for i, group in enumerate(groups):
             for j, p in enumerate(group["params"]):
-                if p.device.type not in self._served:
+                if p.grad is not None and (p.device.type not in self._served or kind_of(p) is not None):
                     return False
                 params.append(p)
                 active.append(p.grad is not None)
                 if p.grad is not None:
-                    check_gradient(p, state, group, i, j)
+                    check_gradient(p, state, group, i, j, memory=True)
                     active[-1] = p.numel() > 0
                 if active[-1]:
                     rows.append((i, p))
@@ -238,18 +247,20 @@ class TritonEngine(Engine):
                 raise _invalid(name, groups[i], error) from None
         addresses: list[list[int]] = [[], [], [], []]
         lasso, tl1 = set(), set()
+        self._turns = turns_of([p for _, p in rows])
         for k, ((i, p), view) in enumerate(zip(rows, views, strict=True)):
             group = groups[i]
             grad, momentum = p.grad, group["momentum"] != 0
             assert grad is not None
             half = p.dtype in (torch.bfloat16, torch.float16)
             dtype = torch.float32 if half and grad.dtype != p.dtype else p.dtype
-            w = self._stage(p, dtype, None, True)
-            g = self._stage(grad, dtype, w, False)
+            turn = self._turns[k]
+            w = self._stage(p, dtype, None, True, turn)
+            g = self._stage(grad, dtype, w, False, turn)
             m = None
             first = False
             method = METHODS.index(group["method"]) if is_split(group) else 0
-            kind = (p.device, dtype, momentum, method)
+            kind = (self._turns[k], p.device, dtype, momentum, method)
             own, which, buffers, keepers = kinds.setdefault(kind, ([], [], [], []))
             if momentum:
                 buffer = state[p].get(_NAME) if p in state else None
@@ -259,14 +270,14 @@ class TritonEngine(Engine):
                     if old is not None:
                         buffer.copy_(old)
                     self._new.append((p, buffer))
-                m = self._stage(buffer, dtype, w, True)
+                m = self._stage(buffer, dtype, w, True, turn)
                 buffers.append(len(self._buffers))
                 self._buffers.append(buffer)
                 addresses[2].append(m.data_ptr())
             if method != 0:
                 keepers.append(len(self._keepers))
                 self._keepers.append(p)
-                addresses[3].append(self._stage(self._kept[p], dtype, w, True).data_ptr())
+                addresses[3].append(self._stage(self._kept[p], dtype, w, True, turn).data_ptr())
             cut = 0
             if is_topk(group):
                 self._selected.append(p)
@@ -282,11 +293,11 @@ class TritonEngine(Engine):
                 lasso.add(kind)
             if group["penalty"] == "tl1":
                 tl1.add(kind)
-        for kind, (own, which, buffers, keepers) in kinds.items():
-            device, dtype, momentum, method = kind
+        for kind, (own, which, buffers, keepers) in sorted(kinds.items(), key=lambda item: item[0][0]):
+            turn, device, dtype, momentum, method = kind
             launch = Launch("step", dtype, device, own, kind in lasso, kind in tl1, momentum, method)
             all_of_them = len(which) == len(rows)
-            self._launches.append(Part(launch, None if all_of_them else which, buffers or None, keepers or None))
+            self._launches.append(Part(launch, turn, None if all_of_them else which, buffers or None, keepers or None))
         self._move([a for of in addresses for a in of])
         self._set(groups)
         self._changed = [t for t in (*(p for _, p in rows), *self._buffers) if not t.is_inference()]
@@ -300,13 +311,14 @@ class TritonEngine(Engine):
             self._state_keys, self._state_values = list(state), list(state.values())
             kept = [self._kept[p] for p in self._keepers]
             tensors = [*(p for _, p in rows), *(p.grad for _, p in rows), *self._buffers, *kept]
+            self._held = tensors
             self._guards = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
         return True
 
-    def _stage(self, tensor: Tensor, dtype: torch.dtype, like: Tensor | None, writes: bool) -> Tensor:
+    def _stage(self, tensor: Tensor, dtype: torch.dtype, like: Tensor | None, writes: bool, turn: int) -> Tensor:
         staged = Staged(tensor.detach(), dtype, like)
         if staged.is_copy:
-            self._staged.append((staged, writes))
+            self._staged.append((staged, writes, turn))
         return staged.dense
 
     def _scaling_on(self, device: torch.device, arithmetic: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -327,23 +339,36 @@ class TritonEngine(Engine):
         if not self._skip:
             for p, buffer in self._new:
                 self._state[p][_NAME] = buffer
-            for staged, _ in self._staged:
-                staged.load()
-            for launch, *_ in self._launches:
-                with on_device(launch.device):
-                    captured = capturing(launch.device)
-                    launch.run(*self._scaling_on(launch.device, launch.arithmetic), captured=captured)
-                if captured:
-                    self._captured.append(launch)
-            for staged, writes in self._staged:
-                if writes:
-                    staged.store()
+            for turn in range(max(self._turns, default=-1) + 1):
+                self._run_turn(turn)
             kept = [self._kept[p] for p in self._keepers]
             torch.autograd.graph.increment_version([*self._changed, *kept] if kept else self._changed)
-        if self._staged or self._new:
-            self._forget()
+        self.drop()
+
+    def _run_turn(self, turn: int) -> None:
+        """The launches of the parameters that have their turn, and the copies that these need."""
+        for staged, _, own in self._staged:
+            if own == turn:
+                staged.load()
+        for launch, own, *_ in self._launches:
+            if own != turn:
+                continue
+            with on_device(launch.device):
+                captured = capturing(launch.device)
+                launch.run(*self._scaling_on(launch.device, launch.arithmetic), captured=captured)
+            if captured:
+                self._captured.append(launch)
+        for staged, writes, own in self._staged:
+            if own == turn and writes:
+                staged.store()
+
+    def drop(self) -> None:
         self._scaling = (None, None)
-        del self._state, self._kept
+        self._held = None
+        self._state: MutableMapping[Tensor, Any] = {}
+        self._kept: Mapping[Tensor, Tensor] = {}
+        if self._new or self._staged:
+            self._forget()
 
     # ---- reading u ---------------------------------------------------------------------------------------------------
 
