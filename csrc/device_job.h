@@ -50,8 +50,8 @@ class DeviceJob {
       : rows(rows), device(device), scales_on_device(on_device), takes_source(on_device) {}
 };
 
-// One job per device and turn. Tensors that share memory have different turns, and a turn begins when the one before it is
-// done (see turns_of).
+// One job per device and turn. Tensors that share memory have different turns, and a turn begins when the one before it
+// is done (see turns_of).
 class Jobs {
  public:
   explicit Jobs(Action action) : action_(action) {}

@@ -310,8 +310,8 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, Row& row, double grad
   const at::Tensor* m = momentum && !first ? &THPVariable_Unpack(e.buffer) : nullptr;
   const at::Tensor* kept = e.kept != nullptr ? &THPVariable_Unpack(e.kept) : nullptr;
   const auto fits = [&](const at::Tensor& t) { return is_twin(t, w) && dense_is_allocated(t, row.numel); };
-  const bool usual = e.dense && errors_.empty() && dense_is_allocated(w, row.numel) && fits(g) && (m == nullptr || fits(*m)) &&
-                     (kept == nullptr || fits(*kept));
+  const bool usual = e.dense && errors_.empty() && dense_is_allocated(w, row.numel) && fits(g) &&
+                     (m == nullptr || fits(*m)) && (kept == nullptr || fits(*kept));
   if (!usual) check_entry(groups, e, momentum);
   if (!row.active) return;
   if (usual && !first) {
@@ -415,8 +415,7 @@ bool Plan::prepare_unheld(const py::list& groups, const py::dict& state, const S
       new_buffers_.clear();
       ready = rebuild(groups);
       if (ready) read_scaling(scaling);
-      if (ready && !look(groups, state))
-        throw std::runtime_error("the parameters changed while a step was prepared");
+      if (ready && !look(groups, state)) throw std::runtime_error("the parameters changed while a step was prepared");
     }
     if (!ready) {
       drop();

@@ -35,11 +35,11 @@ class Plan {
 
   // Look at every parameter, gradient and momentum buffer; throws before anything is changed. Returns false if a
   // parameter that has a gradient is none that this build has an engine for. Where found_inf is above 0, launch() will
-  // leave everything as it is. `kept` and `cuts`: tensors by parameter, for those whose method keeps something and those
-  // with top-k.
+  // leave everything as it is. `kept` and `cuts`: tensors by parameter, for those whose method keeps something and
+  // those with top-k.
   //
-  // All memory that the step will touch is held until launch() or drop(), for in between other threads of Python may take
-  // gradients and state away.
+  // All memory that the step will touch is held until launch() or drop(), for in between other threads of Python may
+  // take gradients and state away.
   bool prepare(const pybind11::list& groups, const pybind11::dict& state, const Scaling& scaling,
                const pybind11::dict& kept, const pybind11::dict& cuts);
 
@@ -63,7 +63,7 @@ class Plan {
     PyObject* param = nullptr;   // owned
     PyObject* state = nullptr;   // owned: the dict state[param], or null
     PyObject* buffer = nullptr;  // owned: the momentum buffer in it, or null
-    PyObject* kept = nullptr;    // borrowed from kept_, from prepare() to launch(), anew each time: what its method keeps
+    PyObject* kept = nullptr;  // borrowed from kept_, from prepare() to launch(), anew each time: what its method keeps
     size_t group = 0;
     size_t index = 0;
     size_t turn = 0;                // when it is stepped: after those that share its memory and stand before it
@@ -75,7 +75,7 @@ class Plan {
     at::DimVector sizes, strides;
     at::ScalarType type = at::kFloat;
     Dtype dtype = Dtype::f32;  // the same, as the kernels name it
-    bool served = false;  // false: a parameter without a gradient that no engine of this build could step
+    bool served = false;       // false: a parameter without a gradient that no engine of this build could step
     bool dense = true;
     bool first = false;
   };

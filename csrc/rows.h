@@ -20,16 +20,16 @@ bool is_supported(at::ScalarType type);
 // another type is used unrounded where the row is float32.
 at::ScalarType row_type(at::ScalarType param, at::ScalarType grad);
 
-// Whether a tensor holds its values in memory that a kernel may read: not a DTensor, a FakeTensor, another subclass with
-// __torch_dispatch__, a meta tensor, or one that torch.func or functionalization has wrapped.
+// Whether a tensor holds its values in memory that a kernel may read: not a DTensor, a FakeTensor or another subclass
+// with __torch_dispatch__, no meta tensor, and none that torch.func or functionalization has wrapped.
 bool has_memory(const at::Tensor& tensor);
 
 // Whether that memory is as large as the tensor says; a storage can be resized or freed under a tensor.
 bool is_allocated(const at::Tensor& tensor);
 
-// When each of some tensors has its turn, so that those that share memory (the same tensor twice, views of each other) do
-// not have it at the same time: 0 for the first, 1 for those that share memory with one of them, ... Tensors without memory
-// are left out.
+// When each of some tensors has its turn, so that those that share memory (the same tensor twice, views of each other)
+// do not have it at the same time: 0 for the first, 1 for those that share memory with one of them, ... Tensors without
+// memory are left out.
 std::vector<size_t> turns_of(const std::vector<at::Tensor>& tensors);
 
 // The kernels' name of a supported type.

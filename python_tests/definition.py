@@ -267,6 +267,8 @@ def step(
         w_scale = size
         d_scale = d_scale + wd * size + pull_scale
 
+    if lr == 0:
+        new_kept = kept
     m_scale = d_scale
     if mu == 0:
         m = None

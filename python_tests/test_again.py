@@ -97,7 +97,9 @@ def test_marks_are_dropped_by_copies(engine: str, how: str) -> None:
         optimizer.sparsify_()
         assert torch.equal(bits(model.weight), u)
         return
-    _, other = copy.deepcopy((model, optimizer)) if how == "deepcopy" else pickle.loads(pickle.dumps((model, optimizer)))
+    _, other = (
+        copy.deepcopy((model, optimizer)) if how == "deepcopy" else pickle.loads(pickle.dumps((model, optimizer)))
+    )
     assert not other._marks
     other.step()
 

@@ -250,7 +250,10 @@ def test_momentum_that_does_not_fit(engine: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_parameters_of_other_dtypes(engine: str, dtype: torch.dtype) -> None:
-    p = nn.Parameter(torch.zeros(3, 3).to(dtype), requires_grad=False)
+    """Refused where they would be trained; test_foreign.py has the frozen ones."""
+    p = nn.Parameter(torch.zeros(3, 3).to(dtype), requires_grad=dtype.is_floating_point or dtype.is_complex)
+    if not p.requires_grad:
+        p.grad = torch.zeros_like(p)
     name = re.escape(str(dtype).removeprefix("torch."))
     with pytest.raises(TypeError, match=name):
         rk.RVSM([("odd one", p)], lr=0.1, engine=engine)

@@ -104,16 +104,18 @@ def test_include() -> None:
     assert names(groups[0]) == ["conv2.weight"]
     groups = rk.param_groups(model, include=(nn.Linear, nn.ConvTranspose1d), structure="in_channels")
     assert {name: g["group_dim"] for g in groups[:-1] for name in names(g)} == {"up1.weight": 0, "linear.weight": 1}
-    nothing = rk.param_groups(model, include=())
-    assert [names(g) for g in nothing] == [[n for n, _ in model.named_parameters()]]
+    for nothing in ((), (nn.Bilinear,)):
+        with pytest.raises(ValueError, match="no weight of the model is penalised"):
+            rk.param_groups(model, include=nothing)
 
 
 def test_weights_below_two_dimensions_stay_dense() -> None:
     model = Zoo()
-    groups = rk.param_groups(model, include=(nn.LayerNorm, nn.BatchNorm2d))
+    with pytest.warns(UserWarning, match="BatchNorm2d"):
+        groups = rk.param_groups(model, include=(nn.LayerNorm, nn.BatchNorm2d))
     assert names(groups[0]) == ["norm.weight"], "a weight of two dimensions of an included module is penalised"
-    groups = rk.param_groups(nn.Sequential(nn.BatchNorm2d(3)), include=(nn.BatchNorm2d,))
-    assert len(groups) == 1 and groups[0]["penalty"] is None
+    with pytest.raises(ValueError, match="no weight"):
+        rk.param_groups(nn.Sequential(nn.BatchNorm2d(3)), include=(nn.BatchNorm2d,))
 
 
 def test_tied_weights_are_named_once() -> None:
@@ -148,7 +150,8 @@ def test_a_single_module_and_a_module_without_parameters() -> None:
     groups = rk.param_groups(layer)
     assert [names(g) for g in groups] == [["weight"], ["bias"]]
     assert [names(g) for g in rk.param_groups(nn.Linear(3, 2, bias=False))] == [["weight"]]
-    assert rk.param_groups(nn.ReLU()) == []
+    with pytest.raises(ValueError, match="ReLU has no weights"):
+        rk.param_groups(nn.ReLU())
 
 
 def test_errors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Any
@@ -92,7 +93,8 @@ def test_ops_take_a_tensor_twice(native: str) -> None:
 def test_a_second_thread(native: str, size: int, edit: str) -> None:
     """Misuse may give a strange result; it may not end the process.
 
-    Not here: gradients that another thread sets to None. torch 2.13 itself then crashes in ``p.grad`` and in its own SGD.
+    Not here: gradients that another thread sets to None. torch 2.13 itself then crashes in ``p.grad`` and in its own
+    SGD.
     """
     params = [nn.Parameter(torch.randn(size // 100, 50)) for _ in range(2)]
     for p in params:
@@ -128,10 +130,8 @@ def test_a_second_thread(native: str, size: int, edit: str) -> None:
     thread = threading.Thread(target=other)
     thread.start()
     while time.monotonic() < end:
-        try:
+        with contextlib.suppress(RuntimeError, ValueError, KeyError):
             optimizer.step()
-        except (RuntimeError, ValueError, KeyError):
-            pass
     thread.join()
     for p in params:
         p.grad = torch.ones_like(p)

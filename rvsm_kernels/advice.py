@@ -76,8 +76,8 @@ class PullRates:
                 else "every pull overshoots u and turns the gap around"
             )
             warn(
-                f"group {index}: lr * beta = {lr:g} * {beta:g} = {rate:g}, and {what}. A pull is stable below 2 and goes"
-                f" straight to u up to 1: take a beta of at most {1 / lr:.3g}, or a smaller lr"
+                f"group {index}: lr * beta = {lr:g} * {beta:g} = {rate:g}, and {what}. A pull is stable below 2 and"
+                f" goes straight to u up to 1: take a beta of at most {1 / lr:.3g}, or a smaller lr"
             )
         if stalled and (not before.stalled or before.beta != beta):
             _look_at_half_types(index, group, lr, beta)
@@ -88,9 +88,10 @@ def _look_at_half_types(index: int, group: Mapping[str, Any], lr: float, beta: f
         limit = STALL[dtype]
         if lr * beta < limit:
             warn(
-                f"group {index}: lr * beta = {lr:g} * {beta:g} = {lr * beta:.3g} is below {limit:.3g} = half the spacing"
-                f" of {str(dtype).removeprefix('torch.')} numbers: the pull is rounded away for many weights, which then"
-                f" never become sparse. Take a beta of at least {limit / lr:.3g}, or keep these weights in float32"
+                f"group {index}: lr * beta = {lr:g} * {beta:g} = {lr * beta:.3g} is below {limit:.3g} = half the"
+                f" spacing of {str(dtype).removeprefix('torch.')} numbers: the pull is rounded away for many weights,"
+                f" which then never become sparse. Take a beta of at least {limit / lr:.3g}, or keep these weights in"
+                " float32"
             )
 
 
@@ -136,8 +137,8 @@ def _of_dims(index: int, group: Mapping[str, Any], params: Sequence[tuple[str, T
         meant = "; ".join(f"{name}: dimension {negative[0] % n} of {n}" for n, name in sorted(counts.items()))
         warn(
             f"group {index}: group_dim={dims!r} counts from the end and so means other dimensions of tensors that have"
-            f" more or fewer of them ({meant}); count from the front: 1 is the inputs of Linear and Conv weights, 0 their"
-            " outputs"
+            f" more or fewer of them ({meant}); count from the front: 1 is the inputs of Linear and Conv weights, 0"
+            " their outputs"
         )
 
 

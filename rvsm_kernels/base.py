@@ -71,7 +71,9 @@ class _OptionOfGroups:
     """An option that is read and set on the param groups, never on the optimizer itself."""
 
     def __init__(self, name: str) -> None:
-        self._text = f"{name} is an option of the param groups: for group in optimizer.param_groups: group[{name!r}] = ..."
+        self._text = (
+            f"{name} is an option of the param groups: for group in optimizer.param_groups: group[{name!r}] = ..."
+        )
 
     def __get__(self, optimizer: Any, owner: type) -> Any:
         if optimizer is None:
@@ -214,7 +216,9 @@ class SplittingOptimizer(Reading):
         elif kind is not None:
             raise TypeError(f"engine={asked!r} cannot serve {name}: it is {kind}. Leave engine=None for such tensors")
         else:
-            raise RuntimeError(f"{by} would not see what engine={asked!r} does. Leave engine=None for code that is traced")
+            raise RuntimeError(
+                f"{by} would not see what engine={asked!r} does. Leave engine=None for code that is traced"
+            )
         if engine not in self._engines:
             self._engines[engine] = self._make_engine(engine)
         return self._engines[engine]
@@ -351,6 +355,7 @@ class SplittingOptimizer(Reading):
             ValueError, TypeError: as the constructor.
         """
         explicit = list(param_group) if isinstance(param_group, dict) else []
+        order = getattr(param_group["params"], "order", None) if "params" in explicit else None
         try:
             super().add_param_group(param_group)
         except ValueError as error:
@@ -363,6 +368,8 @@ class SplittingOptimizer(Reading):
             ) from None
         index = len(self.param_groups) - 1
         group = self.param_groups[-1]
+        if order is not None and len(order) == len(group["params"]):
+            group["param_order"] = order
         try:
             make_plain(group)
             self._validate(group)
@@ -396,15 +403,15 @@ class SplittingOptimizer(Reading):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of torch.optim.SGD.
 
-        The options of the checkpoint go before those that were passed to the constructor, as in torch.optim; options that
-        it does not name keep the values they have here. Its groups need not be those of this optimizer: parameters are
-        found by their names where both sides have them, else by their order in ``model.parameters()``, which
+        The options of the checkpoint go before those that were passed to the constructor, as in torch.optim; options
+        that it does not name keep the values they have here. Its groups need not be those of this optimizer: parameters
+        are found by their names where both sides have them, else by their order in ``model.parameters()``, which
         :func:`rvsm_kernels.param_groups` notes. :func:`rvsm_kernels.to_torch_state_dict` is the way back.
 
         Raises:
             RuntimeError: inside :meth:`sparse_weights`.
-            ValueError: a checkpoint of another kind of optimizer, parameters that cannot be mapped, or an invalid option;
-                nothing has changed then.
+            ValueError: a checkpoint of another kind of optimizer, parameters that cannot be mapped, or an invalid
+                option; nothing has changed then.
         """
         self._refuse_inside_sparse_weights("load_state_dict()")
         with self._lock:

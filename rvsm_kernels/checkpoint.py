@@ -93,8 +93,8 @@ def regrouped(state_dict: Mapping[str, Any], groups: Groups) -> dict[str, Any] |
             order = list(range(count))
         if order is None or their_order is None:
             raise ValueError(
-                f"the checkpoint has {len(saved)} parameter group(s), the optimizer {len(groups)}, and neither names nor"
-                f" the order of model.parameters() tell which parameter is which; {_ADVICE}"
+                f"the checkpoint has {len(saved)} parameter group(s), the optimizer {len(groups)}, and neither names"
+                f" nor the order of model.parameters() tell which parameter is which; {_ADVICE}"
             )
         at_place = {place: k for k, place in enumerate(their_order)}
         places = [at_place[place] for place in order]
@@ -141,16 +141,16 @@ def to_torch_state_dict(optimizer: Any, model: nn.Module) -> dict[str, Any]:
     """The state of an optimizer as ``torch.optim.SGD(model.parameters())`` loads it: one group, in the model's order.
 
     Args:
-        optimizer: an RVSM over the parameters of the model. What its methods keep (``u``, ``dual``) and the penalties stay
-            behind.
+        optimizer: an RVSM over the parameters of the model. What its methods keep (``u``, ``dual``) and the penalties
+            stay behind.
         model: gives the order of the parameters.
 
     Returns:
         A state dict. Tensors are shared with the optimizer, as in ``optimizer.state_dict()``.
 
     Raises:
-        ValueError: the parameters are not those of the model, or lr, momentum, ... differ between groups: build SGD from
-            the same groups then, and load ``optimizer.state_dict()``.
+        ValueError: the parameters are not those of the model, or lr, momentum, ... differ between groups: build SGD
+            from the same groups then, and load ``optimizer.state_dict()``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_torch_state_dict takes the optimizer, then the model, but got a {type(model).__name__}")

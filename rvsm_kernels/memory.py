@@ -1,8 +1,8 @@
 """Tensors without memory of their own, and code that is being traced: where the kernels must not be run.
 
 A kernel reads and writes addresses. A DTensor, a FakeTensor, a meta tensor or another subclass with
-``__torch_dispatch__`` has none that hold its values, and what a kernel writes while torch records a graph is not in that
-graph. The reference engine speaks torch's own operators alone, so it serves them as far as torch does.
+``__torch_dispatch__`` has none that hold its values, and what a kernel writes while torch records a graph is not in
+that graph. The reference engine speaks torch's own operators alone, so it serves them as far as torch does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ def tracer() -> str | None:
     """Who records or transforms the operators that are called now, in words; None outside of all that."""
     if torch._C._len_torch_dispatch_stack() > 0:
         keys = torch._C._TorchDispatchModeKey
-        for key, text in ((keys.PROXY, "make_fx"), (keys.FAKE, "a FakeTensorMode"), (keys.FUNCTIONAL, "functionalization")):
+        for key, text in (
+            (keys.PROXY, "make_fx"),
+            (keys.FAKE, "a FakeTensorMode"),
+            (keys.FUNCTIONAL, "functionalization"),
+        ):
             if torch._C._get_dispatch_mode(key) is not None:
                 return text
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -75,8 +79,8 @@ def turns_of(tensors: Sequence[Tensor]) -> list[int]:
     """When each of some tensors has its turn, so that those that share memory do not have it at the same time.
 
     Returns:
-        0 for the first, 1 for those that share memory with one of them, ...: the twin of ``turns_of`` in ``csrc/rows.h``.
-        Tensors without memory of their own share with none but themselves.
+        0 for the first, 1 for those that share memory with one of them, ...: the twin of ``turns_of`` in
+        ``csrc/rows.h``. Tensors without memory of their own share with none but themselves.
     """
     ranges = []
     for i, t in enumerate(tensors):
@@ -122,8 +126,8 @@ def whole(t: Tensor) -> Tensor:
 
 
 def serves_ops(t: Tensor) -> bool:
-    """Whether ``torch.ops.rvsm_kernels`` can be called with a tensor: torch knows what they make of fake and wrapped ones,
-    but not what they make of a DTensor or of another subclass.
+    """Whether ``torch.ops.rvsm_kernels`` can be called with a tensor: torch knows what they make of fake and wrapped
+    ones, but not what they make of a DTensor or of another subclass.
     """
     return type(t) in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or _is_fake_or_plain(t)
 

@@ -32,6 +32,15 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _PRUNED = ("_orig", "_g", "_v", "_mask")  # what torch.nn.utils.prune, weight_norm and spectral_norm make of a weight
 
 
+class InOrder(list[Any]):
+    """Parameters of a group, with the place of each in ``model.parameters()``.
+
+    An optimizer notes the places as ``param_order``, so that a checkpoint of ``torch.optim.SGD`` can be loaded.
+    """
+
+    order: list[int]
+
+
 class Weight(NamedTuple):
     """A parameter of a model.
 
@@ -56,7 +65,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_changed(name: str, module: nn.Module) -> bool:
-    """Whether a parameter is what pruning or a parametrisation has made of a weight: the layer computes with another."""
+    """Whether pruning or a parametrisation has made a parameter of a weight: the layer computes with another tensor."""
     if isinstance(module, parametrize.ParametrizationList):
         return True
     for ending in _PRUNED:
@@ -142,10 +151,10 @@ def param_groups(
     Args:
         model: any module.
         structure: None (elementwise, or ``group_dim`` as given), ``"in_channels"``, ``"out_channels"``,
-            ``"kernels"`` or ``"layers"``: sets ``group_dim`` so that a group is a channel of the network, by module type
-            (transposed convolutions, transformers' Conv1D and depthwise convolutions have theirs in other dimensions,
-            and get groups of their own). A weight that cannot express them in whole dimensions (a grouped convolution
-            by input channels, an LSTM by outputs) stays dense, with a warning.
+            ``"kernels"`` or ``"layers"``: sets ``group_dim`` so that a group is a channel of the network, by module
+            type (transposed convolutions, transformers' Conv1D and depthwise convolutions have theirs in other
+            dimensions, and get groups of their own). A weight that cannot express them in whole dimensions (a grouped
+            convolution by input channels, an LSTM by outputs) stays dense, with a warning.
         include: module types whose weights (two dimensions or more, trained, no biases) are penalised: by default
             convolutions, linear and bilinear layers, attention, recurrent layers, transformers' Conv1D. Another type
             (experts of your own, an Embedding) takes all such parameters that belong to it directly.
@@ -156,12 +165,10 @@ def param_groups(
 
     Returns:
         Groups for an optimizer: the penalised ones (one for each ``group_dim`` that a structure needs), then the rest
-        (biases, norms, embeddings, frozen weights) with ``penalty=None``. ``param_order`` notes each parameter's place in
-        ``model.parameters()``, so that a checkpoint of ``torch.optim.SGD`` can be loaded.
+        (biases, norms, embeddings, frozen weights) with ``penalty=None``.
 
     Raises:
-        ValueError: an unknown structure, a structure together with ``group_dim``, an included type that the model does
-            not have, a model without a weight to penalise.
+        ValueError: an unknown structure, a structure together with ``group_dim``, no weight to penalise.
         TypeError: an option that RVSM does not have, or something that is no module.
     """
     if not isinstance(model, nn.Module):
@@ -176,15 +183,19 @@ def param_groups(
     weights = weights_of(model, types, structure)
     if verbose:
         print(_text(weights))
-    for t in types if types != PENALISED else ():
-        if not any(w.left is None and isinstance(w.owner, t) for w in weights):
-            had = [w for w in weights if isinstance(w.owner, t)]
-            why = f"its parameters are left: {had[0].name} is {had[0].left}" if had else "the model has none"
-            raise ValueError(f"include: no weight of {t.__name__} is penalised ({why}; {_hint(model, weights)})")
     if not any(w.left is None for w in weights):
         if weights and all(not w.param.requires_grad for w in weights):
             raise ValueError("no weight is penalised: every parameter of the model is frozen (requires_grad=False)")
-        raise ValueError(f"no weight of the model is penalised: {_hint(model, weights)}; name those types in include")
+        looked = "" if types == PENALISED else f" under include=({', '.join(t.__name__ for t in types)})"
+        raise ValueError(
+            f"no weight of the model is penalised{looked}: {_hint(model, weights)}; name those types in include, and"
+            " see rvsm_kernels.describe(model)"
+        )
+    for t in types if types != PENALISED else ():
+        if not any(w.left is None and isinstance(w.owner, t) for w in weights):
+            had = [w for w in weights if isinstance(w.owner, t)]
+            why = f"{had[0].name} is {had[0].left}" if had else "the model has none"
+            advice.warn(f"include: no weight of {t.__name__} is penalised ({why})")
     _warn_of_left(weights, structure)
 
     order = {id(p): k for k, p in enumerate(model.parameters())}
@@ -204,8 +215,9 @@ def param_groups(
 
 
 def _members(weights: list[Weight], named: bool, order: dict[int, int]) -> dict[str, Any]:
-    params = [(w.name, w.param) if named else w.param for w in weights]
-    return {"params": params, "param_order": [order[id(w.param)] for w in weights]}
+    params = InOrder((w.name, w.param) if named else w.param for w in weights)
+    params.order = [order[id(w.param)] for w in weights]
+    return {"params": params}
 
 
 def _warn_of_left(weights: list[Weight], structure: str | None) -> None:
@@ -214,7 +226,8 @@ def _warn_of_left(weights: list[Weight], structure: str | None) -> None:
     if changed:
         advice.warn(
             f"left dense: {advice.some(changed)}: torch.nn.utils.prune, weight_norm or a parametrisation computes the"
-            " weight from them; remove it (prune.remove, parametrize.remove_parametrizations), or build the group by hand"
+            " weight from them; remove it (prune.remove, parametrize.remove_parametrizations), or build the group by"
+            " hand"
         )
     unexpressed = [w for w in weights if w.left is not None and w.left.startswith("no whole dimension")]
     if unexpressed:
@@ -233,9 +246,7 @@ def _text(weights: list[Weight]) -> str:
     return "\n".join(lines)
 
 
-def describe(
-    model: nn.Module, *, structure: str | None = None, include: Iterable[type[nn.Module]] = PENALISED
-) -> str:
+def describe(model: nn.Module, *, structure: str | None = None, include: Iterable[type[nn.Module]] = PENALISED) -> str:
     """Which weights :func:`param_groups` takes and which it leaves dense, with the reasons, as a table to print."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"describe takes a module, but got a {type(model).__name__}")
@@ -261,7 +272,7 @@ def counted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]
 
 
 def _effective(own: str, owner: nn.Module, prefix: str, model: nn.Module) -> tuple[str, Tensor] | None:
-    """The tensor that a pruned or parametrised layer computes with, once for all the parameters that it is made from."""
+    """The tensor that a pruned or parametrised layer computes with, once for all the parameters that make it."""
     if isinstance(owner, parametrize.ParametrizationList):
         if own not in ("original", "original0"):
             return None

@@ -81,8 +81,8 @@ class Reading(Optimizer):
             parts += by_engine.values()
         if skipped and not parts:
             advice.warn(
-                f"all {skipped} penalised parameters are frozen (requires_grad=False), and so they are left as they are;"
-                " give frozen=True to take them too"
+                f"all {skipped} penalised parameters are frozen (requires_grad=False), and so they are left as they"
+                " are; give frozen=True to take them too"
             )
         return parts
 
@@ -173,8 +173,8 @@ class Reading(Optimizer):
         """w <- u for good. Momentum is left alone, so a pruned weight may grow again.
 
         Until a step or an edit changes them, the weights are u: a second call changes nothing, :meth:`sparse_weights`
-        holds what they are, and :meth:`sparsity` counts it. The dual of ``method="admm"`` becomes what the step makes of
-        it, w + dual - u, so that u stays what it is.
+        holds what they are, and :meth:`sparsity` counts it. The dual of ``method="admm"`` becomes what the step makes
+        of it, w + dual - u, so that u stays what it is.
 
         Args:
             frozen: also parameters with ``requires_grad=False``, which else stay as they are.
@@ -236,7 +236,8 @@ class Reading(Optimizer):
     def sparsity(self) -> SparsityReport:
         """How sparse u is: zeros and zero groups of every parameter with a penalty, and in total.
 
-        Frozen parameters (``requires_grad=False``), and weights that :meth:`sparsify_` has made u, are counted as they are.
+        Frozen parameters (``requires_grad=False``), and weights that :meth:`sparsify_` has made u, are counted as they
+        are.
         """
         self._validate_groups()
         rows = []
@@ -340,7 +341,8 @@ class Statistics(contextlib.AbstractContextManager["Statistics"]):
 
     def __enter__(self) -> Statistics:
         if not self._known:
-            # Called for the outermost module first, also where that is compiled and its parts are not called one by one.
+            # Called for the outermost module first, also where that is compiled and its parts are not called one by
+            # one.
             self._hook = nn.modules.module.register_module_forward_pre_hook(self._look)
         return self
 
@@ -352,8 +354,9 @@ class Statistics(contextlib.AbstractContextManager["Statistics"]):
             if isinstance(m, _NORMS) and m.training and m.track_running_stats and not self._warned:
                 self._warned = True
                 advice.warn(
-                    "a forward pass in training mode inside sparse_weights() changes the running statistics of batch norms"
-                    " for good: call model.eval() before, or give the model, sparse_weights(model), to get them back"
+                    "a forward pass in training mode inside sparse_weights() changes the running statistics of batch"
+                    " norms for good: call model.eval() before, or give the model, sparse_weights(model), to get them"
+                    " back"
                 )
 
     def __exit__(self, *error: Any) -> None:

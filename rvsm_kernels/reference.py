@@ -74,7 +74,7 @@ def _step(
         stored: their momentum buffers, None at a first step and without momentum.
     """
     w = [arithmetic(p.detach()) for p in params]
-    g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True)]
+    g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
     if grad_scale is not None:
         g = [x * grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
     if group["maximize"]:

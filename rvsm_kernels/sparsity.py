@@ -54,7 +54,12 @@ class SparsityRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**dataclasses.asdict(self), "share": self.share, "group_share": self.group_share, "all_zero": self.all_zero}
+        return {
+            **dataclasses.asdict(self),
+            "share": self.share,
+            "group_share": self.group_share,
+            "all_zero": self.all_zero,
+        }
 
 
 class SparsityReport:

@@ -85,6 +85,9 @@ class TritonEngine(Engine):
         self._structures: list[tuple[Any, ...]] = []
         self._captured: list[Launch] = []  # graphs go on reading their tables
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._state: MutableMapping[Tensor, Any] = {}
+        self._kept: Mapping[Tensor, Tensor] = {}
+        self._scaling: tuple[Tensor | None, Tensor | None] = (None, None)
         self._forget()
 
     def _forget(self) -> None:
@@ -179,7 +182,9 @@ class TritonEngine(Engine):
         addresses = list(map(Tensor.data_ptr, tensors))
         if addresses != self._addresses:
             count = sum(self._active)
-            if 0 in addresses or (addresses[:count] != self._addresses[:count] and turns_of(tensors[:count]) != self._turns):
+            if 0 in addresses or (
+                addresses[:count] != self._addresses[:count] and turns_of(tensors[:count]) != self._turns
+            ):
                 return False
             self._move(addresses)
         self._held = tensors
@@ -365,8 +370,7 @@ class TritonEngine(Engine):
     def drop(self) -> None:
         self._scaling = (None, None)
         self._held = None
-        self._state: MutableMapping[Tensor, Any] = {}
-        self._kept: Mapping[Tensor, Tensor] = {}
+        self._state, self._kept = {}, {}
         if self._new or self._staged:
             self._forget()
 

@@ -247,7 +247,7 @@ class Training:
         if self.reader is None or not self.has_u:
             yield
             return
-        with self.reader.sparse_weights(), self._recalibrated():
+        with self.reader.sparse_weights(self.model), self._recalibrated():
             yield
 
     @contextlib.contextmanager
