@@ -67,11 +67,8 @@ bool is_twin(const at::Tensor& t, const at::Tensor& w) {
          equal(x->sizes(), y->sizes()) && equal(x->strides(), y->strides());
 }
 
-// is_allocated() of a dense tensor with so many elements; asked of every tensor in every step.
-bool dense_is_allocated(const at::Tensor& t, int64_t numel) {
-  const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
-  return size_t(impl->storage_offset() + numel) * impl->itemsize() <= impl->unsafe_storage().nbytes();
-}
+// Whether a tensor's memory is there at all, asked of every tensor in every step; is_allocated() looks closer.
+bool is_there(const at::Tensor& t) { return t.unsafeGetTensorImpl()->unsafe_storage().data() != nullptr; }
 
 // The address of a tensor's first element, also where it has no memory.
 const void* address_of(const at::Tensor& t) {
@@ -309,9 +306,9 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, Row& row, double grad
   const bool first = momentum && e.buffer == nullptr;
   const at::Tensor* m = momentum && !first ? &THPVariable_Unpack(e.buffer) : nullptr;
   const at::Tensor* kept = e.kept != nullptr ? &THPVariable_Unpack(e.kept) : nullptr;
-  const auto fits = [&](const at::Tensor& t) { return is_twin(t, w) && dense_is_allocated(t, row.numel); };
-  const bool usual = e.dense && errors_.empty() && dense_is_allocated(w, row.numel) && fits(g) &&
-                     (m == nullptr || fits(*m)) && (kept == nullptr || fits(*kept));
+  const auto fits = [&](const at::Tensor& t) { return is_twin(t, w) && is_there(t); };
+  const bool usual = e.dense && errors_.empty() && is_there(w) && fits(g) && (m == nullptr || fits(*m)) &&
+                     (kept == nullptr || fits(*kept));
   if (!usual) check_entry(groups, e, momentum);
   if (!row.active) return;
   if (usual && !first) {

@@ -298,15 +298,17 @@ class SplittingOptimizer(Reading):
 
     def _do_step(self) -> None:
         self._validate_groups()
-        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        own = self.__dict__  # what a GradScaler hands over is there or not; asking by attribute would raise each time
+        scaling = own.get("grad_scale"), own.get("found_inf")
         whole = self._step_groups()
         kept, fresh = methods.find_kept(whole, self.state, self._first_u)
         cuts = self._cuts.find(whole)
         inputs = self.state, *scaling, kept, cuts
-        known = None
+        known: Engine | None = None
         # The reference engine is asked for anew each time: it may have served what was traced.
         if len(self._engines) == 1 and tracer() is None:
-            (known,) = (engine if engine.name != "reference" else None for engine in self._engines.values())
+            (known,) = self._engines.values()
+            known = None if known.name == "reference" else known
         engines: list[Engine] = []
         done = False
         try:
