@@ -296,6 +296,7 @@ class SplittingOptimizer(Reading):
             self._do_step()
         return loss
 
+    @torch._disable_dynamo  # a kernel's launch is no graph: torch.compile calls it as it is
     def _do_step(self) -> None:
         self._validate_groups()
         own = self.__dict__  # what a GradScaler hands over is there or not; asking by attribute would raise each time
