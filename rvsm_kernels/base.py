@@ -290,6 +290,8 @@ class SplittingOptimizer(Reading):
         self._refuse_inside_sparse_weights("step()")
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"step takes a closure that computes the loss, or nothing, but got {shown(closure)}")
             with torch.enable_grad():
                 loss = closure()
         with self._lock:
@@ -358,7 +360,9 @@ class SplittingOptimizer(Reading):
             ValueError, TypeError: as the constructor.
         """
         explicit = list(param_group) if isinstance(param_group, dict) else []
-        order = getattr(param_group["params"], "order", None) if "params" in explicit else None
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ValueError(f"a param group needs 'params', a list of tensors; this one has {', '.join(explicit)}")
+        order = getattr(param_group["params"], "order", None) if explicit else None
         try:
             super().add_param_group(param_group)
         except ValueError as error:
@@ -417,6 +421,10 @@ class SplittingOptimizer(Reading):
                 option; nothing has changed then.
         """
         self._refuse_inside_sparse_weights("load_state_dict()")
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"load_state_dict takes what state_dict() returned, but got {shown(state_dict)}; torch.load reads a file"
+            )
         with self._lock:
             self._keeps = True
             # A hook may unpack what it is given, so groups are mapped after the hooks, by the last of them.

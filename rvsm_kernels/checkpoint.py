@@ -68,6 +68,10 @@ def regrouped(state_dict: Mapping[str, Any], groups: Groups) -> dict[str, Any] |
     Raises:
         ValueError: another kind of optimizer; parameters that cannot be mapped; options that differ within a group.
     """
+    missing = [key for key in ("param_groups", "state") if key not in state_dict]
+    if missing:
+        has = ", ".join(map(str, list(state_dict)[:4])) or "nothing"
+        raise ValueError(f"this is no optimizer's state_dict(): it has no {' and no '.join(missing)}, but {has}")
     saved = state_dict["param_groups"]
     _refuse_others(saved)
     theirs, ours = _names(saved), _names(groups)
