@@ -123,7 +123,7 @@ ODD: list[tuple[str, str]] = [
     ("optimizer.add_param_group([nn.Parameter(torch.ones(2))])", "dict"),
     ("optimizer.add_param_group({'params': [nn.Parameter(torch.ones(2))]})", "named_parameters"),
     ("optimizer.add_param_group({'params': model.weight})", "more than one parameter group|names"),
-    ("optimizer.load_state_dict(model.state_dict())", "param_groups.*state_dict"),
+    ("optimizer.load_state_dict(model.state_dict())", "state_dict.*param_groups"),
     ("optimizer.load_state_dict('checkpoint.pt')", "torch.load"),
     ("optimizer.load_state_dict({})", "param_groups"),
     ("optimizer.load_state_dict(torch.optim.AdamW(params).state_dict())", "no checkpoint of RVSM"),

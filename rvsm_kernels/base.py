@@ -423,7 +423,7 @@ class SplittingOptimizer(Reading):
         self._refuse_inside_sparse_weights("load_state_dict()")
         if not isinstance(state_dict, Mapping):
             raise TypeError(
-                f"load_state_dict takes what state_dict() returned, but got {shown(state_dict)}; torch.load reads a file"
+                f"load_state_dict takes what state_dict() returned, but got {shown(state_dict)}; torch.load reads files"
             )
         with self._lock:
             self._keeps = True
