@@ -218,6 +218,22 @@ def traced(trace: str, call: Callable[[Tensor], Any]) -> Any:
     return torch.func.functionalize(call)(x)
 
 
+def test_functional_gradients_of_plain_parameters() -> None:
+    """torch mixes them nowhere; here a sentence says so."""
+    p = nn.Parameter(torch.ones(4))
+    optimizer = rk.RVSM([("w", p)], lr=0.1)
+
+    def step(x: Tensor) -> Tensor:
+        p.grad = x.clone()
+        optimizer.step()
+        return x + 0
+
+    with pytest.raises(TypeError, match="the gradient of w"):
+        torch.func.functionalize(step)(torch.ones(4))
+    p.grad = torch.ones(4)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("trace", ["make_fx", "pre-dispatch", "functionalize"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_traced_steps(trace: str, momentum: float) -> None:

@@ -454,10 +454,11 @@ class SplittingOptimizer(Reading):
                 for j, p in enumerate(loaded["params"]):
                     validate_param(p, loaded, param_name(loaded, i, j))
             methods.check_loaded(state["param_groups"], state["state"])
-        start_with = state.pop("_start_with", (None, True)) if not loading else None
         super().__setstate__(state)
-        if start_with is not None:
-            self._start(*start_with)
+        if not loading:
+            # 0.1.0 pickled the engine alone.
+            before = self.__dict__.pop("_requested_engine", None), True
+            self._start(*self.__dict__.pop("_start_with", before))
         for group in self.param_groups:
             for key in OPTIONS:
                 group.setdefault(key, self.defaults[key])

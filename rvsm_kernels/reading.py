@@ -136,27 +136,22 @@ class Reading(Optimizer):
             raise TypeError(f"sparse_weights takes a module or nothing, but got a {type(model).__name__}")
         return SparseWeights(self, model, frozen)
 
-    def _put_u(self, frozen: bool) -> dict[Tensor, Tensor]:
-        """Put u into the parameters; returns the weights."""
-        self._refuse_inside_sparse_weights("sparse_weights()")
-        with self._lock, torch.no_grad():
+    @torch.no_grad()
+    def _put_u(self, frozen: bool) -> None:
+        """Put u into the parameters; _give_back() undoes it, also where this was interrupted."""
+        with self._lock:
             parts = self._split_params(frozen)
             dense = {p: p.detach().clone() for part in parts for p in part.params}
-            still = {p for part in parts for p in part.params if self._is_u(p, part.group)}
-            try:
-                self._dense, self._dense_marks = dense, still
-                for part in parts:
-                    self._write_u([p for p in part.params if p not in still], part.group, part.engine)
-                self._warn_of_dead(parts, "sparse_weights()")
-            except BaseException:
-                self._give_back(dense)
-                raise
-        return dense
+            self._dense_marks = {p for part in parts for p in part.params if self._is_u(p, part.group)}
+            self._dense = dense
+            for part in parts:
+                self._write_u([p for p in part.params if p not in self._dense_marks], part.group, part.engine)
+            self._warn_of_dead(parts, "sparse_weights()")
 
     @torch.no_grad()
-    def _give_back(self, dense: Mapping[Tensor, Tensor]) -> None:
+    def _give_back(self) -> None:
         """Give every parameter its weights back, also after one that cannot take them."""
-        self._dense = None
+        dense, self._dense = self._dense or {}, None
         errors = []
         for p, w in dense.items():
             try:
@@ -310,10 +305,12 @@ class SparseWeights(contextlib.ContextDecorator):
     def __enter__(self) -> None:
         optimizer, model, frozen = self._arguments
         self._entered = True
-        dense = optimizer._put_u(frozen)
-        self._open = contextlib.ExitStack()
-        self._open.callback(optimizer._give_back, dense)
-        self._open.enter_context(Statistics(model))
+        optimizer._refuse_inside_sparse_weights("sparse_weights()")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(Statistics(model))
+            stack.callback(optimizer._give_back)
+            optimizer._put_u(frozen)
+            self._open = stack.pop_all()
 
     def __exit__(self, *error: Any) -> None:
         self._open.close()

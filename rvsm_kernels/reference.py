@@ -18,7 +18,7 @@ from .adaptive import AdaptiveThresholding
 from .base import SplittingOptimizer
 from .groups import GroupDim, magnitudes
 from .interface import Engine, check_gradient
-from .memory import kind_of, named, tracer, turns_of, whole
+from .memory import kind_of, named, turns_of, whole
 from .methods import arithmetic, is_topk, keep_above, moved
 from .options import is_split, param_name, strength
 from .penalties import PENALTIES, shrink
@@ -149,7 +149,7 @@ class ReferenceEngine(Engine):
         for i, group in enumerate(groups):
             for j, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    check_gradient(p, state, group, i, j, kind_of(p) is None and tracer() is None)
+                    check_gradient(p, state, group, i, j, memory=kind_of(p) is None)
         self._job = (groups, state, grad_scale, found_inf, kept, cuts)
         return True
 
