@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import SplittingOptimizer, names_its_arguments
+from .attributes import names_its_arguments
+from .base import SplittingOptimizer
 from .groups import GroupDim, magnitudes
 from .interface import Engine, Group
 from .methods import arithmetic, cut_of, is_topk, moved

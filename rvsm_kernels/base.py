@@ -7,9 +7,6 @@ nothing written) and launches (all writes). Nothing comes back up.
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-import numbers
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import advice, checkpoint, methods
+from .attributes import FromScaler, OptionOfGroups, ends_scaling, names_its_arguments
 from .groups import GroupDim
 from .interface import Engine, Group
 from .memory import kind_of, tracer
@@ -35,7 +33,6 @@ from .options import (
     refuse_expanded,
     shown,
     snapshot,
-    unknown_option,
     validate,
     validate_param,
 )
@@ -45,90 +42,11 @@ _read_options = itemgetter(*OPTIONS)
 _GROUP_DIM = OPTIONS.index("group_dim")
 
 
-def names_its_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor whose errors about arguments name the class and what was probably meant."""
-    known = [name for name in inspect.signature(init).parameters if name not in ("self", "params")]
-
-    @functools.wraps(init)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        for key in kwargs:
-            if key not in known and key != "params":
-                raise TypeError(unknown_option(key, known, type(self).__name__))
-        params = args[0] if args else kwargs.get("params")
-        if isinstance(params, (numbers.Real, str)):
-            raise TypeError(f"{type(self).__name__} takes the parameters first, then lr; params is {shown(params)}")
-        if isinstance(params, torch.nn.Module):
-            raise TypeError(
-                f"{type(self).__name__} takes parameters, not a module: rvsm_kernels.param_groups(model, ...) or"
-                " model.parameters()"
-            )
-        init(self, *args, **kwargs)
-
-    return wrapper
-
-
-class _OptionOfGroups:
-    """An option that is read and set on the param groups, never on the optimizer itself."""
-
-    def __init__(self, name: str) -> None:
-        self._text = (
-            f"{name} is an option of the param groups: for group in optimizer.param_groups: group[{name!r}] = ..."
-        )
-
-    def __get__(self, optimizer: Any, owner: type) -> Any:
-        if optimizer is None:
-            return self
-        raise AttributeError(self._text)
-
-    def __set__(self, optimizer: Any, value: Any) -> None:
-        raise AttributeError(self._text)
-
-
-class _FromScaler:
-    """What a GradScaler hands to one step: there until that step ends, however it ends.
-
-    The scaler deletes it after the step too, which must not be an error.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __get__(self, optimizer: Any, owner: type) -> Any:
-        if optimizer is None:
-            return self
-        try:
-            return optimizer.__dict__[self._name]
-        except KeyError:
-            raise AttributeError(f"{self._name} is there only while a GradScaler steps the optimizer") from None
-
-    def __set__(self, optimizer: Any, value: Any) -> None:
-        optimizer.__dict__[self._name] = value
-
-    def __delete__(self, optimizer: Any) -> None:
-        optimizer.__dict__.pop(self._name, None)
-
-
-def _ends_scaling(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step, with its hooks, that leaves no grad_scale and no found_inf behind."""
-
-    @functools.wraps(step)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return step(self, *args, **kwargs)
-        finally:
-            own = self.__dict__
-            own.pop("grad_scale", None)
-            own.pop("found_inf", None)
-
-    wrapper.hooked = True  # type: ignore[attr-defined]  # torch.optim.Optimizer need not wrap it in hooks again
-    return wrapper
-
-
 class SplittingOptimizer(Reading):
     """SGD with relaxed variable splitting; see :class:`rvsm_kernels.RVSM` for the arguments."""
 
-    grad_scale = _FromScaler("grad_scale")
-    found_inf = _FromScaler("found_inf")
+    grad_scale = FromScaler("grad_scale")
+    found_inf = FromScaler("found_inf")
     _at_once = True  # a step is one call of an engine, where nothing has to be done in between
 
     @names_its_arguments
@@ -267,7 +185,7 @@ class SplittingOptimizer(Reading):
         engine.check(p, group, name)
         return torch.empty_like(p).copy_(self._u_of(p, p, group, engine))
 
-    @_ends_scaling
+    @ends_scaling
     @Optimizer.profile_hook_step
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -465,4 +383,4 @@ class SplittingOptimizer(Reading):
 
 
 for _name in OPTIONS:
-    setattr(SplittingOptimizer, _name, _OptionOfGroups(_name))
+    setattr(SplittingOptimizer, _name, OptionOfGroups(_name))
