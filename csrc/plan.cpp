@@ -67,8 +67,11 @@ bool is_twin(const at::Tensor& t, const at::Tensor& w) {
          equal(x->sizes(), y->sizes()) && equal(x->strides(), y->strides());
 }
 
-// Whether a tensor's memory is there at all, asked of every tensor in every step; is_allocated() looks closer.
-bool is_there(const at::Tensor& t) { return t.unsafeGetTensorImpl()->unsafe_storage().data() != nullptr; }
+// Whether the memory at a tensor's address is there at all, asked of every tensor in every step; is_allocated() looks
+// closer.
+bool is_there(const at::Tensor& t, const void* address) {
+  return address != nullptr && (t.storage_offset() == 0 || t.storage().data() != nullptr);
+}
 
 // The address of a tensor's first element, also where it has no memory.
 const void* address_of(const at::Tensor& t) {
@@ -306,19 +309,24 @@ void Plan::prepare_entry(const py::list& groups, Entry& e, Row& row, double grad
   const bool first = momentum && e.buffer == nullptr;
   const at::Tensor* m = momentum && !first ? &THPVariable_Unpack(e.buffer) : nullptr;
   const at::Tensor* kept = e.kept != nullptr ? &THPVariable_Unpack(e.kept) : nullptr;
-  const auto fits = [&](const at::Tensor& t) { return is_twin(t, w) && is_there(t); };
-  const bool usual = e.dense && errors_.empty() && is_there(w) && fits(g) && (m == nullptr || fits(*m)) &&
-                     (kept == nullptr || fits(*kept));
-  if (!usual) check_entry(groups, e, momentum);
-  if (!row.active) return;
-  if (usual && !first) {
-    row.w = w.mutable_data_ptr();
+  bool usual = e.dense && errors_.empty() && is_twin(g, w) && (m == nullptr || is_twin(*m, w)) &&
+               (kept == nullptr || is_twin(*kept, w));
+  const void* address = nullptr;
+  if (usual && row.active) {
+    address = row.w = w.mutable_data_ptr();
     row.g = g.const_data_ptr();
     row.m = m != nullptr ? m->mutable_data_ptr() : nullptr;
     row.dtype = e.dtype;
-  } else {
+    usual = is_there(w, row.w) && is_there(g, row.g) && (m == nullptr || is_there(*m, row.m)) &&
+            (kept == nullptr || is_there(*kept, row.kept));
+  }
+  if (!usual) check_entry(groups, e, momentum);
+  if (!row.active) return;
+  if (!usual || first) {
+    address = address_of(w);
     stage_entry(e, row, momentum);
   }
+  moved_ |= address != std::exchange(e.address, address);
   if (first != e.first) {
     rvsm::set_options(row, o, first);
     e.first = first;
@@ -341,7 +349,7 @@ bool Plan::look(const py::list& groups, const py::dict& state) {
     for (auto& o : options_) o.changed = false;
   }
   size_t i = 0;
-  bool moved = false;
+  moved_ = false;
   const size_t count = entries_.size();
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups.ptr()); ++g) {
     PyObject* params = params_of(PyList_GET_ITEM(groups.ptr(), g));
@@ -358,12 +366,10 @@ bool Plan::look(const py::list& groups, const py::dict& state) {
       if (w.key_set() != e.keys || !equal(w.sizes(), e.sizes) || !equal(w.strides(), e.strides) ||
           w.scalar_type() != e.type || w.device() != e.device)
         return false;
-      const void* address = address_of(w);
-      moved |= address != std::exchange(e.address, address);
       prepare_entry(groups, e, *e.row, factors_[e.job]);
     }
   }
-  return i == count && (!moved || turns_hold());
+  return i == count && (!moved_ || turns_hold());
 }
 
 // Whether the parameters that share memory are still those that did when the table was made.

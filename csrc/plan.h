@@ -102,6 +102,7 @@ class Plan {
   std::map<size_t, std::string> errors_;  // why an entry has no row
   Jobs jobs_;
   bool built_ = false;
+  bool moved_ = false;  // a parameter that this look found lies elsewhere than at the last one
   std::vector<std::pair<PyObject*, PyObject*>> states_;  // optimizer.state as last seen, in its order
   bool states_seen_ = false;                             // false: states_ tells nothing
 
