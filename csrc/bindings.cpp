@@ -79,6 +79,17 @@ int clear(PyObject* self) {
   return 0;
 }
 
+// A method of the plan as Python calls it: what a GradScaler brings may be None.
+auto with_scaling(bool (Plan::*method)(const py::list&, const py::dict&, const rvsm::Scaling&, const py::dict&,
+                                       const py::dict&)) {
+  return
+      [method](Plan& plan, const py::list& groups, const py::dict& state, const std::optional<at::Tensor>& grad_scale,
+               const std::optional<at::Tensor>& found_inf, const py::dict& kept, const py::dict& cuts) {
+        const rvsm::Scaling scaling{grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())};
+        return (plan.*method)(groups, state, scaling, kept, cuts);
+      };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -119,18 +130,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def("set_options",
            [](Plan& plan, size_t group, const py::dict& d) { plan.set_options(group, group_options(d)); })
-      .def("prepare",
-           [](Plan& plan, const py::list& groups, const py::dict& state, const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf, const py::dict& kept, const py::dict& cuts) {
-             const rvsm::Scaling scaling{grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())};
-             return plan.prepare(groups, state, scaling, kept, cuts);
-           })
-      .def("step",
-           [](Plan& plan, const py::list& groups, const py::dict& state, const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf, const py::dict& kept, const py::dict& cuts) {
-             const rvsm::Scaling scaling{grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())};
-             return plan.step(groups, state, scaling, kept, cuts);
-           })
+      .def("prepare", with_scaling(&Plan::prepare))
+      .def("step", with_scaling(&Plan::step))
       .def("launch", &Plan::launch)
       .def("drop", &Plan::drop);
 }

@@ -24,11 +24,6 @@ SPLITS: list[dict[str, Any]] = [
 ]
 
 
-def quiet() -> Any:
-    context = warnings.catch_warnings()
-    return context
-
-
 def made(engine: str, **options: Any) -> tuple[nn.Linear, rk.RVSM]:
     model = nn.Linear(8, 5)
     optimizer = rk.RVSM(rk.param_groups(model, **options), lr=0.1, momentum=0.9, engine=engine)

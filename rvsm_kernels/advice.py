@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .options import OPTIONS, is_split, learning_rate, param_name
+from .options import OPTIONS, is_split, param_name
 
 _OURS = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep)
 _BESIDE = {"params", "param_names", "param_order", "structure", "initial_lr", "foreach", "fused", "differentiable"}
@@ -62,7 +62,7 @@ class PullRates:
         if not is_split(group):
             self._seen.pop(index, None)
             return
-        lr, beta = learning_rate(group), float(group["beta"])
+        lr, beta = float(group["lr"]), float(group["beta"])
         rate = lr * beta
         level = 0 if rate <= 1 + 1e-6 else 1 if rate < 2 else 2
         stalled = 0 < rate < max(STALL.values())

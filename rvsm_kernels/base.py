@@ -27,7 +27,6 @@ from .options import (
     OPTIONS,
     differ,
     is_left_alone,
-    learning_rate,
     make_plain,
     param_name,
     refuse_expanded,
@@ -257,7 +256,7 @@ class SplittingOptimizer(Reading):
             for engine in engines:
                 engine.drop()
         for group in self.param_groups:
-            if group["unit_norm"] and learning_rate(group) != 0:
+            if group["unit_norm"] and float(group["lr"]) != 0:
                 methods.normalize_([p for _, p in methods.moved(group)], scaling[1])
 
     def _step_groups(self) -> Sequence[Group]:

@@ -23,7 +23,8 @@ STRUCTURES: dict[str, tuple[GroupDim, GroupDim]] = {
 }
 
 
-_NOT_WHOLE = "no whole dimension of this weight indexes"
+NOT_WHOLE = "no whole dimension of this weight indexes"
+"""How a reason begins why a weight cannot express a structure."""
 
 
 def structure_dim(
@@ -52,12 +53,12 @@ def structure_dim(
         inputs, outputs = module.in_channels, module.out_channels
         if groups == inputs == outputs:  # depthwise: channel i is filter i
             return 0, None
-        return None, f"{_NOT_WHOLE} its {structure.replace('_', ' ')}, for it has {groups} groups"
+        return None, f"{NOT_WHOLE} its {structure.replace('_', ' ')}, for it has {groups} groups"
     if isinstance(module, nn.Bilinear) and structure == "in_channels":
-        return None, f"{_NOT_WHOLE} its input channels, for it has two inputs"
+        return None, f"{NOT_WHOLE} its input channels, for it has two inputs"
     gated = isinstance(module, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)) and not name.startswith("weight_hr")
     if gated and structure == "out_channels":
-        return None, f"{_NOT_WHOLE} its units, for each gate has a row of its own"
+        return None, f"{NOT_WHOLE} its units, for each gate has a row of its own"
     return dim, None
 
 

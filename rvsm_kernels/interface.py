@@ -43,17 +43,9 @@ class Engine(ABC):
     def launch(self) -> None:
         """Do the step that was prepared."""
 
-    def step(
-        self,
-        groups: Sequence[Group],
-        state: MutableMapping[Tensor, Any],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        kept: Mapping[Tensor, Tensor],
-        cuts: Mapping[Tensor, Tensor],
-    ) -> bool:
-        """:meth:`prepare`, and :meth:`launch` if that returned True."""
-        ready = self.prepare(groups, state, grad_scale, found_inf, kept, cuts)
+    def step(self, groups: Sequence[Group], *inputs: Any) -> bool:
+        """:meth:`prepare` with these arguments, and :meth:`launch` if that returned True."""
+        ready = self.prepare(groups, *inputs)
         if ready:
             self.launch()
         return ready

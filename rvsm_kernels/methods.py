@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .groups import GroupDim, magnitudes
 from .memory import kind_of, refuse, turns_of, whole
-from .options import is_split, learning_rate, param_name, refuse_expanded, strength
+from .options import is_split, param_name, refuse_expanded, strength
 from .penalties import PENALTIES
 
 STATE = {"rvsm": None, "rvsm-delayed": "u", "admm": "dual"}
@@ -136,7 +136,7 @@ def find_kept(
                 if found.dtype != p.dtype:  # it follows its parameter to another dtype
                     found = found.to(p.dtype)
                     fresh[p] = key, found
-            kept[p] = found if learning_rate(group) != 0 else found.clone()
+            kept[p] = found if float(group["lr"]) != 0 else found.clone()
     return kept, fresh
 
 

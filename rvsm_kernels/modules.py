@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import advice
-from .groups import GroupDim, structure_dim
+from .groups import NOT_WHOLE, GroupDim, structure_dim
 from .options import DTYPES, OPTIONS, unknown_option
 
 PENALISED: tuple[type[nn.Module], ...] = (
@@ -30,6 +30,12 @@ PENALISED: tuple[type[nn.Module], ...] = (
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _PRUNED = ("_orig", "_g", "_v", "_mask")  # what torch.nn.utils.prune, weight_norm and spectral_norm make of a weight
+
+
+_CHANGED = "pruned or parametrised: the layer computes with another tensor"
+_THIN = "a bias, a norm or another parameter of fewer than two dimensions"
+_BIAS = "a bias"
+_FROZEN = "frozen"
 
 
 class InOrder(list[Any]):
@@ -113,17 +119,17 @@ def weights_of(
         left: str | None = None
         dim: GroupDim = None
         if is_changed(own, module):
-            left = "pruned or parametrised: the layer computes with another tensor"
+            left = _CHANGED
         elif not is_lazy(p) and p.dim() < 2:
-            left = "a bias, a norm or another parameter of fewer than two dimensions"
+            left = _THIN
         elif "bias" in own:
-            left = "a bias"
+            left = _BIAS
         elif id(p) in embeddings and not wants_embeddings:
             left = "an embedding"
         elif not included:
             left = f"a parameter of {type(module).__name__}, which is not included"
         elif not p.requires_grad:
-            left = "frozen"
+            left = _FROZEN
         elif p.dtype not in DTYPES:
             left = f"of {p.dtype}, which is not trained"
         else:
@@ -222,14 +228,14 @@ def _members(weights: list[Weight], named: bool, order: dict[int, int]) -> dict[
 
 def _warn_of_left(weights: list[Weight], structure: str | None) -> None:
     """Warn of weights that someone would expect to be penalised."""
-    changed = [w.name for w in weights if w.left is not None and w.left.startswith("pruned")]
+    changed = [w.name for w in weights if w.left == _CHANGED]
     if changed:
         advice.warn(
             f"left dense: {advice.some(changed)}: torch.nn.utils.prune, weight_norm or a parametrisation computes the"
             " weight from them; remove it (prune.remove, parametrize.remove_parametrizations), or build the group by"
             " hand"
         )
-    unexpressed = [w for w in weights if w.left is not None and w.left.startswith("no whole dimension")]
+    unexpressed = [w for w in weights if w.left is not None and w.left.startswith(NOT_WHOLE)]
     if unexpressed:
         names = advice.some([w.name for w in unexpressed])
         advice.warn(f"left dense under structure={structure!r}: {names}: {unexpressed[0].left}")
@@ -260,15 +266,15 @@ def counted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]
     Those are all of two dimensions or more but biases; of a pruned or parametrised layer the tensor that comes out.
     """
     for w in weights_of(model):
-        if w.left is not None and ("bias" in w.left or is_lazy(w.param)):
+        if w.left in (_THIN, _BIAS) or is_lazy(w.param):
             continue
         prefix, _, own = w.name.rpartition(".")
-        if w.left is not None and w.left.startswith("pruned"):
+        if w.left == _CHANGED:
             found = _effective(own, w.owner, prefix, model)
             if found is not None:
                 yield (*found, w.left)
-        elif not is_lazy(w.param):
-            yield w.name, w.param.detach(), None if w.left in (None, "frozen") else w.left
+        else:
+            yield w.name, w.param.detach(), None if w.left == _FROZEN else w.left
 
 
 def _effective(own: str, owner: nn.Module, prefix: str, model: nn.Module) -> tuple[str, Tensor] | None:

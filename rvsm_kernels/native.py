@@ -172,17 +172,9 @@ class NativeEngine(Engine):
     def launch(self) -> None:
         self._plan.launch()
 
-    def step(
-        self,
-        groups: Sequence[MutableMapping[str, Any]],
-        state: MutableMapping[Tensor, Any],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        kept: Mapping[Tensor, Tensor],
-        cuts: Mapping[Tensor, Tensor],
-    ) -> bool:
+    def step(self, groups: Sequence[MutableMapping[str, Any]], *inputs: Any) -> bool:
         self._set_options(groups)
-        return self._plan.step(groups, state, grad_scale, found_inf, kept, cuts)
+        return self._plan.step(groups, *inputs)
 
     def drop(self) -> None:
         self._plan.drop()

@@ -150,11 +150,6 @@ def validate_param(p: torch.Tensor, group: Mapping[str, Any], name: str) -> None
     kept_dims(group["group_dim"], p.dim(), name)
 
 
-def learning_rate(group: Mapping[str, Any]) -> float:
-    """The learning rate as a number."""
-    return float(group["lr"])
-
-
 def refuse_expanded(p: torch.Tensor, name: str) -> None:
     """Raise RuntimeError for a parameter that cannot be written element by element."""
     if p.numel() > 0 and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
