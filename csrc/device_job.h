@@ -66,7 +66,6 @@ class Jobs {
     jobs_.clear();
     turn_of_.clear();
   }
-  size_t turn_of(size_t job) const { return turn_of_[job]; }
   size_t turns() const { return turn_of_.empty() ? 0 : *std::max_element(turn_of_.begin(), turn_of_.end()) + 1; }
 
   void divide();

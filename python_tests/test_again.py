@@ -278,6 +278,10 @@ def test_a_pull_that_half_types_lose(engine: str, dtype: torch.dtype, limit: flo
     assert heard(lambda: made_with(p, 0.1, limit * 10.1, engine)) == []
     q = nn.Parameter(torch.randn(4, 4))
     assert heard(lambda: made_with(q, 0.1, limit * 9, engine)) == []
+    optimizer = made_with(p, 0.1, limit * 11, engine)  # a float16 group that is below bfloat16's limit already
+    optimizer.param_groups[0]["lr"] = 0.05
+    assert len(heard(optimizer.step)) == 1
+    assert heard(optimizer.step) == []
 
 
 def test_schedulers_are_not_a_stream_of_warnings(engine: str) -> None:

@@ -45,7 +45,7 @@ class _Rate(NamedTuple):
     lr: float
     beta: float
     level: int  # 0: lr * beta <= 1, 1: the pull overshoots, 2: it diverges
-    stalled: bool  # lr * beta is too small for half types, which was looked at
+    stalled: int  # how many limits of half types lr * beta is below
 
 
 class PullRates:
@@ -65,8 +65,8 @@ class PullRates:
         lr, beta = float(group["lr"]), float(group["beta"])
         rate = lr * beta
         level = 0 if rate <= 1 + 1e-6 else 1 if rate < 2 else 2
-        stalled = 0 < rate < max(STALL.values())
-        before = self._seen.get(index, _Rate(0.0, 0.0, 0, False))
+        stalled = sum(0 < rate < limit for limit in STALL.values())
+        before = self._seen.get(index, _Rate(0.0, 0.0, 0, 0))
         self._seen[index] = _Rate(lr, beta, level, stalled)
         edited = (before.lr, before.beta) != (lr, beta) and ("initial_lr" not in group or before.beta != beta)
         if level > before.level or (level and edited):
@@ -79,7 +79,7 @@ class PullRates:
                 f"group {index}: lr * beta = {lr:g} * {beta:g} = {rate:g}, and {what}. A pull is stable below 2 and"
                 f" goes straight to u up to 1: take a beta of at most {1 / lr:.3g}, or a smaller lr"
             )
-        if stalled and (not before.stalled or before.beta != beta):
+        if stalled > before.stalled or (stalled and before.beta != beta):
             _look_at_half_types(index, group, lr, beta)
 
 
