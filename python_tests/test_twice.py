@@ -115,6 +115,7 @@ def test_a_second_thread(native: str, size: int, edit: str) -> None:
                     optimizer.state.clear()
                 elif edit == "group_dim":
                     optimizer.param_groups[0]["group_dim"] = (0, 1, None)[k % 3]
+                    optimizer.step()  # which makes the table anew, also while the other thread's step runs
                 elif edit == "data":
                     for p in params:
                         p.data = torch.randn_like(p)
