@@ -3,7 +3,7 @@
 #include <map>
 #include <numeric>
 
-#include "../group_view.h"
+#include "../math/group_view.h"
 #include "check.h"
 
 using namespace rvsm;

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "prox.h"
+#include "numbers.h"
 
 namespace rvsm {
 
@@ -109,17 +109,17 @@ RVSM_HD void store_pair(BFloat16* to, float x, float y) {
 }
 #endif
 
-// The type a storage type is computed in.
+// The type of the arithmetic on a storage type (torch's opmath).
 template <class S>
-struct ArithmeticOf {
+struct OpmathOf {
   using type = float;
 };
 template <>
-struct ArithmeticOf<double> {
+struct OpmathOf<double> {
   using type = double;
 };
 template <class S>
-using Arithmetic = typename ArithmeticOf<S>::type;
+using Opmath = typename OpmathOf<S>::type;
 
 // Calls f(S{}) with the storage type of a dtype.
 template <class F>

@@ -7,41 +7,16 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/engine.h"
-#include "cuda/kernels.h"
-#include "group_view.h"
-#include "plan.h"
-#include "prox.h"
+#include "../cpu/engine.h"
+#include "../cuda/kernels.h"
+#include "../math/group_view.h"
+#include "../plan/plan.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using rvsm::GroupOptions;
 using rvsm::Plan;
-
-GroupOptions group_options(const py::dict& d) {
-  GroupOptions g;
-  rvsm::Options& o = g.options;
-  if (!d["penalty"].is_none() && !rvsm::penalty_from_name(d["penalty"].cast<std::string>().c_str(), o.penalty))
-    throw py::value_error("Invalid penalty: " + d["penalty"].cast<std::string>());
-  o.lam = d["lam"].cast<double>();
-  o.beta = d["beta"].cast<double>();
-  o.a = d["a"].cast<double>();
-  o.group_lasso = d["group_lasso"].cast<double>();
-  o.lr = d["lr"].cast<double>();
-  o.momentum = d["momentum"].cast<double>();
-  o.dampening = d["dampening"].cast<double>();
-  o.weight_decay = d["weight_decay"].cast<double>();
-  o.group_scale = d["group_scale"].cast<bool>();
-  o.nesterov = d["nesterov"].cast<bool>();
-  o.decoupled = d["decoupled"].cast<bool>();
-  o.maximize = d["maximize"].cast<bool>();
-  o.topk = d["topk"].cast<bool>();
-  o.method = static_cast<rvsm::Method>(d["method"].cast<int>());
-  if (!d["group_dim"].is_none()) g.group_dim = d["group_dim"].cast<std::vector<int64_t>>();
-  return g;
-}
 
 py::dict build_info() {
   // native.py looks for these words in the file of a module that does not load.
@@ -49,7 +24,7 @@ py::dict build_info() {
   py::dict info;
   info["built for"] = built_for + sizeof("built for ") - 1;
   info["compiler"] = __VERSION__;
-  info["vectors"] = rvsm::cpu::kernels().name;
+  info["vectors"] = rvsm::cpu::kernels().elements.isa;
 #if defined(RVSM_CUDA)
   info["architectures"] = rvsm::cuda::architectures;
 #else
@@ -79,15 +54,19 @@ int clear(PyObject* self) {
   return 0;
 }
 
-// A method of the plan as Python calls it: what a GradScaler brings may be None.
-auto with_scaling(bool (Plan::*method)(const py::list&, const py::dict&, const rvsm::Scaling&, const py::dict&,
-                                       const py::dict&)) {
-  return
-      [method](Plan& plan, const py::list& groups, const py::dict& state, const std::optional<at::Tensor>& grad_scale,
-               const std::optional<at::Tensor>& found_inf, const py::dict& kept, const py::dict& cuts) {
-        const rvsm::Scaling scaling{grad_scale.value_or(at::Tensor()), found_inf.value_or(at::Tensor())};
-        return (plan.*method)(groups, state, scaling, kept, cuts);
-      };
+// Lengths of the parts of a record, for native.py to compare with Python's.
+py::dict lengths_of_records() {
+  py::dict lengths;
+  lengths["prox"] = rvsm::kProxNumbers;
+  lengths["split"] = rvsm::kSplitNumbers;
+  for (const auto& base : rvsm::kBases) lengths[base.name] = base.numbers;
+  return lengths;
+}
+
+py::tuple penalty_names() {
+  py::list names;
+  for (const char* name : rvsm::kPenaltyNames) names.append(name);
+  return py::tuple(names);
 }
 
 }  // namespace
@@ -118,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
       "check",
       [](const std::vector<at::Tensor>& params, const std::vector<int64_t>& group_dim) {
         for (const at::Tensor& p : params)
-          rvsm::make_row(p.is_non_overlapping_and_dense() ? p : at::empty_like(p), group_dim);
+          rvsm::args_of(p.is_non_overlapping_and_dense() ? p : at::empty_like(p), group_dim);
       },
       "ValueError unless the group_dim of every tensor collapses in memory.");
   py::class_<Plan>(m, "Plan", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
@@ -128,10 +107,13 @@ PYBIND11_MODULE(_C, m) {
                      type->tp_clear = clear;
                    }))
       .def(py::init<>())
-      .def("set_options",
-           [](Plan& plan, size_t group, const py::dict& d) { plan.set_options(group, group_options(d)); })
-      .def("prepare", with_scaling(&Plan::prepare))
-      .def("step", with_scaling(&Plan::step))
+      .def("set_options", &Plan::set_options)
+      .def("prepare", [](Plan& plan, const py::list& groups,
+                         const py::object& inputs) { return int(plan.prepare(groups, inputs)); })
+      .def("step",
+           [](Plan& plan, const py::list& groups, const py::object& inputs) { return int(plan.step(groups, inputs)); })
       .def("launch", &Plan::launch)
       .def("drop", &Plan::drop);
+  m.attr("numbers") = lengths_of_records();
+  m.attr("penalties") = penalty_names();
 }

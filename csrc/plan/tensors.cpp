@@ -1,11 +1,10 @@
-#include "rows.h"
+#include "tensors.h"
 
 #include <ATen/EmptyTensor.h>
 
 #include <algorithm>
 
-#include "group_view.h"
-#include "update.h"
+#include "../math/group_view.h"
 
 namespace rvsm {
 
@@ -13,7 +12,7 @@ bool is_supported(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-at::ScalarType row_type(at::ScalarType param, at::ScalarType grad) {
+at::ScalarType step_type(at::ScalarType param, at::ScalarType grad) {
   return at::isReducedFloatingType(param) && grad != param ? at::kFloat : param;
 }
 
@@ -42,6 +41,12 @@ bool is_allocated(const at::Tensor& tensor) {
   const size_t bytes =
       at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
   return tensor.has_storage() && bytes <= tensor.storage().nbytes();
+}
+
+const void* address_of(const at::Tensor& tensor) {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (!impl->has_storage()) return nullptr;
+  return static_cast<const char*>(impl->unsafe_storage().data()) + impl->storage_offset() * int64_t(impl->itemsize());
 }
 
 std::vector<size_t> turns_of(const std::vector<at::Tensor>& tensors) {
@@ -107,32 +112,22 @@ void Staged::store() {
   if (is_copy()) tensor_.copy_(dense_);
 }
 
-Row make_row(const at::Tensor& dense, const Dims& group_dim) {
-  Row row;
-  row.numel = dense.numel();
-  row.dtype = dtype_of(dense.scalar_type());
-  row.grouped = group_dim.has_value() && row.numel > 0;
-  if (row.grouped) {
-    std::vector<int64_t> kept;
+TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim) {
+  TensorArgs args;
+  args.numel = dense.numel();
+  args.dtype = dtype_of(dense.scalar_type());
+  args.grouped = group_dim.has_value() && args.numel > 0;
+  if (args.grouped) {
+    std::vector<int64_t> dims;
     for (const int64_t d : *group_dim) {
       if (d < -dense.dim() || d >= dense.dim())
         throw std::invalid_argument("dimension " + std::to_string(d) + " of a tensor with " +
                                     std::to_string(dense.dim()));
-      kept.push_back(d < 0 ? d + dense.dim() : d);
+      dims.push_back(d < 0 ? d + dense.dim() : d);
     }
-    row.view = group_view(dense.sizes().vec(), dense.strides().vec(), kept);
+    args.view = group_view(dense.sizes().vec(), dense.strides().vec(), dims);
   }
-  return row;
-}
-
-void set_options(Row& row, const Options& options, bool first) {
-  const int64_t group_size = row.grouped ? row.view.size() : 1;
-  row.step = make_step(options, group_size, first);
-  row.momentum = momentum_of(options);
-  row.lam = strength(options, group_size);
-  row.beta = options.beta;
-  row.method = is_split(options) ? options.method : Method::rvsm;
-  row.topk = is_split(options) && options.topk;
+  return args;
 }
 
 void bump_version(const at::Tensor& tensor) {

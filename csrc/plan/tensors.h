@@ -1,4 +1,4 @@
-// From tensors to rows: the checks and copies that stand between torch and the kernels.
+// Between torch and the kernels: which tensors have memory, and dense copies of those that lie otherwise.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "row.h"
+#include "../math/tensor_args.h"
 
 namespace rvsm {
 
@@ -16,9 +16,9 @@ using Dims = std::optional<std::vector<int64_t>>;  // group_dim: nothing is elem
 // Whether kernels exist for the type.
 bool is_supported(at::ScalarType type);
 
-// The type of a row for a parameter and a gradient of these types. A half type is computed in float32, so a gradient of
-// another type is used unrounded where the row is float32.
-at::ScalarType row_type(at::ScalarType param, at::ScalarType grad);
+// The type in which a parameter is stepped whose gradient has another type. The arithmetic on a half type is float32,
+// so a gradient of another type is used unrounded where the weights are copied to float32.
+at::ScalarType step_type(at::ScalarType param, at::ScalarType grad);
 
 // Whether a tensor holds its values in memory that a kernel may read: not a DTensor, a FakeTensor or another subclass
 // with __torch_dispatch__, no meta tensor, and none that torch.func or functionalization has wrapped.
@@ -26,6 +26,17 @@ bool has_memory(const at::Tensor& tensor);
 
 // Whether that memory is as large as the tensor says; a storage can be resized or freed under a tensor.
 bool is_allocated(const at::Tensor& tensor);
+
+// The address of a tensor's first element, also where it has no memory.
+const void* address_of(const at::Tensor& tensor);
+
+// Whether two shapes are equal: so few numbers that a call of memcmp costs more than the comparison.
+inline bool equal(at::IntArrayRef a, at::IntArrayRef b) {
+  if (a.size() != b.size()) return false;
+  for (size_t d = 0; d < a.size(); ++d)
+    if (a[d] != b[d]) return false;
+  return true;
+}
 
 // When each of some tensors has its turn, so that those that share memory (the same tensor twice, views of each other)
 // do not have it at the same time: 0 for the first, 1 for those that share memory with one of them, ... Tensors without
@@ -57,12 +68,9 @@ class Staged {
   at::Tensor tensor_, dense_;
 };
 
-// The row of a dense tensor: shape, type and grouping; pointers are left empty. Throws std::invalid_argument where a
-// dimension does not exist or where they do not collapse.
-Row make_row(const at::Tensor& dense, const Dims& group_dim);
-
-// Fill the numbers of a row from the options of its group.
-void set_options(Row& row, const Options& options, bool first);
+// The arguments of a dense tensor: shape, type and grouping; pointers are left empty. Throws std::invalid_argument
+// where a dimension does not exist or where they do not collapse.
+TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim);
 
 // Mark a tensor as written, for autograd's check of saved tensors.
 void bump_version(const at::Tensor& tensor);

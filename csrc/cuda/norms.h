@@ -1,15 +1,15 @@
-// The sums of squares of groups and what follows from them, block by block. For host and device, like step.h: a block
-// works in phases, and `each(f)` runs f for every thread of the block and waits for all of them.
+// The norms of groups and the factors that follow from them, block by block. For host and device, like elements.h: a
+// block works in phases, and `for_threads(f)` runs f for every thread of the block and waits for all of them.
 //
 // Sums are in double precision along a fixed order, so they need no atomics and give the same bits in every run. Where
 // a group is long, or there are too few groups for all multiprocessors, it is summed in parts; a second launch of the
-// same lines sums the parts.
+// same lines sums the parts, and makes the factors of norms that were made elsewhere.
 #pragma once
 
 #include <algorithm>
 
-#include "../row.h"
-#include "step.h"
+#include "../math/tensor_args.h"
+#include "elements.h"
 
 namespace rvsm::cuda {
 
@@ -28,6 +28,7 @@ struct alignas(16) SumEntry {
   const void* dual;  // added to x, or null
   void* out;         // sums (part, total), or the ratios (factors; null: only the lengths are wanted)
   void* length;
+  // are_norms: what is summed are norms already, of one part, not squares of them.
   union {
     Prox<double> prox;
     const void* cut;  // by_data: of top-k, in the type of the factors
@@ -37,7 +38,7 @@ struct alignas(16) SumEntry {
   uint32_t tiles, parts;
   uint16_t tile;       // groups of a tile
   uint16_t lanes : 9;  // threads that share one row of a group (team) or of the tile (strip)
-  uint16_t strip : 1, vectors : 1, cut_rows : 1, finish : 2, by_data : 1;
+  uint16_t strip : 1, vectors : 1, cut_rows : 1, finish : 2, by_data : 1, are_norms : 1;
 };
 
 struct SumTable {
@@ -156,11 +157,11 @@ RVSM_HD void sum_team(const SumEntry& e, const Tile& t, const Matrix& m, int thr
 
 // ---- phase 2: the rows of the matrix become one ---------------------------------------------------------------------
 
-template <class Each>
-RVSM_HD void fold(double* sums, int rows, int columns, const Each& each) {
+template <class ForThreads>
+RVSM_HD void fold(double* sums, int rows, int columns, const ForThreads& for_threads) {
   while (rows > 1) {
     const int half = (rows + 1) / 2;
-    each([&](int thread) {
+    for_threads([&](int thread) {
       for (int i = thread; i < (rows - half) * columns; i += kThreads) sums[i] += sums[half * columns + i];
     });
     rows = half;
@@ -177,12 +178,11 @@ RVSM_HD void finish_group(const SumEntry& e, uint32_t part, int64_t group, doubl
     static_cast<double*>(e.out)[(finish == Finish::part ? int64_t(part) * e.count : 0) + group] = sum;
     return;
   }
-  const T norm = T(std::sqrt(sum));
+  const T norm = T(e.are_norms ? sum : std::sqrt(sum));
   if (finish == Finish::factors && e.out != nullptr) {
     const Prox<T> prox =
         e.by_data ? Prox<T>{Penalty::l0, *static_cast<const T*>(e.cut), 0, 0, 0, 0} : narrow<T>(e.prox);
-    static_cast<T*>(e.out)[group] =
-        with_penalty(prox.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(norm, prox); });
+    static_cast<T*>(e.out)[group] = shrink_ratio(norm, prox);
   }
   if (e.length != nullptr) static_cast<T*>(e.length)[group] = finish == Finish::factors ? length_of(norm) : norm;
 }
@@ -194,18 +194,18 @@ template <class S>
 constexpr int kSums = kThreads * kWidth<S>;
 
 // kLoad: elements of an access.
-template <int kLoad, class S, bool kSquares, bool kDual, class T, class Each>
-RVSM_HD void sum_tile(const SumEntry& e, uint32_t index, double* sums, const Each& each) {
+template <int kLoad, class S, bool kSquares, bool kDual, class T, class ForThreads>
+RVSM_HD void sum_tile(const SumEntry& e, uint32_t index, double* sums, const ForThreads& for_threads) {
   const Tile t = tile_of<kLoad>(e, index);
   const Matrix m = matrix_of<kLoad>(e);
-  each([&](int thread) {
+  for_threads([&](int thread) {
     if (e.strip)
       sum_strip<kLoad, kSquares, kDual, S>(e, t, m, thread, sums);
     else
       sum_team<kLoad, kSquares, kDual, S>(e, t, m, thread, sums);
   });
-  fold(sums, m.rows, m.columns, each);
-  each([&](int thread) {
+  fold(sums, m.rows, m.columns, for_threads);
+  for_threads([&](int thread) {
     for (int g = thread; g < t.groups; g += kThreads) {
       double sum = 0;
       for (int i = 0; i < m.inner; ++i) sum += sums[g * m.inner + i];
@@ -214,22 +214,22 @@ RVSM_HD void sum_tile(const SumEntry& e, uint32_t index, double* sums, const Eac
   });
 }
 
-template <class S, bool kSquares, bool kDual, class T, class Each>
-RVSM_HD void sum_block(const SumTable& table, uint32_t block, double* sums, const Each& each) {
+template <class S, bool kSquares, bool kDual, class T, class ForThreads>
+RVSM_HD void sum_block(const SumTable& table, uint32_t block, double* sums, const ForThreads& for_threads) {
   const SumEntry& e = table.at[find(table.at, int(table.entries), block)];
   if (e.vectors)
-    sum_tile<kWidth<S>, S, kSquares, kDual, T>(e, block - e.first, sums, each);
+    sum_tile<kWidth<S>, S, kSquares, kDual, T>(e, block - e.first, sums, for_threads);
   else
-    sum_tile<1, S, kSquares, kDual, T>(e, block - e.first, sums, each);
+    sum_tile<1, S, kSquares, kDual, T>(e, block - e.first, sums, for_threads);
 }
 
 // The penalty's value over one block of a Table: totals[block].
-template <class S, class Each>
-RVSM_HD void penalty_block(const Table& table, uint32_t block, double* sums, const Each& each) {
-  const Place place = place_of<S>(table, block);
-  each([&](int thread) { sums[thread] = penalty_thread<S>(table, place, thread); });
-  fold(sums, kThreads, 1, each);
-  each([&](int thread) {
+template <class S, class ForThreads>
+RVSM_HD void penalty_block(const Table& table, uint32_t block, double* sums, const ForThreads& for_threads) {
+  const Place<0> place = place_of<S, 0>(table, block);
+  for_threads([&](int thread) { sums[thread] = penalty_thread<S>(table, place, thread); });
+  fold(sums, kThreads, 1, for_threads);
+  for_threads([&](int thread) {
     if (thread == 0) table.totals[block] = sums[0];
   });
 }

@@ -2,22 +2,12 @@
 //
 //   shrink(r) = argmin_{s >= 0} (s - r)^2 / 2 + tau * g(s)
 //
-// A penalty is added here and in penalties.py; no kernel is touched.
+// A penalty is added here, in method/penalties.py and in engines/triton/penalty.py; no kernel is touched.
 #pragma once
 
 #include <cmath>
-#include <cstring>
 
-#include "types.h"
-
-#if defined(__CUDACC__)
-// static, so that a member function is one too.
-#define RVSM_HD static __host__ __device__ __forceinline__
-#else
-// Internal linkage and always inlined: the CPU kernels compile these lines once per instruction set, and the linker
-// must never hand one set's copy to another.
-#define RVSM_HD [[maybe_unused]] static inline __attribute__((always_inline))
-#endif
+#include "numbers.h"
 
 namespace rvsm {
 
@@ -133,6 +123,15 @@ RVSM_HD T length_of(T norm) {
   return norm == T(0) ? T(1) : norm;
 }
 
+// The contribution of one r (an element's magnitude or a group's norm) to lam P(u) + beta/2 ||w - u||^2, in double.
+// A group's w and u are collinear, so ||w_G - u_G|| = r - shrink(r).
+template <Penalty kPenalty, class T>
+RVSM_HD double penalty_term(T r, const Prox<T>& f, double lam, double beta) {
+  const T s = shrink<kPenalty>(r, f);
+  const double gap = double(r) - double(s);
+  return lam * value<kPenalty>(double(s), double(f.a)) + beta / 2 * gap * gap;
+}
+
 // ---- host only: cuts in double precision -----------------------------------------------------------------------
 
 RVSM_HD double cut(Penalty penalty, double tau, double a) {
@@ -153,26 +152,14 @@ RVSM_HD Prox<double> make_prox(Penalty penalty, double tau, double a) {
   return {penalty, cut(penalty, tau, a), tau, a, rho, rho - a};
 }
 
-// The same numbers in the arithmetic type of a kernel.
+// The same numbers in the type of the arithmetic.
 template <class T>
 RVSM_HD Prox<T> narrow(const Prox<double>& f) {
   return {f.penalty, T(f.cut), T(f.tau), T(f.a), T(f.rho), T(f.edge)};
 }
 
-// The penalty of a name in a param group; returns false for an unknown name.
-inline bool penalty_from_name(const char* name, Penalty& penalty) {
-  const struct {
-    const char* name;
-    Penalty penalty;
-  } table[] = {{"l1", Penalty::l1}, {"l0", Penalty::l0}, {"tl1", Penalty::tl1}};
-  for (const auto& row : table) {
-    if (std::strcmp(row.name, name) == 0) {
-      penalty = row.penalty;
-      return true;
-    }
-  }
-  return false;
-}
+// The names of the penalties in a param group, in the order of Penalty behind `none`.
+constexpr const char* kPenaltyNames[] = {"l1", "l0", "tl1"};
 
 // Calls f(PenaltyTag<...>{}): the run-time penalty becomes a compile-time one.
 template <Penalty kPenalty>
@@ -192,6 +179,12 @@ RVSM_HD auto with_penalty(Penalty penalty, F&& f) {
     default:
       return f(PenaltyTag<Penalty::none>{});
   }
+}
+
+// The factor of a group whose penalty is known when it runs.
+template <class T>
+RVSM_HD T shrink_ratio(T norm, const Prox<T>& f) {
+  return with_penalty(f.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(norm, f); });
 }
 
 }  // namespace rvsm

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../prox.h"
+#include "../math/penalty.h"
 #include "check.h"
 
 using rvsm::Penalty;
@@ -124,5 +124,5 @@ int main() {
       }
     }
   }
-  return finish("prox", cases);
+  return finish("penalty", cases);
 }

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "../half.h"
+#include "../math/storage.h"
 #include "check.h"
 
 using namespace rvsm;
@@ -61,5 +61,5 @@ void all(const char* name, int exponent_bits, int fraction_bits) {
 int main() {
   all<Float16>("float16", 5, 10);
   all<BFloat16>("bfloat16", 8, 7);
-  return finish("half", 2 * 65536);
+  return finish("storage", 2 * 65536);
 }
