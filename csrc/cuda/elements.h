@@ -177,7 +177,7 @@ RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
   if (t.found_inf != nullptr && *t.found_inf > 0) return;
   const auto place = place_of<S, Base::kStates + int(kHasState)>(t, block);
   const T scale = scale_of<T>(t);
-  with_pull<T, Base, kHasState>(t, place.entry.record, [&](const Record<T, Base>& record, const auto& pull) {
+  with_pull<T, Base, true>(t, place.entry.record, [&](const Record<T, Base>& record, const auto& pull) {
     // A tensor in groups has fewer than 2^31 elements.
     const uint32_t first = uint32_t(place.span.begin);
     step_elements<S, Base, kHasState>(place.entry, record, place.span, thread, scale, first, pull);

@@ -32,24 +32,24 @@ State expected(const Options& o, Real w, Real m, Real grad, Real gap, Real unit,
 
 template <class T>
 void compare(const Options& o, bool fresh) {
-  T w = T(uniform(-1, 1)), grad = T(uniform(-1, 1)), m = fresh ? T(0) : T(uniform(-1, 1));
+  T w = T(uniform(-1, 1)), grad = T(uniform(-1, 1)), m[2] = {fresh ? T(0) : T(uniform(-1, 1))};
   const T u = T(uniform(-1, 1)), unit = T(uniform(-1, 1)), gap = w - u;
   std::deque<NumberRow> records;
   TensorArgs args;
   apply(o, args, fresh, records);
-  const State want = expected(o, w, m, grad, gap, unit, fresh);
-  plain_step(w, grad, &m, unit, args, [&](T) { return u; });
+  const State want = expected(o, w, m[0], grad, gap, unit, fresh);
+  plain_step(w, grad, m, unit, args, [&](T) { return u; });
   // Every operand is at most 2 in size and there are a dozen roundings.
   const Real bound = 16 * std::numeric_limits<T>::epsilon() * (2 + 2 * Real(o.beta));
-  CHECK(std::fabs(Real(w) - want.w) <= bound && std::fabs(Real(m) - want.m) <= bound,
+  CHECK(std::fabs(Real(w) - want.w) <= bound && std::fabs(Real(m[0]) - want.m) <= bound,
         "decoupled %d momentum %g nesterov %d fresh %d: w %.17g want %.17Lg, m %.17g want %.17Lg", o.decoupled,
-        o.momentum, o.nesterov, fresh, double(w), want.w, double(m), want.m);
+        o.momentum, o.nesterov, fresh, double(w), want.w, double(m[0]), want.m);
 }
 
 // The pull alone: no other term reaches the weights; what is coupled, and group lasso, ends in the gradient.
 template <class T>
 void compare_pull(const Options& o) {
-  T w = T(uniform(-1, 1)), grad = T(uniform(-1, 1)), nothing = 0;
+  T w = T(uniform(-1, 1)), grad = T(uniform(-1, 1)), none[2] = {};
   const T u = T(uniform(-1, 1)), unit = T(uniform(-1, 1)), gap = w - u;
   std::deque<NumberRow> records;
   TensorArgs args;
@@ -59,7 +59,7 @@ void compare_pull(const Options& o) {
   const Real want_grad = !written ? Real(grad)
                                   : (o.maximize ? -Real(grad) : Real(grad)) + Real(o.group_lasso) * unit +
                                         (o.decoupled ? 0 : Real(o.beta) * gap);
-  plain_step(w, grad, &nothing, unit, args, [&](T) { return u; });
+  plain_step(w, grad, none, unit, args, [&](T) { return u; });
   const Real bound = 8 * std::numeric_limits<T>::epsilon() * (2 + 2 * Real(o.beta));
   CHECK(std::fabs(Real(w) - want_w) <= bound && std::fabs(Real(grad) - want_grad) <= bound,
         "the pull, decoupled %d: w %.17g want %.17Lg, the gradient %.17g want %.17Lg", o.decoupled, double(w), want_w,
