@@ -25,7 +25,7 @@ from rvsm_kernels.groups import GroupView, group_view
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def program(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

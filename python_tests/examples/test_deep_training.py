@@ -28,7 +28,7 @@ from deep.missing import EXTRAS
 from deep.settings import Settings, SettingsError
 from runner import same_bits
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DIGITS = data.load("digits")
 SMALL = replace(DIGITS, train=DIGITS.train.first(320), test=DIGITS.test.first(100))
 BASE = Settings(epochs=3, milestones=(2,), batch=64, lr=0.05)

@@ -23,7 +23,7 @@ import torch
 
 import rvsm_kernels as rk
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 SETTINGS = (
     "MAX_JOBS CMAKE_BUILD_PARALLEL_LEVEL RVSM_CMAKE_ARGS RVSM_BUILD_DIR RVSM_NATIVE RVSM_CUDA RVSM_ISA CXX CC CUDACXX"
