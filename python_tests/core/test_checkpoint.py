@@ -50,9 +50,15 @@ def test_two_runs_are_bit_identical(engine: str, split: dict[str, Any]) -> None:
     assert_same(*runs)
 
 
-@pytest.mark.parametrize("group_dim", [None, 0, 1, (0, 1), ()])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("penalty", ["l0", "tl1"])
+@pytest.mark.parametrize(
+    ("group_dim", "channels_last", "penalty"),
+    [
+        pytest.param(None, False, "tl1", id="elements"),
+        pytest.param(None, False, "l0", id="elements, a count in penalty_value"),
+        *(pytest.param(dims, False, "tl1", id=f"{dims}") for dims in (0, 1, (0, 1), ())),
+        *(pytest.param(dims, True, "l0", id=f"{dims}, channels-last") for dims in (0, 1, (0, 1), ())),
+    ],
+)
 def test_the_number_of_threads_changes_no_bit(
     on_cpu: None, native: str, threads: int, group_dim: Any, channels_last: bool, penalty: str
 ) -> None:

@@ -166,8 +166,19 @@ def test_huge_groups(native: str, threads: int, shape: Any, group_dim: Any, chan
     checked_step(optimizer)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("group_dim", [None, 0, 1, ()])
+@pytest.mark.parametrize(
+    ("dtype", "group_dim"),
+    [
+        pytest.param(torch.float32, None, id="cubes of tl1"),
+        pytest.param(torch.float32, 0, id="squares of a row"),
+        pytest.param(torch.float32, 1, id="squares of a column"),
+        pytest.param(torch.float32, (), id="squares of all"),
+        pytest.param(torch.float64, None, id="cubes in double precision"),
+        pytest.param(torch.float64, (), id="squares in double precision"),
+        pytest.param(torch.bfloat16, 0, id="rows of bfloat16, which has float32's range"),
+        pytest.param(torch.bfloat16, 1, id="columns of bfloat16"),
+    ],
+)
 def test_extreme_magnitudes(engine: str, dtype: torch.dtype, group_dim: Any) -> None:
     """Weights whose squares leave the range of float32 (float64: whose cubes leave a comfortable range)."""
     gen = generator(3)
@@ -189,9 +200,26 @@ def test_extreme_magnitudes(engine: str, dtype: torch.dtype, group_dim: Any) -> 
     check_reading(optimizer)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("group_dim", [None, 0, ()])
-@pytest.mark.parametrize(("lam", "beta"), [(1e30, 1e-30), (1e-30, 1e30), (1e-300, 1e-2), (1e300, 1e-2), (5e-324, 1.0)])
+TAUS = {
+    "tau above float32": (1e30, 1e-30),
+    "tau below float32": (1e-30, 1e30),
+    "lam below float32": (1e-300, 1e-2),
+    "lam above float32": (1e300, 1e-2),
+    "lam below every normal number": (5e-324, 1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group_dim", "lam", "beta"),
+    [
+        *(pytest.param(torch.float32, None, *tau, id=key) for key, tau in TAUS.items()),
+        *(pytest.param(torch.float32, 0, *tau, id=f"{key}, groups") for key, tau in TAUS.items()),
+        *(pytest.param(torch.float64, None, *tau, id=f"{key}, float64") for key, tau in TAUS.items() if "lam" in key),
+        pytest.param(torch.float64, 0, *TAUS["lam above float32"], id="the square of tau in norms of float64"),
+        pytest.param(torch.bfloat16, None, *TAUS["tau above float32"], id="0 * inf in bfloat16"),
+        pytest.param(torch.float16, (), *TAUS["tau below float32"], id="a pull beyond float16"),
+    ],
+)
 def test_extreme_tau(engine: str, dtype: torch.dtype, group_dim: Any, lam: float, beta: float) -> None:
     """A cut above every weight, or below: u is 0, or w; nothing becomes NaN on the way."""
     groups = []
