@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import quick_in_all
 from torch import nn
 from world import World
 
@@ -103,6 +104,7 @@ def test_gradients_vanish_and_come_back(trained: World) -> None:
         trained.step(f"without {missing}", gradients=False)
 
 
+@quick_in_all
 def test_first_gradient_comes_late(engine: str) -> None:
     """A parameter's first step is a first step, whenever it comes: m is d, without dampening."""
     world = World(engine, 0, nesterov=False, dampening=0.5)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builds import generator, missing, on_device
+from builds import generator, missing, on_device, quick_in_all
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -251,6 +251,7 @@ def test_bad_gradients(engine: str, kind: str, stepped: int, named: bool) -> Non
     refused(optimizer, (RuntimeError, TypeError, ValueError), where)  # type: ignore[arg-type]
 
 
+@quick_in_all
 def test_momentum_that_does_not_fit(engine: str) -> None:
     for spoiled in (torch.zeros(3), torch.zeros(4, 3, dtype=torch.int64), torch.zeros(3, 4)):
         optimizer = rk.RVSM(two(), lr=0.1, momentum=0.9, engine=engine)

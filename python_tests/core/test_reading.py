@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import generator, on_device
+from builds import generator, on_device, quick_in_all
 from torch import Tensor, nn
 
 import definition
@@ -210,6 +210,7 @@ def test_penalty_value(engine: str, split: dict[str, Any], dtype: torch.dtype) -
     assert value > 0 and isinstance(torch.ones((), requires_grad=True) + value, Tensor)
 
 
+@quick_in_all
 def test_penalty_value_by_hand(engine: str) -> None:
     """l0 with tau = 1/2: cut 1. w = (3, 0.5, -2, 0): two survivors, lam * 2 + beta / 2 * 0.25."""
     p = nn.Parameter(torch.tensor([3.0, 0.5, -2.0, 0.0]))

@@ -312,6 +312,7 @@ def test_a_compiler_that_lists_no_architectures(cuda: Callable[..., str]) -> Non
     assert "lists nothing; is it nvcc?" in cuda(known="")
 
 
+@pytest.mark.slow
 @needs_cmake
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 def test_the_reason_is_compiled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,6 +481,7 @@ def test_rvsm_isa(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
             load(Compiled())
 
 
+@pytest.mark.slow
 def test_a_program_beside_another_torch(compiled: Any) -> None:
     """From the import to a step, and what a bug report holds; an unknown RVSM_ISA changes nothing."""
     code = (

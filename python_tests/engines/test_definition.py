@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import few, generator, small_only
+from builds import ENGINES, few, generator, is_slow, quick_in_all, small_only
 from torch import nn
 
 import rvsm_kernels as rk
@@ -24,7 +24,19 @@ FAMILIES = {
 FAMILIES |= {f"methods, {name}": dtypes for name, dtypes in list(FAMILIES.items())}
 COUNTS = {"float32": 8, "float64": 3, "half": 5, "mixed": 2}
 COUNTS |= {"methods, float32": 4, "methods, float64": 2, "methods, half": 3, "methods, mixed": 1}
-CHUNKS = [(family, k) for family, n in COUNTS.items() for k in range(n)]
+
+
+def is_quick(engine: str, family: str, chunk: int) -> bool:
+    """Whether a chunk is in the quick check: the first of the families that have every type and every method."""
+    return chunk == 0 and (family == "mixed" or (family in ("float32", "methods, mixed") and not is_slow(engine)))
+
+
+CHUNKS = [
+    pytest.param(engine, family, k, marks=[] if is_quick(engine, family, k) else pytest.mark.slow)
+    for engine in ENGINES
+    for family, n in COUNTS.items()
+    for k in range(n)
+]
 
 
 def run(case: Case, engine: str) -> None:
@@ -61,7 +73,7 @@ def check_foreign(built: list[Built], before: list[torch.Tensor]) -> None:
         assert torch.equal(bits(b.buffer[b.foreign]), old), f"memory outside a parameter changed: {b.case}"
 
 
-@pytest.mark.parametrize(("family", "chunk"), CHUNKS)
+@pytest.mark.parametrize(("engine", "family", "chunk"), CHUNKS, indirect=["engine"])
 def test_random_configurations(engine: str, family: str, chunk: int) -> None:
     first = 10_000 * (1 + list(FAMILIES).index(family)) + chunk * PER_TEST
     failed: dict[int, AssertionError] = {}
@@ -111,7 +123,7 @@ LARGE: list[tuple[tuple[int, ...], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("penalty", ["l0", "l1", "tl1"])
+@pytest.mark.parametrize("penalty", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("l0", "l1")), "tl1"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_large_tensors(engine: str, threads: int, penalty: str, channels_last: bool) -> None:
     """Sizes that are divided among threads, in one optimizer, so that pieces of several tensors meet in a thread."""
@@ -271,6 +283,7 @@ def test_by_hand(engine: str, options: dict[str, Any], weights: list[float]) -> 
         assert p.item() == pytest.approx(want, rel=1e-6, abs=1e-7)
 
 
+@quick_in_all
 def test_group_scale_by_hand(engine: str) -> None:
     """l1 over a group of four: tau = .25 * sqrt 4 = .5; a norm of 2 shrinks to 1.5, each element to 3/4 of itself."""
     p = nn.Parameter(torch.full((4,), -1.0, dtype=torch.float64))

@@ -195,6 +195,7 @@ def test_engines_agree_step_by_step(native: str, dtype: torch.dtype, split: dict
             check_u(u, real(p), optimizer.param_groups[0])
 
 
+@pytest.mark.slow
 @each_split
 def test_engines_train_to_the_same_loss(native: str, dtype: torch.dtype, split: dict[str, Any]) -> None:
     """Three hundred steps, each engine on its own."""

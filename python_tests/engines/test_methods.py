@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import DEVICE, generator
+from builds import DEVICE, generator, quick_in_all
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -241,6 +241,7 @@ def test_saved_between_an_edit_and_a_step(engine: str, method: str) -> None:
         assert same_bits(p, q)
 
 
+@quick_in_all
 def test_moved_to_another_group(engine: str) -> None:
     p, optimizer = started(engine, "admm")
     q = nn.Parameter(torch.randn(3, 4))
@@ -359,6 +360,7 @@ def test_topk_keeps_so_many(engine: str, density: float, group_dim: Any) -> None
     assert torch.equal(u[u != 0], p.detach()[u != 0])
 
 
+@quick_in_all
 def test_topk_where_magnitudes_tie(engine: str) -> None:
     """What ties with the largest magnitude that goes, goes with it; zeros are no survivors."""
     w = torch.tensor([3.0, -2.0, 2.0, 2.0, 1.0, 0.0])

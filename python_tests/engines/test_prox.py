@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builds import generator, on_device
+from builds import generator, on_device, quick_in_all
 from torch import Tensor
 
 import definition
@@ -165,6 +165,7 @@ def test_eight_ulp_away_from_the_critical_tau(prox: Prox, a: float) -> None:
         assert error[k] <= SHRINK_ULPS, f"{error[k]:.2f} ulp at tau={tau!r} ({ratio:.3g} critical), a={a}, r={r[k]!r}"
 
 
+@quick_in_all
 def test_large_a_keeps_its_digits(prox: Prox) -> None:
     """At a = 100 the textbook form of tl1 loses 1.2e-5 absolute and may return the wrong sign above the cut."""
     a, tau = 100.0, 1e-3
