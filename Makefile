@@ -1,5 +1,6 @@
 # make bench   set up, build, run the main job and print its table, then measure the speed; ends with 0 on any machine
-# make test    set up, build, every test (C++ and Python)
+# make test    set up, build, then a check of every part: at most three minutes of tests on two idle cores
+# make test-all   set up, build, every test (C++ and Python)
 # make gpu-check OUT=DIR   on a machine with a GPU, with the torch of $(PYTHON): tests, sanitizers, floors, throughput
 # The rest is for people who work on the project.
 
@@ -18,15 +19,21 @@ TESTS := $(wildcard csrc/tests/*)
 PYTHON_SOURCES := rvsm_kernels bench examples python_tests setup.py csrc/math/fit_tl1.py
 CMAKE := cmake -G Ninja -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: bench test test-cpp test-python gpu-check sanitize smoke lint format build clean
+.PHONY: bench test test-all test-cpp gpu-check sanitize smoke lint format build clean
 
 bench: build
 	$(BIN)/python -m bench
 
-test: test-cpp test-python
+PYTEST := RVSM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-test-python: build $(VENV)/triton
-	RVSM_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(WORKERS)
+# Without the C++ tests: they compile the sources once more, and the Python tests run every engine of the module.
+test: build $(VENV)/triton
+	$(PYTEST) -m "not slow"
+
+# The Python tests that test-all runs, as a marker; MARKER=slow leaves out what `make test` has just run.
+MARKER ?=
+test-all: test-cpp build $(VENV)/triton
+	$(PYTEST) $(if $(MARKER),-m "$(MARKER)")
 
 # Installs nothing: with the torch, the pytest and the CMake of that Python.
 OUT ?= build/gpu-check

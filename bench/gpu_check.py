@@ -143,8 +143,8 @@ def python_tests(check: Check) -> None:
     workers = min(8, os.cpu_count() or 1)
     several = ["-n", str(workers)] if importlib.util.find_spec("xdist") is not None else []
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
-    check.run("tests of what only a GPU shows", [*pytest, "python_tests/test_cuda.py"], 90, env)
-    rest = ["python_tests", "--deselect", "python_tests/test_cuda.py", "--maxfail=40"]
+    check.run("tests of what only a GPU shows", [*pytest, "python_tests/engines/test_cuda.py"], 90, env)
+    rest = ["python_tests", "--deselect", "python_tests/engines/test_cuda.py", "--maxfail=40"]
     check.run("the suite on CUDA", [*pytest, *several, *rest], 240, env)
 
 

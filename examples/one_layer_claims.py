@@ -1,6 +1,7 @@
 """The statements of the papers about the one-layer network, each turned into numbers that a test can hold to a bound.
 
-Every function returns a plain dict; :mod:`one_layer` prints and saves it, python_tests/test_one_layer.py asserts it.
+Every function returns a plain dict; :mod:`one_layer` prints and saves it, and python_tests/examples/test_one_layer.py
+holds it to bounds.
 """
 
 from __future__ import annotations

@@ -46,6 +46,10 @@ def is_slow(engine: str) -> bool:
     return engine == "triton" and DEVICE == "cpu"
 
 
+quick_in_all = pytest.mark.parametrize("engine", ENGINES, indirect=True)
+"""Of a test with the fixture `engine`: also the engines that `is_slow` names stay out of the marker `slow`."""
+
+
 def few(engine: str, count: int) -> int:
     """How many of so many random cases an engine does."""
     return max(2, count // 10) if is_slow(engine) else count

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from builds import DEVICE, ENGINES, need, round_in_the_interpreter
+from builds import DEVICE, ENGINES, is_slow, need, round_in_the_interpreter
 from world import World
 
 import rvsm_kernels as rk
@@ -26,9 +26,9 @@ def start(engine: str) -> Iterator[str]:
         rk.native._C.interpret_cuda(False)
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in ENGINES])
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every engine of this build."""
+    """Every engine of this build; in the quick check the interpreted ones only where `builds.quick_in_all` says so."""
     yield from start(request.param)
 
 

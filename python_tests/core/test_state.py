@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import generator
+from builds import generator, quick_in_all
 from torch import Tensor, nn
 from world import OPTIONS, World
 
@@ -86,6 +86,7 @@ def test_state_replaced_by_another_mapping(trained: World) -> None:
     trained.go_on()
 
 
+@quick_in_all
 def test_momentum_switched_on_and_off(engine: str) -> None:
     world = World(engine, 2, momentum=0.0, nesterov=False)
     for momentum, nesterov in ((0.9, False), (0.9, True), (0.0, False), (0.5, False)):

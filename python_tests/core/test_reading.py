@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import generator, on_device
+from builds import generator, on_device, quick_in_all
 from torch import Tensor, nn
 
 import definition
@@ -30,7 +30,18 @@ SPLITS: list[dict[str, Any]] = [
     {"penalty": "tl1", "lam": 2.0, "beta": 0.5, "a": 3.0, "group_dim": (0, 1)},
     {"penalty": "tl1", "lam": 20.0, "beta": 0.5, "a": 1.0, "group_dim": ()},
 ]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+each_split = pytest.mark.parametrize(
+    ("split", "dtype"),
+    [
+        *((split, torch.float32) for split in SPLITS),
+        pytest.param(SPLITS[2], torch.float64, id="elements of float64"),
+        pytest.param(SPLITS[4], torch.float64, id="norms of float64"),
+        pytest.param(SPLITS[0], torch.bfloat16, id="elements of bfloat16"),
+        pytest.param(SPLITS[5], torch.bfloat16, id="norms of bfloat16"),
+        pytest.param(SPLITS[1], torch.float16, id="elements of float16"),
+        pytest.param(SPLITS[3], torch.float16, id="norms of float16"),
+    ],
+)
 
 
 def params_of(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -48,8 +59,7 @@ def params_of(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 # ---- sparse_weights --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_split
 def test_sparse_weights_hold_u_and_come_back(engine: str, split: dict[str, Any], dtype: torch.dtype) -> None:
     params = params_of(dtype)
     with torch.no_grad():
@@ -189,8 +199,7 @@ def test_sparsify(engine: str, split: dict[str, Any]) -> None:
 # ---- penalty_value ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_split
 def test_penalty_value(engine: str, split: dict[str, Any], dtype: torch.dtype) -> None:
     """A 0-dim float64 tensor, against the definition (in the runner); L_beta(w, u) is loss + penalty_value()."""
     params = params_of(dtype)
@@ -201,6 +210,7 @@ def test_penalty_value(engine: str, split: dict[str, Any], dtype: torch.dtype) -
     assert value > 0 and isinstance(torch.ones((), requires_grad=True) + value, Tensor)
 
 
+@quick_in_all
 def test_penalty_value_by_hand(engine: str) -> None:
     """l0 with tau = 1/2: cut 1. w = (3, 0.5, -2, 0): two survivors, lam * 2 + beta / 2 * 0.25."""
     p = nn.Parameter(torch.tensor([3.0, 0.5, -2.0, 0.0]))

@@ -23,6 +23,15 @@ SCHEMAS = {
     " float weight_decay, bool nesterov, bool decoupled, bool maximize, bool first_step) -> ()",
 }
 PENALTIES = [("l0", None), ("l1", [0]), ("tl1", [1]), ("tl1", []), ("l0", [0, 1]), (None, None)]
+each_kind = pytest.mark.parametrize(
+    ("penalty", "dims"),
+    [
+        pytest.param("l0", None, id="elements"),
+        pytest.param("tl1", [1], id="groups"),
+        pytest.param(None, None, id="nothing to do"),
+    ],
+)
+"""For opcheck, which looks at schemas and at what is written, not at numbers."""
 
 
 @pytest.fixture(autouse=True)
@@ -60,24 +69,24 @@ def test_schema(name: str) -> None:
 # ---- opcheck ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("penalty", "dims"), PENALTIES)
+@each_kind
 def test_opcheck_prox(penalty: str | None, dims: list[int] | None) -> None:
     for w in weights():
         torch.library.opcheck(op("prox"), (w, penalty, 0.4, 2.0, dims))
 
 
-@pytest.mark.parametrize(("penalty", "dims"), PENALTIES)
+@each_kind
 def test_opcheck_prox_(penalty: str | None, dims: list[int] | None) -> None:
     torch.library.opcheck(op("prox_"), (weights(), penalty, 0.2, 0.5, 2.0, dims, True))
 
 
-@pytest.mark.parametrize(("penalty", "dims"), PENALTIES)
+@each_kind
 def test_opcheck_penalty_value(penalty: str | None, dims: list[int] | None) -> None:
     torch.library.opcheck(op("penalty_value"), (weights(), penalty, 0.2, 0.5, 2.0, dims, False))
 
 
-@pytest.mark.parametrize(("penalty", "dims"), PENALTIES)
-@pytest.mark.parametrize("first", [True, False])
+@each_kind
+@pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_opcheck_step_(penalty: str | None, dims: list[int] | None, first: bool) -> None:
     lists = weights(), [torch.ones_like(w) for w in weights()], [torch.full_like(w, 0.5) for w in weights()]
     torch.library.opcheck(op("step_"), (*lists, *step_arguments(penalty, dims, first)))

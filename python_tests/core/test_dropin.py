@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import generator
+from builds import generator, quick_in_all
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -191,6 +191,7 @@ def test_named_parameters(engine: str) -> None:
     assert_same_weights(model, train_again)
 
 
+@quick_in_all
 def test_what_has_no_gradient_is_skipped(engine: str) -> None:
     """Parameters without a gradient, empty parameters, empty groups."""
     empty, used, idle = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(2, 2))

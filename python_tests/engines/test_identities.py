@@ -17,24 +17,25 @@ from models import backward, small, train
 from runner import check_u, real
 from tolerances import ARITHMETIC, SAME_LOSS, STEP
 
-DTYPES = [torch.float32, torch.float64]
-BASES: list[dict[str, Any]] = [
-    {"lr": 0.1},
-    {"lr": 0.1, "weight_decay": 0.01},
-    {"lr": 0.05, "momentum": 0.9},
-    {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
-    {"lr": 0.05, "momentum": 0.9, "nesterov": True},
-    {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.01},
-    {"lr": 0.02, "momentum": 0.9, "maximize": True},
-    {"lr": 0.02, "momentum": 0.9, "maximize": True, "nesterov": True, "weight_decay": 0.01},
-]
-SPLITS: list[dict[str, Any]] = [
-    {"penalty": "l0", "lam": 2e-3, "beta": 0.5},
-    {"penalty": "l1", "lam": 2e-2, "beta": 0.5},
-    {"penalty": "tl1", "lam": 1e-2, "beta": 0.5, "a": 0.7},
-    {"penalty": "l0", "lam": 9e-2, "beta": 0.5, "group_dim": 0},
-    {"penalty": "tl1", "lam": 1e-2, "beta": 0.5, "a": 3.0, "group_dim": 1, "group_scale": True},
-]
+BASES: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.1},
+    "decay": {"lr": 0.1, "weight_decay": 0.01},
+    "momentum": {"lr": 0.05, "momentum": 0.9},
+    "nesterov": {"lr": 0.05, "momentum": 0.9, "nesterov": True},
+    "nesterov, decay": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    "dampening": {"lr": 0.05, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.01},
+    "maximize": {"lr": 0.02, "momentum": 0.9, "maximize": True},
+    "maximize, decay": {"lr": 0.02, "momentum": 0.9, "maximize": True, "nesterov": True, "weight_decay": 0.01},
+}
+SPLITS: dict[str, dict[str, Any]] = {
+    "l0": {"penalty": "l0", "lam": 2e-3, "beta": 0.5},
+    "l1": {"penalty": "l1", "lam": 2e-2, "beta": 0.5},
+    "tl1": {"penalty": "tl1", "lam": 1e-2, "beta": 0.5, "a": 0.7},
+    "rows": {"penalty": "l0", "lam": 9e-2, "beta": 0.5, "group_dim": 0},
+    "columns": {"penalty": "tl1", "lam": 1e-2, "beta": 0.5, "a": 3.0, "group_dim": 1, "group_scale": True},
+}
+FULL = "nesterov, decay"
+"""The base with the most addends."""
 SHAPES = [(37,), (9, 21), (6, 5, 3, 3)]
 
 
@@ -85,10 +86,27 @@ def u_of(p: Tensor, split: dict[str, Any]) -> Tensor:
     return on_device(u.astype(np.float64)).to(p.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("decoupled", [True, False])
+each_split = pytest.mark.parametrize(
+    ("split", "dtype"),
+    [
+        *(pytest.param(split, torch.float32, id=key) for key, split in SPLITS.items()),
+        pytest.param(SPLITS["tl1"], torch.float64, id="tl1 in double precision"),
+        pytest.param(SPLITS["rows"], torch.float64, id="rows in double precision"),
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("base", "split", "dtype"),
+    [
+        # Where each addend of the step goes, then each kind of pull.
+        *(pytest.param(BASES[key], SPLITS["l0"], torch.float32, id=key) for key in BASES),
+        *(pytest.param(BASES[FULL], SPLITS[key], torch.float32, id=key) for key in SPLITS if key != "l0"),
+        pytest.param(BASES[FULL], SPLITS["tl1"], torch.float64, id="tl1 in double precision"),
+        pytest.param(BASES[FULL], SPLITS["rows"], torch.float64, id="rows in double precision"),
+    ],
+)
+@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "coupled"])
 def test_a_step_is_a_pull_and_sgd(
     engine: str, dtype: torch.dtype, base: dict[str, Any], split: dict[str, Any], decoupled: bool
 ) -> None:
@@ -116,9 +134,15 @@ def test_a_step_is_a_pull_and_sgd(
         pair.align(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("off", [{"penalty": None}, {"penalty": "l0", "lam": 0.0}, {"penalty": "tl1", "beta": 0.0}])
+@pytest.mark.parametrize(
+    ("base", "off", "dtype"),
+    [
+        *(pytest.param(BASES[key], {"penalty": None}, torch.float32, id=key) for key in BASES),
+        pytest.param(BASES[FULL], {"penalty": "l0", "lam": 0.0}, torch.float32, id="lam 0"),
+        pytest.param(BASES[FULL], {"penalty": "tl1", "beta": 0.0}, torch.float32, id="beta 0"),
+        pytest.param(BASES[FULL], {"penalty": None}, torch.float64, id="double precision"),
+    ],
+)
 def test_without_a_splitting_it_is_sgd(
     engine: str, dtype: torch.dtype, base: dict[str, Any], off: dict[str, Any]
 ) -> None:
@@ -142,8 +166,7 @@ def test_without_a_splitting_it_is_sgd(
 TRAINING: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_split
 def test_engines_agree_step_by_step(native: str, dtype: torch.dtype, split: dict[str, Any]) -> None:
     """A model in training on the native engine; the reference repeats each step from the same weights and momentum."""
     model, other = small(dtype), small(dtype)
@@ -172,8 +195,8 @@ def test_engines_agree_step_by_step(native: str, dtype: torch.dtype, split: dict
             check_u(u, real(p), optimizer.param_groups[0])
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
+@each_split
 def test_engines_train_to_the_same_loss(native: str, dtype: torch.dtype, split: dict[str, Any]) -> None:
     """Three hundred steps, each engine on its own."""
     losses = {}

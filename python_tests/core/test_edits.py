@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import quick_in_all
 from torch import nn
 from world import World
 
@@ -40,7 +41,23 @@ EDITS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("edit", EDITS, ids=str)
+EARLY: list[dict[str, Any]] = [
+    {"lr": 0.01},  # a number of the next step
+    {"momentum": 0.5},  # what a first step leaves to the second
+    {"group_dim": 0},  # what a table is built from
+]
+# Before anything was built, and after the first step only: the other edits find nothing there that these do not.
+
+
+@pytest.mark.parametrize(
+    ("world", "edit"),
+    [
+        *(pytest.param(3, edit, id=f"after three, {edit}") for edit in EDITS),
+        *(pytest.param(1, edit, id=f"after one step, {edit}") for edit in EARLY),
+        *(pytest.param(0, edit, id=f"before the first step, {edit}") for edit in EARLY),
+    ],
+    indirect=["world"],
+)
 def test_options_edited(world: World, edit: dict[str, Any]) -> None:
     """Of one group, then of both, then back."""
     groups = world.optimizer.param_groups
@@ -87,6 +104,7 @@ def test_gradients_vanish_and_come_back(trained: World) -> None:
         trained.step(f"without {missing}", gradients=False)
 
 
+@quick_in_all
 def test_first_gradient_comes_late(engine: str) -> None:
     """A parameter's first step is a first step, whenever it comes: m is d, without dampening."""
     world = World(engine, 0, nesterov=False, dampening=0.5)
@@ -108,9 +126,18 @@ def test_gradients_set_in_place_and_replaced(trained: World) -> None:
     trained.step("the same tensors, other memory", gradients=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("group_dim", [None, 0, 1, ()])
+@pytest.mark.parametrize(
+    ("dtype", "momentum", "group_dim"),
+    [
+        pytest.param(torch.bfloat16, 0.0, None, id="a gradient wider than bfloat16"),
+        pytest.param(torch.bfloat16, 0.9, None, id="a first momentum of bfloat16 from it"),
+        pytest.param(torch.bfloat16, 0.0, 0, id="beside rows"),
+        pytest.param(torch.bfloat16, 0.9, 1, id="beside columns, with momentum"),
+        pytest.param(torch.float16, 0.9, (), id="a gradient wider than float16"),
+        pytest.param(torch.float64, 0.0, None, id="a gradient narrower than float64"),
+        pytest.param(torch.float64, 0.9, 0, id="a first momentum of float64 from it"),
+    ],
+)
 def test_gradient_of_another_dtype(engine: str, dtype: torch.dtype, momentum: float, group_dim: Any) -> None:
     """p.data of another dtype, the gradient left behind: it is used as it is, unrounded, as torch.optim.SGD does.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import DEVICE, generator
+from builds import DEVICE, generator, quick_in_all
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -74,10 +74,17 @@ def algorithm(
     return w
 
 
+@pytest.mark.parametrize(
+    ("penalty", "groups", "unit_norm"),
+    [
+        pytest.param("l0", None, False, id="l0 as printed in 2018, without its norm"),
+        pytest.param("l1", None, True, id="normalised after each step"),
+        pytest.param("tl1", None, False, id="tl1 of elements"),
+        pytest.param("tl1", 3, False, id="tl1 of groups"),
+        pytest.param("l0", 3, True, id="groups of a normalised tensor"),
+    ],
+)
 @pytest.mark.parametrize("method", ["rvsm", "rvsm-delayed", "admm"])
-@pytest.mark.parametrize("penalty", ["l0", "l1", "tl1"])
-@pytest.mark.parametrize("groups", [None, 3])
-@pytest.mark.parametrize("unit_norm", [False, True])
 def test_the_algorithms_as_printed(engine: str, method: str, penalty: str, groups: int | None, unit_norm: bool) -> None:
     """Forty steps on a quadratic, in float64; both couplings are the same without momentum and weight decay."""
     gen = generator(4)
@@ -197,8 +204,15 @@ def test_switched_off_and_on(engine: str, method: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["rvsm-delayed", "admm"])
-@pytest.mark.parametrize("edit", [{"lam": 0.0}, {"beta": 0.0}, {"penalty": None}])
-@pytest.mark.parametrize("shape", [(40, 3), (40, 64)])
+@pytest.mark.parametrize(
+    ("edit", "shape"),
+    [
+        pytest.param({"lam": 0.0}, (40, 3), id="short groups"),
+        pytest.param({"lam": 0.0}, (40, 64), id="lam"),
+        pytest.param({"beta": 0.0}, (40, 64), id="beta"),
+        pytest.param({"penalty": None}, (40, 64), id="penalty"),
+    ],
+)
 def test_switched_on_beside_group_lasso(engine: str, method: str, edit: dict[str, Any], shape: tuple[int, int]) -> None:
     """The norms were wanted before, but not those of another argument, nor anything kept."""
     p = nn.Parameter(torch.randn(shape) * 0.3)
@@ -227,6 +241,7 @@ def test_saved_between_an_edit_and_a_step(engine: str, method: str) -> None:
         assert same_bits(p, q)
 
 
+@quick_in_all
 def test_moved_to_another_group(engine: str) -> None:
     p, optimizer = started(engine, "admm")
     q = nn.Parameter(torch.randn(3, 4))
@@ -317,8 +332,18 @@ def test_admm_closes_the_gap(engine: str) -> None:
 # ---- top-k -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("density", [0.05, 0.1, 0.3, 0.5, 0.999, 1.0])
-@pytest.mark.parametrize("group_dim", [None, 0, 1, ()])
+@pytest.mark.parametrize(
+    ("density", "group_dim"),
+    [
+        pytest.param(0.05, None, id="10.5 are 11"),
+        pytest.param(0.3, None, id="63 of 210"),
+        pytest.param(0.999, None, id="all"),
+        pytest.param(1.0, None, id="nothing is cut"),
+        pytest.param(0.1, 0, id="3 of 30 rows"),
+        pytest.param(0.5, 1, id="4 of 7 columns"),
+        pytest.param(0.05, (), id="the only group"),
+    ],
+)
 def test_topk_keeps_so_many(engine: str, density: float, group_dim: Any) -> None:
     p = nn.Parameter(torch.randn(30, 7, generator=generator(3)))
     options = {"penalty": "topk", "density": density, "lam": 1.0, "beta": 0.5, "group_dim": group_dim}
@@ -335,6 +360,7 @@ def test_topk_keeps_so_many(engine: str, density: float, group_dim: Any) -> None
     assert torch.equal(u[u != 0], p.detach()[u != 0])
 
 
+@quick_in_all
 def test_topk_where_magnitudes_tie(engine: str) -> None:
     """What ties with the largest magnitude that goes, goes with it; zeros are no survivors."""
     w = torch.tensor([3.0, -2.0, 2.0, 2.0, 1.0, 0.0])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import DEVICE, generator, small_only
+from builds import DEVICE, generator, quick_in_all, small_only
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -66,6 +66,7 @@ def test_grad_scaler_skips_an_overflow(engine: str, unscale: bool, bad: float) -
             assert same_bits(p, q)
 
 
+@quick_in_all
 def test_overflow_at_the_first_step_leaves_no_state(engine: str) -> None:
     """The next step is then the first: m is d."""
     model = small()

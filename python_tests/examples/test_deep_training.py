@@ -28,7 +28,7 @@ from deep.missing import EXTRAS
 from deep.settings import Settings, SettingsError
 from runner import same_bits
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DIGITS = data.load("digits")
 SMALL = replace(DIGITS, train=DIGITS.train.first(320), test=DIGITS.test.first(100))
 BASE = Settings(epochs=3, milestones=(2,), batch=64, lr=0.05)
@@ -229,8 +229,10 @@ def test_the_best_epoch_is_tested(tmp_path: Path, options: dict[str, Any]) -> No
     [
         BASE,
         replace(BASE, **RGSM, validation=40),
-        replace(BASE, method="admm", lam=5e-5, beta=0.1),
-        replace(RESNET, model="en2resnet8", method="rvsm", lam=5e-5, beta=0.1, augment=True),
+        pytest.param(replace(BASE, method="admm", lam=5e-5, beta=0.1), marks=pytest.mark.slow),
+        pytest.param(
+            replace(RESNET, model="en2resnet8", method="rvsm", lam=5e-5, beta=0.1, augment=True), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_resumed_training_is_the_same_bit_for_bit(tmp_path: Path, settings: Settings) -> None:
@@ -357,6 +359,7 @@ def test_weights_that_break_in_the_last_step_are_not_saved(tmp_path: Path) -> No
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["result.json", "weights.png"])
 def test_a_full_disk_in_the_end_keeps_what_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
@@ -413,7 +416,12 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 @needs_pruning
 @pytest.mark.parametrize(
-    ("method", "options"), [("l1norm", {}), ("slimming", {"scale_lasso": 1e-2}), ("slimming", {"scratch": True})]
+    ("method", "options"),
+    [
+        ("l1norm", {}),
+        pytest.param("slimming", {"scale_lasso": 1e-2}, marks=pytest.mark.slow),
+        pytest.param("slimming", {"scratch": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_pruning_removes_channels_and_trains_on(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
     settings = replace(RESNET, epochs=2, milestones=(1,), finetune=2, method=method, **options)
@@ -442,6 +450,7 @@ def test_l1_pruning_keeps_the_filters_of_largest_norm() -> None:
         assert torch.equal(training.model.get_parameter(f"{name}.bias"), before[f"{name}.bias"][largest]), name
 
 
+@pytest.mark.slow
 @needs_pruning
 def test_slimming_lowers_the_scales() -> None:
     def scales(strength: float) -> float:
@@ -522,6 +531,7 @@ def test_settings_that_the_optimizer_or_the_models_refuse(options: dict[str, Any
         Training(replace(BASE, **options), SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_robust", [False, True])
 def test_every_recipe_is_a_run(is_robust: bool) -> None:
     kind = robust.RobustSettings if is_robust else Settings
@@ -683,6 +693,7 @@ def script(name: str, *words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_script_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     """A real Ctrl-C: the signal that the terminal sends."""
     words = ["--train-images", "320", "--epochs", "400", "--lr", "0.01", "--out", str(tmp_path)]
@@ -764,6 +775,7 @@ def test_smoke_leaves_what_was_said(words: str, expected: dict[str, Any]) -> Non
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train.main(["--smoke", "--overwrite", "--tensorboard", "--out", str(tmp_path), "--method", "rvsm", "--beta", "0.1"])
@@ -796,6 +808,7 @@ def test_command_lines_that_cannot_be(words: list[str], message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_missing_data_set_is_one_line(tmp_path: Path) -> None:
     process = script("train.py", "--data", "cifar10", "--data-folder", str(tmp_path), "--out", str(tmp_path / "out"))
     _, errors = process.communicate(timeout=120)
@@ -824,6 +837,7 @@ def _elsewhere(folder: Path, name: str, missing: str, *words: str) -> subprocess
     return subprocess.Popen(command, env=environment, cwd=folder, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.slow
 def test_scripts_without_a_package_say_what_to_install(tmp_path: Path) -> None:
     """One sentence each, from any folder; where nothing is missing, the scripts run from any folder."""
     cases = [("runs", ""), ("one_layer", "matplotlib"), ("train", "tqdm"), ("robust", "torch"), ("runs", "bench")]

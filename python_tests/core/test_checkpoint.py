@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import generator
+from builds import generator, quick_in_all
 from torch import nn
 
 import rvsm_kernels as rk
@@ -50,9 +50,16 @@ def test_two_runs_are_bit_identical(engine: str, split: dict[str, Any]) -> None:
     assert_same(*runs)
 
 
-@pytest.mark.parametrize("group_dim", [None, 0, 1, (0, 1), ()])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("penalty", ["l0", "tl1"])
+@pytest.mark.parametrize(
+    ("group_dim", "channels_last", "penalty"),
+    [
+        pytest.param(None, False, "tl1", id="elements"),
+        pytest.param(None, False, "l0", id="elements, a count in penalty_value"),
+        *(pytest.param(dims, False, "tl1", id=f"{dims}") for dims in (0, 1, (0, 1), ())),
+        pytest.param((0, 1), True, "l0", id="(0, 1), channels-last"),
+        *(pytest.param(dims, True, "l0", id=f"{dims}, channels-last", marks=pytest.mark.slow) for dims in (0, 1, ())),
+    ],
+)
 def test_the_number_of_threads_changes_no_bit(
     on_cpu: None, native: str, threads: int, group_dim: Any, channels_last: bool, penalty: str
 ) -> None:
@@ -162,6 +169,7 @@ def test_checkpoints_of_sgd_load_and_go_on(engine: str, base: dict[str, Any]) ->
         assert torch.allclose(m, n, rtol=1e-3, atol=1e-5)
 
 
+@quick_in_all
 def test_a_checkpoint_of_sgd_keeps_the_penalty_of_the_optimizer(engine: str) -> None:
     model = small()
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import few, generator, small_only
+from builds import ENGINES, few, generator, is_slow, quick_in_all, small_only
 from torch import nn
 
 import rvsm_kernels as rk
@@ -24,7 +24,19 @@ FAMILIES = {
 FAMILIES |= {f"methods, {name}": dtypes for name, dtypes in list(FAMILIES.items())}
 COUNTS = {"float32": 8, "float64": 3, "half": 5, "mixed": 2}
 COUNTS |= {"methods, float32": 4, "methods, float64": 2, "methods, half": 3, "methods, mixed": 1}
-CHUNKS = [(family, k) for family, n in COUNTS.items() for k in range(n)]
+
+
+def is_quick(engine: str, family: str, chunk: int) -> bool:
+    """Whether a chunk is in the quick check: the first of the families that have every type and every method."""
+    return chunk == 0 and (family == "mixed" or (family in ("float32", "methods, mixed") and not is_slow(engine)))
+
+
+CHUNKS = [
+    pytest.param(engine, family, k, marks=[] if is_quick(engine, family, k) else pytest.mark.slow)
+    for engine in ENGINES
+    for family, n in COUNTS.items()
+    for k in range(n)
+]
 
 
 def run(case: Case, engine: str) -> None:
@@ -61,7 +73,7 @@ def check_foreign(built: list[Built], before: list[torch.Tensor]) -> None:
         assert torch.equal(bits(b.buffer[b.foreign]), old), f"memory outside a parameter changed: {b.case}"
 
 
-@pytest.mark.parametrize(("family", "chunk"), CHUNKS)
+@pytest.mark.parametrize(("engine", "family", "chunk"), CHUNKS, indirect=["engine"])
 def test_random_configurations(engine: str, family: str, chunk: int) -> None:
     first = 10_000 * (1 + list(FAMILIES).index(family)) + chunk * PER_TEST
     failed: dict[int, AssertionError] = {}
@@ -111,7 +123,7 @@ LARGE: list[tuple[tuple[int, ...], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("penalty", ["l0", "l1", "tl1"])
+@pytest.mark.parametrize("penalty", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("l0", "l1")), "tl1"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_large_tensors(engine: str, threads: int, penalty: str, channels_last: bool) -> None:
     """Sizes that are divided among threads, in one optimizer, so that pieces of several tensors meet in a thread."""
@@ -166,8 +178,19 @@ def test_huge_groups(native: str, threads: int, shape: Any, group_dim: Any, chan
     checked_step(optimizer)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("group_dim", [None, 0, 1, ()])
+@pytest.mark.parametrize(
+    ("dtype", "group_dim"),
+    [
+        pytest.param(torch.float32, None, id="cubes of tl1"),
+        pytest.param(torch.float32, 0, id="squares of a row"),
+        pytest.param(torch.float32, 1, id="squares of a column"),
+        pytest.param(torch.float32, (), id="squares of all"),
+        pytest.param(torch.float64, None, id="cubes in double precision"),
+        pytest.param(torch.float64, (), id="squares in double precision"),
+        pytest.param(torch.bfloat16, 0, id="rows of bfloat16, which has float32's range"),
+        pytest.param(torch.bfloat16, 1, id="columns of bfloat16"),
+    ],
+)
 def test_extreme_magnitudes(engine: str, dtype: torch.dtype, group_dim: Any) -> None:
     """Weights whose squares leave the range of float32 (float64: whose cubes leave a comfortable range)."""
     gen = generator(3)
@@ -189,9 +212,26 @@ def test_extreme_magnitudes(engine: str, dtype: torch.dtype, group_dim: Any) -> 
     check_reading(optimizer)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("group_dim", [None, 0, ()])
-@pytest.mark.parametrize(("lam", "beta"), [(1e30, 1e-30), (1e-30, 1e30), (1e-300, 1e-2), (1e300, 1e-2), (5e-324, 1.0)])
+TAUS = {
+    "tau above float32": (1e30, 1e-30),
+    "tau below float32": (1e-30, 1e30),
+    "lam below float32": (1e-300, 1e-2),
+    "lam above float32": (1e300, 1e-2),
+    "lam below every normal number": (5e-324, 1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group_dim", "lam", "beta"),
+    [
+        *(pytest.param(torch.float32, None, *tau, id=key) for key, tau in TAUS.items()),
+        *(pytest.param(torch.float32, 0, *tau, id=f"{key}, groups") for key, tau in TAUS.items()),
+        *(pytest.param(torch.float64, None, *tau, id=f"{key}, float64") for key, tau in TAUS.items() if "lam" in key),
+        pytest.param(torch.float64, 0, *TAUS["lam above float32"], id="the square of tau in norms of float64"),
+        pytest.param(torch.bfloat16, None, *TAUS["tau above float32"], id="0 * inf in bfloat16"),
+        pytest.param(torch.float16, (), *TAUS["tau below float32"], id="a pull beyond float16"),
+    ],
+)
 def test_extreme_tau(engine: str, dtype: torch.dtype, group_dim: Any, lam: float, beta: float) -> None:
     """A cut above every weight, or below: u is 0, or w; nothing becomes NaN on the way."""
     groups = []
@@ -243,6 +283,7 @@ def test_by_hand(engine: str, options: dict[str, Any], weights: list[float]) -> 
         assert p.item() == pytest.approx(want, rel=1e-6, abs=1e-7)
 
 
+@quick_in_all
 def test_group_scale_by_hand(engine: str) -> None:
     """l1 over a group of four: tau = .25 * sqrt 4 = .5; a norm of 2 shrinks to 1.5, each element to 3/4 of itself."""
     p = nn.Parameter(torch.full((4,), -1.0, dtype=torch.float64))

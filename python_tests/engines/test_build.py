@@ -23,7 +23,7 @@ import torch
 
 import rvsm_kernels as rk
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 SETTINGS = (
     "MAX_JOBS CMAKE_BUILD_PARALLEL_LEVEL RVSM_CMAKE_ARGS RVSM_BUILD_DIR RVSM_NATIVE RVSM_CUDA RVSM_ISA CXX CC CUDACXX"
@@ -312,6 +312,7 @@ def test_a_compiler_that_lists_no_architectures(cuda: Callable[..., str]) -> Non
     assert "lists nothing; is it nvcc?" in cuda(known="")
 
 
+@pytest.mark.slow
 @needs_cmake
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 def test_the_reason_is_compiled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,6 +481,7 @@ def test_rvsm_isa(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
             load(Compiled())
 
 
+@pytest.mark.slow
 def test_a_program_beside_another_torch(compiled: Any) -> None:
     """From the import to a step, and what a bug report holds; an unknown RVSM_ISA changes nothing."""
     code = (

@@ -88,8 +88,17 @@ def test_ops_take_a_tensor_twice(native: str) -> None:
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [2_000, 3_000_000])
-@pytest.mark.parametrize("edit", ["load", "group_dim", "data", "step", "read"])
+@pytest.mark.parametrize(
+    ("size", "edit"),
+    [
+        pytest.param(2_000, "group_dim", id="a table made anew"),
+        *(pytest.param(2_000, edit, marks=pytest.mark.slow) for edit in ("load", "data", "step", "read")),
+        *(
+            pytest.param(3_000_000, edit, marks=pytest.mark.slow)
+            for edit in ("load", "group_dim", "data", "step", "read")
+        ),
+    ],
+)
 def test_a_second_thread(native: str, size: int, edit: str) -> None:
     """Misuse may give a strange result; it may not end the process.
 

@@ -25,7 +25,7 @@ from rvsm_kernels.groups import GroupView, group_view
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def program(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -68,6 +68,7 @@ def test_none_takes_triton_where_native_is_missing(monkeypatch: pytest.MonkeyPat
         choose("triton", "cuda")
 
 
+@pytest.mark.slow
 def test_refused_on_a_cpu() -> None:
     """Without the interpreter, at construction if no device is served, else at the first step."""
     code = "import torch, rvsm_kernels as rk; rk.RVSM([torch.nn.Parameter(torch.ones(3))], engine='triton').sparsify_()"
@@ -98,6 +99,7 @@ def test_prox_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the compiler ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_without_spills() -> None:
     """For sm_80, sm_90 and gfx942; streams are read and written 16 bytes at a time."""
     result = subprocess.run(
@@ -136,6 +138,7 @@ print("COUNTS", *counts)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU")
 def test_edits_of_lr_and_lam_compile_nothing() -> None:
     """A step and a sum are compiled when they first run; not for any value of lr or lam after it, 0 included."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from builds import quick_in_all
 from torch import nn
 
 import rvsm_kernels as rk
@@ -45,6 +46,7 @@ def test_reset_right_after_the_first_step(engine: str, reset: str, steps: int) -
     checked_step(optimizer, "and again")
 
 
+@quick_in_all
 def test_second_parameter_forgotten(engine: str) -> None:
     """The state of a parameter that began later is deleted while the other's stays."""
     params = [one(5), nn.Parameter(torch.randn(3))]
