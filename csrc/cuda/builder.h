@@ -154,7 +154,7 @@ class TableBuilder {
     return kNone;
   }
 
-  std::vector<Launch<Table>> launches_;  // kept from step to step
+  std::vector<Launch<Table>> launches_;  // their memory is used again in every step
   size_t used_ = 0;
   std::vector<int> records_;  // slots of the records in the last table
   int free_ = 0;              // the records begin here

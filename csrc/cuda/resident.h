@@ -1,5 +1,5 @@
 // Groups that are short and consecutive in memory: one block sums a few of them and then does their step, while they
-// are in its caches. So w is read from memory once, and nothing about the groups is kept. For host and device, in
+// are in its caches. So w is read from memory once, and no factor of a group goes to memory. For host and device, in
 // phases like norms.h.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The plan of an optimizer: its table of parameters, kept between steps and rebuilt only where it changed.
+// The plan of an optimizer: its table of parameters, which stays from step to step and is made anew only where it changed.
 #pragma once
 
 #include <array>
@@ -116,7 +116,7 @@ class Plan {
   std::vector<std::pair<PyObject*, PyObject*>> dicts_;  // optimizer.state as last seen, in its order
   bool dicts_seen_ = false;                             // false: dicts_ tells nothing
 
-  // What prepare() leaves for launch(); empty in between, so that no gradient is kept alive.
+  // What prepare() leaves for launch(); empty in between, so that no gradient stays alive.
   struct Copy {
     Staged staged;
     bool writes;

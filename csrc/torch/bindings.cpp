@@ -87,11 +87,12 @@ PYBIND11_MODULE(_C, m) {
         "Run CPU tensors through the CUDA engine's lines, interpreted on the host: for tests.");
   m.def(
       "group_view",
-      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& kept) {
-        const rvsm::GroupView v = rvsm::group_view(sizes, strides, kept);
+      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+         const std::vector<int64_t>& group_dims) {
+        const rvsm::GroupView v = rvsm::group_view(sizes, strides, group_dims);
         return py::make_tuple(v.batch, v.outer, v.groups, v.inner);
       },
-      "The (batch, outer, groups, inner) view of a dense tensor; ValueError where the kept dimensions do not "
+      "The (batch, outer, groups, inner) view of a dense tensor; ValueError where the group dimensions do not "
       "collapse.");
   m.def(
       "check",
