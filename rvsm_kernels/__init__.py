@@ -2,7 +2,7 @@
 
 from . import reference
 from .checkpoint import to_torch_state_dict
-from .engines import engines
+from .engines.registry import engines
 from .modules import describe, param_groups
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
 from .proximal import prox

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .attributes import names_its_arguments
 from .base import SplittingOptimizer
-from .groups import GroupDim, magnitudes
 from .interface import Engine, Group
+from .method.groups import GroupDim, magnitudes
 from .methods import arithmetic, cut_of, is_topk, moved
 
 

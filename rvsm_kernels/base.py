@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 
 from . import advice, checkpoint, methods
 from .attributes import FromScaler, OptionOfGroups, ends_scaling, names_its_arguments
-from .groups import GroupDim
 from .interface import Engine, Group
-from .memory import kind_of, tracer
+from .method.groups import GroupDim
+from .method.memory import kind_of, tracer
 from .options import (
     OPTIONS,
     differ,

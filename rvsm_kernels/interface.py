@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import refuse
+from .method.memory import refuse
 from .options import param_name, refuse_expanded, validate_param
 
 Group = MutableMapping[str, Any]

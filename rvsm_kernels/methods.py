@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import GroupDim, magnitudes
-from .memory import kind_of, refuse, turns_of, whole
+from .method.groups import GroupDim, magnitudes
+from .method.memory import kind_of, refuse, turns_of, whole
+from .method.penalties import PENALTIES
 from .options import is_split, param_name, refuse_expanded, strength
-from .penalties import PENALTIES
 
 STATE = {"rvsm": None, "rvsm-delayed": "u", "admm": "dual"}
 """The name of what a method keeps of each element."""

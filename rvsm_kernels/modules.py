@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import advice
-from .groups import NOT_WHOLE, GroupDim, structure_dim
+from .method.groups import GroupDim
 from .options import DTYPES, OPTIONS, unknown_option
 
 PENALISED: tuple[type[nn.Module], ...] = (
@@ -36,6 +36,56 @@ _CHANGED = "pruned or parametrised: the layer computes with another tensor"
 _THIN = "a bias, a norm or another parameter of fewer than two dimensions"
 _BIAS = "a bias"
 _FROZEN = "frozen"
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+STRUCTURES: dict[str, tuple[GroupDim, GroupDim]] = {
+    # structure: (group_dim of Conv and Linear, group_dim of a transposed convolution)
+    "in_channels": (1, 0),
+    "out_channels": (0, 1),
+    "kernels": ((0, 1), (0, 1)),
+    "layers": ((), ()),
+}
+
+
+NOT_WHOLE = "no whole dimension of this weight indexes"
+"""How a reason begins why a weight cannot express a structure."""
+
+
+def structure_dim(
+    module: nn.Module, structure: str | None, name: str = "weight", swapped: bool = False
+) -> tuple[GroupDim, str | None]:
+    """The ``group_dim`` that a structure means for a weight of a module: its groups are channels of the network.
+
+    Args:
+        name: the weight's own name in the module.
+        swapped: the weight is (inputs, outputs), as a transposed convolution's.
+
+    Returns:
+        (group_dim, None), or (None, why the weight cannot express the structure).
+
+    Raises:
+        ValueError: an unknown structure.
+    """
+    if structure is None:
+        return None, None
+    if structure not in STRUCTURES:
+        raise ValueError(f"Invalid structure: {structure!r} (choose one of None, {', '.join(map(repr, STRUCTURES))})")
+    transposed = isinstance(module, _TRANSPOSED)
+    dim = STRUCTURES[structure][transposed or swapped]
+    groups = getattr(module, "groups", 1) if isinstance(module, nn.modules.conv._ConvNd) else 1
+    if groups > 1 and (structure, transposed) in (("in_channels", False), ("out_channels", True)):
+        inputs, outputs = module.in_channels, module.out_channels
+        if groups == inputs == outputs:  # depthwise: channel i is filter i
+            return 0, None
+        return None, f"{NOT_WHOLE} its {structure.replace('_', ' ')}, for it has {groups} groups"
+    if isinstance(module, nn.Bilinear) and structure == "in_channels":
+        return None, f"{NOT_WHOLE} its input channels, for it has two inputs"
+    gated = isinstance(module, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)) and not name.startswith("weight_hr")
+    if gated and structure == "out_channels":
+        return None, f"{NOT_WHOLE} its units, for each gate has a row of its own"
+    return dim, None
 
 
 class InOrder(list[Any]):

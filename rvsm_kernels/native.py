@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import GroupDim, kept_dims
 from .interface import Engine
+from .method.groups import GroupDim, kept_dims
 from .methods import is_topk
 from .options import METHODS, differ, is_split, snapshot
 

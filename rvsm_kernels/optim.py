@@ -6,7 +6,7 @@ from typing import Any
 
 from .adaptive import AdaptiveThresholding
 from .base import SplittingOptimizer
-from .engines import choose, known, serving
+from .engines.registry import choose, known, serving
 from .interface import Engine
 from .native import NativeEngine
 from .reference import ReferenceEngine

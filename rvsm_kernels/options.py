@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .groups import group_size, kept_dims
-from .penalties import PENALTIES
+from .method.groups import group_size, kept_dims
+from .method.penalties import PENALTIES
 
 OPTIONS = (
     "lr momentum dampening weight_decay nesterov maximize "

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .engines import choose
-from .groups import GroupDim, kept_dims, magnitudes
-from .memory import named, serves_ops
+from .engines.registry import choose
+from .method.groups import GroupDim, kept_dims, magnitudes
+from .method.memory import named, serves_ops
+from .method.penalties import PENALTIES, shrink
 from .options import DTYPES
-from .penalties import PENALTIES, shrink
 
 
 def _forward(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: GroupDim) -> Tensor:

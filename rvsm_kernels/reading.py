@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from . import advice, marks, methods
 from .interface import Engine, Group
-from .memory import kind_of, named, refuse, whole
+from .method.memory import kind_of, named, refuse, whole
 from .options import is_left_alone, is_split, param_name, refuse_expanded
 from .sparsity import SparsityReport, is_all_zero, measure
 

@@ -16,12 +16,12 @@ from torch.optim.sgd import sgd
 
 from .adaptive import AdaptiveThresholding
 from .base import SplittingOptimizer
-from .groups import GroupDim, magnitudes
 from .interface import Engine, check_gradient
-from .memory import kind_of, named, turns_of, whole
+from .method.groups import GroupDim, magnitudes
+from .method.memory import kind_of, named, turns_of, whole
+from .method.penalties import PENALTIES, shrink
 from .methods import arithmetic, is_topk, keep_above, moved
 from .options import is_split, param_name, strength
-from .penalties import PENALTIES, shrink
 
 
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:

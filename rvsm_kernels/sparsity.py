@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .groups import GroupDim, kept_dims, magnitudes
-from .memory import kind_of, whole
+from .method.groups import GroupDim, kept_dims, magnitudes
+from .method.memory import kind_of, whole
 from .modules import counted_weights
 
 ZERO_NORM = 1e-15

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from . import native
+from .. import native
 
 NAMES = ("native", "triton", "reference")
 """Every engine, the preferred first."""
