@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,11 @@ class Base:
     numbers: Callable[[Mapping[str, Any], bool], tuple[float, ...]]
     step: Callable[[list[Tensor], list[Tensor], Sequence[State], Mapping[str, Any]], None]
     writes_gradient: bool = False
+
+    @functools.cached_property
+    def all_options(self) -> tuple[Option, ...]:
+        """Every option of a param group of an optimizer over this base: its own and those of the splitting."""
+        return (*self.options, *SPLIT_OPTIONS)
 
 
 # ---- sgd: torch.optim.SGD --------------------------------------------------------------------------------------------
@@ -111,11 +117,6 @@ NONE = Base(
 
 BASES: dict[str, Base] = {base.name: base for base in (SGD, NONE)}
 """Every base by its name."""
-
-
-def options_of(base: Base) -> tuple[Option, ...]:
-    """Every option of a param group of an optimizer over this base."""
-    return (*base.options, *SPLIT_OPTIONS)
 
 
 def validate(group: Mapping[str, Any], base: Base = SGD) -> None:

@@ -118,3 +118,17 @@ def magnitudes(w: Tensor, group_dim: GroupDim) -> Tensor:
     if w.numel() == 0:
         return w.new_zeros([w.shape[d] if d in dims else 1 for d in range(w.dim())])
     return torch.linalg.vector_norm(w, dim=reduced, keepdim=True, dtype=torch.float64).to(w.dtype)
+
+
+def from_memory_order(norms: Tensor, w: Tensor, group_dim: GroupDim) -> Tensor:
+    """Norms of the groups of w, one after the other in memory, in the shape and dtype of :func:`magnitudes`.
+
+    Args:
+        norms: float64, one number for each group in the order of the :class:`GroupView` (batch * groups + group).
+        w: the tensor whose groups they are of.
+    """
+    dims = kept_dims(group_dim, w.dim()) or ()
+    strides = (w if is_dense(w) else torch.empty_like(w, device="meta")).stride()
+    in_memory = sorted(dims, key=lambda d: -strides[d])
+    by_dim = norms.reshape([w.shape[d] for d in in_memory]).permute([in_memory.index(d) for d in dims])
+    return by_dim.reshape([n if d in dims else 1 for d, n in enumerate(w.shape)]).to(w.dtype)

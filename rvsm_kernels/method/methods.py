@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Tensors = Sequence[Tensor]
+Tensors = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Method:
 
 
 def _rvsm_gap(w: Tensors, v: Tensors, u: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
-    return torch._foreach_sub(w, u), ()
+    return list(torch._foreach_sub(w, u)), []
 
 
 def _delayed_gap(w: Tensors, v: Tensors, u: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
-    return torch._foreach_sub(w, state), u
+    return list(torch._foreach_sub(w, state)), u
 
 
 def _admm_gap(w: Tensors, v: Tensors, u: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
-    dual = torch._foreach_sub(v, u)
-    return torch._foreach_add(torch._foreach_sub(w, u), dual), dual
+    dual = list(torch._foreach_sub(v, u))
+    return list(torch._foreach_add(torch._foreach_sub(w, u), dual)), dual
 
 
 METHODS: dict[str, Method] = {

@@ -46,6 +46,8 @@ def shown(value: Any) -> str:
 
 def _to_number(name: str, value: Any, what: str) -> float:
     """A number or a 1-element tensor as a float; raises for anything else."""
+    if type(value) is float:
+        return value
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
@@ -184,6 +186,10 @@ def unknown_option(key: str, names: Collection[str], where: str) -> str:
     return f"{where} has no option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
+PLAIN_TYPES = (float, bool, str, type(None), int)
+"""What most values are: they need no conversion, and asking for their type costs less than isinstance()."""
+
+
 def _plain(value: Any) -> Any:
     if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
         return value.item()
@@ -202,7 +208,7 @@ def make_plain(group: MutableMapping[str, Any], names: Iterable[str] = OPTION_NA
     They compute alike, but ``torch.load(weights_only=True)`` refuses a checkpoint that has them.
     """
     for key in names:
-        if key in group:
+        if key in group and type(group[key]) not in PLAIN_TYPES:
             group[key] = _plain(group[key])
 
 

@@ -33,6 +33,14 @@ def prox_numbers(penalty: str | None, tau: float, a: float) -> tuple[float, ...]
     return float(PENALTY_NUMBER[penalty]), cut, tau, a, rho, rho - a
 
 
+def threshold(v: Tensor, r: Tensor, penalty: str, tau: float, a: float, group_dim: GroupDim) -> Tensor:
+    """The prox of v, in the type of the arithmetic, from its magnitudes (or the norms of its groups) r."""
+    if tau == 0:
+        return v.clone()
+    s = shrink(r, penalty, tau, a)
+    return torch.copysign(s, v) if group_dim is None else v * torch.where(r == 0, torch.zeros_like(r), s / r)
+
+
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
     """u = argmin_u ||u - w||^2 / 2 + tau * P(u), out of place; shape, dtype and layout of ``w``.
 
@@ -41,10 +49,7 @@ def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: 
     if penalty is None or tau == 0:
         return w.clone()
     v = to_opmath(w)
-    r = magnitudes(v, group_dim)
-    s = shrink(r, penalty, tau, a)
-    u = torch.copysign(s, v) if group_dim is None else v * torch.where(r == 0, torch.zeros_like(r), s / r)
-    return u.to(w.dtype)
+    return threshold(v, magnitudes(v, group_dim), penalty, tau, a, group_dim).to(w.dtype)
 
 
 def prox_derivative(w: Tensor, direction: Tensor, penalty: str, tau: float, a: float, group_dim: GroupDim) -> Tensor:

@@ -47,9 +47,9 @@ def cut_of(v: Tensor, density: float, group_dim: GroupDim = None) -> Tensor:
     return torch.where(high.isfinite() & (middle < high), middle, low)  # between neighbours it is one of them
 
 
-def keep_above(v: Tensor, cut: Tensor, group_dim: GroupDim = None) -> Tensor:
-    """The l0 rule: v where its magnitude (or its group's) is above the cut, else 0. NaN stays visible."""
-    return torch.where(magnitudes(v, group_dim) <= cut, torch.zeros_like(v), v)
+def keep_above(v: Tensor, r: Tensor, cut: Tensor) -> Tensor:
+    """The l0 rule: v where its magnitude (or its group's norm) r is above the cut, else 0. NaN stays visible."""
+    return torch.where(r <= cut, torch.zeros_like(v), v)
 
 
 def thresholded(w: Tensor, dual: Tensor | None) -> Tensor:

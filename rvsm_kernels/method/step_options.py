@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .bases import Base, options_of
+from .bases import Base
 from .methods import METHODS, Method
+from .options import PLAIN_TYPES
 from .prox import prox_numbers
 from .split import is_split, split_numbers, strength_of_size
 
@@ -51,14 +52,10 @@ class StepOptions:
     @classmethod
     def of(cls, group: Mapping[str, Any], base: Base) -> StepOptions:
         """Those of a param group whose options were checked."""
-        values: dict[str, Any] = {}
-        for option in options_of(base):
-            value = group[option.name]
-            if isinstance(value, Tensor):
-                value = float(value)
-            elif isinstance(value, list):
-                value = tuple(value)
-            values[option.name] = value
+        values = {option.name: group[option.name] for option in base.all_options}
+        for name, value in values.items():
+            if type(value) not in PLAIN_TYPES and isinstance(value, (Tensor, list)):
+                values[name] = tuple(value) if isinstance(value, list) else float(value)
         split, lasso = is_split(values), values["group_lasso"] != 0
         group_dim, penalty = values["group_dim"], values["penalty"] if split else None
         dims = None

@@ -29,7 +29,8 @@ def u_of(
     """
     v = thresholded(w, dual)
     if is_topk(group):
-        return keep_above(v, cut_of(v, group["density"], group["group_dim"]), group["group_dim"])
+        cut = cut_of(v, group["density"], group["group_dim"])
+        return keep_above(v, magnitudes(v, group["group_dim"]), cut)
     v = v.clone() if dual is None else v
     prox_([v], group)
     return v

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from . import advice
-from .method.groups import GroupDim
-from .options import DTYPES, OPTIONS, unknown_option
+from ..method.dtypes import DTYPES
+from ..method.groups import GroupDim
+from ..method.options import OPTION_NAMES, unknown_option
+from ..method.warn import some, warn
 
 PENALISED: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -230,8 +231,8 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups takes a module, but got a {type(model).__name__}; give the model itself")
     for key in penalty_options:
-        if key not in OPTIONS:
-            raise TypeError(f"unknown option: {unknown_option(key, OPTIONS, 'param_groups')}")
+        if key not in OPTION_NAMES:
+            raise TypeError(f"unknown option: {unknown_option(key, OPTION_NAMES, 'param_groups')}")
     structure_dim(nn.Module(), structure)
     if structure is not None and penalty_options.get("group_dim") is not None:
         raise ValueError(f"structure={structure!r} sets group_dim; give one of the two")
@@ -251,7 +252,7 @@ def param_groups(
         if not any(w.left is None and isinstance(w.owner, t) for w in weights):
             had = [w for w in weights if isinstance(w.owner, t)]
             why = f"{had[0].name} is {had[0].left}" if had else "the model has none"
-            advice.warn(f"include: no weight of {t.__name__} is penalised ({why})")
+            warn(f"include: no weight of {t.__name__} is penalised ({why})")
     _warn_of_left(weights, structure)
 
     order = {id(p): k for k, p in enumerate(model.parameters())}
@@ -280,15 +281,15 @@ def _warn_of_left(weights: list[Weight], structure: str | None) -> None:
     """Warn of weights that someone would expect to be penalised."""
     changed = [w.name for w in weights if w.left == _CHANGED]
     if changed:
-        advice.warn(
-            f"left dense: {advice.some(changed)}: torch.nn.utils.prune, weight_norm or a parametrisation computes the"
+        warn(
+            f"left dense: {some(changed)}: torch.nn.utils.prune, weight_norm or a parametrisation computes the"
             " weight from them; remove it (prune.remove, parametrize.remove_parametrizations), or build the group by"
             " hand"
         )
     unexpressed = [w for w in weights if w.left is not None and w.left.startswith(NOT_WHOLE)]
     if unexpressed:
-        names = advice.some([w.name for w in unexpressed])
-        advice.warn(f"left dense under structure={structure!r}: {names}: {unexpressed[0].left}")
+        names = some([w.name for w in unexpressed])
+        warn(f"left dense under structure={structure!r}: {names}: {unexpressed[0].left}")
 
 
 def _text(weights: list[Weight]) -> str:
