@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from . import advice
-from .groups import NOT_WHOLE, GroupDim, structure_dim
-from .options import DTYPES, OPTIONS, unknown_option
+from ..method.dtypes import DTYPES
+from ..method.groups import GroupDim
+from ..method.options import OPTION_NAMES, unknown_option
+from ..method.warn import some, warn
 
 PENALISED: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -36,6 +37,56 @@ _CHANGED = "pruned or parametrised: the layer computes with another tensor"
 _THIN = "a bias, a norm or another parameter of fewer than two dimensions"
 _BIAS = "a bias"
 _FROZEN = "frozen"
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+STRUCTURES: dict[str, tuple[GroupDim, GroupDim]] = {
+    # structure: (group_dim of Conv and Linear, group_dim of a transposed convolution)
+    "in_channels": (1, 0),
+    "out_channels": (0, 1),
+    "kernels": ((0, 1), (0, 1)),
+    "layers": ((), ()),
+}
+
+
+NOT_WHOLE = "no whole dimension of this weight indexes"
+"""How a reason begins why a weight cannot express a structure."""
+
+
+def structure_dim(
+    module: nn.Module, structure: str | None, name: str = "weight", swapped: bool = False
+) -> tuple[GroupDim, str | None]:
+    """The ``group_dim`` that a structure means for a weight of a module: its groups are channels of the network.
+
+    Args:
+        name: the weight's own name in the module.
+        swapped: the weight is (inputs, outputs), as a transposed convolution's.
+
+    Returns:
+        (group_dim, None), or (None, why the weight cannot express the structure).
+
+    Raises:
+        ValueError: an unknown structure.
+    """
+    if structure is None:
+        return None, None
+    if structure not in STRUCTURES:
+        raise ValueError(f"Invalid structure: {structure!r} (choose one of None, {', '.join(map(repr, STRUCTURES))})")
+    transposed = isinstance(module, _TRANSPOSED)
+    dim = STRUCTURES[structure][transposed or swapped]
+    groups = getattr(module, "groups", 1) if isinstance(module, nn.modules.conv._ConvNd) else 1
+    if groups > 1 and (structure, transposed) in (("in_channels", False), ("out_channels", True)):
+        inputs, outputs = module.in_channels, module.out_channels
+        if groups == inputs == outputs:  # depthwise: channel i is filter i
+            return 0, None
+        return None, f"{NOT_WHOLE} its {structure.replace('_', ' ')}, for it has {groups} groups"
+    if isinstance(module, nn.Bilinear) and structure == "in_channels":
+        return None, f"{NOT_WHOLE} its input channels, for it has two inputs"
+    gated = isinstance(module, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)) and not name.startswith("weight_hr")
+    if gated and structure == "out_channels":
+        return None, f"{NOT_WHOLE} its units, for each gate has a row of its own"
+    return dim, None
 
 
 class InOrder(list[Any]):
@@ -180,8 +231,8 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups takes a module, but got a {type(model).__name__}; give the model itself")
     for key in penalty_options:
-        if key not in OPTIONS:
-            raise TypeError(f"unknown option: {unknown_option(key, OPTIONS, 'param_groups')}")
+        if key not in OPTION_NAMES:
+            raise TypeError(f"unknown option: {unknown_option(key, OPTION_NAMES, 'param_groups')}")
     structure_dim(nn.Module(), structure)
     if structure is not None and penalty_options.get("group_dim") is not None:
         raise ValueError(f"structure={structure!r} sets group_dim; give one of the two")
@@ -201,7 +252,7 @@ def param_groups(
         if not any(w.left is None and isinstance(w.owner, t) for w in weights):
             had = [w for w in weights if isinstance(w.owner, t)]
             why = f"{had[0].name} is {had[0].left}" if had else "the model has none"
-            advice.warn(f"include: no weight of {t.__name__} is penalised ({why})")
+            warn(f"include: no weight of {t.__name__} is penalised ({why})")
     _warn_of_left(weights, structure)
 
     order = {id(p): k for k, p in enumerate(model.parameters())}
@@ -230,15 +281,15 @@ def _warn_of_left(weights: list[Weight], structure: str | None) -> None:
     """Warn of weights that someone would expect to be penalised."""
     changed = [w.name for w in weights if w.left == _CHANGED]
     if changed:
-        advice.warn(
-            f"left dense: {advice.some(changed)}: torch.nn.utils.prune, weight_norm or a parametrisation computes the"
+        warn(
+            f"left dense: {some(changed)}: torch.nn.utils.prune, weight_norm or a parametrisation computes the"
             " weight from them; remove it (prune.remove, parametrize.remove_parametrizations), or build the group by"
             " hand"
         )
     unexpressed = [w for w in weights if w.left is not None and w.left.startswith(NOT_WHOLE)]
     if unexpressed:
-        names = advice.some([w.name for w in unexpressed])
-        advice.warn(f"left dense under structure={structure!r}: {names}: {unexpressed[0].left}")
+        names = some([w.name for w in unexpressed])
+        warn(f"left dense under structure={structure!r}: {names}: {unexpressed[0].left}")
 
 
 def _text(weights: list[Weight]) -> str:

@@ -1,33 +1,18 @@
-"""The public optimizers."""
+"""The splitting over the step of SGD."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .adaptive import AdaptiveThresholding
-from .base import SplittingOptimizer
-from .engines import choose, known, serving
-from .interface import Engine
-from .native import NativeEngine
-from .reference import ReferenceEngine
+from torch import Tensor
+
+from ..method.bases import SGD
+from ..method.groups import GroupDim
+from .attributes import names_its_arguments
+from .split_optimizer import SplitOptimizer
 
 
-class _OnEngines(SplittingOptimizer):
-    def _check_engine(self) -> None:
-        known(self._requested_engine)
-
-    def _engine_name(self, device_type: str) -> str:
-        return choose(self._requested_engine, device_type)
-
-    def _make_engine(self, name: str) -> Engine:
-        if name == "triton":
-            from .triton_engine import TritonEngine  # Triton takes a second to import: only where it is used
-
-            return TritonEngine(serving(name))
-        return NativeEngine() if name == "native" else ReferenceEngine()
-
-
-class RVSM(_OnEngines):
+class RVSM(SplitOptimizer):
     r"""SGD that trains sparse weights: relaxed variable splitting, fused into one pass over memory.
 
     Replaces ``torch.optim.SGD``. Minimises f(w) + lam * P(w) through
@@ -54,8 +39,9 @@ class RVSM(_OnEngines):
         momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``. ``maximize`` turns the loss
             gradient around; the pull, weight decay and group_lasso keep their signs.
         penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1), ``"topk"`` or None (plain SGD). Top-k keeps the
-            ceil(density * n) elements (or groups) of largest magnitude of each tensor in u; those that tie with the
-            largest that goes are zeroed with it, as l0 does with ties, so that fewer may survive. ``lam`` only
+            ceil(density * n) elements (or groups) of largest magnitude of each tensor in u. Where the smallest
+            survivor ties with the largest magnitude that is zeroed, all that tie are zeroed, as under l0, so that
+            fewer may survive. ``lam`` only
             switches it on.
         density: of ``"topk"``, in (0, 1].
         lam: strength of the penalty, in units of the loss, >= 0. 0 switches the splitting off.
@@ -70,8 +56,8 @@ class RVSM(_OnEngines):
             through momentum (False).
         method: ``"rvsm"``: p = w - u. ``"rvsm-delayed"``: p = w - u with the u of the step before (state ``u``, at
             first that of the first weights). ``"admm"``, with state ``dual`` y, at first 0:
-            v = w + y, u = prox(v), y = v - u, p = w - u + y. What a method keeps is dropped when the splitting or the
-            method is switched off, and begins anew.
+            v = w + y, u = prox(v), y = v - u, p = w - u + y. The state of a method is dropped when the splitting or
+            the method is switched off, and begins anew.
         unit_norm: w <- w / ||w||_2 of each whole tensor at the end of the step; a zero tensor stays zero.
         amp_scaling: True: a GradScaler hands its scale to the step, which unscales in the same pass (``p.grad`` stays
             scaled: call ``scaler.unscale_(optimizer)`` to log or clip its norm). False: it unscales before the step, as
@@ -94,39 +80,31 @@ class RVSM(_OnEngines):
         )
     """
 
+    _base = SGD
 
-class _Reserved:
-    """A name of the interface that a later version fills."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(f"{type(self).__name__} is not in this version of rvsm_kernels")
-
-
-class RVSMAdamW(_Reserved):
-    """Reserved: the splitting over AdamW's step comes in a later version."""
-
-
-class RVSMWrapper(_Reserved):
-    """Reserved: the fused pull around any torch optimizer comes in a later version."""
-
-
-class AdaptiveHardThreshold(AdaptiveThresholding, _OnEngines):
-    """Algorithm 2 of arXiv 1812.05719: w <- w - lr grad, and w <- H_s(w) only when its support becomes another.
-
-    H_s keeps the s = ceil(density * n) elements (or groups) of largest magnitude of each tensor; those that tie with
-    the largest that goes are zeroed with it. The support of H_s(w) before the step is held against that after it; where
-    they are the same nothing is zeroed, so that the gradient can bring new elements up. The paper begins with a sparse
-    w: call ``sparsify_()`` first. At the end ``sparsify_()`` gives H_s(w) for good, as ``sparse_weights()`` does for a
-    while.
-
-    Args:
-        params: tensors, groups or named parameters, as in torch.optim.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
-        density: the share of elements or groups that survive, in (0, 1]; can differ per group.
-        group_dim: the dimensions that index the groups, None for elements (see :class:`RVSM`).
-        unit_norm: w <- w / ||w|| of each tensor at the end of the step.
-        engine: see :class:`RVSM`.
-
-    Raises:
-        ValueError: a number out of range, no density.
-    """
+    @names_its_arguments
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        penalty: str | None = "l0",
+        lam: float = 1e-6,
+        beta: float = 1e-2,
+        a: float = 1.0,
+        density: float | None = None,
+        group_dim: GroupDim = None,
+        group_scale: bool = False,
+        group_lasso: float = 0.0,
+        decoupled: bool = True,
+        method: str = "rvsm",
+        unit_norm: bool = False,
+        maximize: bool = False,
+        amp_scaling: bool = True,
+        engine: str | None = None,
+    ) -> None:
+        super().__init__(params, locals(), amp_scaling=amp_scaling, engine=engine)

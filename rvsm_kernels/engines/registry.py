@@ -11,11 +11,13 @@ import warnings
 import torch
 
 from . import native
+from .interface import Engine
 
 NAMES = ("native", "triton", "reference")
 """Every engine, the preferred first."""
 
 _AVAILABLE = "available"
+_DEVICE_TYPES = ("cpu", "cuda", "xpu")
 
 
 @functools.cache
@@ -23,7 +25,7 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"rvsm_kernels runs on its slow reference engine: {reason}", stacklevel=2)
 
 
-def _interpreted() -> bool:
+def _is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -34,11 +36,11 @@ def missing_triton(device_type: str) -> str | None:
         return "Triton is not installed; pip install triton"
     interpret = os.environ.get("TRITON_INTERPRET", "")
     if device_type == "cpu":
-        if _interpreted():
+        if _is_interpreted():
             return None
         ignored = f"; to Triton, {interpret!r} does not mean yes" if interpret not in ("", "0") else ""
         return f"runs on GPUs; on a CPU only in Triton's slow interpreter (TRITON_INTERPRET=1{ignored})"
-    if _interpreted():
+    if _is_interpreted():
         return f"TRITON_INTERPRET={interpret} is set: kernels run on CPU tensors"
     compiler = _missing_compiler()
     if compiler is not None:
@@ -50,7 +52,7 @@ def missing_triton(device_type: str) -> str | None:
 
 
 def _missing_compiler() -> str | None:
-    """Why Triton finds no C compiler, or None. It runs what CC names even where CC is empty."""
+    """Why Triton finds no C compiler, or None. Triton runs the program in CC even where CC is empty."""
     named = os.environ.get("CC")
     if named is None:
         found = shutil.which("gcc") or shutil.which("clang")
@@ -74,12 +76,12 @@ def _too_old() -> str | None:
 def engines() -> dict[str, dict[str, str]]:
     """What this build has: ``{engine: {device: "available" or the reason why not}}``.
 
-    Prefer asking :func:`choose` for a decision; this is for reading.
+    For reading; an optimizer decides by :func:`engine_name_for`.
     """
     cpu = _AVAILABLE if native.load_error is None else native.load_error
     return {
         "native": {"cpu": cpu, "cuda": native.missing_cuda() or _AVAILABLE},
-        "triton": {device: missing_triton(device) or _AVAILABLE for device in ("cpu", "cuda", "xpu")},
+        "triton": {device: missing_triton(device) or _AVAILABLE for device in _DEVICE_TYPES},
         "reference": {"any": _AVAILABLE},
     }
 
@@ -89,25 +91,25 @@ def _check_name(requested: str | None) -> None:
         raise ValueError(f"Invalid engine: {requested!r} (choose one of None, {', '.join(map(repr, NAMES))})")
 
 
-def known(requested: str | None) -> None:
-    """Raise for an engine that serves no device here; ``choose`` decides for one device.
+def check_requested(requested: str | None) -> None:
+    """Raise for an engine that serves no device here.
 
     Raises:
         ValueError: an unknown engine.
         RuntimeError: a missing one.
     """
     _check_name(requested)
-    if requested is not None and not serving(requested):
-        choose(requested, "cuda" if requested == "triton" else "cpu")
+    if requested is not None and not served_device_types(requested):
+        engine_name_for(requested, "cuda" if requested == "triton" else "cpu")
 
 
-def serving(name: str, device_types: tuple[str, ...] = ("cpu", "cuda", "xpu")) -> tuple[str, ...]:
+def served_device_types(name: str) -> tuple[str, ...]:
     """The types of devices that an engine serves here."""
     table = engines()[name]
-    return tuple(d for d in device_types if table.get(d, table.get("any")) == _AVAILABLE)
+    return tuple(d for d in _DEVICE_TYPES if table.get(d, table.get("any")) == _AVAILABLE)
 
 
-def choose(requested: str | None, device_type: str) -> str:
+def engine_name_for(requested: str | None, device_type: str) -> str:
     """The engine for a device: the one asked for, else native, else triton, else reference.
 
     Raises:
@@ -117,7 +119,7 @@ def choose(requested: str | None, device_type: str) -> str:
     _check_name(requested)
     table = engines()
     # In Triton's interpreter the CPU is served for tests, where they ask for it.
-    wanted = [name for name in NAMES if (name, device_type) != ("triton", "cpu")] if requested is None else (requested,)
+    wanted = [name for name in NAMES if (name, device_type) != ("triton", "cpu")] if requested is None else [requested]
     for name in wanted:
         state = table[name].get(device_type, table[name].get("any", f"does not serve {device_type} tensors"))
         if state == _AVAILABLE:
@@ -132,4 +134,17 @@ def choose(requested: str | None, device_type: str) -> str:
 
 # What torch.compiler.assume_constant_result does, which would import the compiler with the package: the choice is made
 # when a function is traced.
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+engine_name_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def make_engine(name: str) -> Engine:
+    """A new engine of an optimizer. The modules of an engine are imported only where it is used."""
+    if name == "triton":
+        from .triton.engine import TritonEngine  # Triton takes a second to import
+
+        return TritonEngine(served_device_types(name))
+    if name == "native":
+        return native.NativeEngine()
+    from .reference import ReferenceEngine
+
+    return ReferenceEngine()

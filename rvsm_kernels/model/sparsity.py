@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .groups import GroupDim, kept_dims, magnitudes
-from .memory import kind_of, whole
-from .modules import counted_weights
+from ..method.groups import GroupDim, kept_dims, magnitudes
+from ..method.memory import kind_of, whole
+from .param_groups import counted_weights
 
 ZERO_NORM = 1e-15
 """A group counts as zero when ||u_G||_2 is below this, as in the papers."""

@@ -50,6 +50,16 @@ def tracer() -> str | None:
     return "functionalization" if included(_KEYS.Functionalize) else None
 
 
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements of a tensor fill its memory, in any order of the dimensions, each once."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def is_allocated(t: Tensor) -> bool:
     """Whether the storage of a tensor is as large as the tensor says; it can be resized or freed under it."""
     if kind_of(t) is not None or t._is_zerotensor() or t.layout != torch.strided or t.numel() == 0:
@@ -80,7 +90,7 @@ def turns_of(tensors: Sequence[Tensor]) -> list[int]:
 
     Returns:
         0 for the first, 1 for those that share memory with one of them, ...: the twin of ``turns_of`` in
-        ``csrc/rows.h``. Tensors without memory of their own share with none but themselves.
+        ``csrc/torch``. Tensors without memory of their own share with none but themselves.
     """
     ranges = []
     for i, t in enumerate(tensors):

@@ -8,30 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, reference
-from .engines import choose
-from .groups import GroupDim, kept_dims, magnitudes
-from .memory import named, serves_ops
-from .options import DTYPES
-from .penalties import PENALTIES, shrink
+from ..method import prox as plain
+from ..method.dtypes import DTYPES
+from ..method.groups import GroupDim, kept_dims
+from ..method.memory import named, serves_ops
+from ..method.penalties import PENALTIES
+from . import native
+from .registry import engine_name_for
 
 
 def _forward(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: GroupDim) -> Tensor:
     if not serves_ops(w):
         try:
-            return reference.prox(w, penalty, tau, a, group_dim)
+            return plain.prox(w, penalty, tau, a, group_dim)
         except (AssertionError, NotImplementedError, RuntimeError) as error:
             raise named(error, w, "w") from error
-    name = choose(None, w.device.type)
+    name = engine_name_for(None, w.device.type)
     if name == "triton":
-        from . import triton_engine  # Triton takes a second to import: only where it is used
+        from .triton import engine as triton  # Triton takes a second to import: only where it is used
 
-        return triton_engine.prox(w, penalty, tau, a, group_dim)
-    return (native if name == "native" else reference).prox(w, penalty, tau, a, group_dim)
+        return triton.prox(w, penalty, tau, a, group_dim)
+    return (native if name == "native" else plain).prox(w, penalty, tau, a, group_dim)
 
 
 class _Prox(torch.autograd.Function):
-    """u = v s(r)/r with r = |v|: du = (s/r) dv + (s' - s/r) v <v, dv> / r^2, a symmetric Jacobian."""
+    """The prox with its derivative with respect to w."""
 
     @staticmethod
     def forward(w: Tensor, penalty: str, tau: float, a: float, group_dim: GroupDim) -> Tensor:
@@ -45,21 +46,7 @@ class _Prox(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (w,) = ctx.saved_tensors
-        penalty, tau, a, group_dim = ctx.options
-        v, dv = reference.arithmetic(w), reference.arithmetic(grad)  # half types are computed in float32
-        r = magnitudes(v, group_dim)
-        s = shrink(r, penalty, tau, a)
-        alive = s > 0
-        slope = torch.where(alive, 1 / (1 + tau * PENALTIES[penalty].curvature(s, a)), 0)
-        if group_dim is None:
-            return (slope * dv).to(w.dtype), None, None, None, None
-        safe = torch.where(alive, r, 1)
-        ratio = torch.where(alive, s, 0) / safe
-        kept = kept_dims(group_dim, w.dim()) or ()
-        reduced = [d for d in range(w.dim()) if d not in kept]
-        along = (v * dv).sum(dim=reduced, keepdim=True) if reduced else v * dv
-        dw = ratio * dv + torch.where(alive, slope - ratio, 0) * (along / safe) * (v / safe)
-        return dw.to(w.dtype), None, None, None, None
+        return plain.prox_derivative(w, grad, *ctx.options), None, None, None, None
 
 
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:

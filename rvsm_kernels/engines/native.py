@@ -7,19 +7,21 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .groups import GroupDim, kept_dims
-from .interface import Engine
-from .methods import is_topk
-from .options import METHODS, differ, is_split, snapshot
+from ..method.bases import BASES
+from ..method.groups import GroupDim, kept_dims
+from ..method.penalties import PENALTIES
+from ..method.prox import PROX_NUMBERS
+from ..method.split import SPLIT_NUMBERS
+from .checks import check_groups
+from .interface import Engine, Group, Ready, StepInputs
 
 load_error: str | None = None
 """Why the compiled engine is missing, or None."""
@@ -27,7 +29,7 @@ load_error: str | None = None
 other_torch: str | None = None
 """That the compiled module loads and works, but was built for another minor version of torch, or None."""
 
-_HERE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _ISAS = ("base", "avx2", "avx512")
 _REBUILD = (
     "build it again for this torch (pip install --no-build-isolation --no-deps --force-reinstall, from the sources; in"
@@ -37,28 +39,29 @@ _REBUILD = (
 
 def _why_not_loaded(error: Exception) -> str:
     """Why the import of the compiled module failed."""
-    file = next((f for suffix in EXTENSION_SUFFIXES if (f := _HERE / f"_C{suffix}").exists()), None)
+    file = next((f for suffix in EXTENSION_SUFFIXES if (f := _PACKAGE / f"_C{suffix}").exists()), None)
     if file is not None:
         # The words that build_info() in bindings.cpp reads its answer from.
         built = re.search(rb"built for (torch [\w.+-]+)\0", file.read_bytes())
         built_for = built[1].decode() if built else "an unknown torch"
         versions = f"was built for {built_for}, this is torch {torch.__version__}"
         return f"{file} {versions}, and it does not load ({error}); {_REBUILD}"
-    note = _HERE / "no_module.txt"  # setup.py writes it
+    note = _PACKAGE / "no_module.txt"  # setup.py writes it
     if note.exists():
-        return f"{_HERE} holds no compiled module: {note.read_text().strip()}"
-    others = [f.name for f in sorted(_HERE.glob("_C.*")) if f.suffix in (".so", ".pyd")]
+        return f"{_PACKAGE} holds no compiled module: {note.read_text().strip()}"
+    others = [f.name for f in sorted(_PACKAGE.glob("_C.*")) if f.suffix in (".so", ".pyd")]
     if others:
         return (
-            f"{_HERE} holds no compiled module for this Python ({platform.python_version()}), only {', '.join(others)};"
-            " install rvsm_kernels again with this Python, or build it there with make build"
+            f"{_PACKAGE} holds no compiled module for this Python ({platform.python_version()}), only"
+            f" {', '.join(others)}; install rvsm_kernels again with this Python, or build it there with make build"
         )
     if isinstance(error, ImportError):
         return (
-            f"{_HERE} holds no compiled module; build it there with make build, or, if rvsm_kernels is installed, run"
-            " Python outside the source tree (an installation with RVSM_NATIVE=0, or without a C++ compiler, has none)"
+            f"{_PACKAGE} holds no compiled module; build it there with make build, or, if rvsm_kernels is installed,"
+            " run Python outside the source tree (an installation with RVSM_NATIVE=0, or without a C++ compiler, has"
+            " none)"
         )
-    return f"{_HERE} has no compiled module that loads here ({error})"
+    return f"{_PACKAGE} has no compiled module that loads here ({error})"
 
 
 def _minor(version: str) -> str:
@@ -78,8 +81,19 @@ def _fault() -> str | None:
     return None if u == [[-2.0, 0.0], [1.0, 0.0]] else f"a proximal step gives {u}"
 
 
+def _other_tables() -> str | None:
+    """What the compiled module and Python understand differently of the numbers that pass between them, or None."""
+    numbers = {"prox": len(PROX_NUMBERS), "split": len(SPLIT_NUMBERS)}
+    numbers |= {base.name: len(base.number_names) for base in BASES.values()}
+    for what, ours in (("penalties", tuple(PENALTIES)), ("numbers", numbers)):
+        theirs = getattr(_C, what, None)
+        if theirs != ours:
+            return f"its {what} are {theirs}, those of Python {ours}"
+    return None
+
+
 try:
-    from . import _C  # type: ignore[attr-defined,unused-ignore]
+    from .. import _C  # type: ignore[attr-defined,unused-ignore]
 except Exception as error:  # a source tree that was not built, or a build for another torch
     _C = None  # type: ignore[assignment]
     load_error = _why_not_loaded(error)
@@ -97,6 +111,10 @@ if load_error is None and _minor(_C.build_info()["built for"]) != _minor(torch._
     else:
         _C = None  # type: ignore[assignment]
         load_error = f"the compiled module {_versions}, and it does not work ({_reason}); {_REBUILD}"
+
+if load_error is None and (_reason := _other_tables()) is not None:
+    _C = None  # type: ignore[assignment]
+    load_error = f"the compiled module was built from other sources of rvsm_kernels ({_reason}); {_REBUILD}"
 
 if load_error is None and os.environ.get("RVSM_ISA", "") not in ("", *_ISAS):
     warnings.warn(
@@ -133,13 +151,6 @@ def _probe() -> str | None:
     return None
 
 
-_PLAN_OPTIONS = (
-    "lr momentum dampening weight_decay nesterov maximize "
-    "penalty lam beta a group_dim group_scale group_lasso decoupled method"
-).split()
-_read = itemgetter(*_PLAN_OPTIONS)
-
-
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
     """Twin of :func:`rvsm_kernels.reference.prox`."""
     return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, kept_dims(group_dim, w.dim()))
@@ -155,46 +166,29 @@ class NativeEngine(Engine):
 
     def __init__(self) -> None:
         self._plan = _C.Plan()
-        self._seen: list[tuple[Any, ...] | None] = []
 
-    def prepare(
-        self,
-        groups: Sequence[MutableMapping[str, Any]],
-        state: MutableMapping[Tensor, Any],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        kept: Mapping[Tensor, Tensor],
-        cuts: Mapping[Tensor, Tensor],
-    ) -> bool:
-        self._set_options(groups)
-        return self._plan.prepare(groups, state, grad_scale, found_inf, kept, cuts)
+    def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
+        self._set_options(inputs)
+        return Ready(self._plan.prepare(groups, inputs))
 
     def launch(self) -> None:
         self._plan.launch()
 
-    def step(self, groups: Sequence[MutableMapping[str, Any]], *inputs: Any) -> bool:
-        self._set_options(groups)
-        return self._plan.step(groups, *inputs)
+    def step(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
+        self._set_options(inputs)
+        return Ready(self._plan.step(groups, inputs))
 
     def drop(self) -> None:
         self._plan.drop()
 
-    def _set_options(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Tell the plan which groups have other options than at the last step."""
-        seen, plan = self._seen, self._plan
-        for i, group in enumerate(groups):
-            values = _read(group)
-            if i >= len(seen) or differ(values, seen[i]):
-                plan.set_options(i, _packed(group))
-                seen[i : i + 1] = [snapshot(values)]
-        del seen[len(groups) :]
+    def _set_options(self, inputs: StepInputs) -> None:
+        """Tell the plan of the groups whose options are new."""
+        options, changed = inputs.options, inputs.changed
+        for i in range(len(options)) if changed is None else changed:
+            self._plan.set_options(i, options[i])
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
-        if group["group_dim"] is not None:
-            try:
-                _C.check([p], _dims(group["group_dim"]))
-            except ValueError as error:
-                raise ValueError(f"Invalid group_dim value for {name}: {group['group_dim']!r}: {error}") from None
+        check_groups(p, group["group_dim"], name)
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         torch.ops.rvsm_kernels.prox_(params, *_penalty_arguments(group))
@@ -203,31 +197,14 @@ class NativeEngine(Engine):
         return torch.ops.rvsm_kernels.penalty_value(params, *_penalty_arguments(group))
 
 
-def _dims(group_dim: GroupDim) -> list[int] | None:
-    """``group_dim`` as the ops take it."""
-    return group_dim if group_dim is None else [group_dim] if isinstance(group_dim, int) else list(group_dim)
-
-
 def _penalty_arguments(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """(penalty, lam, beta, a, group_dim, group_scale), the order of the ops' schemas."""
+    dims = group["group_dim"]
     return (
         group["penalty"],
         float(group["lam"]),
         float(group["beta"]),
         float(group["a"]),
-        _dims(group["group_dim"]),
+        dims if dims is None else [dims] if isinstance(dims, int) else list(dims),
         bool(group["group_scale"]),
     )
-
-
-def _packed(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group as plain numbers for the plan."""
-    packed: dict[str, Any] = {
-        key: float(group[key]) for key in "lr momentum dampening weight_decay lam beta a group_lasso".split()
-    }
-    packed.update({key: bool(group[key]) for key in "nesterov maximize group_scale decoupled".split()})
-    packed["topk"] = is_topk(group)
-    packed["penalty"] = "l0" if packed["topk"] else group["penalty"] if is_split(group) else None
-    packed["method"] = METHODS.index(group["method"])
-    packed["group_dim"] = _dims(group["group_dim"])
-    return packed

@@ -1,4 +1,4 @@
-"""What a user touches on an optimizer: its arguments, options in the wrong place, what a GradScaler hands over."""
+"""The errors of a constructor's arguments, and attributes of an optimizer that are none of the usual kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .options import shown, unknown_option
+from ..method.options import shown, unknown_option
 
 
 def names_its_arguments(init: Callable[..., None]) -> Callable[..., None]:
@@ -84,9 +84,8 @@ def ends_scaling(step: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return step(self, *args, **kwargs)
         finally:
-            own = self.__dict__
-            own.pop("grad_scale", None)
-            own.pop("found_inf", None)
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # torch.optim.Optimizer need not wrap it in hooks again
     return wrapper

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .memory import kind_of
+from ..method.memory import kind_of
 
 _OPTIONS = ("penalty", "lam", "beta", "a", "density", "group_dim", "group_scale", "method")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

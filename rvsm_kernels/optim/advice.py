@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
-import sys
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,27 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .options import OPTIONS, is_split, param_name
+from ..method.options import OPTION_NAMES
+from ..method.parameters import param_name
+from ..method.split import is_split
+from ..method.warn import some, warn
 
-_OURS = (os.path.dirname(__file__) + os.sep, os.path.dirname(torch.__file__) + os.sep)
-_BESIDE = {"params", "param_names", "param_order", "structure", "initial_lr", "foreach", "fused", "differentiable"}
+_KEYS_BESIDE_OPTIONS = set("params param_names param_order structure initial_lr foreach fused differentiable".split())
 
 STALL = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half the spacing of the numbers just above 1: a pull by a smaller share of a weight may be rounded away."""
-
-
-def warn(text: str) -> None:
-    """A UserWarning that points at the line of the user, however deep the call is."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, UserWarning, stacklevel=level)
-
-
-def some(names: Sequence[str], most: int = 4) -> str:
-    """The first of some names, and how many there are besides."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 # ---- how hard a group pulls ------------------------------------------------------------------------------------------
@@ -52,22 +37,22 @@ class PullRates:
     """Watches lr * beta, the share of the gap between w and u that a step closes, for one optimizer."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, _Rate] = {}
+        self._last: dict[int, _Rate] = {}
 
-    def look(self, index: int, group: Mapping[str, Any]) -> None:
+    def watch(self, index: int, group: Mapping[str, Any]) -> None:
         """Warn if a group pulls too hard, or too softly for its dtype: once, and again after an edit.
 
         A scheduler that moves lr on and on is heard once for each of the two limits that it crosses.
         """
         if not is_split(group):
-            self._seen.pop(index, None)
+            self._last.pop(index, None)
             return
         lr, beta = float(group["lr"]), float(group["beta"])
         rate = lr * beta
         level = 0 if rate <= 1 + 1e-6 else 1 if rate < 2 else 2
         stalled = sum(0 < rate < limit for limit in STALL.values())
-        before = self._seen.get(index, _Rate(0.0, 0.0, 0, 0))
-        self._seen[index] = _Rate(lr, beta, level, stalled)
+        before = self._last.get(index, _Rate(0.0, 0.0, 0, 0))
+        self._last[index] = _Rate(lr, beta, level, stalled)
         edited = (before.lr, before.beta) != (lr, beta) and ("initial_lr" not in group or before.beta != beta)
         if level > before.level or (level and edited):
             what = (
@@ -80,10 +65,10 @@ class PullRates:
                 f" goes straight to u up to 1: take a beta of at most {1 / lr:.3g}, or a smaller lr"
             )
         if stalled > before.stalled or (stalled and before.beta != beta):
-            _look_at_half_types(index, group, lr, beta)
+            _warn_of_half_types(index, group, lr, beta)
 
 
-def _look_at_half_types(index: int, group: Mapping[str, Any], lr: float, beta: float) -> None:
+def _warn_of_half_types(index: int, group: Mapping[str, Any], lr: float, beta: float) -> None:
     for dtype in sorted({p.dtype for p in group["params"] if p.dtype in STALL}, key=str):
         limit = STALL[dtype]
         if lr * beta < limit:
@@ -105,10 +90,10 @@ def of_group(index: int, group: Mapping[str, Any], explicit: Collection[str]) ->
         explicit: the keys that the group was given itself; the others come from the optimizer's defaults.
     """
     for key in explicit:
-        near = difflib.get_close_matches(key, OPTIONS, 1, 0.7)
+        near = difflib.get_close_matches(key, OPTION_NAMES, 1, 0.7)
         if key == "structure":
             warn(f"group {index}: structure is an option of rvsm_kernels.param_groups, and has no effect in a group")
-        elif near and key not in OPTIONS and key not in _BESIDE:
+        elif near and key not in OPTION_NAMES and key not in _KEYS_BESIDE_OPTIONS:
             warn(f"group {index}: {key!r} is no option and has no effect; did you mean {near[0]!r}?")
     penalty = group["penalty"]
     if penalty is None:

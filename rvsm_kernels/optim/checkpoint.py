@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .options import OPTIONS, differ, snapshot
+from ..method.options import OPTION_NAMES, SGD_OPTIONS, may_differ, names_of, snapshot
 
-_OF_SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+_OF_SGD = names_of(SGD_OPTIONS)
 _PLACES = ("params", "param_names", "param_order")
 _ADVICE = (
     "build both optimizers from the same groups: torch.optim.SGD takes the ones that"
@@ -24,7 +24,7 @@ def _refuse_others(groups: Groups) -> None:
     for i, group in enumerate(groups):
         missing = [key for key in _OF_SGD if key not in group]
         if missing:
-            strange = [key for key in group if key not in (*OPTIONS, *_PLACES)]
+            strange = [key for key in group if key not in (*OPTION_NAMES, *_PLACES)]
             raise ValueError(
                 f"this is no checkpoint of RVSM or torch.optim.SGD: its group {i} has no {', '.join(missing)}"
                 + (f", but {', '.join(map(str, strange))}" if strange else "")
@@ -133,7 +133,7 @@ def _options(index: int, sources: Groups, group: Mapping[str, Any]) -> dict[str,
     options = {key: value for key, value in sources[0].items() if key not in _PLACES}
     for other in sources[1:]:
         for key, value in options.items():
-            if key in other and differ((other[key],), snapshot((value,))):
+            if key in other and may_differ((other[key],), snapshot((value,))):
                 raise ValueError(
                     f"group {index} takes its parameters from groups of the checkpoint with {key}={value!r} and"
                     f" {key}={other[key]!r}; {_ADVICE}"
@@ -145,8 +145,8 @@ def to_torch_state_dict(optimizer: Any, model: nn.Module) -> dict[str, Any]:
     """The state of an optimizer as ``torch.optim.SGD(model.parameters())`` loads it: one group, in the model's order.
 
     Args:
-        optimizer: an RVSM over the parameters of the model. What its methods keep (``u``, ``dual``) and the penalties
-            stay behind.
+        optimizer: an RVSM over the parameters of the model. The states of its methods (``u``, ``dual``) and the
+            penalties stay behind.
         model: gives the order of the parameters.
 
     Returns:
@@ -168,7 +168,7 @@ def to_torch_state_dict(optimizer: Any, model: nn.Module) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for key in (*_OF_SGD, "maximize"):
         values = [group[key] for group in groups]
-        if any(differ((value,), snapshot((values[0],))) and float(value) != float(values[0]) for value in values[1:]):
+        if any(float(value) != float(values[0]) for value in values[1:]):
             raise ValueError(
                 f"the groups differ in {key} ({_listed(values)}), which one group of torch.optim.SGD cannot hold; build"
                 " SGD from the same groups, and load optimizer.state_dict()"
