@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -171,10 +172,41 @@ def test_options_are_compared_once(listening: Listening) -> None:
     assert listening.heard[-1] == {0} and optimizer._options[0].values["lr"] == 0.25
 
 
-def test_a_table_and_a_signature_that_differ() -> None:
-    """The defaults of a constructor are those of the table of options."""
-    with pytest.raises(TypeError, match="the default of lr"):
+@pytest.mark.parametrize("made", [rk.RVSM, rk.AdaptiveHardThreshold])
+def test_the_signature_is_that_of_the_table(made: type) -> None:
+    """Every option is a keyword with the default of the table; AdaptiveHardThreshold leaves some out."""
+    table = {option.name: option.default for option in OPTIONS}
+    parameters = inspect.signature(made).parameters
+    given = {name: p.default for name, p in parameters.items() if name not in ("params", "amp_scaling", "engine")}
+    assert given == {name: table[name] for name in given}
+    assert made is not rk.RVSM or set(given) == set(table)
 
-        class Other(rk.RVSM):
-            def __init__(self, params: Any, lr: float = 0.5) -> None:
-                pass
+
+def test_a_subclass_of_a_user() -> None:
+    """It has its defaults and attributes as any Python class."""
+
+    class Mine(rk.RVSM):
+        beta = "mine"
+
+        def __init__(self, params: Any, lr: float = 0.5) -> None:
+            super().__init__(params, lr, penalty="l1")
+
+    optimizer = Mine([nn.Parameter(torch.ones(3))])
+    assert optimizer.beta == "mine" and optimizer.param_groups[0]["lr"] == 0.5
+    with pytest.raises(AttributeError, match="lam is an option of the param groups"):
+        optimizer.lam  # noqa: B018
+
+
+def test_an_error_and_an_edit_that_is_taken_back(listening: Listening) -> None:
+    """What was found out of one group before the error of another stays known."""
+    optimizer = optimizer_of_two_groups()
+    for _ in range(3):
+        optimizer.step()
+    optimizer.param_groups[0]["unit_norm"] = True
+    optimizer.param_groups[1]["lr"] = -1.0
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        optimizer.step()
+    optimizer.param_groups[1]["lr"] = 0.5
+    optimizer.step()
+    (p,) = optimizer.param_groups[0]["params"]
+    assert p.norm().item() == pytest.approx(1.0) and listening.heard[-1] == {0}

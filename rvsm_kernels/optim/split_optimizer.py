@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from ..engines.checks import validate_param
 from ..engines.interface import Engine, Ready, StepInputs
-from ..method.bases import SGD, Base, validate
+from ..method.bases import Base, validate
 from ..method.methods import METHODS
 from ..method.options import make_plain, may_differ, names_of, shown, snapshot
 from ..method.parameters import is_left_alone, param_name, with_gradient
@@ -49,7 +48,7 @@ class SplitOptimizer(Optimizer):
         engine: the name of an engine, or None.
     """
 
-    _base: ClassVar[Base] = SGD
+    _base: ClassVar[Base]
     _only_engine: ClassVar[str | None] = None  # the engine of a class that has one alone, whatever is asked for
     _at_once: ClassVar[bool] = True  # a step is one call of an engine, where nothing has to be done in between
     _option_names: ClassVar[tuple[str, ...]]
@@ -60,15 +59,11 @@ class SplitOptimizer(Optimizer):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        options = cls._base.all_options
-        cls._option_names = names_of(options)
-        cls._read_options = itemgetter(*cls._option_names)
-        parameters = inspect.signature(cls.__init__).parameters
-        for option in options:
-            setattr(cls, option.name, OptionOfGroups(option.name))
-            parameter = parameters.get(option.name)
-            if parameter is not None and parameter.default != option.default:
-                raise TypeError(f"{cls.__name__}: the default of {option.name} is not that of the table of options")
+        if "_base" in vars(cls):  # a subclass that a user makes of RVSM has what RVSM has
+            cls._option_names = names_of(cls._base.all_options)
+            cls._read_options = itemgetter(*cls._option_names)
+            for name in cls._option_names:
+                setattr(cls, name, OptionOfGroups(name))
 
     def __init__(self, params: Any, options: Mapping[str, Any], *, amp_scaling: bool, engine: str | None) -> None:
         defaults = {option.name: options.get(option.name, option.default) for option in self._base.all_options}
@@ -93,6 +88,7 @@ class SplitOptimizer(Optimizer):
         self._changed: set[int] = set()  # the groups whose options an engine has not been told yet
         self._told: Engine | None = None  # the engine that has been told the others
         self._has_obsolete_states = True  # the state may hold what no method has any more
+        self._summarize()
 
     # ---- options -----------------------------------------------------------------------------------------------------
 
@@ -111,12 +107,18 @@ class SplitOptimizer(Optimizer):
             self._seen = seen = [None] * len(groups)
             self._options = []
         changed = [i for i, group in enumerate(groups) if may_differ(read(group), seen[i])]
-        for i in changed:
-            self._check_group(i, groups[i])
-        if changed:
-            self._any_topk = any(options.topk for options in self._options)
-            self._any_unit_norm = any(options.values["unit_norm"] for options in self._options)
-            self._any_state_at_rest = any(o.method.state is not None and o.values["lr"] == 0 for o in self._options)
+        try:
+            for i in changed:
+                self._check_group(i, groups[i])
+        finally:
+            if changed:
+                self._summarize()
+
+    def _summarize(self) -> None:
+        """What a step asks of the options of all groups together."""
+        self._any_topk = any(options.topk for options in self._options)
+        self._any_unit_norm = any(options.values["unit_norm"] for options in self._options)
+        self._any_state_at_rest = any(o.method.state is not None and o.values["lr"] == 0 for o in self._options)
 
     def _check_group(self, i: int, group: dict[str, Any]) -> None:
         """Check the options of a group that may have changed, and remember them for the engines."""
