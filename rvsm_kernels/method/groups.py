@@ -113,7 +113,7 @@ def magnitudes(w: Tensor, group_dim: GroupDim) -> Tensor:
     if dims is None:
         return w.abs()
     reduced = [d for d in range(w.dim()) if d not in dims]
-    if not reduced:  # every element is its own group; an empty dim list would mean "reduce all"
+    if not reduced:  # a group is one element; an empty list of dimensions would mean all of them
         return w.abs()
     if w.numel() == 0:
         return w.new_zeros([w.shape[d] if d in dims else 1 for d in range(w.dim())])

@@ -42,15 +42,15 @@ class SplitOptimizer(Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as in torch.optim.
-        options: by name, those that differ from the table's defaults; what is none of the optimizer's options is
-            ignored.
+        options: values by name, in the place of the defaults in the table of options; keys that are no options of
+            this optimizer are ignored.
         amp_scaling: whether a GradScaler hands its scale to the step.
         engine: the name of an engine, or None.
     """
 
     _base: ClassVar[Base]
-    _only_engine: ClassVar[str | None] = None  # the engine of a class that has one alone, whatever is asked for
-    _at_once: ClassVar[bool] = True  # a step is one call of an engine, where nothing has to be done in between
+    _only_engine: ClassVar[str | None] = None  # the engine of all objects of a class, whatever they are asked for
+    _at_once: ClassVar[bool] = True  # whether a step may be one call that prepares and launches
     _option_names: ClassVar[tuple[str, ...]]
     _read_options: ClassVar[itemgetter[Any]]
 
@@ -78,15 +78,15 @@ class SplitOptimizer(Optimizer):
         """The attributes beside torch's own; none of them is part of the state."""
         # GradScaler then hands grad_scale and found_inf to step() instead of unscaling in a pass of its own.
         self._step_supports_amp_scaling = amp_scaling
-        self._engines = ChosenEngines(self._only_engine or engine)  # an error now, not at the first step
+        self._engines = ChosenEngines(self._only_engine or engine)
         self._view = SparseView(self)
         self._lock = threading.RLock()  # one step at a time: an engine's table serves one
         self._pull_rates = advice.PullRates()
         self._cuts = Cuts()
-        self._seen: list[tuple[Any, ...] | None] = []  # the options of each group when they were checked last
-        self._options: list[StepOptions] = []  # and what the engines are told of them
-        self._changed: set[int] = set()  # the groups whose options an engine has not been told yet
-        self._told: Engine | None = None  # the engine that has been told the others
+        self._seen: list[tuple[Any, ...] | None] = []  # the options of each group at their last check
+        self._options: list[StepOptions] = []  # the same for the engines
+        self._changed: set[int] = set()  # the groups of which the engine has not been told yet
+        self._told: Engine | None = None  # the engine that knows the options of all others
         self._has_obsolete_states = True  # the state may hold what no method has any more
         self._summarize()
 
@@ -183,7 +183,7 @@ class SplitOptimizer(Optimizer):
                     normalize_([p for _, p in with_gradient(group)], inputs.found_inf)
 
     def _step_at_once(self, inputs: StepInputs) -> bool:
-        """The usual step: one call of the engine that served the last one. False where that cannot be."""
+        """The usual step: one call of the engine that served the last step. False where that was not possible."""
         if not self._at_once or self._any_topk or self._any_state_at_rest or self._has_obsolete_states:
             return False
         engine = self._engines.the_only()
@@ -196,7 +196,7 @@ class SplitOptimizer(Optimizer):
         return True
 
     def _step_in_parts(self, inputs: StepInputs) -> None:
-        """A step with something to do before an engine prepares, or between its preparation and its launch."""
+        """Any other step: engines prepare, the optimizer makes what is missing and selects cuts, engines launch."""
         groups, options = self.param_groups, inputs.options
         states = method_states.NewStates(inputs, self._view.first_u)
         if self._any_topk:
@@ -217,7 +217,8 @@ class SplitOptimizer(Optimizer):
                     part = dataclasses.replace(inputs, options=[options[i] for i in share.places], changed=None)
                     if not _prepare(share.engine, share.groups, part, states):
                         raise TypeError(f"engine {share.engine.name!r} does not serve all of its parameters")
-            # Whether state appears is decided here, so that a first step waits for the device; no other does.
+            # A step that makes new states reads found_inf here, which waits for the device; other steps leave it to the
+            # engine.
             if states and inputs.found_inf is not None and inputs.found_inf.item() > 0:
                 return
             states.put()
@@ -337,13 +338,13 @@ class SplitOptimizer(Optimizer):
             make_plain(group, self._option_names)
             key = state_name(group)
             for j, p in enumerate(group["params"]):
-                own = self.state.get(p)
-                if key is not None and own and own.get(key) is None and not is_lazy(p) and not is_left_alone(p):
+                states = self.state.get(p)
+                if key is not None and states and states.get(key) is None and not is_lazy(p) and not is_left_alone(p):
                     w, name = self._view.weights_of(p).detach(), param_name(group, i, j)
                     # Where u cannot be made the next step will say so; saving must not.
                     with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, TypeError):
                         starts_from_u = METHODS[group["method"]].starts_from_u
-                        own[key] = self._view.first_u(w, group, name) if starts_from_u else torch.zeros_like(p)
+                        states[key] = self._view.first_u(w, group, name) if starts_from_u else torch.zeros_like(p)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -384,10 +385,10 @@ class SplitOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         loading = "_engines" in self.__dict__  # else a new object: unpickled or copied
         if loading:
-            for i, (own, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True)):
+            for i, (group, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True)):
                 for key in (*self._option_names, "param_order"):
-                    if key in own:
-                        loaded.setdefault(key, own[key])
+                    if key in group:
+                        loaded.setdefault(key, group[key])
                 make_plain(loaded, self._option_names)
                 self._validate(loaded)
                 for j, p in enumerate(loaded["params"]):
