@@ -69,7 +69,11 @@ SAME_STEP = [
 ]
 
 
-@pytest.mark.parametrize(("name", "case"), SAME_STEP, ids=str)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [pytest.param(*row, marks=pytest.mark.slow if row[0] == "triton" else []) for row in SAME_STEP],
+    ids=str,
+)
 def test_contenders_do_the_step_of_the_reference(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """After three steps from the same weights, the same weights; else a ratio compares two different things."""
     # The benchmark's own lr would hide a wrong pull.
