@@ -14,9 +14,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONPATH := $(CURDIR)
 
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/* cmake/*) CMakeLists.txt
+SOURCES := $(wildcard $(foreach f,math cpu cuda plan torch,csrc/$(f)/*) cmake/*) CMakeLists.txt
 TESTS := $(wildcard csrc/tests/*)
-PYTHON_SOURCES := rvsm_kernels bench examples python_tests setup.py csrc/fit_tl1.py
+PYTHON_SOURCES := rvsm_kernels bench examples python_tests setup.py csrc/math/fit_tl1.py
 CMAKE := cmake -G Ninja -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 
 .PHONY: bench test test-all test-cpp gpu-check sanitize smoke lint format build clean

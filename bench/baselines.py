@@ -18,8 +18,6 @@ import torch._inductor.config
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
-from rvsm_kernels.groups import group_size
-from rvsm_kernels.penalties import PENALTIES, shrink
 
 from .problems import BETA, CUT, LR, MOMENTUM, SGD_OPTIONS, WEIGHT_DECAY, A, Problem, strength
 from .timing import Step
@@ -61,8 +59,7 @@ def compiled(problem: Problem) -> Step:
         for p, grad, buffer, penalised in zip(weights, grads, momenta, flags, strict=True):
             w = _compute(p)
             if penalised:
-                u = torch.copysign(shrink(w.abs(), penalty, tau, A), w)
-                w = w - LR * BETA * (w - u)
+                w = w - LR * BETA * (w - rk.reference.prox(w, penalty, tau, A))
             m = MOMENTUM * _compute(buffer) + (_compute(grad) + WEIGHT_DECAY * w)
             buffer.copy_(m)
             p.copy_(w - LR * m)
@@ -135,18 +132,18 @@ class ChannelLoop(torch.optim.SGD):
     @staticmethod
     def _thresholded(w: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """u, and the norms of the channels in a shape that goes with w's."""
-        dim, penalty, tau, a = group["group_dim"], PENALTIES[group["penalty"]], group["lam"] / group["beta"], group["a"]
-        cut = penalty.cut(tau, a)
+        dim, tau = group["group_dim"], group["lam"] / group["beta"]
         u = w.clone()
-        kept = u.square().sum(dim=[d for d in range(u.dim()) if d != dim], keepdim=True).sqrt()
-        norms = kept.flatten()
-        for i in range(len(norms)):
+        norms = u.square().sum(dim=[d for d in range(u.dim()) if d != dim], keepdim=True).sqrt()
+        before = norms.flatten()
+        after = rk.reference.prox(before, group["penalty"], tau, group["a"])
+        for i in range(len(before)):
             channel = u.select(dim, i)
-            if norms[i] <= cut:
+            if after[i] == 0:
                 channel.mul_(0)
             elif group["penalty"] != "l0":
-                channel.mul_(penalty.shrink(norms[i], tau, a) / norms[i])
-        return u, kept
+                channel.mul_(after[i] / before[i])
+        return u, norms
 
 
 def channel_loop(problem: Problem) -> Step:
@@ -172,7 +169,8 @@ def pat(problem: Problem) -> Step:
     base = torch.optim.SGD(groups, **SGD_OPTIONS, fused=True)
     # Its threshold is reg_lambda * sqrt(group size) * (the sum of the learning rates so far): this stays below the
     # weights over the thousands of steps of a benchmark.
-    size = group_size(penalised[0].shape, case.group_dim)
+    first = penalised[0]
+    size = 1 if case.group_dim is None else first.numel() // first.shape[case.group_dim]
     return prune(base, reg_lambda=0.1 * CUT / math.sqrt(size)).step
 
 

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from . import train
 from .baselines import LABELS
+from .markdown import count, device_name, group_label
 from .results import Result, Row, digest
-from .tables import count, device_name, group_label, overview_rows
+from .tables import overview_rows
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = {

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rvsm_kernels.groups import magnitudes
-
 from .cases import Case
 
 LR, MOMENTUM, WEIGHT_DECAY, BETA, A = 1e-3, 0.9, 5e-4, 8e-2, 1.0
@@ -72,6 +70,15 @@ class Problem:
         penalised, dense = self.divided(params)
         groups: list[dict[str, Any]] = [{"params": penalised, **self.penalty_options}]
         return groups + ([{"params": dense, "penalty": None}] if dense else [])
+
+
+def magnitudes(w: Tensor, group_dim: int | tuple[int, ...] | None) -> Tensor:
+    """|w_i|, or the norms of the groups, with reduced dimensions of size 1 so that they broadcast over w."""
+    dims = range(w.dim()) if group_dim is None else (group_dim,) if isinstance(group_dim, int) else group_dim
+    reduced = [d for d in range(w.dim()) if d not in dims]
+    if not reduced:
+        return w.abs()
+    return torch.linalg.vector_norm(w, dim=reduced, keepdim=True, dtype=torch.float64).to(w.dtype)
 
 
 def build(case: Case, device: str) -> Problem:

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import tables
 from .config import RESULTS, ROOT, MissingPackage, require, shown
+from .markdown import NOT_MEASURED
 from .results import Result, digest, read_json
 
 README = ROOT / "README.md"
@@ -62,7 +63,7 @@ def render(folder: Path, name: str) -> str:
         raise ValueError(f"unknown block bench:{name} (choose one of {', '.join(_SOURCES)})")
     kind, table = _SOURCES[name]
     text = _result(folder, kind, table)
-    return tables.NOT_MEASURED if text is None else text
+    return NOT_MEASURED if text is None else text
 
 
 def report_text(folder: Path) -> str:

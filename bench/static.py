@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rvsm_kernels import native
+import rvsm_kernels as rk
 
 from .baselines import Unavailable
 from .config import Config
@@ -97,10 +97,11 @@ def module() -> Path:
     Raises:
         Unavailable: it is not built, or without CUDA.
     """
-    reason = native.missing_cuda()
-    if reason is not None:
-        raise Unavailable(reason)
-    return Path(native._C.__file__)
+    state = rk.engines()["native"]["cuda"]
+    module = importlib.util.find_spec("rvsm_kernels._C")
+    if state != "available" or module is None or module.origin is None:
+        raise Unavailable(state)
+    return Path(module.origin)
 
 
 def _output(*command: str | Path) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
+from . import train
 from .baselines import LABELS
 from .floors import number
-from .results import BUSY, Result, Row
-
-NOT_MEASURED = "*not measured yet*"
+from .markdown import NOT_MEASURED, count, duration, group_label, microseconds, stamp, table
+from .results import Result, Row
 
 _OVERVIEW = (
     ("25M", "l0", None),
@@ -33,70 +32,6 @@ _HEADLINES = (
 """The four of them on the front page: elements and channels, small and large, and the one that costs the most."""
 
 _BASELINES = ("reference", "compiled", "fused_sgd", "channel_loop", "pat")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, numbers to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def device_name(result: Result) -> str:
-    """The device that was measured, with the threads of a CPU."""
-    machine, threads = result["machine"], result["threads"]
-    if result["device"] == "cuda":
-        return machine["gpu"]
-    return f"{machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def stamp(result: Result) -> str:
-    """One line that says where a table comes from."""
-    versions, commit = result["versions"], result["commit"]
-    where = f"{device_name(result)}; {result['machine']['system']}; torch {versions['torch']}"
-    where += f"; rvsm_kernels {versions['rvsm_kernels']}"
-    if commit is not None:
-        head, _, dirty = commit.partition("-")
-        where += f", commit {head[:10]}{'-' + dirty if dirty else ''}"
-    trouble = "" if result.get("complete", True) else " The run was interrupted."
-    busy = result.get("busy_share")
-    if busy is not None and busy > BUSY:
-        trouble += f" Other programs kept {busy:.0%} of the cores busy when it began."
-    return f"*{where}. `{result['command']}`.{trouble}*"
-
-
-def spread(
-    values: Sequence[float], places: int = 1, middle: Callable[[Sequence[float]], float] = statistics.fmean
-) -> str:
-    """Mean (or another middle) and, in brackets, the least and the greatest, in percent."""
-    low, mid, high = (f"{100 * v:.{places}f}" for v in (min(values), middle(values), max(values)))
-    return mid if low == high else f"{mid} ({low}–{high})"
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-def microseconds(value: float) -> str:
-    """Whole from 100 on, three digits below."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def group_label(group_dim: object) -> str:
-    if group_dim is None:
-        return "elements"
-    return {"0": "output channels (0)", "1": "input channels (1)"}.get(str(group_dim), f"group_dim {group_dim}")
-
-
-def count(elements: int) -> str:
-    """12,345,678 as 12.3 M."""
-    for unit, size in ((" M", 1e6), (" K", 1e3)):
-        if elements >= size:
-            return f"{elements / size:.3g}{unit}"
-    return str(elements)
 
 
 def speed_up(row: Row, engine: str, baseline: str) -> str:
@@ -252,12 +187,5 @@ def floors(result: Result) -> str:
     return table(["where and what", "floor", "measured", ""], rows) + note + "\n\n" + stamp(result)
 
 
-def train(result: Result) -> str:
-    """The training runs; bench.train knows what is in them."""
-    from . import train as module  # it imports data sets that nothing else here needs
-
-    return module.table(result)
-
-
-KINDS = {"throughput": throughput, "host": host, "memory": memory, "floors": floors, "train": train}
+KINDS = {"throughput": throughput, "host": host, "memory": memory, "floors": floors, "train": train.table}
 """The function of every result file; also blocks of a README, beside ``headline`` and ``overview``."""

@@ -2,7 +2,7 @@
 
 ``python -m bench train`` trains it with dense SGD (torch's fused step) and with every penalty (the native engine), on
 a fixed split with a fixed seed: about a minute. ``--full`` trains it with three seeds and with the plain PyTorch engine
-too, which makes the committed tables. ``python -m bench.train --search`` repeats the search for the settings.
+too, which makes the committed markdown. ``python -m bench.train --search`` repeats the search for the settings.
 
 How the settings were chosen: every setting of :func:`grid` was trained on four fifths of the training images and
 judged on the last fifth, with three divisions; the test images had no part in it. Chosen was the setting with the most
@@ -35,7 +35,7 @@ from typing import Any
 
 import rvsm_kernels as rk
 
-from . import digits, tables
+from . import digits, markdown
 from .config import RESULTS, Config, MissingPackage, require
 from .digits import Method, Run
 from .results import digest, environment, write_json
@@ -180,12 +180,12 @@ def table(result: Result) -> str:
             rows = _rows(result, method.name, engine)
             if rows:
                 percents = [
-                    tables.spread(_last(rows, key)) for key in ("accuracy_w", "accuracy_u", "zeros", "zero_channels")
+                    markdown.spread(_last(rows, key)) for key in ("accuracy_w", "accuracy_u", "zeros", "zero_channels")
                 ]
                 seconds = statistics.fmean(row["step_s"] for row in rows)
                 median = statistics.median(row["step_median_s"] for row in rows)
                 label = _engine_label(method, engine)
-                lines.append([method.label, label, *percents, f"{seconds:.3f}", tables.microseconds(median * 1e6)])
+                lines.append([method.label, label, *percents, f"{seconds:.3f}", markdown.microseconds(median * 1e6)])
     header = [
         "method",
         "engine",
@@ -206,7 +206,7 @@ def table(result: Result) -> str:
     several = seeds > 1 or len({row["engine"] for row in result["rows"]}) > 1
     over = ", over all engines and seeds" if several else ""
     against = "\n".join([f"Against dense SGD{over}:", "", *_against_dense(result)])
-    return "\n\n".join([tables.table(header, lines), note, *_caution(result, seeds), against, tables.stamp(result)])
+    return "\n\n".join([markdown.table(header, lines), note, *_caution(result, seeds), against, markdown.stamp(result)])
 
 
 def _caution(result: Result, seeds: int) -> list[str]:
@@ -383,11 +383,11 @@ def search_table(result: Result) -> str:
     chosen = choose(result["rows"])
     lines = []
     for row in result["rows"]:
-        percents = [tables.spread(row[key]) for key in ("accuracy_w", "accuracy_u", "zeros", "zero_channels")]
+        percents = [markdown.spread(row[key]) for key in ("accuracy_w", "accuracy_u", "zeros", "zero_channels")]
         setting = f"**{row['setting']}**" if row is chosen.get(row["name"]) else row["setting"]
         lines.append([f"{row['label']}: {setting}", *percents])
     header = ["tried", "validation accuracy with w, %", "with u, %", "zero weights, %", "zero channels, %"]
-    return "\n\n".join([tables.table(header, lines), tables.stamp(result)])
+    return "\n\n".join([markdown.table(header, lines), markdown.stamp(result)])
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from builds import DEVICE, ENGINES, is_slow, need, round_in_the_interpreter
 from world import World
 
-import rvsm_kernels as rk
+from rvsm_kernels.engines import native as native_engine
 
 
 def start(engine: str) -> Iterator[str]:
@@ -20,10 +20,10 @@ def start(engine: str) -> Iterator[str]:
     if name == "triton" and DEVICE == "cpu":
         round_in_the_interpreter()
     if interpreted:
-        rk.native._C.interpret_cuda(True)
+        native_engine._C.interpret_cuda(True)
     yield name
     if interpreted:
-        rk.native._C.interpret_cuda(False)
+        native_engine._C.interpret_cuda(False)
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in ENGINES])

@@ -1,12 +1,12 @@
 """Relaxed variable splitting (RVSM, RGSM) as fused kernels behind a drop-in ``torch.optim`` optimizer."""
 
 from . import reference
-from .checkpoint import to_torch_state_dict
-from .engines import engines
-from .modules import describe, param_groups
+from .engines.proximal import prox
+from .engines.registry import engines
+from .model.param_groups import describe, param_groups
+from .model.sparsity import SparsityReport, sparsity
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
-from .proximal import prox
-from .sparsity import SparsityReport, sparsity
+from .optim.checkpoint import to_torch_state_dict
 from .version import __version__
 
 __all__ = [

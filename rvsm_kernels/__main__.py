@@ -6,7 +6,8 @@ import platform
 
 import torch
 
-from . import __version__, engines, native
+from . import __version__, engines
+from .engines import native
 
 
 def main() -> None:

@@ -6,65 +6,74 @@
 #include <memory>
 #include <vector>
 
-#include "../row.h"
+#include "../math/tensor_args.h"
 
 namespace rvsm::cpu {
 
 // Columns of a block with several rows: a factor per column is computed once and used for every row.
 constexpr int64_t kColumns = 16384;
-// Most columns whose sums are kept at a time while a reduction walks over rows: long pieces of consecutive memory, and
+// Most columns whose sums are held at a time while a reduction walks over rows: long pieces of consecutive memory, and
 // sums that stay in the first-level cache.
 constexpr int64_t kStrip = 2560;
 
-// A rectangle of a row in its view: one batch, rows [o0, o1) of the outer dimension, columns [c0, c1) of groups x
-// inner. A row without groups is one outer row of numel columns.
+// A rectangle of a tensor in its view: one batch, rows [o0, o1) of the outer dimension, columns [c0, c1) of groups x
+// inner. A tensor without groups is one outer row of numel columns.
 struct Block {
   int64_t batch, o0, o1, c0, c1;
 };
 
-// The inner loops, compiled once per instruction set (kernels.cpp).
-struct Kernels {
-  const char* name;
-  // One step of the elements of a block (reads row.norms where grouped).
-  void (*step)(const Row&, const Block&);
+// The inner loops over elements, compiled once per instruction set (elements.cpp).
+struct ElementKernels {
+  const char* isa;
+  // One step of the elements of a block (reads factor_norms where grouped).
+  void (*step)(const TensorArgs&, const Block&);
   // w <- u.
-  void (*prox)(const Row&, const Block&);
-  // Writes the norms of the groups in a block, or, where the row has parts, adds nothing up yet: the sums of squares of
-  // one part.
-  void (*squares)(const Row&, const Block&, int64_t part);
-  // Adds the parts of every group up, in their order.
-  void (*join)(const Row&);
+  void (*prox)(const TensorArgs&, const Block&);
   // lam g + beta/2 |w - u|^2 over a block (over all groups where grouped).
-  double (*penalty)(const Row&, const Block&);
+  double (*penalty)(const TensorArgs&, const Block&);
+};
+
+// The norms of groups, compiled once per instruction set (norms.cpp).
+struct NormKernels {
+  // Writes the norms of the groups in a block or, where the tensor has parts, adds nothing up yet: the sums of squares
+  // of one part.
+  void (*squares)(const TensorArgs&, const Block&, int64_t part);
+  // Adds the parts of every group up, in their order.
+  void (*join)(const TensorArgs&);
+};
+
+struct Kernels {
+  const ElementKernels& elements;
+  const NormKernels& norms;
 };
 
 // The kernels for this processor; RVSM_ISA=base|avx2|avx512 in the environment asks for less than it has.
 const Kernels& kernels();
 
-// The tasks of a set of rows, for repeated runs.
+// The tasks of a set of tensors, for repeated runs.
 //
-// A row without groups is applied block by block. Groups that are short and consecutive in memory are reduced and
+// A tensor without groups is applied block by block. Groups that are short and consecutive in memory are reduced and
 // applied by one task each, while they are in the cache. For other groups the tasks stand in the order reduce, apply,
-// and a thread that takes an apply task waits until every reduce task of the row is done.
+// and a thread that takes an apply task waits until every reduce task of the tensor is done.
 //
 // Each thread has a lane of tasks, the same in every run, so that it finds its elements in its own cache; when its lane
 // is empty it takes from the others. A thread that waits takes tasks that stand before its own, so the wait ends
 // however few threads there are. What a task computes does not depend on who runs it: results are the same for every
 // number of threads.
-class Job {
+class TaskList {
  public:
-  explicit Job(Action action) : action_(action) {}
+  explicit TaskList(Action action) : action_(action) {}
 
-  std::vector<Row> rows;
+  std::vector<TensorArgs> tensors;
 
-  // Take note of the rows; again whenever a row's shape, dtype or grouping changes.
+  // Take note of the tensors; again whenever a shape, dtype or grouping changes.
   void divide();
 
-  // Bytes of scratch that the rows need (one number per group, and the parts of long groups), and where it is.
+  // Bytes of scratch that the tensors need (one number per group, and the parts of long groups), and where it is.
   int64_t scratch_bytes() const;
   void set_scratch(void* memory);
 
-  // Elements of the active rows: what decides whether threads are worth waking.
+  // Elements of the active tensors: what decides whether threads are worth waking.
   int64_t workload() const;
 
   // Call start(n) once, then work(begin, end) for parts [begin, end) that cover [0, n), one thread each, all at the
@@ -79,7 +88,7 @@ class Job {
   enum class Kind : int32_t { reduce, apply, both };
 
   struct Task {
-    int32_t row;
+    int32_t tensor;
     Kind kind;
     int64_t part;
     Block block;
@@ -97,11 +106,11 @@ class Job {
   bool help(int64_t index);
   void divide_reduction(int32_t index, int64_t threads);
   void divide_application(int32_t index, int64_t threads);
-  void add(int32_t row, Kind kind, const Block& block, int64_t part = 0);
+  void add(int32_t tensor, Kind kind, const Block& block, int64_t part = 0);
 
   Action action_;
   std::vector<Task> tasks_;
-  std::vector<int32_t> reductions_;  // reduce tasks per row
+  std::vector<int32_t> reductions_;  // reduce tasks per tensor
   std::unique_ptr<std::atomic<int32_t>[]> pending_;
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<double> sums_;

@@ -1,4 +1,4 @@
-// The kernels: what a thread or a block does is a function of step.h, resident.h or sums.h. No torch.
+// The kernels: what a thread or a block does is a function of elements.h, resident.h or norms.h. No torch.
 
 #include "kernels.h"
 
@@ -20,7 +20,7 @@ template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : kMostBlocks;
 
 // Runs f for this thread; all threads of the block are done when it returns.
-struct Each {
+struct ForThreads {
   template <class F>
   __device__ __forceinline__ void operator()(const F& f) const {
     f(int(threadIdx.x));
@@ -28,15 +28,16 @@ struct Each {
   }
 };
 
-template <class S>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) step_kernel(const __grid_constant__ Table table) {
-  step_thread<S, false>(table, blockIdx.x, int(threadIdx.x));
-}
+// A state more to read and to write: fewer threads have as many bytes in flight.
+template <class S, bool kHasState>
+constexpr int kStepBlocks = !kHasState       ? kBlocks<S>
+                            : sizeof(S) == 8 ? 2
+                                             : 3;
 
-// One more array to read and to write: fewer threads have as many bytes in flight.
-template <class S>
-__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 3) keep_kernel(const __grid_constant__ Table table) {
-  step_thread<S, true>(table, blockIdx.x, int(threadIdx.x));
+template <class S, class Base, bool kHasState>
+__global__ void __launch_bounds__(kThreads, kStepBlocks<S, kHasState>)
+    step_kernel(const __grid_constant__ Table table) {
+  step_thread<S, Base, kHasState>(table, blockIdx.x, int(threadIdx.x));
 }
 
 template <class S>
@@ -45,82 +46,66 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) prox_kernel(const __grid
 }
 
 // Half types hold more than 40 registers from phase to phase; half of the threads still have 48 KB in flight.
-template <class S, bool kStep>
+template <class S, class Base, bool kStep>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 2 ? 4 : kBlocks<S>)
     resident_kernel(const __grid_constant__ Table table) {
-  __shared__ ResidentShared<Arithmetic<S>> shared;
-  resident_block<S, kStep, Arithmetic<S>>(table, blockIdx.x, shared, Each{});
+  __shared__ ResidentShared<Opmath<S>> shared;
+  resident_block<S, Base, kStep>(table, blockIdx.x, shared, ForThreads{});
 }
 
-template <class S, bool kSquares, class T>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) sum_kernel(const __grid_constant__ SumTable table) {
+// With a dual a second vector is held while a first one is added to it.
+template <class S, bool kSquares, bool kDual, class T>
+__global__ void __launch_bounds__(kThreads, kDual ? 3 : kBlocks<S>) sum_kernel(const __grid_constant__ SumTable table) {
   __shared__ double sums[kSums<S>];
-  sum_block<S, kSquares, false, T>(table, blockIdx.x, sums, Each{});
-}
-
-// With a dual: a second vector is held while a first one is added to it.
-template <class S>
-__global__ void __launch_bounds__(kThreads, 3) dual_kernel(const __grid_constant__ SumTable table) {
-  __shared__ double sums[kSums<S>];
-  sum_block<S, true, true, Arithmetic<S>>(table, blockIdx.x, sums, Each{});
+  sum_block<S, kSquares, kDual, T>(table, blockIdx.x, sums, ForThreads{});
 }
 
 // Double-precision divisions: half the threads will do.
 template <class S>
 __global__ void __launch_bounds__(kThreads, 4) penalty_kernel(const __grid_constant__ Table table) {
   __shared__ double sums[kThreads];
-  penalty_block<S>(table, blockIdx.x, sums, Each{});
+  penalty_block<S>(table, blockIdx.x, sums, ForThreads{});
 }
 
 // The table goes as the kernel's parameters: no copy to the device stands before the launch.
 template <class TableType>
-const char* launch(const Queue& queue, void (*kernel)(TableType), const TableType& table) {
+const char* launch(const Stream& stream, void (*kernel)(TableType), const void* table) {
   // Ours and torch's copy of the CUDA runtime each keep a current device.
-  cudaError_t error = cudaSetDevice(queue.device);
+  cudaError_t error = cudaSetDevice(stream.device);
   if (error == cudaSuccess) {
-    void* arguments[] = {const_cast<TableType*>(&table)};
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(table.blocks), dim3(kThreads), arguments, 0,
-                             static_cast<cudaStream_t>(queue.stream));
+    void* arguments[] = {const_cast<void*>(table)};
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<const TableType*>(table)->blocks),
+                             dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream.handle));
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* step(const Queue& queue, Dtype dtype, const Table& t) {
-  return with_storage(dtype, [&](auto s) { return launch(queue, step_kernel<decltype(s)>, t); });
-}
-
-const char* keep(const Queue& queue, Dtype dtype, const Table& t) {
-  return with_storage(dtype, [&](auto s) { return launch(queue, keep_kernel<decltype(s)>, t); });
-}
-
-const char* prox(const Queue& queue, Dtype dtype, const Table& t) {
-  return with_storage(dtype, [&](auto s) { return launch(queue, prox_kernel<decltype(s)>, t); });
-}
-
-template <bool kStep>
-const char* resident(const Queue& queue, Dtype dtype, const Table& t) {
-  return with_storage(dtype, [&](auto s) { return launch(queue, resident_kernel<decltype(s), kStep>, t); });
-}
-
-const char* squares(const Queue& queue, Dtype dtype, const SumTable& t) {
-  return with_storage(dtype, [&](auto s) {
-    using S = decltype(s);
-    return launch(queue, sum_kernel<S, true, Arithmetic<S>>, t);
-  });
-}
-
-const char* dual_squares(const Queue& queue, Dtype dtype, const SumTable& t) {
-  return with_storage(dtype, [&](auto s) { return launch(queue, dual_kernel<decltype(s)>, t); });
-}
-
-const char* join(const Queue& queue, Dtype dtype, const SumTable& t) {
-  if (dtype == Dtype::f64) return launch(queue, sum_kernel<double, false, double>, t);
-  return launch(queue, sum_kernel<double, false, float>, t);
-}
-
-const char* penalty(const Queue& queue, Dtype dtype, const Table& t) {
-  return with_storage(dtype, [&](auto s) { return launch(queue, penalty_kernel<decltype(s)>, t); });
-}
+struct DeviceStarter {
+  template <class S, class Base, bool kHasState>
+  static const char* step(const Stream& stream, const void* table) {
+    return launch(stream, step_kernel<S, Base, kHasState>, table);
+  }
+  template <class S>
+  static const char* prox(const Stream& stream, const void* table) {
+    return launch(stream, prox_kernel<S>, table);
+  }
+  template <class S, class Base, bool kStep>
+  static const char* resident(const Stream& stream, const void* table) {
+    return launch(stream, resident_kernel<S, Base, kStep>, table);
+  }
+  template <class S, bool kDual>
+  static const char* squares(const Stream& stream, const void* table) {
+    return launch(stream, sum_kernel<S, true, kDual, Opmath<S>>, table);
+  }
+  template <class T>
+  static const char* factors(const Stream& stream, const void* table) {
+    return launch(stream, sum_kernel<double, false, false, T>, table);
+  }
+  template <class S>
+  static const char* penalty(const Stream& stream, const void* table) {
+    return launch(stream, penalty_kernel<S>, table);
+  }
+};
 
 }  // namespace
 
@@ -130,14 +115,17 @@ const char* probe(int device) {
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error == cudaSuccess) {
-    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(step_kernel<float>));
+    error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(prox_kernel<float>));
     cudaSetDevice(before);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const Kernels device_kernels = {step,    prox,         keep, resident<true>, resident<false>,
-                                squares, dual_squares, join, penalty};
+const Kernels& device_kernels() {
+  static const Kernels all = all_kernels<DeviceStarter>();
+  return all;
+}
+
 const char* const architectures = RVSM_ARCHITECTURES;
 
 }  // namespace rvsm::cuda

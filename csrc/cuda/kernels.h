@@ -1,42 +1,85 @@
-// What the host starts: launches of kernels.cu on a device, or interpret.cpp, which runs the same lines on the host.
+// What the host starts: launches of kernels.cu on a device, or of host_kernels.cpp, which runs the same lines on the
+// host. A kernel is found by its key.
 #pragma once
 
-#include "../types.h"
+#include <map>
+
 #include "resident.h"
-#include "step.h"
-#include "sums.h"
 
 namespace rvsm::cuda {
 
 // Where a launch goes.
-struct Queue {
+struct Stream {
   int device = 0;
-  void* stream = nullptr;  // a cudaStream_t
+  void* handle = nullptr;  // a cudaStream_t
 };
 
-// Each member starts one launch and returns null, or what went wrong.
-struct Kernels {
-  const char* (*step)(const Queue&, Dtype, const Table&);
-  const char* (*prox)(const Queue&, Dtype, const Table&);
-  // A step whose entries have a Kept.
-  const char* (*keep_step)(const Queue&, Dtype, const Table&);
-  // A step and a prox of groups that are summed on the way.
-  const char* (*resident_step)(const Queue&, Dtype, const Table&);
-  const char* (*resident_prox)(const Queue&, Dtype, const Table&);
-  // Squares of tensors of a type; then sums of the parts, for factors in the arithmetic type of `dtype`.
-  const char* (*squares)(const Queue&, Dtype, const SumTable&);
-  const char* (*dual_squares)(const Queue&, Dtype, const SumTable&);  // entries may have a dual
-  const char* (*join)(const Queue&, Dtype, const SumTable&);
-  const char* (*penalty)(const Queue&, Dtype, const Table&);
+// What a launch does, in the order in which the launches of a step follow each other: norms, then factors, then those
+// who read them.
+enum class Work : uint8_t {
+  squares,        // a SumTable: squares of tensors of a type
+  dual_squares,   // the same, entries may have a dual
+  factors,        // a SumTable: sums of parts or norms from elsewhere; the type is that of the factors
+  step_resident,  // a step of groups that its blocks sum themselves
+  prox_resident,
+  step,
+  prox,
+  penalty,
 };
 
-extern const Kernels host_kernels;
+struct Key {
+  Work work;
+  Dtype dtype;
+  BaseKey base;               // of a step
+  bool method_state = false;  // of a step: the method has a state
+
+  uint32_t code() const {
+    return uint32_t(work) << 24 | uint32_t(dtype) << 16 | uint32_t(base.kind) << 8 | uint32_t(base.states) << 4 |
+           uint32_t(base.writes_grad) << 1 | uint32_t(method_state);
+  }
+  friend bool operator<(const Key& a, const Key& b) { return a.code() < b.code(); }
+  friend bool operator==(const Key& a, const Key& b) { return a.code() == b.code(); }
+};
+
+// Starts one launch with a Table or a SumTable, and returns null or what went wrong.
+using Start = const char* (*)(const Stream&, const void* table);
+using Kernels = std::map<Key, Start>;
+
+const Kernels& host_kernels();
 #if defined(RVSM_CUDA)
-extern const Kernels device_kernels;
+const Kernels& device_kernels();
 // Null, or why these kernels do not run on a device: another architecture, an older driver.
 const char* probe(int device);
 // The architectures the kernels were compiled for, as the build was told.
 extern const char* const architectures;
 #endif
+
+// The list of all kernels, for whoever can start them: `Starter` has a function for each kind of work. A base, a
+// storage type or a count of states needs nothing else.
+template <class Starter>
+Kernels all_kernels() {
+  Kernels all;
+  const auto add_storage = [&](auto storage, Dtype dtype) {
+    using S = decltype(storage);
+    const auto add = [&](Work work, Start start) { all[{work, dtype, {}, false}] = start; };
+    add(Work::squares, Starter::template squares<S, false>);
+    add(Work::dual_squares, Starter::template squares<S, true>);
+    add(Work::prox, Starter::template prox<S>);
+    add(Work::prox_resident, Starter::template resident<S, ProxBase, false>);
+    add(Work::penalty, Starter::template penalty<S>);
+    if constexpr (sizeof(S) >= 4) add(Work::factors, Starter::template factors<S>);
+    for_each_base([&](auto base) {
+      using Base = decltype(base);
+      all[{Work::step, dtype, key_of<Base>(), false}] = Starter::template step<S, Base, false>;
+      all[{Work::step, dtype, key_of<Base>(), true}] = Starter::template step<S, Base, true>;
+      all[{Work::step_resident, dtype, key_of<Base>(), false}] = Starter::template resident<S, Base, true>;
+    });
+  };
+  add_storage(float{}, Dtype::f32);
+  add_storage(double{}, Dtype::f64);
+  add_storage(BFloat16{}, Dtype::bf16);
+  add_storage(Float16{}, Dtype::f16);
+  return all;
+}
 
 }  // namespace rvsm::cuda

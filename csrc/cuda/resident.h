@@ -1,15 +1,13 @@
 // Groups that are short and consecutive in memory: one block sums a few of them and then does their step, while they
-// are in its caches. So w is read from memory once, and nothing about the groups is kept. For host and device, in
-// phases like sums.h.
+// are in its caches. So w is read from memory once, and no factor of a group goes to memory. For host and device, in
+// phases like norms.h.
 #pragma once
 
-#include "../row.h"
-#include "step.h"
-#include "sums.h"
+#include "norms.h"
 
 namespace rvsm::cuda {
 
-// How a tensor of such groups is divided. Follows in a table where an entry has kGrouped.
+// How a tensor of such groups is divided. Its slot stands in an entry, with kGrouped.
 struct alignas(32) Tiles {
   uint32_t inner;   // elements of a group
   uint32_t groups;  // of the tensor
@@ -32,24 +30,24 @@ struct ResidentShared {
 
 // u = w * ratio, w_G / ||w_G|| = w / length, by the factors that the block has just made. No vector holds elements of
 // two groups: one look at the factors is enough.
-template <class T>
+template <bool kLasso, class T>
 struct TilePull {
+  static constexpr bool kMayLasso = kLasso;
+  RVSM_HD_MEMBER bool pulls(const Prox<T>& prox) const { return prox.penalty != Penalty::none; }
   const T* ratio;
   const T* length;
   const Tiles& tiles;
-  bool lasso;
 
   struct One {
     T ratio, length;
-    bool lasso;
     RVSM_HD_MEMBER void operator()(T v, T w, uint32_t, T& u, T& unit) const {
       u = v * ratio;
-      unit = lasso ? w / length : T(0);
+      unit = kLasso ? w / length : T(0);
     }
   };
   RVSM_HD_MEMBER One from(uint32_t at) const {
     const uint32_t group = tiles.by_inner(at);
-    return {ratio[group], length[group], lasso};
+    return {ratio[group], kLasso ? length[group] : T(1)};
   }
 };
 
@@ -72,40 +70,46 @@ RVSM_HD void sum_groups(const S* w, const Tiles& t, int groups, int thread, doub
 }
 
 // One block; kStep: a step, else entry.w <- u of entry.g.
-template <class S, bool kStep, class T, class Each>
-RVSM_HD void resident_block(const Table& table, uint32_t block, ResidentShared<T>& shared, const Each& each) {
+template <class S, class Base, bool kStep, class ForThreads>
+RVSM_HD void resident_block(const Table& table, uint32_t block, ResidentShared<Opmath<S>>& shared,
+                            const ForThreads& for_threads) {
+  using T = Opmath<S>;
   if (table.found_inf != nullptr && *table.found_inf > 0) return;
-  const Entry& e = table.slots[find(table.slots, int(table.entries), block)];
+  const auto* const entries = entries_of<Base::kStates>(table);
+  const auto& e = entries[find(entries, int(table.entries), block)];
   const Tiles& t = slot_of<Tiles>(table, e.record & ~kGrouped);
-  const Record<T>& record = slot_of<Record<T>>(table, t.record);
+  const Record<T, Base>& record = slot_of<Record<T, Base>>(table, t.record);
   const uint32_t first = (block - e.first) * t.tile;
   const int groups = int(t.groups - first < t.tile ? t.groups - first : t.tile);
   const int64_t begin = int64_t(first) * t.inner;
   const S* const w = static_cast<const S*>(kStep ? e.w : e.g) + begin;
   const bool vectors = (e.rest & kScalar) == 0;
-  each([&](int thread) {
+  for_threads([&](int thread) {
     if (vectors)
       sum_groups<kWidth<S>>(w, t, groups, thread, shared.sums);
     else
       sum_groups<1>(w, t, groups, thread, shared.sums);
   });
-  fold(shared.sums, t.lanes, t.tile, each);
-  each([&](int thread) {
+  fold(shared.sums, t.lanes, t.tile, for_threads);
+  for_threads([&](int thread) {
     for (int group = thread; group < groups; group += kThreads) {
       const T norm = T(std::sqrt(shared.sums[group]));
-      const Prox<T>& prox = record.step.prox;
-      shared.ratio[group] =
-          with_penalty(prox.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(norm, prox); });
+      shared.ratio[group] = shrink_ratio(norm, record.split.prox);
       shared.length[group] = length_of(norm);
     }
   });
-  each([&](int thread) {
+  for_threads([&](int thread) {
     const Span span{begin, 0, groups * int(t.inner), vectors};
-    const TilePull<T> pull{shared.ratio, shared.length, t, record.lasso};
-    if constexpr (kStep)
-      step_elements<S>(e, record, span, thread, scale_of<T>(table), 0, pull);
+    const auto apply = [&](const auto& pull) {
+      if constexpr (kStep)
+        step_elements<S, Base, false>(e, record, span, thread, scale_of<T>(table), 0, pull);
+      else
+        prox_elements<S>(e, span, thread, 0, pull);
+    };
+    if (kStep && record.lasso)
+      apply(TilePull<true, T>{shared.ratio, shared.length, t});
     else
-      prox_elements<S>(e, span, thread, 0, pull);
+      apply(TilePull<false, T>{shared.ratio, shared.length, t});
   });
 }
 

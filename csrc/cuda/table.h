@@ -5,8 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../half.h"
-#include "../types.h"
+#include "../math/bases.h"
+#include "../math/split.h"
+#include "../math/storage.h"
 
 namespace rvsm::cuda {
 
@@ -14,10 +15,13 @@ namespace rvsm::cuda {
 #define RVSM_UNROLL _Pragma("unroll")
 #define RVSM_NO_UNROLL _Pragma("unroll 1")
 #define RVSM_HD_MEMBER __host__ __device__ __forceinline__
+// The compiler moves no access to memory across it: fewer numbers are in registers at a time.
+#define RVSM_KEEP_ORDER() asm volatile("" ::: "memory")
 #else
 #define RVSM_UNROLL
 #define RVSM_NO_UNROLL
 #define RVSM_HD_MEMBER inline
+#define RVSM_KEEP_ORDER() static_cast<void>(0)
 #endif
 
 constexpr int kThreads = 256;
@@ -33,26 +37,34 @@ constexpr int64_t kChunk = int64_t(kThreads) * kVectors * kWidth<S>;
 
 // ---- the table: kernel parameters, so that no copy to the device stands before a launch -----------------------------
 
-// One tensor. Its chunks belong to the blocks from `first` up to the next entry's.
-struct Entry {
+// One tensor. Its chunks belong to the blocks from `first` up to the next entry's. The number of states is known to the
+// compiler, and the same for all tensors of a launch.
+template <int kStates>
+struct TableEntry {
   void* w;
-  const void* g;    // the gradient of a step; what a prox reads
-  void* m;          // null without momentum
+  void* g;          // the gradient of a step; what a prox reads
   uint32_t first;   // its first block
-  uint16_t rest;    // elements of its last chunk; kScalar is added where vectors of w, g and m do not line up
-  uint16_t record;  // the slot of its Record, of its Columns (kGrouped is added), or of its Kept (in a step that keeps)
+  uint16_t rest;    // elements of its last chunk; kScalar is added where vectors of the arrays do not line up
+  uint16_t record;  // the slot of its Record, or of its FactorPlace or Tiles (kGrouped is added)
+  void* state[kStates];
+};
+template <>
+struct TableEntry<0> {
+  void* w;
+  void* g;
+  uint32_t first;
+  uint16_t rest;
+  uint16_t record;
 };
 
 constexpr uint16_t kScalar = 0x8000;
 constexpr uint16_t kGrouped = 0x8000;
 
-// What stands beside a tensor in a step whose method keeps something, or with top-k.
-struct alignas(32) Kept {
-  void* at;         // u of the step before, or the dual; null without either
-  const void* cut;  // of top-k, in the arithmetic type; null: that of the record
-  uint16_t record;  // what Entry::record is in another step
-  uint8_t method;   // Method
-};
+template <int kStates>
+RVSM_HD void* state_of(const TableEntry<kStates>& e, int k) {
+  if constexpr (kStates > 0) return e.state[k];
+  return nullptr;
+}
 
 // Division of numbers below 2^31 by a divisor that the host knows: a product and a shift (Granlund & Montgomery).
 struct Divider {
@@ -71,7 +83,7 @@ inline Divider divider(int64_t d) {
 // How a tensor in groups finds the factors of the element at a place in memory: that of group
 // at / batch * groups + at % columns / inner, where batch is the size of a batch and columns is groups * inner. Its
 // elements are fewer than 2^31 (see for_pieces).
-struct alignas(32) Columns {
+struct alignas(32) FactorPlace {
   const void* ratio;   // shrink(norm) / norm of each group
   const void* length;  // its norm, with group_lasso
   uint32_t columns, groups;
@@ -84,7 +96,7 @@ struct alignas(32) Columns {
   }
 };
 
-inline Columns make_columns(const GroupView& v, const void* ratio, const void* length) {
+inline FactorPlace factor_place(const GroupView& v, const void* ratio, const void* length) {
   const int64_t columns = v.groups * v.inner;
   return {ratio,
           length,
@@ -96,13 +108,16 @@ inline Columns make_columns(const GroupView& v, const void* ratio, const void* l
           0};
 }
 
-// The numbers of a step, shared by all tensors that have them in common. A tensor in groups needs no numbers of a
-// penalty, only whether there is one: its factors are made before.
-template <class T>
+// The numbers of a step, shared by all tensors that have them in common; a tensor with top-k has a record for itself. A
+// tensor in groups needs no numbers of a penalty, only whether there is one: its factors are made before.
+template <class T, class Base>
 struct alignas(32) Record {
-  Step<T> step;
-  uint8_t momentum;  // Momentum
-  bool decay, lasso;
+  Split<T> split;
+  typename Base::template Numbers<T> base;
+  const void* cut;  // of top-k, in the type of the arithmetic; null: that of the prox
+  uint8_t method;   // Method
+  bool lasso;
+  typename Base::Switches switches;
 };
 
 // The numbers of a penalty's value.
@@ -112,26 +127,32 @@ struct alignas(32) Value {
   double lam, beta;
 };
 
-// A kernel takes 32,764 bytes of parameters.
+// A kernel takes 32,764 bytes of parameters. Records stand in slots of 32 bytes.
+constexpr int kSlotBytes = 32;
 constexpr int kSlots = 1022;
 
-// Entries fill the slots from the front, records from the back.
+// Entries fill the memory from the front, records from the back.
 struct alignas(32) Table {
   uint32_t entries = 0;
   uint32_t blocks = 0;
   const float* grad_scale = nullptr;  // on the device; null: 1
   const float* found_inf = nullptr;   // on the device; above 0 nothing is written
   double* totals = nullptr;           // of a penalty's value: one number per block
-  Entry slots[kSlots];
+  unsigned char slots[kSlots * kSlotBytes];
 };
-static_assert(sizeof(Entry) == 32 && sizeof(Columns) == 64 && sizeof(Table) <= 32764);
+static_assert(sizeof(TableEntry<1>) == 32 && sizeof(FactorPlace) == 64 && sizeof(Table) <= 32764);
 
 template <class X>
-constexpr int kSlotsOf = int(sizeof(X) / sizeof(Entry));
+constexpr int kSlotsOf = int(sizeof(X)) / kSlotBytes;
 
 template <class X>
 RVSM_HD const X& slot_of(const Table& t, uint32_t slot) {
-  return *reinterpret_cast<const X*>(&t.slots[slot]);
+  return *reinterpret_cast<const X*>(t.slots + slot * kSlotBytes);
+}
+
+template <int kStates>
+RVSM_HD const TableEntry<kStates>* entries_of(const Table& t) {
+  return reinterpret_cast<const TableEntry<kStates>*>(t.slots);
 }
 
 // ---- block -> (tensor, chunk) ---------------------------------------------------------------------------------------
@@ -167,7 +188,7 @@ struct Span {
   bool vectors;
 };
 
-template <class S>
+template <class S, class Entry>
 RVSM_HD Span span_of(const Entry& e, uint32_t chunk, uint32_t chunks) {
   const bool vectors = (e.rest & kScalar) == 0;
   const int64_t head = vectors ? elements_before_boundary<S>(e.w) : 0;
@@ -198,15 +219,16 @@ struct Chunks {
   uint16_t rest;
 };
 
+// `others`: the arrays beside w; null ones do not matter.
 template <class S>
-inline Chunks chunks_of(int64_t numel, const void* w, const void* g, const void* m, const void* kept = nullptr) {
+inline Chunks chunks_of(int64_t numel, const void* w, const void* const* others, int count) {
   const int64_t head = elements_before_boundary<S>(w);
   const auto lines_up = [&](const void* p) { return p == nullptr || elements_before_boundary<S>(p) == head; };
-  const bool vectors = head < numel && lines_up(g) && lines_up(m) && lines_up(kept);
+  const bool vectors = head < numel && std::all_of(others, others + count, lines_up);
   const int64_t body = vectors ? numel - head : numel;
-  const int64_t count = (body + kChunk<S> - 1) / kChunk<S>;
-  const int64_t rest = body - (count - 1) * kChunk<S>;
-  return {uint32_t(count), uint16_t(rest | (vectors ? 0 : kScalar))};
+  const int64_t chunks = (body + kChunk<S> - 1) / kChunk<S>;
+  const int64_t rest = body - (chunks - 1) * kChunk<S>;
+  return {uint32_t(chunks), uint16_t(rest | (vectors ? 0 : kScalar))};
 }
 
 // Elements below which a tensor in groups is one entry: index arithmetic in 32 bits costs a quarter.

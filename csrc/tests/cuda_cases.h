@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "../cpu/engine.h"
-#include "../cuda/job.h"
-#include "check.h"
+#include "../cuda/launches.h"
+#include "options.h"
 
 namespace rvsm {
 
@@ -30,92 +30,82 @@ struct HostMemory {
   void fetch(std::vector<char>&, const char*) {}
 };
 
-// The value of a penalty job over rows.
+// The value of a penalty over tensors.
 template <class Memory>
-double value_of(cuda::Job& job, std::vector<Row> rows, Memory& memory) {
-  for (Row& row : rows) row.m = nullptr;
-  job.rows = std::move(rows);
-  job.divide();
-  job.set_scratch(memory.scratch(job.scratch_bytes()));
+double value_of(cuda::Launches& launches, std::vector<TensorArgs> tensors, Memory& memory) {
+  launches.tensors = std::move(tensors);
+  launches.divide();
+  launches.set_scratch(memory.scratch(launches.scratch_bytes()));
   std::vector<char> total(sizeof(double));
   char* const place = memory.place(total);
-  job.run({}, {}, reinterpret_cast<double*>(place));
+  launches.run({}, {}, reinterpret_cast<double*>(place));
   memory.fetch(total, place);
   double value = 0;
   std::memcpy(&value, total.data(), sizeof value);
   return value;
 }
 
-inline Options random_options(bool grouped) {
-  Options o;
-  o.penalty = Penalty(integer(0, 3));
-  o.lam = log_uniform(1e-3, 0.1) * (grouped ? 3 : 1);
-  o.beta = 0.5;
-  o.a = log_uniform(0.1, 10);
-  o.lr = 0.1;
-  o.momentum = double(integer(0, 1)) * 0.9;
-  o.nesterov = o.momentum != 0 && integer(0, 1);
-  o.weight_decay = double(integer(0, 1)) * 0.01;
-  o.decoupled = integer(0, 1);
-  o.maximize = integer(0, 1);
-  o.group_lasso = grouped ? double(integer(0, 1)) * 0.1 : 0;
-  o.group_scale = grouped && integer(0, 1);
-  return o;
-}
+// Where the arrays of a tensor are.
+struct Places {
+  char *w, *g, *base_state, *method_state, *cut, *norms;
+};
 
 // A tensor of any type, with guard elements around it.
 struct Tensor {
-  Row row;
-  std::vector<char> w, g, m, x, cut;
+  TensorArgs args;
+  std::vector<char> w, g, base_state, method_state, cut, norms;
   int64_t at;
+  bool norms_given = false;
 
-  // `parts`: some groups are so few and long that they are summed in parts. `methods`: some keep a u or a dual, some
-  // have a cut of their own.
-  Tensor(int64_t most, bool parts, bool methods) : at(integer(0, 1) * integer(1, 7)) {
+  // `parts`: some groups are so few and long that they are summed in parts. `methods`: some have a u or a dual, some a
+  // cut of their own, some norms that were made elsewhere.
+  Tensor(int64_t most, bool parts, bool methods, std::deque<NumberRow>& records) : at(integer(0, 1) * integer(1, 7)) {
     static const GroupView views[] = {{1, 1, 7, 5},    {1, 11, 5, 1},   {1, 4, 6, 9},    {3, 2, 4, 3}, {1, 1, 1, 37},
                                       {1, 700, 3, 2},  {1, 3, 2, 64},   {1, 30, 64, 9},  {1, 1, 9, 8}, {5, 1, 70, 16},
                                       {1, 1, 3, 4096}, {1, 1, 600, 24}, {1, 1, 2, 9000}, {1, 1, 1, 2}};
-    row.dtype = Dtype(integer(0, 3));
-    row.grouped = integer(0, 2) == 0;
-    row.numel = integer(0, 9) == 0 ? integer(1, most) : integer(0, 40);
-    if (row.grouped) {
-      row.view = views[integer(0, 13)];
-      if (parts && integer(0, 19) == 0) row.view = {1, 40000, 2, 1};  // in parts
-      row.numel = row.view.count() * row.view.size();
+    args.dtype = Dtype(integer(0, 3));
+    args.grouped = integer(0, 2) == 0;
+    args.numel = integer(0, 9) == 0 ? integer(1, most) : integer(0, 40);
+    if (args.grouped) {
+      args.view = views[integer(0, 13)];
+      if (parts && integer(0, 19) == 0) args.view = {1, 40000, 2, 1};  // in parts
+      args.numel = args.view.count() * args.view.size();
     }
-    const Options o = random_options(row.grouped);
-    const int64_t size = row.grouped ? row.view.size() : 1;
-    row.step = make_step(o, size, integer(0, 1));
-    row.momentum = momentum_of(o);
-    if (methods && is_split(o)) {
-      row.method = Method(integer(0, 2));
-      row.topk = o.penalty == Penalty::l0 && integer(0, 1);
-    }
-    row.lam = strength(o, size);
-    row.beta = o.beta;
-    row.active = integer(0, 9) != 0 && row.numel > 0;
-    with_storage(row.dtype, [&](auto s) {
+    Options o = random_options(args.grouped);
+    if (methods) o.method = Method(integer(0, 2));
+    apply(o, args, integer(0, 1), records);
+    args.topk = methods && o.is_split() && o.penalty == Penalty::l0 && integer(0, 1);
+    args.active = integer(0, 9) != 0 && args.numel > 0;
+    norms_given = methods && args.grouped && integer(0, 3) == 0;
+    norms.resize(size_t(args.planes() * args.view.count()) * sizeof(double));
+    for (size_t i = 0; i < norms.size() / sizeof(double); ++i)
+      reinterpret_cast<double*>(norms.data())[i] = integer(0, 9) == 0 ? 0 : uniform(0, 2);
+    with_storage(args.dtype, [&](auto s) {
       using S = decltype(s);
-      const Arithmetic<S> number = Arithmetic<S>(uniform(0, row.grouped ? 2 : 1));
+      const Opmath<S> number = Opmath<S>(uniform(0, args.grouped ? 2 : 1));
       cut.resize(16);
       std::memcpy(cut.data(), &number, sizeof number);
-      for (auto* v : {&w, &g, &m, &x}) {
-        v->resize(size_t(row.numel + 16) * sizeof(S));
-        for (int64_t i = 0; i < row.numel + 16; ++i)
-          store(reinterpret_cast<S*>(v->data())[i], Arithmetic<S>(uniform(-1, 1)));
+      for (auto* v : {&w, &g, &base_state, &method_state}) {
+        v->resize(size_t(args.numel + 16) * sizeof(S));
+        for (int64_t i = 0; i < args.numel + 16; ++i)
+          store(reinterpret_cast<S*>(v->data())[i], Opmath<S>(uniform(-1, 1)));
       }
     });
   }
 
+  Places own() { return {w.data(), g.data(), base_state.data(), method_state.data(), cut.data(), norms.data()}; }
+
   // Where the engine finds the arrays; the gradient is sometimes out of line.
-  void aim(char* w_place, char* g_place, char* m_place, char* x_place, const char* cut_place) {
-    with_storage(row.dtype, [&](auto s) {
+  void aim(const Places& p) {
+    with_storage(args.dtype, [&](auto s) {
       using S = decltype(s);
-      row.w = reinterpret_cast<S*>(w_place) + at;
-      row.g = reinterpret_cast<S*>(g_place) + (row.numel % 4 == 0 ? 1 : at);
-      row.m = row.momentum == Momentum::none ? nullptr : reinterpret_cast<S*>(m_place) + at;
-      row.kept = row.method == Method::rvsm ? nullptr : reinterpret_cast<S*>(x_place) + (row.numel % 7 == 0 ? 0 : at);
-      row.cut = row.topk ? cut_place : nullptr;
+      args.w = reinterpret_cast<S*>(p.w) + at;
+      args.g = reinterpret_cast<S*>(p.g) + (args.numel % 4 == 0 ? 1 : at);
+      if (args.base.states > 0) args.state[0] = reinterpret_cast<S*>(p.base_state) + at;
+      if (args.method != Method::rvsm)
+        args.state[args.base.states] = reinterpret_cast<S*>(p.method_state) + (args.numel % 7 == 0 ? 0 : at);
+      args.cut = args.topk ? p.cut : nullptr;
+      args.norms = norms_given ? reinterpret_cast<const double*>(p.norms) : nullptr;
     });
   }
 };
@@ -124,15 +114,18 @@ struct Tensor {
 template <class S>
 void compare(const Tensor& got, const Tensor& want, const char* what, double loose) {
   const double bound = sizeof(S) == 8 ? 1e-14 : sizeof(S) == 4 ? 1e-6 : 0.02;
-  const double allowed = got.row.grouped ? bound + loose * bound : loose * bound;
+  const double allowed = got.args.grouped ? bound + loose * bound : loose * bound;
   const std::pair<const std::vector<char>*, const std::vector<char>*> pairs[] = {
-      {&got.w, &want.w}, {&got.m, &want.m}, {&got.x, &want.x}};
+      {&got.w, &want.w},
+      {&got.g, &want.g},
+      {&got.base_state, &want.base_state},
+      {&got.method_state, &want.method_state}};
   for (const auto& [x, y] : pairs) {
-    for (int64_t i = 0; i < got.row.numel + 16; ++i) {
+    for (int64_t i = 0; i < got.args.numel + 16; ++i) {
       const double a = double(load(reinterpret_cast<const S*>(x->data())[i]));
       const double b = double(load(reinterpret_cast<const S*>(y->data())[i]));
       CHECK(std::fabs(a - b) <= allowed, "%s: element %lld of %lld is %.9g, not %.9g", what, static_cast<long long>(i),
-            static_cast<long long>(got.row.numel), a, b);
+            static_cast<long long>(got.args.numel), a, b);
     }
   }
 }
@@ -143,43 +136,46 @@ void compare(const Tensor& got, const Tensor& want, const char* what, double loo
 template <class Memory>
 int64_t engines(int count, Action action, const cuda::Kernels& kernels, double loose) {
   Memory memory;
+  std::deque<NumberRow> records;
   std::vector<Tensor> got;
-  for (int i = 0; i < count; ++i) got.emplace_back(3 * cuda::kChunk<float>, count % 2 == 0, action == Action::step);
+  for (int i = 0; i < count; ++i)
+    got.emplace_back(3 * cuda::kChunk<float>, count % 2 == 0, action == Action::step, records);
   std::vector<Tensor> want = got;
   const std::vector<Tensor> before = got;
-  cuda::Job job(action, kernels);
-  cpu::Job cpu_job(action);
-  struct Places {
-    char *w, *m, *x;
-  };
+  cuda::Launches launches(action, kernels);
+  cpu::TaskList tasks(action);
   std::vector<Places> places;
   for (int i = 0; i < count; ++i) {
     Tensor &x = got[size_t(i)], &y = want[size_t(i)];
-    const Places p = places.emplace_back(Places{memory.place(x.w), memory.place(x.m), memory.place(x.x)});
-    x.aim(p.w, memory.place(x.g), p.m, p.x, memory.place(x.cut));
-    y.aim(y.w.data(), y.g.data(), y.m.data(), y.x.data(), y.cut.data());
-    job.rows.push_back(x.row);
-    cpu_job.rows.push_back(y.row);
-    if (action == Action::prox) job.rows.back().g = nullptr;
+    places.push_back({memory.place(x.w), memory.place(x.g), memory.place(x.base_state), memory.place(x.method_state),
+                      memory.place(x.cut), memory.place(x.norms)});
+    x.aim(places.back());
+    y.aim(y.own());
+    launches.tensors.push_back(x.args);
+    tasks.tensors.push_back(y.args);
+    if (action == Action::prox) launches.tensors.back().g = nullptr;
   }
-  cpu_job.divide();
-  std::vector<char> cpu_scratch(size_t(cpu_job.scratch_bytes()) + 64);
-  cpu_job.set_scratch(cpu_scratch.data());
-  cpu_job.start(1);
-  cpu_job.work(0, 1);
+  tasks.divide();
+  std::vector<char> cpu_scratch(size_t(tasks.scratch_bytes()) + 64);
+  tasks.set_scratch(cpu_scratch.data());
+  tasks.start(1);
+  tasks.work(0, 1);
   if (action == Action::penalty) {
-    const double value = value_of(job, job.rows, memory);
-    CHECK(std::fabs(value - cpu_job.total()) <= 1e-6 * (1 + cpu_job.total()), "a penalty of %.17g, not %.17g", value,
-          cpu_job.total());
+    const double value = value_of(launches, launches.tensors, memory);
+    CHECK(std::fabs(value - tasks.total()) <= 1e-6 * (1 + tasks.total()), "a penalty of %.17g, not %.17g", value,
+          tasks.total());
     return 1;
   }
-  job.divide(action == Action::prox ? 50 : cuda::kNarrow);  // in pieces, as tensors of 2^31 elements are
-  job.set_scratch(memory.scratch(job.scratch_bytes()));
+  launches.divide(action == Action::prox ? 50 : cuda::kNarrow);  // in pieces, as tensors of 2^31 elements are
+  launches.set_scratch(memory.scratch(launches.scratch_bytes()));
   const auto fetch = [&] {
     for (int i = 0; i < count; ++i) {
-      memory.fetch(got[size_t(i)].w, places[size_t(i)].w);
-      memory.fetch(got[size_t(i)].m, places[size_t(i)].m);
-      memory.fetch(got[size_t(i)].x, places[size_t(i)].x);
+      Tensor& x = got[size_t(i)];
+      const Places& p = places[size_t(i)];
+      memory.fetch(x.w, p.w);
+      memory.fetch(x.g, p.g);
+      memory.fetch(x.base_state, p.base_state);
+      memory.fetch(x.method_state, p.method_state);
     }
   };
   std::vector<char> numbers(3 * sizeof(float));
@@ -187,18 +183,20 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
   std::memcpy(numbers.data(), values, sizeof values);
   const float* const placed = reinterpret_cast<const float*>(memory.place(numbers));
   if (action == Action::step) {
-    job.run({}, {nullptr, placed + 1});
+    launches.run({}, {nullptr, placed + 1});
     fetch();
     for (size_t i = 0; i < got.size(); ++i)
-      CHECK(got[i].w == before[i].w && got[i].m == before[i].m && got[i].x == before[i].x, "a step in spite of Inf");
-    job.run({}, {placed, placed + 2});
+      CHECK(got[i].w == before[i].w && got[i].g == before[i].g && got[i].base_state == before[i].base_state &&
+                got[i].method_state == before[i].method_state,
+            "a step in spite of Inf");
+    launches.run({}, {placed, placed + 2});
   } else {
-    job.run({}, {});
+    launches.run({}, {});
   }
   fetch();
   const char* const what = action == Action::step ? "step" : "prox";
   for (size_t i = 0; i < got.size(); ++i)
-    with_storage(got[i].row.dtype, [&](auto s) { compare<decltype(s)>(got[i], want[i], what, loose); });
+    with_storage(got[i].args.dtype, [&](auto s) { compare<decltype(s)>(got[i], want[i], what, loose); });
   return count;
 }
 

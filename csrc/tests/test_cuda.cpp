@@ -6,14 +6,12 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/job.h"
-#include "../cuda/step.h"
+#include "../cuda/launches.h"
 #include "check.h"
 #include "cuda_cases.h"
 
 using namespace rvsm;
 using namespace rvsm::cuda;
-using rvsm::cuda::Job;
 
 namespace {
 
@@ -50,9 +48,10 @@ void walk() {
     for (int64_t wa = 0; wa < kWidth<S>; ++wa) {
       for (int64_t ga = 0; ga < kWidth<S>; ++ga) {
         S* const w = reinterpret_cast<S*>(base) + wa;
-        const S* const g = reinterpret_cast<const S*>(base) + ga;
-        const Chunks chunks = chunks_of<S>(n, w, g, nullptr);
-        const Entry e{w, g, nullptr, 0, chunks.rest, 0};
+        S* const g = reinterpret_cast<S*>(base) + ga;
+        const void* const others[] = {g, nullptr};
+        const Chunks chunks = chunks_of<S>(n, w, others, 2);
+        const TableEntry<0> e{w, g, 0, chunks.rest, 0};
         std::vector<int> seen(size_t(n), 0);
         for (uint32_t chunk = 0; chunk < chunks.count; ++chunk) {
           const Span span = span_of<S>(e, chunk, chunks.count);
@@ -80,8 +79,9 @@ void walk_far() {
   for (const int64_t n : {int64_t(1) << 31, (int64_t(1) << 31) + 5, (int64_t(1) << 33) + 1, int64_t(5000000017)}) {
     for (int64_t shift = 0; shift < kWidth<S>; ++shift) {
       S* const w = reinterpret_cast<S*>(uintptr_t(4096)) + shift;
-      const Chunks chunks = chunks_of<S>(n, w, w, w);
-      const Entry e{w, w, w, 0, chunks.rest, 0};
+      const void* const others[] = {w, w};
+      const Chunks chunks = chunks_of<S>(n, w, others, 2);
+      const TableEntry<1> e{w, w, 0, chunks.rest, 0, {w}};
       int64_t next = 0;
       for (uint32_t c : {0u, 1u, chunks.count / 2, chunks.count - 2, chunks.count - 1}) {
         const Span s = span_of<S>(e, c, chunks.count);
@@ -105,7 +105,7 @@ void check_pieces() {
       for_pieces(v, limit, [&](int64_t offset, const GroupView& piece, int64_t group) {
         CHECK(offset == next && piece.count() * piece.size() < limit, "a piece at %lld",
               static_cast<long long>(offset));
-        const Columns c = make_columns(piece, nullptr, nullptr);
+        const FactorPlace c = factor_place(piece, nullptr, nullptr);
         for (int64_t i = 0; i < piece.count() * piece.size(); ++i, ++next) {
           const int64_t want = next / (v.outer * columns) * v.groups + next % columns / v.inner;
           CHECK(group + c.group(uint32_t(i)) == want, "element %lld", static_cast<long long>(next));
@@ -170,26 +170,27 @@ void sums() {
     for (int64_t at = 0; at < kWidth<S>; ++at) {
       std::vector<S> x(size_t(n + 2 * kWidth<S>));
       const int64_t first = elements_before_boundary<S>(x.data()) + at;
-      for (S& value : x) store(value, Arithmetic<S>(1 << 10));  // an element too many would show
+      for (S& value : x) store(value, Opmath<S>(1 << 10));  // an element too many would show
       std::vector<double> want(size_t(count), 0.0);
       for (int64_t i = 0; i < n; ++i) {
         const double value = std::ldexp(1.0, int(integer(-3, 3)));
-        store(x[size_t(first + i)], Arithmetic<S>(value));
+        store(x[size_t(first + i)], Opmath<S>(value));
         want[size_t(i / (v.outer * v.groups * v.inner) * v.groups + i / v.inner % v.groups)] += value * value;
       }
-      Job job(Action::penalty, host_kernels);  // of l1, lam 1 and tau 0: the sum of the norms
-      Row row;
-      row.numel = n;
-      row.dtype = dtype_of<S>();
-      row.grouped = true;
-      row.view = v;
-      row.w = x.data() + first;
-      row.step.prox = make_prox(Penalty::l1, 0, 1);
-      row.lam = 1;
+      Launches launches(Action::penalty, host_kernels());  // of l1, lam 1 and tau 0: the sum of the norms
+      TensorArgs args;
+      args.numel = n;
+      args.dtype = dtype_of<S>();
+      args.grouped = true;
+      args.view = v;
+      args.w = x.data() + first;
+      const NumberRow record{double(Penalty::l1), 0, 0, 1, 0, -1};
+      args.numbers = record.data();
+      args.lam = 1;
       double sum = 0;
-      for (const double w : want) sum += double(Arithmetic<S>(std::sqrt(w)));
+      for (const double w : want) sum += double(Opmath<S>(std::sqrt(w)));
       HostMemory memory;
-      const double got = value_of(job, {row}, memory);
+      const double got = value_of(launches, {args}, memory);
       CHECK(std::fabs(got - sum) <= 1e-12 * sum, "the norms of %lld %lld %lld %lld at %lld: %.17g, not %.17g",
             static_cast<long long>(v.batch), static_cast<long long>(v.outer), static_cast<long long>(v.groups),
             static_cast<long long>(v.inner), static_cast<long long>(at), got, sum);
@@ -200,68 +201,86 @@ void sums() {
 
 // A thousand small tensors with the same options are one launch; 250 in groups two, or one where groups are
 // consecutive.
-int launches = 0;
+int started = 0;
 
 void launch_counts() {
   std::vector<float> memory(20000);
   Options o;
   o.penalty = Penalty::l0;
   o.lam = o.beta = o.lr = 0.1;
-  Kernels counting = host_kernels;
-  counting.step = [](const Queue&, Dtype, const Table&) -> const char* { return ++launches, nullptr; };
-  counting.squares = [](const Queue&, Dtype, const SumTable&) -> const char* { return ++launches, nullptr; };
-  counting.join = counting.squares;
-  counting.resident_step = counting.step;
+  Kernels counting = host_kernels();
+  for (auto& [key, start] : counting)
+    start = [](const Stream&, const void*) -> const char* { return ++started, nullptr; };
   struct Kind {
     int tensors, launches;
     GroupView view;  // of a tensor in groups, empty of another
   };
   for (const Kind& kind : {Kind{1000, 1, {}}, Kind{250, 2, {1, 3, 4, 1}}, Kind{400, 1, {1, 1, 3, 4}}}) {
-    Job job(Action::step, counting);
+    std::deque<NumberRow> records;
+    Launches launches(Action::step, counting);
     for (int i = 0; i < kind.tensors; ++i) {
-      Row row;
-      row.numel = 12;
-      row.grouped = kind.view.count() > 1;
-      row.view = kind.view;
-      row.w = memory.data() + i;
-      row.g = memory.data() + i;
-      row.step = make_step(o, 1, false);
-      job.rows.push_back(row);
+      TensorArgs args;
+      args.numel = 12;
+      args.grouped = kind.view.count() > 1;
+      args.view = kind.view;
+      args.w = memory.data() + i;
+      args.g = memory.data() + i;
+      apply(o, args, false, records);
+      launches.tensors.push_back(args);
     }
-    job.divide();
-    std::vector<char> scratch(size_t(job.scratch_bytes()));
-    job.set_scratch(scratch.data());
-    launches = 0;
-    job.run({}, {});
-    CHECK(launches == kind.launches, "%d launches", launches);
+    launches.divide();
+    std::vector<char> scratch(size_t(launches.scratch_bytes()));
+    launches.set_scratch(scratch.data());
+    started = 0;
+    launches.run({}, {});
+    CHECK(started == kind.launches, "%d launches", started);
     ++checked;
   }
 }
 
 // What a failed launch says.
 void errors() {
-  Kernels failing = host_kernels;
-  failing.step = [](const Queue&, Dtype, const Table&) { return "out of order"; };
-  Job job(Action::step, failing);
+  Kernels failing = host_kernels();
+  for (auto& [key, start] : failing) start = [](const Stream&, const void*) { return "out of order"; };
+  Launches launches(Action::step, failing);
   float x = 1;
+  std::deque<NumberRow> records;
   for (const int group : {2, 5}) {
-    Row row;
-    row.numel = 1;
-    row.group = group;
-    row.w = &x;
-    row.g = &x;
-    job.rows.push_back(row);
+    TensorArgs args;
+    args.numel = 1;
+    args.group = group;
+    args.w = &x;
+    args.g = &x;
+    apply({}, args, false, records);
+    launches.tensors.push_back(args);
   }
-  job.divide();
+  launches.divide();
   std::string message;
   try {
-    job.run({}, {});
+    launches.run({}, {});
   } catch (const std::runtime_error& error) {
     message = error.what();
   }
   CHECK(message.find("step kernel") != std::string::npos && message.find("2, 5") != std::string::npos &&
             message.find("out of order") != std::string::npos,
         "%s", message.c_str());
+  ++checked;
+}
+
+// Every kind of tensor finds its kernel, and no two keys are one.
+void keys() {
+  const Kernels& all = host_kernels();
+  int bases = 0;
+  for_each_base([&](auto base) {
+    ++bases;
+    for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
+      for (const bool has_state : {false, true})
+        CHECK(all.count({Work::step, dtype, key_of<decltype(base)>(), has_state}) == 1, "no kernel of a base");
+      CHECK(all.count({Work::step_resident, dtype, key_of<decltype(base)>()}) == 1, "no resident kernel of a base");
+    }
+  });
+  const size_t want = size_t(4 * (3 * bases + 5) + 2);
+  CHECK(all.size() == want, "%zu kernels, not %zu", all.size(), want);
   ++checked;
 }
 
@@ -284,8 +303,9 @@ int main() {
   all<Float16>();
   for (const int count : {1, 2, 41, 40, 701, 700, 2500})
     for (const Action action : {Action::step, Action::prox, Action::penalty})
-      checked += engines<HostMemory>(count, action, host_kernels, 0);
+      checked += engines<HostMemory>(count, action, host_kernels(), 0);
   launch_counts();
   errors();
+  keys();
   return finish("cuda", checked);
 }

@@ -5,7 +5,6 @@
 
 #include <cstdlib>
 
-#include "../cuda/job.h"
 #include "check.h"
 #include "cuda_cases.h"
 
@@ -53,6 +52,6 @@ int main(int argc, char** argv) {
   int64_t checked = 0;
   for (int count = 1; count <= most; count = 3 * count + 1)
     for (const Action action : {Action::step, Action::prox, Action::penalty})
-      checked += engines<DeviceMemory>(count, action, cuda::device_kernels, 4);
+      checked += engines<DeviceMemory>(count, action, cuda::device_kernels(), 4);
   return finish("cuda_device", checked);
 }

@@ -3,70 +3,64 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
 #include "../cpu/engine.h"
-#include "../half.h"
-#include "../update.h"
-#include "check.h"
+#include "../math/storage.h"
+#include "options.h"
 
 using namespace rvsm;
-using cpu::Job;
+using cpu::TaskList;
 
 namespace rvsm::cpu {
-extern const Kernels kernels_base;
+extern const ElementKernels element_kernels_base;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+extern const ElementKernels element_kernels_avx2;
+extern const ElementKernels element_kernels_avx512;
 #endif
 }  // namespace rvsm::cpu
 
 namespace {
 
-std::vector<const cpu::Kernels*> instruction_sets() {
-  std::vector<const cpu::Kernels*> all = {&cpu::kernels_base};
+std::vector<const cpu::ElementKernels*> instruction_sets() {
+  std::vector<const cpu::ElementKernels*> all = {&cpu::element_kernels_base};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(&cpu::kernels_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(&cpu::element_kernels_avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    all.push_back(&cpu::kernels_avx512);
+    all.push_back(&cpu::element_kernels_avx512);
 #endif
   return all;
 }
 
-Options random_options() {
-  Options o;
+Options split_options() {
+  Options o = random_options(false);
   o.penalty = Penalty(integer(1, 3));
-  o.lam = log_uniform(1e-3, 0.1);
-  o.beta = 0.5;
-  o.a = log_uniform(0.1, 10);
-  o.lr = 0.1;
-  o.momentum = integer(0, 1) * 0.9;
-  o.nesterov = o.momentum != 0 && integer(0, 1);
-  o.weight_decay = integer(0, 1) * 0.01;
-  o.decoupled = integer(0, 1);
+  o.method = Method(integer(0, 2));
   return o;
 }
 
 template <class S>
 std::vector<S> random_values(int64_t n) {
   std::vector<S> v(size_t(n) + 16);
-  for (auto& x : v) store(x, Arithmetic<S>(uniform(-1, 1)));
+  for (auto& x : v) store(x, Opmath<S>(uniform(-1, 1)));
   return v;
 }
 
 // One tensor of a step, with guard elements around what may be written.
 template <class S>
 struct Tensor {
-  std::vector<S> w, g, m;
+  std::vector<S> w, g, m, x;
   int64_t at;
+  std::shared_ptr<std::deque<NumberRow>> records = std::make_shared<std::deque<NumberRow>>();
 
   Tensor(int64_t n, int64_t shift)
-      : w(random_values<S>(n)), g(random_values<S>(n)), m(random_values<S>(n)), at(shift) {}
+      : w(random_values<S>(n)), g(random_values<S>(n)), m(random_values<S>(n)), x(random_values<S>(n)), at(shift) {}
 
-  Row row(int64_t n, const Options& o, const GroupView* view = nullptr) {
-    Row r;
+  TensorArgs args(int64_t n, const Options& o, const GroupView* view = nullptr) {
+    TensorArgs r;
     r.numel = n;
     r.dtype = sizeof(S) == 8               ? Dtype::f64
               : sizeof(S) == 4             ? Dtype::f32
@@ -76,19 +70,35 @@ struct Tensor {
     if (view != nullptr) r.view = *view;
     r.w = w.data() + at;
     r.g = g.data() + at;
-    r.m = o.momentum != 0 ? m.data() + at : nullptr;
-    r.step = make_step(o, view != nullptr ? view->size() : 1, false);
-    r.momentum = momentum_of(o);
+    apply(o, r, false, *records);
+    if (r.base.states > 0) r.state[0] = m.data() + at;
+    if (r.method != Method::rvsm) r.state[r.base.states] = x.data() + at;
     return r;
   }
   bool same(const Tensor& other) const {
-    return std::memcmp(w.data(), other.w.data(), w.size() * sizeof(S)) == 0 &&
-           std::memcmp(m.data(), other.m.data(), m.size() * sizeof(S)) == 0;
+    const auto equal = [](const std::vector<S>& a, const std::vector<S>& b) {
+      return std::memcmp(a.data(), b.data(), a.size() * sizeof(S)) == 0;
+    };
+    return equal(w, other.w) && equal(g, other.g) && equal(m, other.m) && equal(x, other.x);
+  }
+
+  // The step of one element in plain code; `u` of what is thresholded.
+  template <class U>
+  void step(int64_t i, const TensorArgs& args, Opmath<S> unit, const U& u) {
+    using T = Opmath<S>;
+    const size_t k = size_t(i + at);
+    T wi = load(w[k]), gi = load(g[k]), state[2] = {};
+    std::vector<S>* const states[] = {args.base.states > 0 ? &m : &x, &x};
+    for (int s = 0; s < args.states(); ++s) state[s] = load((*states[s])[k]);
+    plain_step(wi, gi, state, unit, args, u);
+    store(w[k], wi);
+    if (args.base.writes_grad) store(g[k], gi);
+    for (int s = 0; s < args.states(); ++s) store((*states[s])[k], state[s]);
   }
 };
 
 // Runs a job on its own scratch, dealt for so many threads and done by as many workers, or by fewer.
-void run(Job& job, int threads, int workers) {
+void run(TaskList& job, int threads, int workers) {
   job.divide();
   std::vector<char> scratch(size_t(job.scratch_bytes()) + 64);
   job.set_scratch(scratch.data());
@@ -100,32 +110,7 @@ void run(Job& job, int threads, int workers) {
   for (auto& t : pool) t.join();
 }
 
-void run(Job& job, int threads) { run(job, threads, threads); }
-
-// The step of one element in plain code, straight from update.h.
-template <class S>
-void plain_step(S& w, const S& g, S& m, const Row& row, Arithmetic<S> ratio_or_nan, Arithmetic<S> unit) {
-  using T = Arithmetic<S>;
-  const Step<T> s = narrow<T>(row.step);
-  T wi = load(w), mi = load(m);
-  const T u = std::isnan(ratio_or_nan)
-                  ? with_penalty(s.prox.penalty,
-                                 [&](auto tag) {
-                                   return std::copysign(shrink<decltype(tag)::value>(std::fabs(wi), s.prox), wi);
-                                 })
-                  : wi * ratio_or_nan;
-  const auto step = [&](auto kind) { sgd_step(wi, mi, T(load(g)), wi - u, unit, s, kind); };
-  const bool decay = s.decay != T(0);
-  if (row.momentum == Momentum::none)
-    decay ? step(StepKind<Momentum::none, true, true, true>{}) : step(StepKind<Momentum::none, false, true, true>{});
-  else if (row.momentum == Momentum::plain)
-    decay ? step(StepKind<Momentum::plain, true, true, true>{}) : step(StepKind<Momentum::plain, false, true, true>{});
-  else
-    decay ? step(StepKind<Momentum::nesterov, true, true, true>{})
-          : step(StepKind<Momentum::nesterov, false, true, true>{});
-  store(w, wi);
-  if (row.momentum != Momentum::none) store(m, mi);
-}
+void run(TaskList& job, int threads) { run(job, threads, threads); }
 
 template <class S>
 int64_t elementwise() {
@@ -136,27 +121,29 @@ int64_t elementwise() {
   for (const int64_t n : {511, 512, 513, 32767, 32768, 32769, 70000}) sizes.push_back(n);
   for (const int64_t n : sizes) {
     for (int64_t shift = 0; shift < (n < 200 ? 4 : 2); ++shift) {
-      const Options o = random_options();
+      const Options o = split_options();
       const Tensor<S> start(n, shift);
       Tensor<S> want = start;
-      for (int64_t i = 0; i < n; ++i) {
-        const Row row = want.row(n, o);
-        plain_step(want.w[size_t(i + shift)], want.g[size_t(i + shift)], want.m[size_t(i + shift)], row,
-                   Arithmetic<S>(NAN), Arithmetic<S>(0));
-      }
-      for (const cpu::Kernels* k : instruction_sets()) {
+      const TensorArgs plain = want.args(n, o);
+      const auto prox = prox_of<Opmath<S>>(plain.numbers);
+      const auto u = [&](Opmath<S> v) {
+        return with_penalty(
+            prox.penalty, [&](auto tag) { return std::copysign(shrink<decltype(tag)::value>(std::fabs(v), prox), v); });
+      };
+      for (int64_t i = 0; i < n; ++i) want.step(i, plain, Opmath<S>(0), u);
+      for (const cpu::ElementKernels* k : instruction_sets()) {
         Tensor<S> got = start;
-        Row row = got.row(n, o);
-        row.view = {1, 1, n, 1};
-        if (n > 0) k->step(row, {0, 0, 1, 0, n});
-        CHECK(got.same(want), "%s: %lld elements at %lld, storage of %zu bytes", k->name, static_cast<long long>(n),
+        TensorArgs args = got.args(n, o);
+        args.view = {1, 1, n, 1};
+        if (n > 0) k->step(args, {0, 0, 1, 0, n});
+        CHECK(got.same(want), "%s: %lld elements at %lld, storage of %zu bytes", k->isa, static_cast<long long>(n),
               static_cast<long long>(shift), sizeof(S));
         ++cases;
       }
       for (const int threads : {1, 3}) {
         Tensor<S> got = start;
-        Job job(Action::step);
-        job.rows.push_back(got.row(n, o));
+        TaskList job(Action::step);
+        job.tensors.push_back(got.args(n, o));
         run(job, threads);
         CHECK(got.same(want), "%d threads: %lld elements at %lld", threads, static_cast<long long>(n),
               static_cast<long long>(shift));
@@ -169,42 +156,42 @@ int64_t elementwise() {
 
 template <class S>
 int64_t grouped() {
-  using T = Arithmetic<S>;
+  using T = Opmath<S>;
   int64_t cases = 0;
   std::vector<GroupView> views = {
       {1, 1, 1, 1},     {1, 1, 5, 9},    {1, 7, 5, 9},      {1, 64, 3, 49},    {1, 1, 300, 700},  {1, 300, 700, 1},
       {1, 40, 33, 9},   {4, 9, 16, 1},   {3, 1, 1, 70000},  {1, 1, 1, 300000}, {1, 300001, 1, 1}, {1, 2, 2, 140000},
       {1, 17, 2100, 1}, {1, 3, 2, 2049}, {1, 150000, 3, 1}, {2, 5, 7, 33},     {1, 1, 4000, 9}};
   for (const GroupView& v : views) {
-    Options o = random_options();
+    Options o = split_options();
+    o.method = Method::rvsm;
     o.group_lasso = integer(0, 1) * 0.01;
     const int64_t n = v.batch * v.outer * v.groups * v.inner;
     o.lam *= std::sqrt(double(v.size())) * 0.3;  // around the norm of random weights
     const Tensor<S> start(n, 1);
     Tensor<S> want = start;
-    const Row row = want.row(n, o, &v);
+    const TensorArgs args = want.args(n, o, &v);
     std::vector<T> ratio(size_t(v.count())), unit(size_t(v.count()));
     std::vector<double> sums(size_t(v.count()));
     const auto group = [&](int64_t i) {
       return size_t(i / (v.outer * v.groups * v.inner) * v.groups + i / v.inner % v.groups);
     };
     for (int64_t i = 0; i < n; ++i) sums[group(i)] += std::pow(double(load(start.w[size_t(i + 1)])), 2);
-    const Step<T> s = narrow<T>(row.step);
+    const Split<T> s = split_of<T>(args.numbers, 1);
     for (size_t g = 0; g < sums.size(); ++g) {
       const T r = T(std::sqrt(sums[g]));
-      ratio[g] = with_penalty(s.prox.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(r, s.prox); });
+      ratio[g] = shrink_ratio(r, s.prox);
       unit[g] = s.lasso != 0 ? 1 / r : T(0);
     }
     for (int64_t i = 0; i < n; ++i) {
-      auto& w = want.w[size_t(i + 1)];
-      const T direction = load(w) * unit[group(i)];
-      plain_step(w, want.g[size_t(i + 1)], want.m[size_t(i + 1)], row, ratio[group(i)], direction);
+      const T direction = load(want.w[size_t(i + 1)]) * unit[group(i)];
+      want.step(i, args, direction, [&](T w) { return w * ratio[group(i)]; });
     }
     Tensor<S> first = start;
     for (const auto& [threads, workers] : {std::pair{1, 1}, {2, 2}, {4, 4}, {3, 1}, {4, 2}, {7, 3}}) {
       Tensor<S> got = start;
-      Job job(Action::step);
-      job.rows.push_back(got.row(n, o, &v));
+      TaskList job(Action::step);
+      job.tensors.push_back(got.args(n, o, &v));
       run(job, threads, workers);
       // The order of a sum is the engine's own: an ulp of a norm.
       const double bound = sizeof(S) == 8 ? 1e-14 : sizeof(S) == 4 ? 1e-6 : 0.01;
@@ -222,13 +209,11 @@ int64_t grouped() {
     }
 
     // The penalty's value of the same weights, and u itself.
-    Job value(Action::penalty), prox(Action::prox);
+    TaskList value(Action::penalty), prox(Action::prox);
     Tensor<S> a = start, b = start;
-    Row r = a.row(n, o, &v);
-    r.lam = strength(o, v.size());
-    r.beta = o.beta;
-    value.rows.push_back(r);
-    prox.rows.push_back(b.row(n, o, &v));
+    const TensorArgs r = a.args(n, o, &v);
+    value.tensors.push_back(r);
+    prox.tensors.push_back(b.args(n, o, &v));
     run(value, 2);
     run(prox, 2);
     double want_value = 0;
@@ -249,19 +234,21 @@ int64_t grouped() {
   return cases;
 }
 
-// Many small rows beside inactive and empty ones: a row that has no gradient stays as it is.
+// Many small tensors beside inactive and empty ones: a tensor that has no gradient stays as it is.
 int64_t mixed() {
   std::vector<Tensor<float>> tensors;
-  Job job(Action::step);
+  TaskList job(Action::step);
   for (int i = 0; i < 300; ++i) tensors.emplace_back(integer(0, 40), i % 4);
   const std::vector<Tensor<float>> start = tensors;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    Row row = tensors[i].row(int64_t(tensors[i].w.size()) - 16, random_options());
-    row.active = i % 3 != 0 && row.numel > 0;
-    job.rows.push_back(row);
+    Options o = split_options();
+    o.base = BaseKind::sgd;
+    TensorArgs args = tensors[i].args(int64_t(tensors[i].w.size()) - 16, o);
+    args.active = i % 3 != 0 && args.numel > 0;
+    job.tensors.push_back(args);
   }
   run(job, 4);
-  for (size_t i = 0; i < tensors.size(); ++i) CHECK(tensors[i].same(start[i]) == !job.rows[i].active, "row %zu", i);
+  for (size_t i = 0; i < tensors.size(); ++i) CHECK(tensors[i].same(start[i]) == !job.tensors[i].active, "row %zu", i);
   return 300;
 }
 

@@ -3,7 +3,7 @@
 #include <map>
 #include <numeric>
 
-#include "../group_view.h"
+#include "../math/group_view.h"
 #include "check.h"
 
 using namespace rvsm;
@@ -21,9 +21,9 @@ std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const std:
   return strides;
 }
 
-// Whether the view puts two elements into one group exactly if their kept indices agree.
-void walk(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& kept,
-          const GroupView& v) {
+// Whether the view puts two elements into one group exactly if their indices of the group dimensions agree.
+void walk(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+          const std::vector<int64_t>& group_dims, const GroupView& v) {
   const int64_t n = std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<>());
   CHECK(v.batch * v.outer * v.groups * v.inner == n, "the view has %lld elements of %lld",
         static_cast<long long>(v.batch * v.outer * v.groups * v.inner), static_cast<long long>(n));
@@ -36,7 +36,7 @@ void walk(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides
       const int64_t index = rest % sizes[d];
       rest /= sizes[d];
       offset += index * strides[d];
-      if (std::find(kept.begin(), kept.end(), int64_t(d)) != kept.end()) key.push_back(index);
+      if (std::find(group_dims.begin(), group_dims.end(), int64_t(d)) != group_dims.end()) key.push_back(index);
     }
     const int64_t group = offset / (v.outer * v.groups * v.inner) * v.groups + offset / v.inner % v.groups;
     ++members[group];
@@ -49,9 +49,10 @@ void walk(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides
   for (const auto& [group, count] : members) CHECK(count == v.size(), "group %lld", static_cast<long long>(group));
 }
 
-bool refused(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& kept) {
+bool refused(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+             const std::vector<int64_t>& group_dims) {
   try {
-    group_view(sizes, strides, kept);
+    group_view(sizes, strides, group_dims);
   } catch (const std::invalid_argument&) {
     return true;
   }
@@ -62,7 +63,7 @@ bool refused(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stri
 
 int main() {
   int64_t cases = 0;
-  const std::vector<std::vector<int64_t>> keeps = {{}, {0}, {1}, {0, 1}};
+  const std::vector<std::vector<int64_t>> all_group_dims = {{}, {0}, {1}, {0, 1}};
   for (int i = 0; i < 400; ++i) {
     std::vector<int64_t> sizes(size_t(integer(2, 5)));
     for (auto& s : sizes) s = integer(1, 5);
@@ -72,18 +73,18 @@ int main() {
     std::rotate(channels_last.begin() + 1, channels_last.begin() + 2, channels_last.end());
     for (const auto& order : {contiguous, channels_last}) {
       const auto strides = dense_strides(sizes, order);
-      for (const auto& kept : keeps) {
-        walk(sizes, strides, kept, group_view(sizes, strides, kept));
+      for (const auto& group_dims : all_group_dims) {
+        walk(sizes, strides, group_dims, group_view(sizes, strides, group_dims));
         ++cases;
       }
     }
-    // Any permutation and any kept set: either refused or right.
+    // Any permutation and any set of group dimensions: either refused or right.
     std::shuffle(contiguous.begin(), contiguous.end(), generator());
     const auto strides = dense_strides(sizes, contiguous);
-    std::vector<int64_t> kept;
+    std::vector<int64_t> group_dims;
     for (size_t d = 0; d < sizes.size(); ++d)
-      if (integer(0, 1)) kept.push_back(int64_t(d));
-    if (!refused(sizes, strides, kept)) walk(sizes, strides, kept, group_view(sizes, strides, kept));
+      if (integer(0, 1)) group_dims.push_back(int64_t(d));
+    if (!refused(sizes, strides, group_dims)) walk(sizes, strides, group_dims, group_view(sizes, strides, group_dims));
     ++cases;
   }
   CHECK(refused({2, 3, 4, 5}, {60, 20, 5, 1}, {0, 2}), "(0, 2) of a contiguous weight does not collapse");

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import rvsm_kernels as rk
 from deep.settings import Settings, SettingsError
-from rvsm_kernels.groups import magnitudes
 
 SMALL = 1e-3
 """Weights below this count as small: Figure 1 of 002."""
@@ -84,9 +83,16 @@ def group_lasso(optimizer: torch.optim.Optimizer) -> float:
     total = 0.0
     for group in optimizer.param_groups:
         if group["group_lasso"]:
-            norms = (magnitudes(p, group["group_dim"]).sum().item() for p in group["params"])
+            norms = (_norms(p, group["group_dim"]).sum().item() for p in group["params"])
             total += group["group_lasso"] * sum(norms)
     return total
+
+
+def _norms(w: Tensor, group_dim: Any) -> Tensor:
+    """||w_G||_2 of every group."""
+    dims = (group_dim,) if isinstance(group_dim, int) else group_dim
+    reduced = [d for d in range(w.dim()) if d not in dims]
+    return torch.linalg.vector_norm(w, dim=reduced, dtype=torch.float64) if reduced else w.abs().double()
 
 
 def sizes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -19,7 +19,8 @@ import rvsm_kernels as rk
 from cases import Layout
 from models import backward, small
 from runner import bits, check_reading, check_u, checked_step, real, same_bits
-from rvsm_kernels.engines import choose
+from rvsm_kernels.engines import native as native_engine
+from rvsm_kernels.engines.registry import engine_name_for
 
 SPLITS: list[dict[str, Any]] = [
     {"penalty": "l0", "lam": 0.2, "beta": 0.5},
@@ -350,21 +351,21 @@ def test_engines() -> None:
 
 def test_a_gpu_that_the_kernels_do_not_run_on(on_cpu: None, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another architecture or an older driver: said by engines(), and engine=None goes on to the next engine."""
-    if not rk.native._C.has_cuda:
+    if not native_engine._C.has_cuda:
         pytest.skip("a build without CUDA")
     assert rk.engines()["native"]["cuda"] == "available", "asked of a process that has no CUDA tensors"
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU 9000")
-    monkeypatch.setattr(rk.native._C, "probe_cuda", lambda device: "no kernel image")
-    rk.native._probe.cache_clear()
+    monkeypatch.setattr(native_engine._C, "probe_cuda", lambda device: "no kernel image")
+    native_engine._probe.cache_clear()
     try:
         assert "GPU 9000" in rk.engines()["native"]["cuda"] and "no kernel image" in rk.engines()["native"]["cuda"]
-        assert choose(None, "cuda") == "reference" and choose(None, "cpu") == "native"
+        assert engine_name_for(None, "cuda") == "reference" and engine_name_for(None, "cpu") == "native"
         with pytest.raises(RuntimeError, match="GPU 9000"):
-            choose("native", "cuda")
+            engine_name_for("native", "cuda")
     finally:
-        rk.native._probe.cache_clear()
+        native_engine._probe.cache_clear()
 
 
 def test_engine_none_takes_the_fastest(native: str) -> None:

@@ -16,12 +16,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-import rvsm_kernels as rk
+from rvsm_kernels.engines import native as native_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -346,8 +346,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
         folder = tmp_path / "rvsm_copy"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for source in (ROOT / "rvsm_kernels").glob("*.py"):
-            shutil.copy(source, folder)
+        for name in ("engines", "method"):
+            shutil.copytree(ROOT / "rvsm_kernels" / name, folder / name)
         for name, content in (files or {}).items():
             (folder / name).write_bytes(content)
         package: Any = types.ModuleType("rvsm_copy")
@@ -356,7 +356,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
         if module is not None:
             package._C = module
         importlib.invalidate_caches()
-        return importlib.import_module("rvsm_copy.native")
+        return importlib.import_module("rvsm_copy.engines.native")
 
     yield start
     for name in [name for name in sys.modules if name.split(".")[0] == "rvsm_copy"]:
@@ -367,6 +367,8 @@ class Compiled:
     """A compiled module, as far as it is asked when it is imported."""
 
     has_cuda = False
+    penalties = ("l1", "l0", "tl1")
+    numbers: ClassVar = {"prox": 6, "split": 4, "sgd": 6, "none": 0}
 
     def __init__(self, built_for: str = f"torch {torch.__version__}", error: Exception | None = None) -> None:
         self.info = {
@@ -396,9 +398,9 @@ def quiet() -> Iterator[None]:
 @pytest.fixture
 def compiled() -> Any:
     """The compiled module of this build."""
-    if rk.native.load_error is not None:
-        pytest.skip(rk.native.load_error)
-    return rk.native._C
+    if native_engine.load_error is not None:
+        pytest.skip(native_engine.load_error)
+    return native_engine._C
 
 
 def test_what_the_module_was_built_for(compiled: Any) -> None:
@@ -513,7 +515,7 @@ def missing_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     """The answer where Triton is installed and no compiler is on PATH."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    return importlib.import_module("rvsm_kernels.engines").missing_triton
+    return importlib.import_module("rvsm_kernels.engines.registry").missing_triton
 
 
 def test_the_c_compiler_of_triton(

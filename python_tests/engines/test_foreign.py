@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import rvsm_kernels as rk
 from runner import bits, same_bits
+from rvsm_kernels.engines import native as native_engine
 
 SPLIT: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "penalty": "l1", "lam": 0.1, "beta": 0.5}
 METHODS: list[dict[str, Any]] = [
@@ -247,7 +248,7 @@ def test_traced_steps(trace: str, momentum: float) -> None:
         return x + 0
 
     for engine in (None, "native"):
-        if engine is not None and rk.native.load_error is not None:
+        if engine is not None and native_engine.load_error is not None:
             continue
         optimizer = rk.RVSM([p], lr=0.1, momentum=momentum, penalty="l1", lam=0.1, beta=0.5, engine=engine)
         p.grad = torch.ones(4)

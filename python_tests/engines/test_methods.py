@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rvsm_kernels as rk
 from runner import bits, check_reading, checked_step, same_bits
-from rvsm_kernels.methods import cut_of, survivors
+from rvsm_kernels.method.selection import cut_of, survivors
 
 LR, BETA, LAM = 0.1, 0.4, 0.03
 TAU = LAM / BETA

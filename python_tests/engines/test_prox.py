@@ -16,7 +16,7 @@ import rvsm_kernels as rk
 from cases import Layout, tau_of_cut
 from definition import REAL
 from runner import bits, check_u, real, same_bits
-from rvsm_kernels import proximal
+from rvsm_kernels.engines import proximal
 from tolerances import SHRINK_ULPS, shrink_bound, ulp
 
 PENALTIES = ("l0", "l1", "tl1")
@@ -35,7 +35,7 @@ def prox(engine: str, monkeypatch: pytest.MonkeyPatch) -> Prox:
     if engine == "reference":
         return rk.reference.prox
     monkeypatch.setattr(
-        proximal, "choose", torch.compiler.assume_constant_result(lambda requested, device_type: engine)
+        proximal, "engine_name_for", torch.compiler.assume_constant_result(lambda requested, device_type: engine)
     )
     return rk.prox
 

@@ -19,9 +19,10 @@ from torch import nn
 
 import rvsm_kernels as rk
 from runner import checked_step, same_bits
-from rvsm_kernels import proximal
-from rvsm_kernels.engines import choose
-from rvsm_kernels.groups import GroupView, group_view
+from rvsm_kernels.engines import native as native_engine
+from rvsm_kernels.engines import proximal
+from rvsm_kernels.engines.registry import engine_name_for
+from rvsm_kernels.method.groups import GroupView, group_view
 
 pytest.importorskip("triton")
 
@@ -52,20 +53,20 @@ def test_importing_the_package_does_not_import_triton() -> None:
     assert result.returncode == 0, result.stderr
     modules = [line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()]
     assert "rvsm_kernels.engines" in modules
-    assert not [m for m in modules if m == "triton" or m.startswith(("triton.", "rvsm_kernels.triton"))]
+    assert not [m for m in modules if m == "triton" or m.startswith(("triton.", "rvsm_kernels.engines.triton"))]
 
 
 def test_none_takes_triton_where_native_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU without the compiled engine; never on a CPU, where Triton is interpreted."""
-    monkeypatch.setattr(rk.native, "missing_cuda", lambda: "not built")
-    module = importlib.import_module("rvsm_kernels.engines")  # rk.engines is its function
+    monkeypatch.setattr(native_engine, "missing_cuda", lambda: "not built")
+    module = importlib.import_module("rvsm_kernels.engines.registry")
     monkeypatch.setattr(module, "missing_triton", lambda device_type: None)
-    assert choose(None, "cuda") == "triton" and choose(None, "xpu") == "triton"
-    assert choose(None, "cpu") != "triton"
+    assert engine_name_for(None, "cuda") == "triton" and engine_name_for(None, "xpu") == "triton"
+    assert engine_name_for(None, "cpu") != "triton"
     monkeypatch.setattr(module, "missing_triton", lambda device_type: "not installed")
-    assert choose(None, "cuda") == "reference"
+    assert engine_name_for(None, "cuda") == "reference"
     with pytest.raises(RuntimeError, match="not installed"):
-        choose("triton", "cuda")
+        engine_name_for("triton", "cuda")
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_refused_on_a_cpu() -> None:
 def test_prox_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """rk.prox by way of the Triton engine, forward and backward, against the reference."""
     need("triton")
-    monkeypatch.setattr(proximal, "choose", lambda requested, device_type: "triton")
+    monkeypatch.setattr(proximal, "engine_name_for", lambda requested, device_type: "triton")
     for dtype in (torch.float32, torch.float64):
         for group_dim in (None, 0, 1, (0, 1), ()):
             w = torch.randn(5, 7, 3, dtype=dtype)
@@ -155,8 +156,8 @@ def test_edits_of_lr_and_lam_compile_nothing() -> None:
 
 def test_group_view_is_that_of_cpp() -> None:
     """Random shapes, layouts and kept dimensions: the same view, or refused by both."""
-    if rk.native.load_error is not None:
-        pytest.skip(rk.native.load_error)
+    if native_engine.load_error is not None:
+        pytest.skip(native_engine.load_error)
     draw, agreed, refused = random.Random(1), 0, 0
     for _ in range(2000):
         n = draw.randint(1, 5)
@@ -165,7 +166,7 @@ def test_group_view_is_that_of_cpp() -> None:
         w = torch.empty([shape[d] for d in order]).permute([order.index(d) for d in range(n)])
         kept = draw.sample(range(n), draw.randint(0, n))
         try:
-            want = rk.native._C.group_view(list(w.shape), list(w.stride()), kept)
+            want = native_engine._C.group_view(list(w.shape), list(w.stride()), kept)
         except ValueError:
             with pytest.raises(ValueError, match="collapse"):
                 group_view(w.shape, w.stride(), kept)

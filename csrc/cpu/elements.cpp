@@ -1,0 +1,339 @@
+// Steps, prox and penalty values of the CPU engine, element by element. Compiled once per instruction set, with
+// RVSM_ISA naming it; the loops are plain, the compiler vectorises them. Floating-point contraction is off, so every
+// instruction set gives the same bits.
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../math/storage.h"
+#include "engine.h"
+#include "isa.h"
+
+namespace rvsm::cpu {
+
+namespace {
+
+// Storage types are converted in tiles that stay in the first-level cache.
+constexpr int64_t kTile = 512;
+// Columns whose factors are held at a time: long pieces of consecutive memory, and still in the cache.
+constexpr int64_t kSpan = kColumns;
+// Elements behind the factors that may be written (see spread).
+constexpr int64_t kSpill = 16;
+// Groups with this many consecutive elements need no factor per column.
+constexpr int64_t kLong = 256;
+// Independent sums that an instruction or two can take together.
+constexpr int kLanes = 16;
+
+template <class S>
+constexpr bool kIsHalf = sizeof(S) == 2;
+
+// ---- elements of one contiguous span ---------------------------------------------------------------------------
+
+// What an element needs to know of its group: u = w * ratio, w_G / ||w_G|| = w / length (a quotient: 1 / length of a
+// subnormal norm is Inf). Short groups have a factor per column, long ones the same factor for all.
+template <bool kHasLasso, class T>
+struct GroupPull {
+  static constexpr bool kPull = true, kLasso = kHasLasso;
+  const T* ratio;
+  const T* length;
+  T u(T w, int64_t i) const { return w * ratio[i]; }
+  T direction(T w, int64_t i) const { return kHasLasso ? w / length[i] : T(0); }
+  GroupPull at(int64_t i) const { return {ratio + i, length + i}; }
+};
+
+template <bool kHasLasso, class T>
+struct LongGroupPull {
+  static constexpr bool kPull = true, kLasso = kHasLasso;
+  T ratio;
+  T length;
+  T u(T w, int64_t) const { return w * ratio; }
+  T direction(T w, int64_t) const { return kHasLasso ? w / length : T(0); }
+  LongGroupPull at(int64_t) const { return *this; }
+};
+
+template <Penalty kPenalty, class T>
+struct ElementPull {
+  static constexpr bool kPull = kPenalty != Penalty::none, kLasso = false;
+  Prox<T> prox;
+  T u(T w, int64_t) const { return kPull ? std::copysign(shrink<kPenalty>(std::fabs(w), prox), w) : w; }
+  T direction(T, int64_t) const { return T(0); }
+  ElementPull at(int64_t) const { return *this; }
+};
+
+// The numbers of a step in the type of the arithmetic.
+template <class Base, class T>
+struct Numbers {
+  Split<T> split;
+  typename Base::template Numbers<T> base;
+};
+
+// States of a step that the compiler knows: the base's, then the method's.
+template <class Base, Method kMethod>
+constexpr int kStatesOf = Base::kStates + method_states(kMethod);
+
+// Arrays have at least one element.
+constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
+
+template <class Base, Method kMethod, class T, class Pull, class On>
+inline void step_loop(T* __restrict w, T* __restrict g, T* const* states, int64_t n, const Numbers<Base, T> numbers,
+                      const Pull pull, const On on) {
+  constexpr int kStates = kStatesOf<Base, kMethod>;
+  T* state[at_least_one(kStates)];
+  for (int k = 0; k < kStates; ++k) state[k] = states[k];
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T wi = w[i];
+    T si[kStates + 1] = {};
+    for (int k = 0; k < kStates; ++k) si[k] = state[k][i];
+    T& of_method = si[Base::kStates];
+    const T v = thresholded<kMethod>(wi, of_method);
+    const T gap = Pull::kPull ? gap_of<kMethod>(wi, v, pull.u(v, i), of_method) : T(0);
+    T d = Base::kReadsGrad ? g[i] * numbers.split.grad : T(0);
+    split_step(wi, d, gap, pull.direction(wi, i), numbers.split, KnownSplit<Pull::kPull, Pull::kLasso>{});
+    Base::step(wi, si, d, numbers.base, on);
+    w[i] = wi;
+    if (Base::kWritesGrad) g[i] = d;
+    for (int k = 0; k < kStates; ++k) state[k][i] = si[k];
+  }
+}
+
+template <class T, class Pull>
+inline void prox_loop(T* __restrict w, int64_t n, const Pull pull) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) w[i] = pull.u(w[i], i);
+}
+
+template <class S, class T>
+inline void load_tile(T* __restrict to, const S* __restrict from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
+}
+
+template <class S, class T>
+inline void store_tile(S* __restrict to, const T* __restrict from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
+}
+
+// Elements [at, at + n) of a tensor.
+template <class S, class Base, Method kMethod, class Pull, class On>
+void step_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Base, Opmath<S>>& numbers, const Pull& pull,
+               const On& on) {
+  using T = Opmath<S>;
+  constexpr int kStates = kStatesOf<Base, kMethod>;
+  S* const w = static_cast<S*>(args.w) + at;
+  S* const g = Base::kReadsGrad ? static_cast<S*>(args.g) + at : nullptr;
+  S* states[at_least_one(kStates)];
+  for (int k = 0; k < kStates; ++k) states[k] = static_cast<S*>(args.state[k]) + at;
+  if constexpr (kIsHalf<S>) {
+    T wt[kTile], gt[kTile], st[at_least_one(kStates)][kTile];
+    T* tiles[at_least_one(kStates)];
+    for (int k = 0; k < kStates; ++k) tiles[k] = st[k];
+    for (int64_t i = 0; i < n; i += kTile) {
+      const int64_t m = std::min(kTile, n - i);
+      load_tile(wt, w + i, m);
+      if (Base::kReadsGrad) load_tile(gt, g + i, m);
+      for (int k = 0; k < kStates; ++k) load_tile(st[k], states[k] + i, m);
+      step_loop<Base, kMethod>(wt, gt, tiles, m, numbers, pull.at(i), on);
+      store_tile(w + i, wt, m);
+      if (Base::kWritesGrad) store_tile(g + i, gt, m);
+      for (int k = 0; k < kStates; ++k) store_tile(states[k] + i, st[k], m);
+    }
+  } else {
+    step_loop<Base, kMethod>(w, g, states, n, numbers, pull, on);
+  }
+}
+
+// Calls f(on) with the switches of the base: constants for the method that most steps have; the others learn them when
+// they run, for there are many.
+template <class Base, Method kMethod, class T, class F>
+void with_switches(const Numbers<Base, T>& numbers, const F& f) {
+  if constexpr (kMethod == Method::rvsm)
+    Base::with_switches(numbers.base, f);
+  else
+    f(Base::switches(numbers.base));
+}
+
+template <class S, class Pull>
+void prox_span(S* w, int64_t n, const Pull& pull) {
+  if constexpr (kIsHalf<S>) {
+    Opmath<S> wt[kTile];
+    for (int64_t i = 0; i < n; i += kTile) {
+      const int64_t k = std::min(kTile, n - i);
+      load_tile(wt, w + i, k);
+      prox_loop(wt, k, pull.at(i));
+      store_tile(w + i, wt, k);
+    }
+  } else {
+    prox_loop(w, n, pull);
+  }
+}
+
+// ---- groups ----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Factors {
+  T ratio[kSpan + kSpill];
+  T length[kSpan + kSpill];
+};
+
+// n copies of a factor, n >= 1; up to kSpill elements behind them are overwritten as well. The groups of a 3x3 kernel
+// are so short that a store of fixed length beats a loop of the right one.
+template <class T>
+inline void spread(T* to, int64_t n, T factor) {
+  for (int64_t i = 0; i < n; i += kSpill)
+    for (int64_t k = 0; k < kSpill; ++k) to[i + k] = factor;
+}
+
+// The factors of columns [c0, c1), at most kSpan of them, of groups with `inner` columns each.
+// `lengths`: the norms for group lasso, or null.
+template <Penalty kPenalty, class T>
+void fill_factors(Factors<T>& f, const T* norms, const T* lengths, int64_t inner, int64_t c0, int64_t c1,
+                  const Prox<T> prox) {
+  const bool lasso = lengths != nullptr;
+  if (inner == 1) {
+    for (int64_t i = 0; i < c1 - c0; ++i) f.ratio[i] = shrink_ratio<kPenalty>(norms[c0 + i], prox);
+    for (int64_t i = 0; i < c1 - c0 && lasso; ++i) f.length[i] = length_of(lengths[c0 + i]);
+    return;
+  }
+  for (int64_t g = c0 / inner; g * inner < c1; ++g) {
+    const int64_t from = std::max(c0, g * inner) - c0, to = std::min(c1, (g + 1) * inner) - c0;
+    spread(f.ratio + from, to - from, shrink_ratio<kPenalty>(norms[g], prox));
+    if (lasso) spread(f.length + from, to - from, length_of(lengths[g]));
+  }
+}
+
+// Calls span(offset, length, pull) for the contiguous pieces of a block.
+template <class T, class Span>
+void for_spans(const TensorArgs& args, const Block& block, const Prox<T>& prox, bool lasso, const Span& span) {
+  const GroupView& v = args.view;
+  const int64_t columns = v.groups * v.inner;
+  const T* norms = static_cast<const T*>(args.factor_norms) + block.batch * v.groups;
+  const T* lengths = lasso ? norms + (args.planes() - 1) * v.count() : nullptr;
+  const auto start = [&](int64_t o, int64_t c) { return (block.batch * v.outer + o) * columns + c; };
+  if (v.inner >= kLong) {
+    for (int64_t o = block.o0; o < block.o1; ++o) {
+      for (int64_t c = block.c0; c < block.c1;) {
+        const T norm = norms[c / v.inner];
+        const int64_t end = std::min(block.c1, (c / v.inner + 1) * v.inner);
+        const T ratio = shrink_ratio(norm, prox);
+        if (lasso)
+          span(start(o, c), end - c, LongGroupPull<true, T>{ratio, length_of(lengths[c / v.inner])});
+        else
+          span(start(o, c), end - c, LongGroupPull<false, T>{ratio, T(1)});
+        c = end;
+      }
+    }
+    return;
+  }
+  Factors<T> f;
+  for (int64_t c = block.c0; c < block.c1; c += kSpan) {
+    const int64_t end = std::min(block.c1, c + kSpan);
+    with_penalty(prox.penalty,
+                 [&](auto tag) { fill_factors<decltype(tag)::value>(f, norms, lengths, v.inner, c, end, prox); });
+    for (int64_t o = block.o0; o < block.o1; ++o) {
+      if (lasso)
+        span(start(o, c), end - c, GroupPull<true, T>{f.ratio, f.length});
+      else
+        span(start(o, c), end - c, GroupPull<false, T>{f.ratio, f.length});
+    }
+  }
+}
+
+// ---- the entries of the table ----------------------------------------------------------------------------------
+
+template <class S, class Base, Method kMethod>
+void step_block(const TensorArgs& args, const Block& block, const Numbers<Base, Opmath<S>>& numbers) {
+  using T = Opmath<S>;
+  const Split<T>& split = numbers.split;
+  with_switches<Base, kMethod>(numbers, [&](auto on) {
+    if (args.grouped) {
+      for_spans(args, block, split.prox, split.lasso != T(0), [&](int64_t at, int64_t n, const auto& pull) {
+        step_span<S, Base, kMethod>(args, at, n, numbers, pull, on);
+      });
+      return;
+    }
+    with_penalty(split.prox.penalty, [&](auto tag) {
+      constexpr Penalty kPenalty = decltype(tag)::value;
+      // A method without a penalty has no state.
+      if constexpr (kMethod == Method::rvsm || kPenalty != Penalty::none)
+        step_span<S, Base, kMethod>(args, block.c0, block.c1 - block.c0, numbers, ElementPull<kPenalty, T>{split.prox},
+                                    on);
+    });
+  });
+}
+
+// Apart from the others: a thousand tiny tensors notice every instruction.
+template <class S, class Base>
+__attribute__((noinline)) void special_step(const TensorArgs& args, const Block& block,
+                                            Numbers<Base, Opmath<S>> numbers) {
+  if (args.topk) numbers.split.prox.cut = *static_cast<const Opmath<S>*>(args.cut);
+  with_method(args.method, [&](auto method) { step_block<S, Base, decltype(method)::value>(args, block, numbers); });
+}
+
+template <class S>
+void run_step(const TensorArgs& args, const Block& block) {
+  using T = Opmath<S>;
+  with_base(args.base, [&](auto base) {
+    using Base = decltype(base);
+    const Numbers<Base, T> numbers{split_of<T>(args.numbers, args.scale),
+                                   Base::template numbers<T>(base_numbers(args.numbers))};
+    if (args.method != Method::rvsm || args.topk)
+      special_step<S, Base>(args, block, numbers);
+    else
+      step_block<S, Base, Method::rvsm>(args, block, numbers);
+  });
+}
+
+template <class S>
+void run_prox(const TensorArgs& args, const Block& block) {
+  using T = Opmath<S>;
+  const Prox<T> prox = prox_of<T>(args.numbers);
+  S* const w = static_cast<S*>(args.w);
+  if (args.grouped) {
+    for_spans(args, block, prox, false, [&](int64_t at, int64_t n, const auto& pull) { prox_span(w + at, n, pull); });
+  } else {
+    with_penalty(prox.penalty, [&](auto tag) {
+      prox_span(w + block.c0, block.c1 - block.c0, ElementPull<decltype(tag)::value, T>{prox});
+    });
+  }
+}
+
+template <class S>
+double run_penalty(const TensorArgs& args, const Block& block) {
+  using T = Opmath<S>;
+  const Prox<T> prox = prox_of<T>(args.numbers);
+  const int64_t from = args.grouped ? 0 : block.c0, to = args.grouped ? args.view.count() : block.c1;
+  return with_penalty(prox.penalty, [&](auto tag) {
+    constexpr Penalty kPenalty = decltype(tag)::value;
+    double lane[kLanes] = {};
+    for (int64_t i = from; i < to; i += kLanes) {
+      const int64_t n = std::min<int64_t>(kLanes, to - i);
+      for (int64_t k = 0; k < n; ++k) {
+        const T r = args.grouped ? static_cast<const T*>(args.factor_norms)[i + k]
+                                 : std::fabs(load(static_cast<const S*>(args.w)[i + k]));
+        lane[k] += penalty_term<kPenalty>(r, prox, args.lam, args.beta);
+      }
+    }
+    double sum = 0;
+    for (const double x : lane) sum += x;
+    return sum;
+  });
+}
+
+void step(const TensorArgs& args, const Block& block) {
+  with_storage(args.dtype, [&](auto s) { run_step<decltype(s)>(args, block); });
+}
+
+void prox(const TensorArgs& args, const Block& block) {
+  with_storage(args.dtype, [&](auto s) { run_prox<decltype(s)>(args, block); });
+}
+
+double penalty(const TensorArgs& args, const Block& block) {
+  return with_storage(args.dtype, [&](auto s) { return run_penalty<decltype(s)>(args, block); });
+}
+
+}  // namespace
+
+extern const ElementKernels RVSM_ELEMENT_KERNELS;
+const ElementKernels RVSM_ELEMENT_KERNELS = {RVSM_STRING(RVSM_ISA), step, prox, penalty};
+
+}  // namespace rvsm::cpu

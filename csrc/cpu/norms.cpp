@@ -1,0 +1,202 @@
+// The norms of groups on the CPU: sums of squares in double precision along a fixed order. Compiled once per
+// instruction set, with RVSM_ISA naming it; contraction is off, so every instruction set gives the same bits.
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../math/storage.h"
+#include "engine.h"
+#include "isa.h"
+
+namespace rvsm::cpu {
+
+namespace {
+
+// Sums per column that a strided reduction keeps at a time.
+constexpr int64_t kSums = kStrip;
+// Independent sums that an instruction or two can take together.
+constexpr int kLanes = 16;
+// Rows that a strided sum takes together, and asks for in advance.
+constexpr int kAhead = 8;
+// Columns of those rows between two rounds of asking: the memory takes so many requests at a time.
+constexpr int64_t kPiece = 64;
+
+// ---- sums of squares -------------------------------------------------------------------------------------------
+
+// What is summed: elements of w, or of w + dual as the step thresholds them. At an index in double precision.
+template <class Storage>
+struct Weights {
+  using S = Storage;
+  const S* w;
+  double at(int64_t i) const { return double(load(w[i])); }
+  Weights operator+(int64_t n) const { return {w + n}; }
+};
+
+template <class Storage>
+struct WithDual {
+  using S = Storage;
+  const S *w, *dual;
+  double at(int64_t i) const { return double(load(w[i]) + load(dual[i])); }
+  WithDual operator+(int64_t n) const { return {w + n, dual + n}; }
+};
+
+// sum + x^2 in double: squares of float are exact, and the rounding of a long sum stays far below the ulp of a float
+// norm. Because they are exact, a fused multiply-add gives the same bits where there is one.
+template <class S>
+inline double add_square(double sum, double x) {
+#ifdef __FMA__
+  if constexpr (!std::is_same_v<S, double>) return __builtin_fma(x, x, sum);
+#endif
+  return sum + x * x;
+}
+
+// Adds the squares of the next kLanes elements.
+template <class Source>
+inline void add_lanes(double* __restrict lane, const Source w) {
+  for (int k = 0; k < kLanes; ++k) lane[k] = add_square<typename Source::S>(lane[k], w.at(k));
+}
+
+template <class Source>
+double square_sum(const Source w, int64_t n) {
+  // Named one by one, so that the compiler keeps them in registers.
+  double a[kLanes] = {}, b[kLanes] = {}, c[kLanes] = {}, d[kLanes] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    add_lanes(a, w + i);
+    add_lanes(b, w + i + kLanes);
+    add_lanes(c, w + i + 2 * kLanes);
+    add_lanes(d, w + i + 3 * kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) add_lanes(a, w + i);
+  for (int k = 0; i < n; ++i, ++k) a[k] = add_square<typename Source::S>(a[k], w.at(i));
+  double sum = 0;
+  for (int k = 0; k < kLanes; ++k) sum += (a[k] + b[k]) + (c[k] + d[k]);
+  return sum;
+}
+
+// sums[i] += the squares of kRows elements one under the other, in their order.
+template <int kRows, class Source>
+inline void add_squares(double* __restrict sums, const Source w, int64_t stride, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = sums[i];
+    for (int r = 0; r < kRows; ++r) sum = add_square<typename Source::S>(sum, w.at(r * stride + i));
+    sums[i] = sum;
+  }
+}
+
+// The processor's own prefetcher stops at the end of a row's piece: ask for the next one.
+template <class S>
+inline void prefetch(const Weights<S> p, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p.w + i);
+}
+
+template <class S>
+inline void prefetch(const WithDual<S> p, int64_t n) {
+  prefetch(Weights<S>{p.w}, n);
+  prefetch(Weights<S>{p.dual}, n);
+}
+
+// Calls emit(group, sum) for every group that the block touches.
+template <class Source, class Emit>
+void block_squares(const Source all, const TensorArgs& args, const Block& block, const Emit& emit) {
+  const GroupView& v = args.view;
+  const int64_t columns = v.groups * v.inner;
+  const Source base = all + block.batch * v.outer * columns;
+  if (v.inner >= kLanes && (block.o1 - block.o0 == 1 || v.inner >= kSums / 2)) {
+    for (int64_t c = block.c0; c < block.c1;) {
+      const int64_t g = c / v.inner, end = std::min(block.c1, (g + 1) * v.inner);
+      double sum = 0;
+      for (int64_t o = block.o0; o < block.o1; ++o) sum += square_sum(base + (o * columns + c), end - c);
+      emit(g, sum);
+      c = end;
+    }
+    return;
+  }
+  // Short groups side by side: a sum per column, folded into groups at the end.
+  const int64_t width = kSums / v.inner * v.inner;
+  double sums[kSums];
+  for (int64_t c = block.c0; c < block.c1; c += width) {
+    const int64_t n = std::min(width, block.c1 - c);
+    std::fill(sums, sums + n, 0.0);
+    int64_t o = block.o0;
+    for (; o + kAhead <= block.o1; o += kAhead) {
+      const Source rows = base + (o * columns + c);
+      const int64_t ahead = o + 2 * kAhead <= block.o1 ? kAhead : 0;
+      for (int64_t i = 0; i < n; i += kPiece) {
+        const int64_t m = std::min(kPiece, n - i);
+        for (int64_t r = ahead; r < 2 * ahead; ++r) prefetch(rows + r * columns + i, m);
+        add_squares<kAhead>(sums + i, rows + i, columns, m);
+      }
+    }
+    for (; o < block.o1; ++o) add_squares<1>(sums, base + (o * columns + c), columns, n);
+    for (int64_t i = 0; i < n;) {
+      const int64_t g = (c + i) / v.inner, end = std::min(n, (g + 1) * v.inner - c);
+      double sum = 0;
+      for (; i < end; ++i) sum += sums[i];
+      emit(g, sum);
+    }
+  }
+}
+
+template <class Source>
+void plane_squares(const Source source, const TensorArgs& args, const Block& block, int64_t part, int plane) {
+  using T = Opmath<typename Source::S>;
+  const int64_t groups = args.view.count(), first = block.batch * args.view.groups;
+  if (args.parts > 1) {
+    double* sums = args.partials + (plane * args.parts + part) * groups + first;
+    block_squares(source, args, block, [&](int64_t g, double sum) { sums[g] = sum; });
+  } else {
+    T* norms = static_cast<T*>(args.factor_norms) + plane * groups + first;
+    block_squares(source, args, block, [&](int64_t g, double sum) { norms[g] = T(std::sqrt(sum)); });
+  }
+}
+
+// Groups [from, to) have norms that were made elsewhere.
+template <class T>
+void take_norms(const TensorArgs& args, int64_t from, int64_t to) {
+  const int64_t groups = args.view.count();
+  for (int64_t plane = 0; plane < args.planes(); ++plane)
+    for (int64_t g = plane * groups + from; g < plane * groups + to; ++g)
+      static_cast<T*>(args.factor_norms)[g] = T(args.norms[g]);
+}
+
+void squares(const TensorArgs& args, const Block& block, int64_t part) {
+  with_storage(args.dtype, [&](auto s) {
+    using S = decltype(s);
+    if (args.norms != nullptr) {
+      const int64_t first = block.batch * args.view.groups;
+      if (args.parts == 1)
+        take_norms<Opmath<S>>(args, first + block.c0 / args.view.inner, first + ceil_div(block.c1, args.view.inner));
+      return;  // in parts: join() takes them
+    }
+    const Weights<S> weights{static_cast<const S*>(args.w)};
+    const bool dual = args.method == Method::admm;
+    if (dual) plane_squares(WithDual<S>{weights.w, static_cast<const S*>(args.method_state())}, args, block, part, 0);
+    if (!dual || args.planes() == 2) plane_squares(weights, args, block, part, args.planes() - 1);
+  });
+}
+
+void join(const TensorArgs& args) {
+  const int64_t groups = args.view.count();
+  with_storage(args.dtype, [&](auto s) {
+    using T = Opmath<decltype(s)>;
+    if (args.norms != nullptr) return take_norms<T>(args, 0, groups);
+    for (int64_t plane = 0; plane < args.planes(); ++plane) {
+      const double* partials = args.partials + plane * args.parts * groups;
+      for (int64_t g = 0; g < groups; ++g) {
+        double sum = 0;
+        for (int64_t p = 0; p < args.parts; ++p) sum += partials[p * groups + g];
+        static_cast<T*>(args.factor_norms)[plane * groups + g] = T(std::sqrt(sum));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+extern const NormKernels RVSM_NORM_KERNELS;
+const NormKernels RVSM_NORM_KERNELS = {squares, join};
+
+}  // namespace rvsm::cpu

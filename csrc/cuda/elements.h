@@ -1,0 +1,248 @@
+// What one thread of the step's, the prox's and the penalty's kernels does: load, arithmetic, store. For host and
+// device: host_kernels.cpp runs these very lines over memory of the host.
+#pragma once
+
+#include <type_traits>
+
+#include "table.h"
+
+namespace rvsm::cuda {
+
+// 16 bytes of storage: one access.
+template <class S>
+struct alignas(16) Vector {
+  S at[kWidth<S>];
+};
+
+// ---- u of one element -----------------------------------------------------------------------------------------------
+
+// pull.from(at) knows the elements from a place on: those of a vector, or one. Called with v, which is thresholded, and
+// w it gives u and w_G / ||w_G||.
+
+// Without groups: the penalty is known to the compiler, so that a block decides once.
+template <Penalty kPenalty, class T>
+struct ElementPull {
+  static constexpr bool kMayLasso = false;
+  const Prox<T>& prox;
+  RVSM_HD_MEMBER bool pulls(const Prox<T>&) const { return kPenalty != Penalty::none; }
+  RVSM_HD_MEMBER ElementPull from(uint32_t) const { return *this; }
+  RVSM_HD_MEMBER void operator()(T v, T, uint32_t, T& u, T& unit) const {
+    u = std::copysign(shrink<kPenalty>(std::fabs(v), prox), v);
+    unit = T(0);
+  }
+};
+
+// Groups: u = w * ratio, w_G / ||w_G|| = w / length, by factors that a launch before this one has made.
+template <bool kLasso, class T>
+struct GroupPull {
+  static constexpr bool kMayLasso = kLasso;
+  RVSM_HD_MEMBER bool pulls(const Prox<T>& prox) const { return prox.penalty != Penalty::none; }
+  const FactorPlace& factors;
+  uint32_t at;
+  RVSM_HD_MEMBER GroupPull from(uint32_t place) const { return {factors, place}; }
+  RVSM_HD_MEMBER void operator()(T v, T w, uint32_t k, T& u, T& unit) const {
+    const uint32_t group = factors.group(at + k);
+    u = v * static_cast<const T*>(factors.ratio)[group];
+    unit = kLasso ? w / static_cast<const T*>(factors.length)[group] : T(0);
+  }
+};
+
+// Calls f(record, pull) with what a slot of an entry asks for; a block decides once. kCut: a record may have a cut.
+template <class T, class Base, bool kCut, class F>
+RVSM_HD void with_pull(const Table& t, uint16_t slot, const F& f) {
+  if (slot & kGrouped) {
+    const FactorPlace& factors = slot_of<FactorPlace>(t, slot & ~kGrouped);
+    const Record<T, Base>& record = slot_of<Record<T, Base>>(t, factors.record);
+    return record.lasso ? f(record, GroupPull<true, T>{factors, 0}) : f(record, GroupPull<false, T>{factors, 0});
+  }
+  const Record<T, Base>& record = slot_of<Record<T, Base>>(t, slot);
+  if (kCut && record.cut != nullptr) {
+    Prox<T> prox = record.split.prox;
+    prox.cut = *static_cast<const T*>(record.cut);
+    return f(record, ElementPull<Penalty::l0, T>{prox});
+  }
+  with_penalty(record.split.prox.penalty,
+               [&](auto tag) { f(record, ElementPull<decltype(tag)::value, T>{record.split.prox}); });
+}
+
+// ---- the step -------------------------------------------------------------------------------------------------------
+
+// Where a block works.
+template <int kStates>
+struct Place {
+  const TableEntry<kStates>& entry;
+  Span span;
+};
+
+template <class S, int kStates>
+RVSM_HD Place<kStates> place_of(const Table& t, uint32_t block) {
+  const TableEntry<kStates>* const entries = entries_of<kStates>(t);
+  const int index = find(entries, int(t.entries), block);
+  const TableEntry<kStates>& e = entries[index];
+  const uint32_t end = index + 1 < int(t.entries) ? entries[index + 1].first : t.blocks;
+  return {e, span_of<S>(e, block - e.first, end - e.first)};
+}
+
+template <class T>
+RVSM_HD T scale_of(const Table& t) {
+  return t.grad_scale != nullptr ? reciprocal(T(*t.grad_scale)) : T(1);
+}
+
+// What is thresholded, and the gap, by a method that every thread of a block shares. A kernel without a state of a
+// method knows it: kHasState.
+template <bool kHasState, class T>
+RVSM_HD T run_thresholded(Method method, T w, T state) {
+  return kHasState && method == Method::admm ? thresholded<Method::admm>(w, state) : w;
+}
+
+template <bool kHasState, class T>
+RVSM_HD T run_gap(Method method, T w, T v, T u, T& state) {
+  if (kHasState && method == Method::delayed) return gap_of<Method::delayed>(w, v, u, state);
+  if (kHasState && method == Method::admm) return gap_of<Method::admm>(w, v, u, state);
+  return w - u;
+}
+
+// The thread's elements of a span. `pull` knows them by their distance from the span's begin, plus `first`.
+template <class S, class Base, bool kHasState, class T, class Entry, class Pull>
+RVSM_HD void step_elements(const Entry& e, const Record<T, Base>& record, const Span& span, int thread, T scale,
+                           uint32_t first, const Pull& pull) {
+  constexpr int kStates = Base::kStates + int(kHasState);
+  const SplitSwitches on{pull.pulls(record.split.prox), record.lasso && Pull::kMayLasso};
+  const typename Base::Switches base_on = record.switches;
+  // One of the two is 1 or -1, so that the product is exact.
+  const T factor = scale * record.split.grad;
+  const Method method = kHasState ? Method(record.method) : Method::rvsm;
+  S* const w = static_cast<S*>(e.w) + span.begin;
+  S* const g = static_cast<S*>(e.g) + span.begin;
+  S* state[kStates + 1];
+  RVSM_UNROLL
+  for (int s = 0; s < kStates; ++s) state[s] = static_cast<S*>(state_of(e, s)) + span.begin;
+  // si: the states of the element, with room for one of a method that has none.
+  const auto element = [&](T& wi, T& gi, T* si, const auto& at, uint32_t k) {
+    T u, unit;
+    T& of_method = si[Base::kStates];
+    const T v = run_thresholded<kHasState>(method, wi, of_method);
+    at(v, wi, k, u, unit);
+    T d = gi * factor;
+    split_step(wi, d, run_gap<kHasState>(method, wi, v, u, of_method), unit, record.split, on);
+    Base::step(wi, si, d, record.base, base_on);
+    if (Base::kWritesGrad) gi = d;
+  };
+  for_elements<S>(
+      span, thread,
+      [&](uint32_t i) {
+        Vector<S> wv = *reinterpret_cast<const Vector<S>*>(w + i), gv{}, sv[kStates + 1];
+        if (Base::kReadsGrad) gv = *reinterpret_cast<const Vector<S>*>(g + i);
+        RVSM_UNROLL
+        for (int s = 0; s < kStates; ++s) sv[s] = *reinterpret_cast<const Vector<S>*>(state[s] + i);
+        const auto at = pull.from(first + i);
+        RVSM_UNROLL
+        for (int k = 0; k < kWidth<S>; k += 2) {
+          T wk[2] = {load(wv.at[k]), load(wv.at[k + 1])}, gk[2] = {load(gv.at[k]), load(gv.at[k + 1])};
+          T sk[2][kStates + 1] = {};
+          RVSM_UNROLL
+          for (int s = 0; s < kStates; ++s) {
+            sk[0][s] = load(sv[s].at[k]);
+            sk[1][s] = load(sv[s].at[k + 1]);
+          }
+          element(wk[0], gk[0], sk[0], at, k);
+          element(wk[1], gk[1], sk[1], at, k + 1);
+          if (Pull::kMayLasso) RVSM_KEEP_ORDER();
+          store_pair(&wv.at[k], wk[0], wk[1]);
+          if (Base::kWritesGrad) store_pair(&gv.at[k], gk[0], gk[1]);
+          RVSM_UNROLL
+          for (int s = 0; s < kStates; ++s) store_pair(&sv[s].at[k], sk[0][s], sk[1][s]);
+        }
+        *reinterpret_cast<Vector<S>*>(w + i) = wv;
+        if (Base::kWritesGrad) *reinterpret_cast<Vector<S>*>(g + i) = gv;
+        RVSM_UNROLL
+        for (int s = 0; s < kStates; ++s) *reinterpret_cast<Vector<S>*>(state[s] + i) = sv[s];
+      },
+      [&](uint32_t i) {
+        T wi = load(w[i]), gi = Base::kReadsGrad ? T(load(g[i])) : T(0), si[kStates + 1] = {};
+        RVSM_UNROLL
+        for (int s = 0; s < kStates; ++s) si[s] = load(state[s][i]);
+        element(wi, gi, si, pull.from(first + i), 0);
+        store(w[i], wi);
+        if (Base::kWritesGrad) store(g[i], gi);
+        RVSM_UNROLL
+        for (int s = 0; s < kStates; ++s) store(state[s][i], si[s]);
+      });
+}
+
+// One thread of one block. kHasState: the method has a state.
+template <class S, class Base, bool kHasState>
+RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
+  using T = Opmath<S>;
+  if (t.found_inf != nullptr && *t.found_inf > 0) return;
+  const auto place = place_of<S, Base::kStates + int(kHasState)>(t, block);
+  const T scale = scale_of<T>(t);
+  with_pull<T, Base, true>(t, place.entry.record, [&](const Record<T, Base>& record, const auto& pull) {
+    // A tensor in groups has fewer than 2^31 elements.
+    const uint32_t first = uint32_t(place.span.begin);
+    step_elements<S, Base, kHasState>(place.entry, record, place.span, thread, scale, first, pull);
+  });
+}
+
+// ---- u --------------------------------------------------------------------------------------------------------------
+
+// The records of a prox: those of a step without numbers of a base.
+using ProxBase = NoBase<false>;
+
+// entry.w <- u of entry.g, which may be the same.
+template <class S, class Entry, class Pull>
+RVSM_HD void prox_elements(const Entry& e, const Span& span, int thread, uint32_t first, const Pull& pull) {
+  using T = Opmath<S>;
+  S* const u = static_cast<S*>(e.w) + span.begin;
+  const S* const w = static_cast<const S*>(e.g) + span.begin;
+  const auto element = [&](S& us, S ws, const auto& at, uint32_t k) {
+    T ui, unit;
+    at(T(load(ws)), T(load(ws)), k, ui, unit);
+    store(us, ui);
+  };
+  for_elements<S>(
+      span, thread,
+      [&](uint32_t i) {
+        Vector<S> v = *reinterpret_cast<const Vector<S>*>(w + i);
+        const auto at = pull.from(first + i);
+        RVSM_UNROLL
+        for (int k = 0; k < kWidth<S>; ++k) element(v.at[k], v.at[k], at, k);
+        *reinterpret_cast<Vector<S>*>(u + i) = v;
+      },
+      [&](uint32_t i) { element(u[i], w[i], pull.from(first + i), 0); });
+}
+
+template <class S>
+RVSM_HD void prox_thread(const Table& t, uint32_t block, int thread) {
+  const auto place = place_of<S, 0>(t, block);
+  with_pull<Opmath<S>, ProxBase, false>(t, place.entry.record, [&](const auto&, const auto& pull) {
+    prox_elements<S>(place.entry, place.span, thread, uint32_t(place.span.begin), pull);
+  });
+}
+
+// ---- the penalty's value --------------------------------------------------------------------------------------------
+
+// lam P(u) + beta/2 |w - u|^2 over the thread's elements, which are weights or norms of groups.
+template <class S>
+RVSM_HD double penalty_thread(const Table& t, const Place<0>& place, int thread) {
+  using T = Opmath<S>;
+  const Value<T>& value = slot_of<Value<T>>(t, place.entry.record);
+  const S* const w = static_cast<const S*>(place.entry.g) + place.span.begin;
+  double sum = 0;
+  with_penalty(value.prox.penalty, [&](auto tag) {
+    const auto add = [&](S r) {
+      sum += penalty_term<decltype(tag)::value>(std::fabs(T(load(r))), value.prox, value.lam, value.beta);
+    };
+    for_elements<S>(
+        place.span, thread,
+        [&](uint32_t i) {
+          const Vector<S> v = *reinterpret_cast<const Vector<S>*>(w + i);
+          RVSM_UNROLL
+          for (int k = 0; k < kWidth<S>; ++k) add(v.at[k]);
+        },
+        [&](uint32_t i) { add(w[i]); });
+  });
+  return sum;
+}
+
+}  // namespace rvsm::cuda

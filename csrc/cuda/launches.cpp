@@ -1,0 +1,271 @@
+#include "launches.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace rvsm::cuda {
+
+namespace {
+
+int64_t element_size(Dtype dtype) {
+  return with_storage(dtype, [](auto s) { return int64_t(sizeof s); });
+}
+
+// The type of the arithmetic on a storage type, and of its factors.
+Dtype opmath(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+
+// Every array on a boundary of its own.
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
+// The name of a kernel in an error.
+const char* name_of(Work work) {
+  switch (work) {
+    case Work::squares:
+    case Work::dual_squares:
+    case Work::factors:
+      return "norm";
+    case Work::step_resident:
+    case Work::prox_resident:
+      return "group step";
+    case Work::step:
+      return "step";
+    case Work::prox:
+      return "prox";
+    default:
+      return "penalty";
+  }
+}
+
+}  // namespace
+
+void Launches::divide(int64_t limit) {
+  limit_ = limit;
+  groups_.assign(tensors.size(), Groups{});
+  blocks_ = 0;
+  bool any_parts = false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const TensorArgs& args = tensors[i];
+    int64_t numbers = args.numel;
+    if (args.grouped) {
+      Groups& g = groups_[i];
+      const GroupView& v = args.view;
+      const int64_t own = element_size(args.dtype);
+      g.dtype = args.dtype;
+      g.resident = action_ != Action::penalty && is_resident(v, own) && args.method == Method::rvsm && !args.topk &&
+                   args.norms == nullptr;
+      for (auto& [layout, size] : {std::pair{&g.own, own}, std::pair{&g.wide, int64_t(sizeof(float))}}) {
+        if (g.resident) layout->tiles = make_tiles(v, size);
+        for (const bool misplaced : {false, true}) {
+          SumEntry& e = layout->sums[misplaced];
+          e = divide_sums(v, size, !misplaced);
+          if (e.parts > 1) g.partials = std::max(g.partials, e.parts * v.count());
+        }
+      }
+      g.lasso = args.lasso;
+      any_parts |= !g.resident && g.partials > 0;
+      numbers = v.count();
+    }
+    if (action_ == Action::penalty) blocks_ += ceil_div(numbers, kChunk<double>);  // no type has more chunks
+  }
+  // Three launches are enough: sums, their parts and the step; or sums, resident groups and the step.
+  if (any_parts)
+    for (Groups& g : groups_) g.resident = false;
+}
+
+int64_t Launches::scratch_bytes() const {
+  int64_t bytes = aligned(blocks_ * int64_t(sizeof(double)));
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i].grouped || groups_[i].resident) continue;
+    const int64_t factors = aligned(tensors[i].view.count() * element_size(opmath(tensors[i].dtype)));
+    bytes += factors * (action_ != Action::penalty && groups_[i].lasso ? 2 : 1);
+    bytes += aligned(tensors[i].planes() * groups_[i].partials * int64_t(sizeof(double)));
+  }
+  return bytes;
+}
+
+void Launches::set_scratch(void* memory) {
+  char* next = static_cast<char*>(memory);
+  const auto take = [&](int64_t bytes) { return std::exchange(next, next + aligned(bytes)); };
+  totals_ = reinterpret_cast<double*>(take(blocks_ * int64_t(sizeof(double))));
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i].grouped || groups_[i].resident) continue;
+    Groups& g = groups_[i];
+    const GroupView& v = tensors[i].view;
+    const int64_t factors = v.count() * element_size(opmath(tensors[i].dtype));
+    const bool value = action_ == Action::penalty;
+    g.ratio = value ? nullptr : take(factors);
+    g.length = value || g.lasso ? take(factors) : nullptr;
+    g.parts = reinterpret_cast<double*>(take(tensors[i].planes() * g.partials * int64_t(sizeof(double))));
+    g.pieces.clear();
+    const int64_t size = element_size(opmath(tensors[i].dtype));
+    for_pieces(v, limit_, [&](int64_t offset, const GroupView& piece, int64_t group) {
+      const int64_t from = group * size;
+      g.pieces.push_back({offset, piece.count() * piece.size(),
+                          factor_place(piece, g.ratio + from, g.lasso ? g.length + from : nullptr)});
+    });
+    const Finish finish = value ? Finish::norms : Finish::factors;
+    for (Layout* layout : {&g.own, &g.wide}) {
+      for (SumEntry& e : layout->sums) {
+        e.finish = uint16_t(e.parts == 1 ? finish : Finish::part);
+        e.out = e.parts == 1 ? g.ratio : reinterpret_cast<char*>(g.parts);
+        e.length = g.length;
+      }
+    }
+    // Sums of parts, or norms from elsewhere, are a matrix of parts x groups; how many parts is known when the tensor
+    // is.
+    g.factors = divide_sums({1, 2, v.count(), 1}, sizeof(double), true);
+    g.factors.parts = 1;
+    g.factors.finish = uint16_t(finish);
+    g.factors.x = g.parts;
+    g.factors.out = g.ratio;
+    g.factors.length = g.length;
+  }
+}
+
+TableBuilder& Launches::tables(const Key& key) {
+  if (last_ == nullptr || !(last_->first == key)) last_ = &*tables_.try_emplace(key).first;
+  return last_->second;
+}
+
+// Where the numbers of a tensor come from that its groups are made of, and a prox reads.
+void* Launches::source(const TensorArgs& args) const {
+  return action_ == Action::prox && args.g != nullptr ? args.g : args.w;
+}
+
+// One sum for each group and, where what is thresholded is not w, another for group lasso.
+void Launches::add_norms(const TensorArgs& args, const Groups& groups) {
+  for (int plane = 0; plane < args.planes(); ++plane) add_plane(args, groups, plane);
+}
+
+void Launches::add_plane(const TensorArgs& args, const Groups& groups, int plane) {
+  const bool dual = args.method == Method::admm && plane == 0;
+  const bool on_boundary = begins_on_boundary(source(args)) && (!dual || begins_on_boundary(args.method_state()));
+  const bool lengths = plane == args.planes() - 1;
+  SumEntry sums = groups.layout(args.dtype).sums[on_boundary ? 0 : 1], factors = groups.factors;
+  sums.x = source(args);
+  sums.dual = dual ? args.method_state() : nullptr;
+  for (SumEntry* s : {&sums, &factors}) {
+    s->by_data = args.cut != nullptr;
+    if (s->by_data)
+      s->cut = args.cut;
+    else
+      s->prox = prox_of<double>(args.numbers);
+    if (plane > 0) s->out = nullptr;
+    if (!lengths) s->length = nullptr;
+  }
+  const bool made_elsewhere = args.norms != nullptr;
+  if (!made_elsewhere) {
+    double* const parts = groups.parts + plane * groups.partials;
+    if (sums.parts > 1) sums.out = parts;
+    const Work work = args.method == Method::admm ? Work::dual_squares : Work::squares;
+    sums_[{work, args.dtype, {}}].add(sums, args.view.batch, args.group);
+    if (sums.parts == 1) return;
+    factors.x = parts;
+    factors.outer = sums.parts;
+  } else {
+    factors.x = args.norms + plane * args.view.count();
+    factors.outer = 1;
+    factors.are_norms = true;
+  }
+  sums_[{Work::factors, opmath(args.dtype), {}}].add(factors, 1, args.group);
+}
+
+template <class S, class Base, int kStates>
+void Launches::add_pieces(const TensorArgs& args, const Groups& groups, TableBuilder& builder, void* source) {
+  for (const auto& p : groups.pieces) {
+    TensorArgs piece = args;
+    piece.numel = p.numel;
+    piece.w = static_cast<S*>(args.w) + p.offset;
+    for (int k = 0; k < kStates; ++k) piece.state[k] = static_cast<S*>(args.state[k]) + p.offset;
+    piece.cut = nullptr;  // it is in the factors
+    S* const read = source == nullptr ? nullptr : static_cast<S*>(source) + p.offset;
+    builder.add<S, Base, kStates>(piece, read, p.factors);
+  }
+}
+
+template <class S, class Base, int kStates>
+void Launches::add_step(const TensorArgs& args, const Groups& groups, Key key) {
+  const bool step = action_ == Action::step;
+  void* const read = !step ? source(args) : Base::kReadsGrad ? args.g : nullptr;
+  if (args.grouped && groups.resident) {
+    if constexpr (kStates == Base::kStates) {
+      key.work = step ? Work::step_resident : Work::prox_resident;
+      tables(key).add<S, Base, kStates>(args, read, groups.layout(args.dtype).tiles);
+    }
+  } else if (args.grouped) {
+    add_pieces<S, Base, kStates>(args, groups, tables(key), read);
+  } else {
+    tables(key).add<S, Base, kStates>(args, read);
+  }
+}
+
+template <class S>
+void Launches::add(const TensorArgs& args, const Groups& groups) {
+  if (action_ == Action::penalty) {
+    if (args.grouped)
+      tables({Work::penalty, opmath(args.dtype), {}}).add_value<Opmath<S>>(args, groups.length, args.view.count());
+    else
+      tables({Work::penalty, args.dtype, {}}).add_value<S>(args, args.w, args.numel);
+  } else if (action_ == Action::prox) {
+    add_step<S, ProxBase, 0>(args, groups, {Work::prox, args.dtype, {}});
+  } else {
+    const bool has_state = method_states(args.method) > 0;
+    const Key key{Work::step, args.dtype, args.base, has_state};
+    with_base(args.base, [&](auto base) {
+      using Base = decltype(base);
+      if (has_state)
+        add_step<S, Base, Base::kStates + 1>(args, groups, key);
+      else
+        add_step<S, Base, Base::kStates>(args, groups, key);
+    });
+  }
+}
+
+// Start a launch; an error says which kernel failed, and of which param groups.
+void Launches::start(const Stream& stream, const Key& key, const void* table, const std::vector<int32_t>& groups) {
+  const char* const error = kernels_.at(key)(stream, table);
+  if (error == nullptr) return;
+  std::string names;
+  for (const int32_t g : groups) names += (names.empty() ? "" : ", ") + std::to_string(g);
+  throw std::runtime_error(std::string("rvsm_kernels: the ") + name_of(key.work) + " kernel for param group " + names +
+                           " was not launched: " + error);
+}
+
+void Launches::run(const Stream& stream, const Scaling& scaling, double* total) {
+  for (auto& [key, builder] : sums_) builder.clear();
+  for (auto& [key, builder] : tables_) builder.clear();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const TensorArgs& args = tensors[i];
+    if (!args.active || args.numel == 0) continue;
+    if (args.grouped && !groups_[i].resident) add_norms(args, groups_[i]);
+    with_storage(args.dtype, [&](auto s) { add<decltype(s)>(args, groups_[i]); });
+  }
+  for (auto& [key, builder] : sums_)
+    for (auto& l : builder) start(stream, key, l.table.get(), l.groups);
+  int64_t blocks = 0;
+  for (auto& [key, builder] : tables_) {
+    for (auto& l : builder) {
+      if (key.work == Work::step || key.work == Work::step_resident) {
+        l.table->grad_scale = scaling.grad_scale;
+        l.table->found_inf = scaling.found_inf;
+      } else if (key.work == Work::penalty) {
+        l.table->totals = totals_ + blocks;
+        blocks += l.table->blocks;
+      }
+      start(stream, key, l.table.get(), l.groups);
+    }
+  }
+  if (total == nullptr) return;
+  SumEntry e = divide_sums({1, 1, 1, blocks}, sizeof(double), true);
+  e.parts = 1;
+  e.finish = uint16_t(Finish::total);
+  e.x = totals_;
+  e.out = total;
+  total_.clear();
+  total_.add(e, 1, 0);
+  start(stream, {Work::factors, Dtype::f64, {}}, total_.begin()->table.get(), {});
+}
+
+}  // namespace rvsm::cuda

@@ -1,0 +1,91 @@
+// The CUDA engine: all tensors of a step in as few launches as there are kinds of work. Without torch.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "builder.h"
+#include "kernels.h"
+
+namespace rvsm::cuda {
+
+// A set of tensors on one device, for repeated runs. Elementwise: one launch per storage type, base and count of
+// states. Groups that are short and consecutive in memory: another. Other groups need one before the step, or two where
+// long groups are summed in parts.
+class Launches {
+ public:
+  Launches(Action action, const Kernels& kernels) : action_(action), kernels_(kernels) {}
+
+  // A prox writes u of args.g, where there is one, else of args.w, to args.w.
+  std::vector<TensorArgs> tensors;
+
+  // Take note of the tensors; again whenever a shape, type or grouping changes, group_lasso is switched on, or norms
+  // come from elsewhere or no longer do. `limit`: most elements of a piece, for tests.
+  void divide(int64_t limit = kNarrow);
+
+  // Bytes of scratch on the device (the factors of the groups, and sums of parts), and where it is.
+  int64_t scratch_bytes() const;
+  void set_scratch(void* memory);
+
+  // Numbers on the device that GradScaler brings; null where there are none.
+  struct Scaling {
+    const float* grad_scale = nullptr;
+    const float* found_inf = nullptr;
+  };
+
+  // Start all launches; nothing is waited for. Action::penalty: `total` is a double on the device.
+  // Throws std::runtime_error with the name of the kernel and of the param groups.
+  void run(const Stream& stream, const Scaling& scaling, double* total = nullptr);
+
+ private:
+  // How one tensor in groups is summed, where its elements are of one type.
+  struct Layout {
+    Tiles tiles;       // of a resident one
+    SumEntry sums[2];  // of a tensor that begins on a 16-byte boundary, and of another
+  };
+  struct Groups {
+    Dtype dtype;
+    Layout own, wide;       // of that type, and of float32, in which a step with a wider gradient is done
+    bool resident = false;  // its blocks sum its groups themselves
+    SumEntry factors;       // makes factors of sums of parts, or of norms from elsewhere
+    // Pieces of fewer than 2^31 elements; nearly always one.
+    struct Piece {
+      int64_t offset, numel;
+      FactorPlace factors;
+    };
+    std::vector<Piece> pieces;
+    int64_t partials = 0;  // numbers that the parts of a plane of norms need at most
+    bool lasso = false;
+    char *ratio = nullptr, *length = nullptr;
+    double* parts = nullptr;
+
+    const Layout& layout(Dtype type) const { return type == dtype ? own : wide; }
+  };
+
+  TableBuilder& tables(const Key& key);
+  template <class S>
+  void add(const TensorArgs& args, const Groups& groups);
+  template <class S, class Base, int kStates>
+  void add_step(const TensorArgs& args, const Groups& groups, Key key);
+  template <class S, class Base, int kStates>
+  void add_pieces(const TensorArgs& args, const Groups& groups, TableBuilder& builder, void* source);
+  void* source(const TensorArgs& args) const;
+  void add_norms(const TensorArgs& args, const Groups& groups);
+  void add_plane(const TensorArgs& args, const Groups& groups, int plane);
+  void start(const Stream& stream, const Key& key, const void* table, const std::vector<int32_t>& groups);
+
+  Action action_;
+  const Kernels& kernels_;
+  std::vector<Groups> groups_;  // one per tensor
+  double* totals_ = nullptr;    // of a penalty's value: one number per block
+  int64_t limit_ = kNarrow;
+  int64_t blocks_ = 0;  // how many of these there are at most
+  // By what they do; the order of keys is that of the launches.
+  std::map<Key, SumBuilder> sums_;
+  std::map<Key, TableBuilder> tables_;
+  std::pair<const Key, TableBuilder>* last_ = nullptr;  // the builder asked for last: nearly always the next one, too
+  SumBuilder total_;
+};
+
+}  // namespace rvsm::cuda

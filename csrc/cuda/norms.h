@@ -1,0 +1,290 @@
+// The norms of groups and the factors that follow from them, block by block. For host and device, like elements.h: a
+// block works in phases, and `for_threads(f)` runs f for every thread of the block and waits for all of them.
+//
+// Sums are in double precision along a fixed order, so they need no atomics and give the same bits in every run. Where
+// a group is long, or there are too few groups for all multiprocessors, it is summed in parts; a second launch of the
+// same lines sums the parts, and makes the factors of norms that were made elsewhere.
+#pragma once
+
+#include <algorithm>
+
+#include "../math/tensor_args.h"
+#include "elements.h"
+
+namespace rvsm::cuda {
+
+// What becomes of the sum of a group.
+enum class Finish : uint8_t {
+  part,     // out[part * count + group]
+  factors,  // ratio = shrink(norm) / norm and, where it is wanted, length = norm (1 for the zero group)
+  norms,    // length = norm
+  total,    // out[group], as it is
+};
+
+// One tensor: batches of outer x groups x inner elements. Its blocks go batch by batch, tile of groups by tile, part by
+// part.
+struct alignas(16) SumEntry {
+  const void* x;
+  const void* dual;  // added to x, or null
+  void* out;         // sums (part, total), or the ratios (factors; null: only the lengths are wanted)
+  void* length;
+  // are_norms: what is summed are norms already, of one part, not squares of them.
+  union {
+    Prox<double> prox;
+    const void* cut;  // by_data: of top-k, in the type of the factors
+  };
+  int64_t outer, groups, inner, count;  // count: the groups of all batches
+  uint32_t first;                       // its first block
+  uint32_t tiles, parts;
+  uint16_t tile;       // groups of a tile
+  uint16_t lanes : 9;  // threads that share one row of a group (team) or of the tile (strip)
+  uint16_t strip : 1, vectors : 1, cut_rows : 1, finish : 2, by_data : 1, are_norms : 1;
+};
+
+struct SumTable {
+  uint32_t entries = 0;
+  uint32_t blocks = 0;
+  SumEntry at[255];
+};
+static_assert(sizeof(SumEntry) == 128 && sizeof(SumTable) <= 32764);
+
+// Where a block works: from element `begin` in so many rows, of so many groups from `group` on, and of each so many
+// consecutive elements.
+struct Tile {
+  int64_t begin, group;
+  int rows, groups, length;
+  uint32_t part;
+};
+
+// kLoad: elements of an access, of which a cut along a row leaves whole ones.
+template <int kLoad>
+RVSM_HD Tile tile_of(const SumEntry& e, uint32_t index) {
+  const uint32_t part = index % e.parts, tile = index / e.parts % e.tiles, batch = index / e.parts / e.tiles;
+  const int64_t first = int64_t(tile) * e.tile;
+  const int64_t pieces = e.cut_rows ? e.outer : e.inner / kLoad;
+  const int64_t from = pieces * part / e.parts, count = pieces * (part + 1) / e.parts - from;
+  const int64_t row = batch * e.outer + (e.cut_rows ? from : 0);
+  Tile t;
+  t.begin = (row * e.groups + first) * e.inner + (e.cut_rows ? 0 : from * kLoad);
+  t.group = batch * e.groups + first;
+  t.rows = int(e.cut_rows ? count : e.outer);
+  t.groups = int(first + e.tile < e.groups ? e.tile : e.groups - first);
+  t.length = int(e.cut_rows ? e.inner : count * kLoad);
+  t.part = part;
+  return t;
+}
+
+// ---- phase 1: every thread adds up its elements ---------------------------------------------------------------------
+
+// The sums of a block are a matrix: of rows x columns, to be added along the rows, then `inner` columns to a group.
+struct Matrix {
+  int rows, columns, inner;
+};
+
+template <int kLoad>
+RVSM_HD Matrix matrix_of(const SumEntry& e) {
+  if (e.strip) return {kThreads / e.lanes, e.lanes * kLoad, int(e.inner)};
+  return {e.lanes, kThreads / e.lanes, 1};
+}
+
+template <bool kSquares>
+RVSM_HD void add_to(double& sum, double x) {
+  sum += kSquares ? x * x : x;
+}
+
+// A vector of kLoad elements at p: one access, or one element. Where there is a dual, it is added in the arithmetic
+// type, as the step does. `dual` is its distance from p in bytes, 0 where there is none; kDual: there may be one.
+template <int kLoad, bool kSquares, bool kDual, class S>
+RVSM_HD void add_vector(double* sums, const S* p, int64_t dual) {
+  const S* const q = reinterpret_cast<const S*>(reinterpret_cast<const char*>(p) + dual);
+  if constexpr (kLoad == 1) {
+    add_to<kSquares>(sums[0], kDual && dual != 0 ? double(load(*p) + load(*q)) : double(load(*p)));
+  } else {
+    const Vector<S> v = *reinterpret_cast<const Vector<S>*>(p);
+    if (kDual && dual != 0) {
+      const Vector<S> y = *reinterpret_cast<const Vector<S>*>(q);
+      RVSM_UNROLL
+      for (int k = 0; k < kLoad; ++k) add_to<kSquares>(sums[k], double(load(v.at[k]) + load(y.at[k])));
+    } else {
+      RVSM_UNROLL
+      for (int k = 0; k < kLoad; ++k) add_to<kSquares>(sums[k], double(load(v.at[k])));
+    }
+  }
+}
+
+RVSM_HD int64_t to_dual(const SumEntry& e) {
+  return e.dual == nullptr ? 0 : static_cast<const char*>(e.dual) - static_cast<const char*>(e.x);
+}
+
+// Short rows of several groups: lanes across the columns, and each thread its column down several rows.
+template <int kLoad, bool kSquares, bool kDual, class S>
+RVSM_HD void sum_strip(const SumEntry& e, const Tile& t, const Matrix& m, int thread, double* sums) {
+  const int lane = thread % e.lanes, row = thread / e.lanes, column = lane * kLoad;
+  if (row >= m.rows) return;
+  double own[kLoad] = {};
+  if (column < t.groups * int(e.inner)) {
+    const int64_t columns = e.groups * e.inner, step = columns * m.rows, dual = to_dual(e);
+    const S* p = static_cast<const S*>(e.x) + t.begin + row * columns + column;
+#if defined(__CUDACC__)
+#pragma unroll(kLoad == 1 ? 4 : kLoad == 4 ? 2 : 1)
+#endif
+    for (int k = row; k < t.rows; k += m.rows, p += step) add_vector<kLoad, kSquares, kDual>(own, p, dual);
+  }
+  RVSM_UNROLL
+  for (int k = 0; k < kLoad; ++k) sums[row * m.columns + column + k] = own[k];
+}
+
+// Long rows: several threads to a group.
+template <int kLoad, bool kSquares, bool kDual, class S>
+RVSM_HD void sum_team(const SumEntry& e, const Tile& t, const Matrix& m, int thread, double* sums) {
+  const int lane = thread % e.lanes, place = thread / e.lanes;
+  double own[kLoad] = {};
+  if (place < t.groups) {
+    const int64_t columns = e.groups * e.inner, dual = to_dual(e);
+    const S* p = static_cast<const S*>(e.x) + t.begin + place * e.inner;
+    for (int k = 0; k < t.rows; ++k, p += columns) {
+#if defined(__CUDACC__)
+#pragma unroll(kLoad == 1 ? 4 : 1)
+#endif
+      for (int i = lane * kLoad; i < t.length; i += e.lanes * kLoad)
+        add_vector<kLoad, kSquares, kDual>(own, p + i, dual);
+    }
+  }
+  RVSM_UNROLL
+  for (int k = 1; k < kLoad; ++k) own[0] += own[k];
+  sums[lane * m.columns + place] = own[0];
+}
+
+// ---- phase 2: the rows of the matrix become one ---------------------------------------------------------------------
+
+template <class ForThreads>
+RVSM_HD void fold(double* sums, int rows, int columns, const ForThreads& for_threads) {
+  while (rows > 1) {
+    const int half = (rows + 1) / 2;
+    for_threads([&](int thread) {
+      for (int i = thread; i < (rows - half) * columns; i += kThreads) sums[i] += sums[half * columns + i];
+    });
+    rows = half;
+  }
+}
+
+// ---- phase 3: the groups of the tile --------------------------------------------------------------------------------
+
+// T: the type of the factors.
+template <class T>
+RVSM_HD void finish_group(const SumEntry& e, uint32_t part, int64_t group, double sum) {
+  const Finish finish = Finish(e.finish);
+  if (finish == Finish::part || finish == Finish::total) {
+    static_cast<double*>(e.out)[(finish == Finish::part ? int64_t(part) * e.count : 0) + group] = sum;
+    return;
+  }
+  const T norm = T(e.are_norms ? sum : std::sqrt(sum));
+  if (finish == Finish::factors && e.out != nullptr) {
+    const Prox<T> prox =
+        e.by_data ? Prox<T>{Penalty::l0, *static_cast<const T*>(e.cut), 0, 0, 0, 0} : narrow<T>(e.prox);
+    static_cast<T*>(e.out)[group] = shrink_ratio(norm, prox);
+  }
+  if (e.length != nullptr) static_cast<T*>(e.length)[group] = finish == Finish::factors ? length_of(norm) : norm;
+}
+
+// ---- a block --------------------------------------------------------------------------------------------------------
+
+// Numbers that `sums` needs room for.
+template <class S>
+constexpr int kSums = kThreads * kWidth<S>;
+
+// kLoad: elements of an access.
+template <int kLoad, class S, bool kSquares, bool kDual, class T, class ForThreads>
+RVSM_HD void sum_tile(const SumEntry& e, uint32_t index, double* sums, const ForThreads& for_threads) {
+  const Tile t = tile_of<kLoad>(e, index);
+  const Matrix m = matrix_of<kLoad>(e);
+  for_threads([&](int thread) {
+    if (e.strip)
+      sum_strip<kLoad, kSquares, kDual, S>(e, t, m, thread, sums);
+    else
+      sum_team<kLoad, kSquares, kDual, S>(e, t, m, thread, sums);
+  });
+  fold(sums, m.rows, m.columns, for_threads);
+  for_threads([&](int thread) {
+    for (int g = thread; g < t.groups; g += kThreads) {
+      double sum = 0;
+      for (int i = 0; i < m.inner; ++i) sum += sums[g * m.inner + i];
+      finish_group<T>(e, t.part, t.group + g, sum);
+    }
+  });
+}
+
+template <class S, bool kSquares, bool kDual, class T, class ForThreads>
+RVSM_HD void sum_block(const SumTable& table, uint32_t block, double* sums, const ForThreads& for_threads) {
+  const SumEntry& e = table.at[find(table.at, int(table.entries), block)];
+  if (e.vectors)
+    sum_tile<kWidth<S>, S, kSquares, kDual, T>(e, block - e.first, sums, for_threads);
+  else
+    sum_tile<1, S, kSquares, kDual, T>(e, block - e.first, sums, for_threads);
+}
+
+// The penalty's value over one block of a Table: totals[block].
+template <class S, class ForThreads>
+RVSM_HD void penalty_block(const Table& table, uint32_t block, double* sums, const ForThreads& for_threads) {
+  const Place<0> place = place_of<S, 0>(table, block);
+  for_threads([&](int thread) { sums[thread] = penalty_thread<S>(table, place, thread); });
+  fold(sums, kThreads, 1, for_threads);
+  for_threads([&](int thread) {
+    if (thread == 0) table.totals[block] = sums[0];
+  });
+}
+
+// ---- host: how a tensor is divided ----------------------------------------------------------------------------------
+
+// Blocks that fill a device, or as many as leave each this many elements.
+constexpr int64_t kFill = 512;
+constexpr int64_t kFewest = 32768;
+// A row of a tile is at least so long: the unit of what memory hands out.
+constexpr int64_t kSector = 32;
+// Rows of fewer elements than this are shared by the threads that follow one another.
+constexpr int64_t kShortRow = 64;
+
+// The largest power of two up to n, from 1 to kThreads.
+inline int power_below(int64_t n) {
+  int p = 1;
+  while (p < kThreads && 2 * p <= n) p *= 2;
+  return p;
+}
+
+// All of an entry but where it stands, what it reads and what becomes of its sums. `aligned`: the tensor begins on a
+// 16-byte boundary. Parts need memory, so tiles are made narrow first; only too few groups are cut into parts.
+inline SumEntry divide_sums(const GroupView& v, int64_t element_size, bool aligned) {
+  const int64_t whole = 16 / element_size, numel = v.count() * v.size();
+  const int64_t wanted = std::clamp<int64_t>(numel / kFewest, 1, kFill);
+  SumEntry e{};
+  e.outer = v.outer;
+  e.groups = v.groups;
+  e.inner = v.inner;
+  e.count = v.count();
+  e.strip = v.outer > 1 && v.inner < kShortRow;
+  const int64_t row = e.strip ? v.groups * v.inner : v.inner;
+  e.vectors = aligned && row % whole == 0;
+  const int64_t width = e.vectors ? whole : 1;
+  if (e.strip) {
+    // Whole groups and whole vectors, about 64 lanes to a row or fewer.
+    int64_t unit = v.inner;
+    while (unit % width != 0) unit += v.inner;
+    int64_t units = std::max<int64_t>(1, std::min<int64_t>(64 * width / unit, ceil_div(row, unit)));
+    while (units > 1 && units / 2 * unit * element_size >= kSector && ceil_div(row, units * unit) * v.batch < wanted)
+      units /= 2;
+    e.lanes = uint16_t(units * unit / width);
+    e.tile = uint16_t(units * unit / v.inner);
+    e.cut_rows = true;
+  } else {
+    e.lanes = uint16_t(power_below(v.inner / (4 * width)));
+    e.tile = uint16_t(kThreads / e.lanes);
+    e.cut_rows = v.outer > v.inner;
+  }
+  e.tiles = uint32_t(ceil_div(v.groups, e.tile));
+  const int64_t pieces = e.cut_rows ? v.outer : v.inner / width;
+  const int64_t parts = ceil_div(wanted, e.tiles * v.batch);
+  e.parts = uint32_t(std::clamp<int64_t>(parts, 1, std::max<int64_t>(pieces, 1)));
+  return e;
+}
+
+}  // namespace rvsm::cuda

@@ -1,0 +1,38 @@
+// The pull alone, for an optimizer that steps by itself afterwards. Without torch, for host and device.
+#pragma once
+
+#include "numbers.h"
+
+namespace rvsm {
+
+// kGradient: the split has terms in the gradient (a coupling, group lasso), so that the direction is written to it and
+// the weights stay as the pull has left them; else the gradient is not even read.
+template <bool kGradient>
+struct NoBase {
+  static constexpr BaseKind kKind = BaseKind::none;
+  static constexpr int kStates = 0;
+  static constexpr bool kReadsGrad = kGradient, kWritesGrad = kGradient, kWritesWeight = true;
+  static constexpr int kNumbers = 0;
+
+  template <class T>
+  struct Numbers {};
+  template <class T>
+  RVSM_HD Numbers<T> numbers(const double*) {
+    return {};
+  }
+
+  struct Switches {};
+  template <class T>
+  RVSM_HD Switches switches(const Numbers<T>&) {
+    return {};
+  }
+  template <class T, class F>
+  RVSM_HD void with_switches(const Numbers<T>&, const F& f) {
+    f(Switches{});
+  }
+
+  template <class T, class On>
+  RVSM_HD void step(T&, T*, T&, const Numbers<T>&, On) {}
+};
+
+}  // namespace rvsm

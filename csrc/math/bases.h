@@ -1,0 +1,48 @@
+// The list of bases: a base is a file of its own and one row here. No kernel, plan or table is touched.
+#pragma once
+
+#include "base_none.h"
+#include "base_sgd.h"
+
+namespace rvsm {
+
+// The base of a tensor as the kernels tell it apart.
+struct BaseKey {
+  BaseKind kind = BaseKind::sgd;
+  uint8_t states = 0;  // that it has beside each weight
+  bool writes_grad = false;
+
+  friend bool operator==(const BaseKey& a, const BaseKey& b) {
+    return a.kind == b.kind && a.states == b.states && a.writes_grad == b.writes_grad;
+  }
+};
+
+template <class Base>
+RVSM_HD constexpr BaseKey key_of() {
+  return {Base::kKind, uint8_t(Base::kStates), Base::kWritesGrad};
+}
+
+// Calls f(Base{}) for every base.
+template <class F>
+RVSM_HD void for_each_base(F&& f) {
+  f(Sgd<false>{});
+  f(Sgd<true>{});
+  f(NoBase<false>{});
+  f(NoBase<true>{});
+}
+
+// Calls f(Base{}) with the base of a key.
+template <class F>
+RVSM_HD void with_base(BaseKey key, const F& f) {
+  if (key.kind == BaseKind::none) return key.writes_grad ? f(NoBase<true>{}) : f(NoBase<false>{});
+  return key.states > 0 ? f(Sgd<true>{}) : f(Sgd<false>{});
+}
+
+// Names and lengths of the records of the bases, in the order of BaseKind.
+struct BaseName {
+  const char* name;
+  int numbers;
+};
+constexpr BaseName kBases[] = {{"sgd", Sgd<true>::kNumbers}, {"none", NoBase<true>::kNumbers}};
+
+}  // namespace rvsm

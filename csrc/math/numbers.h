@@ -1,0 +1,60 @@
+// The numbers of a step: made once in Python, in double precision (method/step_options.py), narrowed here to the type
+// of the arithmetic. One record is a row of doubles: those of the penalty, those of the split, those of the base.
+#pragma once
+
+#include "types.h"
+
+namespace rvsm {
+
+#if defined(__CUDACC__)
+// static, so that a member function is one too.
+#define RVSM_HD static __host__ __device__ __forceinline__
+#else
+// Internal linkage and always inlined: the CPU kernels compile these lines once per instruction set, and the linker
+// must never hand one set's copy to another.
+#define RVSM_HD [[maybe_unused]] static inline __attribute__((always_inline))
+#endif
+
+constexpr int kProxNumbers = 6;
+constexpr int kSplitNumbers = 4;
+// Room for the numbers of any base.
+constexpr int kMostBaseNumbers = 10;
+constexpr int kMostNumbers = kProxNumbers + kSplitNumbers + kMostBaseNumbers;
+
+// What thresholding a tensor needs.
+template <class T>
+struct Prox {
+  Penalty penalty;
+  T cut;   // the largest r that goes to zero
+  T tau;   // lam / beta, times sqrt(group size) with group_scale
+  T a;     // the shape of tl1
+  T rho;   // tl1: (27/4 tau a (a + 1))^(1/3), the a + r of the critical point
+  T edge;  // tl1: rho - a, formed in double so that r - edge keeps its digits
+};
+
+// What the split needs. Options that are switches are numbers here: an arithmetic with zeros and ones vectorises, a
+// selection by a flag does not.
+template <class T>
+struct Split {
+  Prox<T> prox;
+  T grad;  // what the gradient is multiplied with: -1 under maximize, else 1; over grad_scale where the host knows it
+  T pull;  // the pull on the weights: lr * beta if decoupled, else 0
+  T coupling;  // the pull in the gradient: 0 if decoupled, else beta
+  T lasso;     // group_lasso
+};
+
+template <class T>
+RVSM_HD Prox<T> prox_of(const double* record) {
+  return {Penalty(int32_t(record[0])), T(record[1]), T(record[2]), T(record[3]), T(record[4]), T(record[5])};
+}
+
+// `scale`: what the gradient is multiplied with besides, 1 / grad_scale or 1.
+template <class T>
+RVSM_HD Split<T> split_of(const double* record, double scale) {
+  const double* s = record + kProxNumbers;
+  return {prox_of<T>(record), T(s[0] * scale), T(s[1]), T(s[2]), T(s[3])};
+}
+
+RVSM_HD const double* base_numbers(const double* record) { return record + kProxNumbers + kSplitNumbers; }
+
+}  // namespace rvsm

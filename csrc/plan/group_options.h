@@ -1,0 +1,48 @@
+// What the plan is told of one param group: method/step_options.py as the kernels need it.
+#pragma once
+
+#include <array>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "python.h"
+#include "tensors.h"
+
+namespace rvsm {
+
+class GroupOptions {
+ public:
+  GroupOptions() = default;
+  explicit GroupOptions(const py::object& step_options);
+
+  // Whether a plan for one describes the other: only numbers differ.
+  bool has_the_tables_of(const GroupOptions& other) const;
+
+  // The record of a tensor whose groups have so many elements; it stays where it is as long as these options do.
+  // `fresh`: the base's states hold zeros, this is the first step. Asks Python the first time.
+  const double* numbers(int64_t group_size, bool fresh);
+
+  // The arguments that follow from the options alone. `fresh` as above.
+  void apply(TensorArgs& args, bool fresh);
+
+  // Whether a state that is missing can begin with zeros; else only the optimizer can make it.
+  bool begins_with_zeros(size_t k) const { return k < base_states || !starts_from_u; }
+
+  int traverse(visitproc visit, void* arg) const;
+
+  BaseKind base = BaseKind::sgd;
+  Method method = Method::rvsm;
+  bool split = false, topk = false, lasso = false, scaled = false, writes_grad = false;
+  bool starts_from_u = false;   // the method's state
+  Dims dims;                    // of the groups; nothing where norms do not matter
+  std::vector<py::str> states;  // names, the base's first
+  size_t base_states = 0;
+  bool changed = true;  // not in the arguments of the tensors yet
+
+ private:
+  py::object numbers_of_;
+  std::map<std::pair<int64_t, bool>, std::array<double, kMostNumbers>> records_;
+};
+
+}  // namespace rvsm

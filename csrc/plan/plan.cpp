@@ -1,0 +1,228 @@
+// One step of a plan: what it is given, what is held meanwhile, the launch.
+#include "plan.h"
+
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <stdexcept>
+
+namespace rvsm {
+
+namespace {
+
+// Threads of Python may run while this many elements are updated.
+constexpr int64_t kReleaseGil = 1 << 20;
+
+// What the plan does is no business of a dispatch mode, which might hand it tensors that have no memory.
+class OutsideModes {
+  c10::impl::ExcludeDispatchKeyGuard guard_{
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot})};
+};
+
+// A dict of the inputs, null where it is empty. Borrowed: the inputs hold it.
+PyObject* dict_of(const py::object& inputs, const char* name) {
+  const py::object dict = inputs.attr(name);
+  if (!PyDict_Check(dict.ptr())) throw py::type_error(std::string("StepInputs.") + name + " must be a dict");
+  return PyDict_GET_SIZE(dict.ptr()) > 0 ? dict.ptr() : nullptr;
+}
+
+}  // namespace
+
+void Plan::set_options(size_t group, const py::object& step_options) {
+  GroupOptions options(step_options);
+  if (group >= options_.size()) options_.resize(group + 1);
+  // Numbers are refreshed tensor by tensor; another grouping or other states need another table.
+  built_ = built_ && options_[group].has_the_tables_of(options);
+  options_[group] = std::move(options);
+}
+
+void Plan::read_inputs(const py::object& inputs) {
+  reset(inputs_object_, inputs.ptr());
+  inputs_.scaling = {inputs.attr("grad_scale").cast<std::optional<at::Tensor>>().value_or(at::Tensor()),
+                     inputs.attr("found_inf").cast<std::optional<at::Tensor>>().value_or(at::Tensor())};
+  const py::object states = inputs.attr("states");
+  if (!PyDict_Check(states.ptr())) throw py::type_error("the state of an optimizer must be a dict");
+  inputs_.states = states.ptr();
+  inputs_.instead = dict_of(inputs, "instead");
+  inputs_.cuts = dict_of(inputs, "cuts");
+  inputs_.norms = dict_of(inputs, "norms");
+  const py::list options = inputs.attr("options");
+  const py::object changed = inputs.attr("changed");
+  if (changed.is_none()) {
+    if (options_.size() > options.size()) options_.resize(options.size());
+    for (size_t i = 0; i < options.size(); ++i) set_options(i, options[i]);
+  } else {
+    for (const py::handle& i : changed) set_options(i.cast<size_t>(), options[i.cast<size_t>()]);
+  }
+}
+
+// What must be known on the host before a step: by an engine that scales there, or of a grad_scale that is not the
+// float32 of GradScaler.
+void Plan::read_scaling() {
+  Scaling& given = inputs_.scaling;
+  factors_.assign(engines_.size(), 1);
+  skip_ = false;
+  if (!given.grad_scale.defined() && !given.found_inf.defined()) return;
+  bool on_host = false;
+  for (const auto& engine : engines_) on_host |= !engine->scales_on_device;
+  const bool odd = given.grad_scale.defined() && given.grad_scale.scalar_type() != at::kFloat;
+  if (given.grad_scale.defined() && (on_host || odd)) {
+    const double factor = 1 / given.grad_scale.item<double>();
+    for (size_t i = 0; i < engines_.size(); ++i)
+      if (odd || !engines_[i].scales_on_device) factors_[i] = factor;
+  }
+  if (given.found_inf.defined() && on_host) skip_ = given.found_inf.item<double>() > 0;
+}
+
+Ready Plan::prepare_without_holding(const py::list& groups, const py::object& inputs) {
+  const at::NoGradGuard no_grad;
+  const OutsideModes outside;
+  drop();
+  try {
+    read_inputs(inputs);
+    bool ready = built_ || rebuild(groups);
+    if (ready) read_scaling();
+    if (ready && !refresh(groups)) {
+      // What the first walk has found is of other parameters, or of other layouts.
+      copies_.clear();
+      new_states_.clear();
+      ready = rebuild(groups);
+      if (ready) read_scaling();
+      if (ready && !refresh(groups)) throw std::runtime_error("the parameters changed while a step was prepared");
+    }
+    if (!ready || lacks_) {
+      const Ready answer = ready ? Ready::lacks : Ready::no;
+      drop();
+      return answer;
+    }
+    // An odd grad_scale is in the factors of all engines.
+    Scaling& given = inputs_.scaling;
+    if (given.grad_scale.defined() && given.grad_scale.scalar_type() != at::kFloat) given.grad_scale = at::Tensor();
+    // Whether states appear is decided here, so that a first step waits for the device; no other does.
+    if (!new_states_.empty() && given.found_inf.defined() && !skip_) skip_ = given.found_inf.item<double>() > 0;
+  } catch (...) {
+    drop();
+    throw;
+  }
+  return Ready::yes;
+}
+
+Ready Plan::prepare(const py::list& groups, const py::object& inputs) {
+  const Ready ready = prepare_without_holding(groups, inputs);
+  if (ready == Ready::yes) hold();
+  return ready;
+}
+
+Ready Plan::step(const py::list& groups, const py::object& inputs) {
+  const Ready ready = prepare_without_holding(groups, inputs);
+  if (ready == Ready::yes) launch();
+  return ready;
+}
+
+// Own the memory of all that the step touches: Python may drop a gradient or give a parameter other data meanwhile.
+void Plan::hold() {
+  held_.clear();
+  const auto own = [&](const at::Tensor& t) {
+    if (t.defined() && t.has_storage()) held_.push_back(t.storage());
+  };
+  for (const ParamSlot& slot : slots_) {
+    if (!slot.served || !slot.args->active) continue;
+    own(tensor(slot));
+    own(tensor(slot).grad());
+    for (PyObject* state : slot.states)
+      if (state != nullptr) own(THPVariable_Unpack(state));
+  }
+}
+
+void Plan::run_engines(size_t turn) {
+  int64_t workload = 0;
+  for (const auto& engine : engines_) workload += engine->workload();
+  if (workload < kReleaseGil) return engines_.run(inputs_.scaling, turn);
+  if (held_.empty()) hold();
+  const py::gil_scoped_release release;
+  engines_.run(inputs_.scaling, turn);
+}
+
+void Plan::put_new_states() {
+  for (NewState& made : new_states_) {
+    ParamSlot& slot = slots_[made.slot];
+    const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
+    // optimizer.state is a defaultdict: asking for the parameter's dict makes it.
+    const auto dict = py::reinterpret_steal<py::object>(PyObject_GetItem(inputs_.states, slot.param));
+    PyObject* name = options_[slot.group].states[made.state].ptr();
+    if (!dict || PyDict_SetItem(dict.ptr(), name, wrapped.ptr()) != 0) throw py::error_already_set();
+    reset(slot.dict, dict.ptr());
+    reset(slot.states[made.state], wrapped.ptr());
+    dicts_seen_ = false;  // the new dict may be gone again before the next step
+  }
+}
+
+void Plan::launch() {
+  const at::NoGradGuard no_grad;
+  const OutsideModes outside;
+  struct Drop {
+    Plan& plan;
+    ~Drop() { plan.drop(); }
+  } const drop_at_the_end{*this};
+  if (skip_) return;
+  put_new_states();
+  for (size_t turn = 0; turn < engines_.turns(); ++turn) {
+    for (auto& copy : copies_)
+      if (copy.turn == turn) copy.staged.load();
+    run_engines(turn);
+    for (auto& copy : copies_)
+      if (copy.turn == turn && copy.writes) copy.staged.store();
+  }
+  for (const ParamSlot& slot : slots_) {
+    if (!slot.served || !slot.args->active) continue;
+    bump_version(tensor(slot));
+    if (slot.args->base.writes_grad) bump_version(tensor(slot).grad());
+    const size_t states = options_[slot.group].states.size();
+    for (size_t k = 0; k < states; ++k)
+      if (slot.states[k] != nullptr) bump_version(THPVariable_Unpack(slot.states[k]));
+  }
+}
+
+void Plan::drop() {
+  copies_.clear();
+  new_states_.clear();
+  held_.clear();
+  lacks_ = false;
+  if (inputs_.instead != nullptr)  // copies that are nobody's any more
+    for (ParamSlot& slot : slots_)
+      for (PyObject*& state : slot.states) reset(state, nullptr);
+  inputs_ = {};
+  reset(inputs_object_, nullptr);
+}
+
+int Plan::traverse(visitproc visit, void* arg) const {
+  for (const ParamSlot& slot : slots_) {
+    Py_VISIT(slot.param);
+    Py_VISIT(slot.dict);
+    for (PyObject* state : slot.states) Py_VISIT(state);
+  }
+  for (const GroupOptions& options : options_)
+    if (const int stop = options.traverse(visit, arg)) return stop;
+  Py_VISIT(inputs_object_);
+  return 0;
+}
+
+void Plan::clear() {
+  std::vector<ParamSlot> old = std::move(slots_);
+  slots_.clear();
+  engines_.clear();
+  dicts_.clear();
+  dicts_seen_ = false;
+  no_groups_.clear();
+  built_ = false;
+  for (ParamSlot& slot : old) {
+    reset(slot.param, nullptr);
+    reset(slot.dict, nullptr);
+    for (PyObject*& state : slot.states) reset(state, nullptr);
+  }
+}
+
+}  // namespace rvsm

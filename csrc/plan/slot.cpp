@@ -1,0 +1,193 @@
+// One parameter of a step: its states found, its tensors checked, its pointers filled in.
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "plan.h"
+
+namespace rvsm {
+
+namespace {
+
+// Whether two tensors agree in all that a kernel asks of them. The key set says layout and whether the values are
+// there (no lazy negation), so that one comparison stands for four questions; a thousand parameters ask them each
+// step.
+bool is_twin(const at::Tensor& t, const at::Tensor& w) {
+  const c10::TensorImpl* x = t.unsafeGetTensorImpl();
+  const c10::TensorImpl* y = w.unsafeGetTensorImpl();
+  return x->key_set() == y->key_set() && x->device() == y->device() && x->dtype() == y->dtype() &&
+         equal(x->sizes(), y->sizes()) && equal(x->strides(), y->strides());
+}
+
+// Whether the memory at a tensor's address is there at all, asked of every tensor in every step; is_allocated() looks
+// closer.
+bool is_there(const at::Tensor& t, const void* address) {
+  return address != nullptr && (t.storage_offset() == 0 || t.storage().data() != nullptr);
+}
+
+// Whether a tensor could stand in a step beside a parameter.
+bool has_values(const at::Tensor& t) { return t.layout() == at::kStrided && has_memory(t) && is_allocated(t); }
+
+// Several elements at one place in memory.
+bool is_expanded(at::IntArrayRef sizes, at::IntArrayRef strides) {
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1 && strides[d] == 0) return true;
+  return false;
+}
+
+const at::Tensor& found_tensor(PyObject* dict, PyObject* param, const char* what) {
+  PyObject* found = dict == nullptr ? nullptr : get(dict, param);
+  if (found == nullptr || !THPVariable_Check(found))
+    throw std::runtime_error(std::string("a step without the ") + what + " of a parameter");
+  return THPVariable_Unpack(found);
+}
+
+}  // namespace
+
+// The states of a parameter, by their names; returns false where one is missing. What is None is missing.
+bool Plan::find_states(const GroupOptions& options, ParamSlot& slot) {
+  PyObject* const instead = inputs_.instead == nullptr ? nullptr : get(inputs_.instead, slot.param);
+  bool all = true;
+  for (size_t k = 0; k < options.states.size(); ++k) {
+    PyObject *found = nullptr, *key = nullptr, *name = options.states[k].ptr();
+    if (instead != nullptr) found = get(instead, name);
+    // The first state is mostly the first of the dict: looking there saves a lookup.
+    Py_ssize_t at = 0;
+    if (found == nullptr && slot.dict != nullptr &&
+        !(k == 0 && PyDict_Next(slot.dict, &at, &key, &found) && key == name))
+      found = get(slot.dict, name);
+    if (found == Py_None) found = nullptr;
+    all = all && found != nullptr;
+    if (found != slot.states[k]) reset(slot.states[k], found);
+  }
+  return all;
+}
+
+// What the kernels can work on, perhaps after a copy; everything else is for refuse().
+bool Plan::fits(const ParamSlot& slot, size_t states) const {
+  const at::Tensor& w = tensor(slot);
+  const at::Tensor& g = w.grad();
+  const auto fits_beside = [&](const at::Tensor& t) {
+    return t.sizes() == at::IntArrayRef(slot.sizes) && t.device() == w.device() && has_values(t);
+  };
+  if (!has_values(w) || !fits_beside(g) || g.is_complex()) return false;
+  if (w.numel() > 0 && is_expanded(slot.sizes, slot.strides)) return false;
+  return std::all_of(slot.states.begin(), slot.states.begin() + states, [&](PyObject* state) {
+    if (state == nullptr) return true;
+    if (!THPVariable_Check(state)) return false;
+    const at::Tensor& t = THPVariable_Unpack(state);
+    return fits_beside(t) && t.is_floating_point() && (t.numel() == 0 || !is_expanded(t.sizes(), t.strides()));
+  });
+}
+
+// Raise what a parameter, its groups, its gradient or its states deserve; every engine says it in the words of
+// checks.py.
+void Plan::refuse(const py::list& groups, const ParamSlot& slot) const {
+  const py::object group = groups[slot.group], param = py::reinterpret_borrow<py::object>(slot.param);
+  py::dict states;
+  const auto& names = options_[slot.group].states;
+  for (size_t k = 0; k < names.size(); ++k)
+    states[names[k]] = slot.states[k] == nullptr ? py::none() : py::reinterpret_borrow<py::object>(slot.states[k]);
+  const py::module_ checks = py::module_::import("rvsm_kernels.engines.checks");
+  checks.attr("check_entry")(param, group, slot.group, slot.index, states);
+  const py::object name = checks.attr("param_name")(group, slot.group, slot.index);
+  checks.attr("check_groups")(param, group["group_dim"], name);
+  throw std::runtime_error(name.cast<std::string>() + " cannot be stepped, for a reason that no check names");
+}
+
+// The pointers of an unusual parameter: states that are missing, tensors that do not lie in memory as the kernels need
+// them.
+void Plan::stage(ParamSlot& slot) {
+  TensorArgs& args = *slot.args;
+  const auto dense_of = [&](Staged staged, bool writes) {
+    at::Tensor dense = staged.dense();
+    if (staged.is_copy()) copies_.push_back({std::move(staged), writes, slot.turn});
+    return dense;
+  };
+  const at::Tensor& w = tensor(slot);
+  const at::Tensor& g = w.grad();
+  const at::Tensor dense = dense_of(Staged(w, step_type(slot.type, g.scalar_type())), true);
+  args.dtype = dtype_of(dense.scalar_type());
+  args.w = dense.mutable_data_ptr();
+  args.g = const_cast<void*>(dense_of(Staged(g, dense), args.base.writes_grad).const_data_ptr());
+  for (size_t k = 0; k < options_[slot.group].states.size(); ++k) {
+    at::Tensor state = slot.states[k] == nullptr ? at::Tensor() : THPVariable_Unpack(slot.states[k]);
+    if (!state.defined() || state.scalar_type() != slot.type) {
+      // The first step, or a parameter that was moved to another dtype: its states follow it.
+      at::Tensor made = at::zeros_like(dense, slot.type);
+      if (state.defined()) made.copy_(state);
+      new_states_.push_back({size_t(&slot - slots_.data()), k, made});
+      state = made;
+    }
+    args.state[k] = dense_of(Staged(state, dense), true).mutable_data_ptr();
+  }
+}
+
+// What stands beside the states: the cut of top-k, and norms that were made elsewhere.
+void Plan::find_beside(TensorArgs& args, const ParamSlot& slot) const {
+  args.cut = args.topk ? found_tensor(inputs_.cuts, slot.param, "cut").const_data_ptr() : nullptr;
+  args.norms = nullptr;
+  if (!slot.norms_given || !args.grouped) return;
+  const at::Tensor& norms = found_tensor(inputs_.norms, slot.param, "norms");
+  const int64_t count = args.planes() * args.view.count();
+  if (norms.scalar_type() != at::kDouble || norms.numel() != count || !norms.is_contiguous() ||
+      norms.device() != slot.device)
+    throw py::value_error("norms that were made elsewhere must be " + std::to_string(count) +
+                          " contiguous float64 numbers on the device of their parameter");
+  args.norms = norms.const_data_ptr<double>();
+}
+
+void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
+  TensorArgs& args = *slot.args;
+  const at::Tensor& w = tensor(slot);
+  const at::Tensor& g = w.grad();
+  args.active = g.defined() && args.numel > 0;
+  if (!g.defined()) return;
+  GroupOptions& options = options_[slot.group];
+  const size_t states = options.states.size();
+  const bool all_there = states == 0 || find_states(options, slot);
+  bool usual = slot.dense && no_groups_.empty() && is_twin(g, w);
+  bool fresh = false;
+  for (size_t k = 0; k < states; ++k) {
+    PyObject* state = slot.states[k];
+    if (state == nullptr)
+      fresh |= k < options.base_states;
+    else
+      usual = usual && THPVariable_Check(state) && is_twin(THPVariable_Unpack(state), w);
+  }
+  const void* address = nullptr;
+  if (usual && args.active) {
+    address = args.w = w.mutable_data_ptr();
+    args.g = const_cast<void*>(g.const_data_ptr());
+    args.dtype = slot.dtype;
+    usual = is_there(w, args.w) && is_there(g, args.g);
+    for (size_t k = 0; k < states && usual && all_there; ++k) {
+      const at::Tensor& state = THPVariable_Unpack(slot.states[k]);
+      args.state[k] = state.mutable_data_ptr();
+      usual = is_there(state, args.state[k]);
+    }
+  }
+  if (!usual) {
+    const bool has_groups = no_groups_.count(size_t(&slot - slots_.data())) == 0;
+    if (!has_groups || !fits(slot, states)) refuse(groups, slot);
+  }
+  if (!args.active) return;
+  for (size_t k = 0; k < states; ++k) lacks_ |= slot.states[k] == nullptr && !options.begins_with_zeros(k);
+  if (lacks_) return;
+  if (fresh != slot.fresh) {
+    options.apply(args, fresh);
+    slot.fresh = fresh;
+  }
+  if (!usual || !all_there) {
+    address = address_of(w);
+    stage(slot);
+  }
+  if (args.topk || slot.norms_given) find_beside(args, slot);
+  addresses_changed_ |= address != std::exchange(slot.address, address);
+  args.scale = factors_[slot.engine];
+}
+
+}  // namespace rvsm

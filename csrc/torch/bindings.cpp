@@ -1,0 +1,120 @@
+// The Python module rvsm_kernels._C: the plan, and what python -m rvsm_kernels prints.
+
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "../cpu/engine.h"
+#include "../cuda/kernels.h"
+#include "../math/group_view.h"
+#include "../plan/plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using rvsm::Plan;
+
+py::dict build_info() {
+  // native.py looks for these words in the file of a module that does not load.
+  static const char built_for[] = "built for torch " TORCH_VERSION;
+  py::dict info;
+  info["built for"] = built_for + sizeof("built for ") - 1;
+  info["compiler"] = __VERSION__;
+  info["vectors"] = rvsm::cpu::kernels().elements.isa;
+#if defined(RVSM_CUDA)
+  info["architectures"] = rvsm::cuda::architectures;
+#else
+  info["architectures"] = "none";
+  info["without CUDA"] = RVSM_NO_CUDA;
+#endif
+  return info;
+}
+
+// Python's collector follows the references that the plan holds.
+int traverse(PyObject* self, visitproc visit, void* arg) {
+#if PY_VERSION_HEX >= 0x03090000
+  Py_VISIT(Py_TYPE(self));
+#endif
+  if (py::detail::is_holder_constructed(self)) {
+    return py::cast<Plan&>(py::handle(self)).traverse(visit, arg);
+  }
+  return 0;
+}
+
+int clear(PyObject* self) {
+  if (py::detail::is_holder_constructed(self)) {
+    Plan& plan = py::cast<Plan&>(py::handle(self));
+    plan.drop();
+    plan.clear();
+  }
+  return 0;
+}
+
+// Lengths of the parts of a record, for native.py to compare with Python's.
+py::dict lengths_of_records() {
+  py::dict lengths;
+  lengths["prox"] = rvsm::kProxNumbers;
+  lengths["split"] = rvsm::kSplitNumbers;
+  for (const auto& base : rvsm::kBases) lengths[base.name] = base.numbers;
+  return lengths;
+}
+
+py::tuple penalty_names() {
+  py::list names;
+  for (const char* name : rvsm::kPenaltyNames) names.append(name);
+  return py::tuple(names);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled engine of rvsm_kernels.";
+  m.def("build_info", &build_info);
+#if defined(RVSM_CUDA)
+  m.attr("has_cuda") = true;
+  m.def("probe_cuda", [](int device) -> std::optional<std::string> {
+    const char* error = rvsm::cuda::probe(device);
+    return error == nullptr ? std::nullopt : std::optional<std::string>(error);
+  });
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.def("interpret_cuda", &rvsm::interpret_cuda,
+        "Run CPU tensors through the CUDA engine's lines, interpreted on the host: for tests.");
+  m.def(
+      "group_view",
+      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+         const std::vector<int64_t>& group_dims) {
+        const rvsm::GroupView v = rvsm::group_view(sizes, strides, group_dims);
+        return py::make_tuple(v.batch, v.outer, v.groups, v.inner);
+      },
+      "The (batch, outer, groups, inner) view of a dense tensor; ValueError where the group dimensions do not "
+      "collapse.");
+  m.def(
+      "check",
+      [](const std::vector<at::Tensor>& params, const std::vector<int64_t>& group_dim) {
+        for (const at::Tensor& p : params)
+          rvsm::args_of(p.is_non_overlapping_and_dense() ? p : at::empty_like(p), group_dim);
+      },
+      "ValueError unless the group_dim of every tensor collapses in memory.");
+  py::class_<Plan>(m, "Plan", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
+                     auto* type = &heap_type->ht_type;
+                     type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+                     type->tp_traverse = traverse;
+                     type->tp_clear = clear;
+                   }))
+      .def(py::init<>())
+      .def("set_options", &Plan::set_options)
+      .def("prepare", [](Plan& plan, const py::list& groups,
+                         const py::object& inputs) { return int(plan.prepare(groups, inputs)); })
+      .def("step",
+           [](Plan& plan, const py::list& groups, const py::object& inputs) { return int(plan.step(groups, inputs)); })
+      .def("launch", &Plan::launch)
+      .def("drop", &Plan::drop);
+  m.attr("numbers") = lengths_of_records();
+  m.attr("penalties") = penalty_names();
+}

@@ -1,0 +1,1 @@
+"""Scripts that write the fixtures of the suite, and read them."""

@@ -1,0 +1,98 @@
+"""What is wrong with a parameter, its gradient or its states, in the same words for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method.dtypes import DTYPES
+from ..method.groups import GroupDim, kept_dims, view_of
+from ..method.memory import kind_of, refuse
+from ..method.parameters import is_left_alone, param_name
+
+
+def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    """Check that a parameter can be trained with the options of its group.
+
+    Raises:
+        TypeError: a dtype or layout without a kernel, of a parameter that is trained.
+        ValueError: a ``group_dim`` that the tensor does not have.
+    """
+    if torch.nn.parameter.is_lazy(p) or is_left_alone(p):
+        return  # it has no shape and no gradient yet, or never will
+    if p.layout != torch.strided:
+        raise TypeError(f"RVSM does not support parameters of layout {p.layout} ({name})")
+    if p.dtype not in DTYPES:
+        raise TypeError(f"RVSM does not support parameters of dtype {p.dtype} ({name})")
+    kept_dims(group["group_dim"], p.dim(), name)
+
+
+def refuse_expanded(p: Tensor, name: str) -> None:
+    """Raise RuntimeError for a tensor that cannot be written element by element."""
+    if p.numel() > 0 and any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
+        raise RuntimeError(f"{name} is expanded: several of its elements are one in memory")
+
+
+def check_groups(p: Tensor, group_dim: GroupDim, name: str) -> None:
+    """Raise ValueError for groups that do not collapse in memory into one index, as the kernels need them to."""
+    try:
+        view_of(p, group_dim)
+    except ValueError as error:
+        raise ValueError(f"Invalid group_dim value for {name}: {group_dim!r}: {error}") from None
+
+
+def check_state(state: Any, p: Tensor, name: str, key: str) -> None:
+    """Raise RuntimeError if a state does not fit its parameter, TypeError if it has no memory as the parameter has.
+
+    Args:
+        name: the parameter's.
+        key: the state's.
+    """
+    fits = isinstance(state, Tensor) and state.shape == p.shape and state.device == p.device
+    if not fits or not state.is_floating_point() or state.layout != torch.strided:
+        what = f"{state.dtype} {list(state.shape)} on {state.device}" if isinstance(state, Tensor) else repr(state)
+        raise RuntimeError(
+            f"the {key} of {name} is {what}, the parameter {p.dtype} {list(p.shape)} on {p.device}; delete it from the"
+            " optimizer's state to begin anew"
+        )
+    if kind_of(p) is None:
+        refuse(state, f"the {key} of {name}")
+    refuse_expanded(state, f"the {key} of {name}")
+
+
+def check_entry(p: Tensor, group: Mapping[str, Any], i: int, j: int, states: Mapping[str, Any]) -> None:
+    """Raise if a parameter, its gradient or its states cannot be stepped; nothing is changed.
+
+    Args:
+        p: has a gradient. If it has memory, what stands beside it must have memory too.
+        group: its param group, of which it is parameter ``j``.
+        i: the place of the group.
+        states: by the names in the group's options, None for a state that is missing.
+
+    Raises:
+        RuntimeError: a sparse or complex gradient; a gradient or a state of another shape or on another device; a
+            parameter or state whose elements share memory; freed memory.
+        TypeError: a dtype or layout without a kernel; a gradient or state without memory.
+        ValueError: a ``group_dim`` that the parameter does not have.
+    """
+    grad, name = p.grad, param_name(group, i, j)
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"RVSM does not support sparse gradients ({name} has layout {grad.layout})")
+    if grad.is_complex():
+        raise RuntimeError(f"RVSM does not support complex gradients ({name})")
+    if grad.shape != p.shape:
+        raise RuntimeError(f"the gradient of {name} has shape {list(grad.shape)}, the parameter {list(p.shape)}")
+    if grad.device != p.device:
+        raise RuntimeError(f"the gradient of {name} is on {grad.device}, the parameter on {p.device}")
+    refuse_expanded(p, name)
+    validate_param(p, group, name)
+    if kind_of(p) is None:
+        refuse(p, name)
+        refuse(grad, f"the gradient of {name}")
+    for key, state in states.items():
+        if state is not None:
+            check_state(state, p, name, key)

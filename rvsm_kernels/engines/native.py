@@ -1,0 +1,210 @@
+"""The compiled engine: hands param groups to the C++ plan, and tensors to the dispatcher ops."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method.bases import BASES
+from ..method.groups import GroupDim, kept_dims
+from ..method.penalties import PENALTIES
+from ..method.prox import PROX_NUMBERS
+from ..method.split import SPLIT_NUMBERS
+from .checks import check_groups
+from .interface import Engine, Group, Ready, StepInputs
+
+load_error: str | None = None
+"""Why the compiled engine is missing, or None."""
+
+other_torch: str | None = None
+"""That the compiled module loads and works, but was built for another minor version of torch, or None."""
+
+_PACKAGE = Path(__file__).parents[1]
+_ISAS = ("base", "avx2", "avx512")
+_REBUILD = (
+    "build it again for this torch (pip install --no-build-isolation --no-deps --force-reinstall, from the sources; in"
+    " a source tree: rm -f build/module.stamp, then make build)"
+)
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """Why the import of the compiled module failed."""
+    file = next((f for suffix in EXTENSION_SUFFIXES if (f := _PACKAGE / f"_C{suffix}").exists()), None)
+    if file is not None:
+        # The words that build_info() in bindings.cpp reads its answer from.
+        built = re.search(rb"built for (torch [\w.+-]+)\0", file.read_bytes())
+        built_for = built[1].decode() if built else "an unknown torch"
+        versions = f"was built for {built_for}, this is torch {torch.__version__}"
+        return f"{file} {versions}, and it does not load ({error}); {_REBUILD}"
+    note = _PACKAGE / "no_module.txt"  # setup.py writes it
+    if note.exists():
+        return f"{_PACKAGE} holds no compiled module: {note.read_text().strip()}"
+    others = [f.name for f in sorted(_PACKAGE.glob("_C.*")) if f.suffix in (".so", ".pyd")]
+    if others:
+        return (
+            f"{_PACKAGE} holds no compiled module for this Python ({platform.python_version()}), only"
+            f" {', '.join(others)}; install rvsm_kernels again with this Python, or build it there with make build"
+        )
+    if isinstance(error, ImportError):
+        return (
+            f"{_PACKAGE} holds no compiled module; build it there with make build, or, if rvsm_kernels is installed,"
+            " run Python outside the source tree (an installation with RVSM_NATIVE=0, or without a C++ compiler, has"
+            " none)"
+        )
+    return f"{_PACKAGE} has no compiled module that loads here ({error})"
+
+
+def _minor(version: str) -> str:
+    """The major and minor version of a torch: "2.13" of "torch 2.13.0+cpu"."""
+    found = re.search(r"\d+\.\d+", version)
+    return found[0] if found else version
+
+
+def _fault() -> str | None:
+    """What is wrong when the compiled module does a little work, or None."""
+    try:
+        w = torch.tensor([[-3.0, 0.5], [2.0, 0.0]], dtype=torch.float32, device="cpu")
+        _C.check([w], [0])
+        u = torch.ops.rvsm_kernels.prox(w, "l1", 1.0, 1.0, None).tolist()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if u == [[-2.0, 0.0], [1.0, 0.0]] else f"a proximal step gives {u}"
+
+
+def _other_tables() -> str | None:
+    """What the compiled module and Python understand differently of the numbers that pass between them, or None."""
+    numbers = {"prox": len(PROX_NUMBERS), "split": len(SPLIT_NUMBERS)}
+    numbers |= {base.name: len(base.number_names) for base in BASES.values()}
+    for what, ours in (("penalties", tuple(PENALTIES)), ("numbers", numbers)):
+        theirs = getattr(_C, what, None)
+        if theirs != ours:
+            return f"its {what} are {theirs}, those of Python {ours}"
+    return None
+
+
+try:
+    from .. import _C  # type: ignore[attr-defined,unused-ignore]
+except Exception as error:  # a source tree that was not built, or a build for another torch
+    _C = None  # type: ignore[assignment]
+    load_error = _why_not_loaded(error)
+
+if load_error is None and _minor(_C.build_info()["built for"]) != _minor(torch.__version__):
+    # torch keeps its C++ interface within a minor version only. The warning comes first: the rest may crash.
+    _versions = f"was built for {_C.build_info()['built for']}, this is torch {torch.__version__}"
+    warnings.warn(
+        f"The compiled module of rvsm_kernels {_versions}; it may fail or give wrong results: {_REBUILD}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    if (_reason := _fault()) is None:
+        other_torch = f"{_versions}: {_REBUILD}"
+    else:
+        _C = None  # type: ignore[assignment]
+        load_error = f"the compiled module {_versions}, and it does not work ({_reason}); {_REBUILD}"
+
+if load_error is None and (_reason := _other_tables()) is not None:
+    _C = None  # type: ignore[assignment]
+    load_error = f"the compiled module was built from other sources of rvsm_kernels ({_reason}); {_REBUILD}"
+
+if load_error is None and os.environ.get("RVSM_ISA", "") not in ("", *_ISAS):
+    warnings.warn(
+        f"RVSM_ISA is {os.environ['RVSM_ISA']!r}, no instruction set of the native engine ({', '.join(_ISAS)}), and has"
+        " no effect",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def missing_cuda() -> str | None:
+    """Why there is no compiled engine for CUDA tensors here, or None."""
+    if load_error is not None:
+        return load_error
+    if torch.version.hip is not None:
+        return "the compiled kernels are CUDA's, this torch is built for ROCm"
+    if not _C.has_cuda:
+        return (
+            f"this build has no CUDA kernels: {_C.build_info()['without CUDA']}; build it again with RVSM_CUDA=1, which"
+            " needs nvcc (12.1 or newer) on PATH or under CUDA_HOME"
+        )
+    # Not before there are CUDA tensors: asking would start CUDA, and a process that did must not fork.
+    return _probe() if torch.cuda.is_initialized() else None
+
+
+@functools.cache
+def _probe() -> str | None:
+    """Why the compiled kernels do not run on a GPU of this machine, or None."""
+    for device in range(torch.cuda.device_count()):
+        error = _C.probe_cuda(device)
+        if error is not None:
+            name, built = torch.cuda.get_device_name(device), _C.build_info()["architectures"]
+            return f"the kernels, built for {built}, do not run on {name} here: {error}"
+    return None
+
+
+def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
+    """Twin of :func:`rvsm_kernels.reference.prox`."""
+    return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, kept_dims(group_dim, w.dim()))
+
+
+class NativeEngine(Engine):
+    """Serves CPU tensors and, where the build found nvcc, CUDA tensors.
+
+    One C++ plan holds the table of an optimizer's parameters.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._plan = _C.Plan()
+
+    def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
+        self._set_options(inputs)
+        return Ready(self._plan.prepare(groups, inputs))
+
+    def launch(self) -> None:
+        self._plan.launch()
+
+    def step(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
+        self._set_options(inputs)
+        return Ready(self._plan.step(groups, inputs))
+
+    def drop(self) -> None:
+        self._plan.drop()
+
+    def _set_options(self, inputs: StepInputs) -> None:
+        """Tell the plan of the groups whose options are new."""
+        options, changed = inputs.options, inputs.changed
+        for i in range(len(options)) if changed is None else changed:
+            self._plan.set_options(i, options[i])
+
+    def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
+        check_groups(p, group["group_dim"], name)
+
+    def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        torch.ops.rvsm_kernels.prox_(params, *_penalty_arguments(group))
+
+    def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+        return torch.ops.rvsm_kernels.penalty_value(params, *_penalty_arguments(group))
+
+
+def _penalty_arguments(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """(penalty, lam, beta, a, group_dim, group_scale), the order of the ops' schemas."""
+    dims = group["group_dim"]
+    return (
+        group["penalty"],
+        float(group["lam"]),
+        float(group["beta"]),
+        float(group["a"]),
+        dims if dims is None else [dims] if isinstance(dims, int) else list(dims),
+        bool(group["group_scale"]),
+    )

@@ -1,0 +1,189 @@
+"""The reference engine: the method in plain PyTorch, short enough to be read as its specification.
+
+``decoupled=True`` is: pull the weights, then the step of the base (``torch.optim.SGD``); ``decoupled=False`` is: add
+beta * (w - u) to the gradient, then the step of the base. Half types are computed in float32 and stored in their type,
+as the kernels do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..method.dtypes import to_opmath
+from ..method.groups import from_memory_order, magnitudes
+from ..method.memory import kind_of, named, turns_of, whole
+from ..method.parameters import param_name, with_gradient
+from ..method.penalties import PENALTIES
+from ..method.prox import prox, threshold
+from ..method.selection import keep_above
+from ..method.split import strength
+from ..method.step_options import StepOptions
+from .checks import check_entry
+from .interface import Engine, Group, Ready, StepInputs
+
+States = dict[str, Tensor | None]
+"""The states of a parameter by name, None for one that begins with zeros."""
+
+
+def _batches(group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+    """The parameters of a group that a step moves, divided so that torch can step each list by one foreach call.
+
+    Tensors that share memory have one turn after the other, in their order; torch does not mix kinds of tensors, nor
+    DTensors of different meshes.
+    """
+    params = [p for _, p in with_gradient(group)]
+    batches: dict[Any, list[Tensor]] = {}
+    for p, turn in zip(params, turns_of(params), strict=True):
+        batches.setdefault((turn, kind_of(p), getattr(p, "device_mesh", None)), []).append(p)
+    yield from (batches[key] for key in sorted(batches, key=lambda key: key[0]))
+
+
+def _find_states(p: Tensor, options: StepOptions, inputs: StepInputs) -> States:
+    """The states of a parameter; one of another dtype is replaced by its conversion."""
+    states: States = {name: inputs.state_of(p, name) for name in options.states}
+    for name, state in states.items():
+        if state is not None and state.dtype != p.dtype:
+            states[name] = inputs.states[p][name] = state.to(p.dtype)
+    return states
+
+
+def _norms(
+    params: Sequence[Tensor], v: Sequence[Tensor], options: StepOptions, inputs: StepInputs, row: int
+) -> list[Tensor]:
+    """The magnitudes of v, of each element or group.
+
+    Args:
+        v: the weights, or weights + dual, in the type of the arithmetic.
+        row: which row of norms that were made elsewhere is of v; the last one may be of both.
+    """
+    dims = options.values["group_dim"]
+    norms = []
+    for p, x in zip(params, v, strict=True):
+        given = inputs.norms.get(p)
+        if given is None:
+            norms.append(magnitudes(x, dims))
+        else:
+            rows = given.reshape(-1, given.shape[-1])
+            norms.append(from_memory_order(rows[min(row, len(rows) - 1)], x, dims))
+    return norms
+
+
+def _step(params: Sequence[Tensor], states: Sequence[States], options: StepOptions, inputs: StepInputs) -> None:
+    """One step of parameters of one param group: section 3 of docs/method.md, line by line."""
+    values, method = options.values, options.method
+    lr, beta, dims = values["lr"], values["beta"], values["group_dim"]
+    w = [to_opmath(p.detach()) for p in params]
+    g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
+    if inputs.grad_scale is not None:
+        g = [x * inputs.grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
+    if values["maximize"]:
+        g = list(torch._foreach_neg(g))
+
+    if options.lasso:
+        norms = _norms(params, w, options, inputs, row=1)
+        unit = [x / torch.where(r == 0, torch.ones_like(r), r) for x, r in zip(w, norms, strict=True)]
+    if options.split:
+        memory = [] if method.state is None else _or_zeros(params, states, method.state)
+        before = [to_opmath(x) for x in memory]
+        v = list(torch._foreach_add(w, before)) if method.adds_state else w
+        norms = _norms(params, v, options, inputs, row=0)
+        if options.topk:
+            u = [keep_above(x, r, inputs.cuts[p]) for x, r, p in zip(v, norms, params, strict=True)]
+        else:
+            taus = [strength(values, x.shape) / beta for x in v]
+            of = zip(v, norms, taus, strict=True)
+            u = [threshold(x, r, values["penalty"], tau, values["a"], dims) for x, r, tau in of]
+        gap, after = method.gap(w, v, u, before)
+        for x, new_x in zip(memory, after, strict=True):
+            x.copy_(new_x)
+        if values["decoupled"]:
+            torch._foreach_add_(w, gap, alpha=-lr * beta)
+        else:
+            g = list(torch._foreach_add(g, gap, alpha=beta))
+    if options.lasso:
+        g = list(torch._foreach_add(g, unit, alpha=float(values["group_lasso"])))
+
+    names = options.states[: options.base_states]
+    stored = [[of_p[name] for of_p in states] for name in names]
+    computed = [[x if x is None else to_opmath(x) for x in state] for state in stored]
+    options.base.step(w, g, computed, values)
+
+    for p, x, d in zip(params, w, g, strict=True):
+        if x.dtype != p.dtype:  # else x is p: the step was in place
+            p.copy_(x)
+        if options.writes_gradient and p.grad is not None:
+            p.grad.copy_(d)
+    for name, old, new in zip(names, stored, computed, strict=True):
+        for p, state, value in zip(params, old, new, strict=True):
+            assert value is not None  # the base has filled it in
+            if state is None:
+                inputs.states[p][name] = torch.empty_like(p).copy_(value)
+            elif state.dtype != value.dtype:  # else the step was in place
+                state.copy_(value)
+    if options.split and method.state is not None:
+        for p, of_p, kept in zip(params, states, memory, strict=True):
+            if of_p[method.state] is None:
+                of_p[method.state] = inputs.states[p][method.state] = kept
+
+
+def _or_zeros(params: Sequence[Tensor], states: Sequence[States], name: str) -> list[Tensor]:
+    """One state of some parameters, zeros where it is missing."""
+    found = [of_p[name] for of_p in states]
+    return [torch.zeros_like(p) if x is None else x for p, x in zip(params, found, strict=True)]
+
+
+class ReferenceEngine(Engine):
+    """Serves every device that torch serves."""
+
+    name = "reference"
+    _prepared: tuple[Sequence[Group], StepInputs] | None = None
+
+    def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
+        lacks_u = False
+        for i, (group, options) in enumerate(zip(groups, inputs.options, strict=True)):
+            for j, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    states = {name: inputs.state_of(p, name) for name in options.states}
+                    check_entry(p, group, i, j, states)
+                    starts_from_u = options.method.starts_from_u and p.numel() > 0
+                    lacks_u |= starts_from_u and states[options.states[-1]] is None
+        if lacks_u:
+            return Ready.LACKS
+        self._prepared = groups, inputs
+        return Ready.YES
+
+    def launch(self) -> None:
+        assert self._prepared is not None
+        groups, inputs = self._prepared
+        self.drop()
+        if inputs.found_inf is not None and inputs.found_inf.item() > 0:
+            return
+        for i, (group, options) in enumerate(zip(groups, inputs.options, strict=True)):
+            states = {p: _find_states(p, options, inputs) for _, p in with_gradient(group)}
+            for params in _batches(group):
+                try:
+                    _step(params, [states[p] for p in params], options, inputs)
+                except (AssertionError, NotImplementedError, RuntimeError) as error:
+                    j = next(j for j, p in enumerate(group["params"]) if p is params[0])
+                    raise named(error, params[0], param_name(group, i, j)) from error
+
+    def drop(self) -> None:
+        self._prepared = None
+
+    def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        for p in params:
+            tau = strength(group, p.shape) / group["beta"]
+            p.copy_(prox(p, group["penalty"], tau, group["a"], group["group_dim"]))
+
+    def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        for p in params:
+            w, lam = to_opmath(whole(p)), strength(group, p.shape)
+            u = prox(w, group["penalty"], lam / group["beta"], group["a"], group["group_dim"])
+            value = PENALTIES[group["penalty"]].value(magnitudes(u.double(), group["group_dim"]), group["a"])
+            total += lam * value.sum() + group["beta"] / 2 * (w.double() - u.double()).square().sum()
+        return total

@@ -1,0 +1,232 @@
+"""Every option of a param group, once: its name, its default, its check and what it means."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .methods import METHODS
+from .penalties import PENALTIES
+
+PENALTY_NAMES = (*PENALTIES, "topk")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a param group.
+
+    Attributes:
+        name: its key in the group and its keyword in a constructor.
+        default: what it is where nobody gives it.
+        check: raises for a value that the option cannot have, in torch.optim's wording; given (name, value). None for
+            a switch, of which every value is true or false, and for what only a parameter's shape can decide.
+        doc: what it means, in a sentence.
+    """
+
+    name: str
+    default: Any
+    check: Callable[[str, Any], None] | None
+    doc: str
+
+
+# ---- checks of one value ---------------------------------------------------------------------------------------------
+
+
+def shown(value: Any) -> str:
+    """A value that does not belong where it stands, in a few words: never a screen of weights."""
+    text = repr(value) if not isinstance(value, (torch.Tensor, list, tuple, dict, set)) or len(str(value)) < 40 else ""
+    return text if 0 < len(text) <= 60 else f"a {type(value).__name__}"
+
+
+def _to_number(name: str, value: Any, what: str) -> float:
+    """A number or a 1-element tensor as a float; raises for anything else."""
+    if type(value) is float:
+        return value
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"Invalid {what}: {shown(value)} (a number is needed)")
+    return float(value)
+
+
+def _number(what: str, *, above: float | None = None, most: float = math.inf) -> Callable[[str, Any], None]:
+    """A check for a finite number >= 0 (or > above) and <= most."""
+
+    def check(name: str, value: Any) -> None:
+        number = _to_number(name, value, what)
+        in_range = number >= 0.0 if above is None else number > above
+        if not (in_range and number <= most and math.isfinite(number)):
+            raise ValueError(f"Invalid {what}: {value.item() if isinstance(value, torch.Tensor) else value}")
+
+    return check
+
+
+def _any_finite(what: str) -> Callable[[str, Any], None]:
+    """A check for a finite number of any sign; a tensor is none."""
+
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"Invalid {what}: {shown(value)} (a number is needed)")
+        if not math.isfinite(value):
+            raise ValueError(f"Invalid {what}: {value}")
+
+    return check
+
+
+def _optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    """The check of an option that may also be None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _choice(names: tuple[str, ...], *, or_none: bool = False) -> Callable[[str, Any], None]:
+    """A check for one of some names."""
+    known = ", ".join(["None"] * or_none + [repr(name) for name in names])
+
+    def check(name: str, value: Any) -> None:
+        if not (or_none and value is None) and value not in names:
+            raise ValueError(f"Invalid {name}: {shown(value)} (choose one of {known})")
+
+    return check
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+LR = Option("lr", 1e-3, _number("learning rate"), "learning rate, a number or a 1-element tensor, >= 0")
+
+SGD_OPTIONS = (
+    LR,
+    Option("momentum", 0.0, _number("momentum value"), "as torch.optim.SGD, >= 0"),
+    Option("dampening", 0.0, _any_finite("dampening value"), "as torch.optim.SGD"),
+    Option("weight_decay", 0.0, _number("weight_decay value"), "as torch.optim.SGD, >= 0"),
+    Option("nesterov", False, None, "as torch.optim.SGD; needs a momentum and no dampening"),
+)
+"""The options of ``torch.optim.SGD``'s step."""
+
+SPLIT_OPTIONS = (
+    Option("penalty", "l0", _choice(PENALTY_NAMES, or_none=True), "the penalty P, None for none"),
+    Option("lam", 1e-6, _number("lam value"), "strength of the penalty, in units of the loss; 0 switches it off"),
+    Option("beta", 1e-2, _number("beta value"), "strength of the coupling; 0 switches the splitting off"),
+    Option("a", 1.0, _number("a value", above=0.0), "shape of transformed l1, > 0"),
+    Option(
+        "density",
+        None,
+        _optional(_number("density value", above=0.0, most=1.0)),
+        "the share of elements or groups that survive top-k, in (0, 1]",
+    ),
+    Option("group_dim", None, None, "the dimensions that index the groups, None for elements"),
+    Option("group_scale", False, None, "multiply lam by sqrt(group size)"),
+    Option("group_lasso", 0.0, _number("group_lasso value"), "strength of group_lasso * sum ||w_G||, >= 0"),
+    Option("decoupled", True, None, "the gap pulls the weights (True) or is added to the gradient (False)"),
+    Option("method", "rvsm", _choice(tuple(METHODS)), "what pulls, and what is remembered of it"),
+    Option("unit_norm", False, None, "w <- w / ||w|| of each whole tensor at the end of the step"),
+    Option("maximize", False, None, "turn the gradient of the loss around"),
+)
+"""The options of the splitting, whatever the base."""
+
+OPTIONS = (*SGD_OPTIONS, *SPLIT_OPTIONS)
+"""Every option of :class:`rvsm_kernels.RVSM`: each key of a param group that its step reads, ``params`` aside."""
+
+
+def names_of(options: Iterable[Option]) -> tuple[str, ...]:
+    """The names of some options, in their order."""
+    return tuple(option.name for option in options)
+
+
+OPTION_NAMES = names_of(OPTIONS)
+
+
+# ---- a whole group ---------------------------------------------------------------------------------------------------
+
+
+def check_values(options: Iterable[Option], group: Mapping[str, Any]) -> None:
+    """Check each of some options in a group by itself.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range, or an unknown name.
+    """
+    for option in options:
+        if option.check is not None:
+            option.check(option.name, group[option.name])
+
+
+def check_sgd(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of SGD that exclude each other."""
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+
+def check_split(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of the splitting that need each other."""
+    if group["group_lasso"] != 0 and group["group_dim"] is None:
+        lasso = float(group["group_lasso"])
+        raise ValueError(f"Invalid group_lasso value: {lasso}: group_lasso needs a group_dim")
+    if group["penalty"] == "topk" and group["density"] is None:
+        raise ValueError("penalty='topk' needs a density: the share of elements or groups that survive")
+
+
+def unknown_option(key: str, names: Collection[str], where: str) -> str:
+    """What to say of an option that does not exist.
+
+    Args:
+        names: those that exist.
+        where: who was given it.
+    """
+    if key == "structure":
+        return f"{where} has no option 'structure': it belongs to rvsm_kernels.param_groups(model, structure=...)"
+    near = difflib.get_close_matches(key, names, 1, 0.6)
+    return f"{where} has no option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+PLAIN_TYPES = (float, bool, str, type(None), int)
+"""What most values are: they need no conversion, and asking for their type costs less than isinstance()."""
+
+
+def _plain(value: Any) -> Any:
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, (bool, torch.Tensor)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def make_plain(group: MutableMapping[str, Any], names: Iterable[str] = OPTION_NAMES) -> None:
+    """Replace the numbers of numpy and of other libraries in a group by Python's.
+
+    They compute alike, but ``torch.load(weights_only=True)`` refuses a checkpoint that has them.
+    """
+    for key in names:
+        if key in group and type(group[key]) not in PLAIN_TYPES:
+            group[key] = _plain(group[key])
+
+
+# ---- has an option changed? ------------------------------------------------------------------------------------------
+
+
+def snapshot(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Values to compare with later ones by :func:`may_differ`, None for values that only their reader can compare.
+
+    A list is copied, for it can be edited in place; a tensor can be too, and cannot be compared without waiting for
+    its device.
+    """
+    types = set(map(type, values))
+    if any(issubclass(t, torch.Tensor) for t in types):
+        return None
+    return tuple([list(v) if isinstance(v, list) else v for v in values]) if list in types else values
+
+
+def may_differ(values: tuple[Any, ...], before: tuple[Any, ...] | None) -> bool:
+    """Whether values may have changed since their :func:`snapshot`; with a tensor among them they always may."""
+    return before is None or torch.Tensor in map(type, values) or values != before

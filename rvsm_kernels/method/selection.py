@@ -1,0 +1,129 @@
+"""What is taken from a whole tensor before or after its step: the cut of top-k, and the unit norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dtypes import opmath_type, to_opmath
+from .groups import GroupDim, magnitudes
+from .memory import kind_of, turns_of, whole
+from .parameters import with_gradient
+from .step_options import StepOptions
+
+_BELOW_1 = 1 - 2**-50  # a density of 0.1 keeps 3 of 30, though 0.1 * 30 is above 3 in floating point
+
+
+def survivors(density: float, count: int) -> int:
+    """ceil(density * count)."""
+    return math.ceil(density * count * _BELOW_1)
+
+
+def cut_of(v: Tensor, density: float, group_dim: GroupDim = None) -> Tensor:
+    """The magnitude up to which elements (or groups) go to zero, so that ceil(density * n) survive.
+
+    Args:
+        v: what is thresholded, float32 or float64.
+
+    Returns:
+        A 0-dim tensor on the device of ``v``: the largest magnitude that goes to zero, or -1 where none does.
+        Magnitudes that tie with it go to zero too, as ties do under l0, so that fewer survive. Between norms of groups
+        it is halfway to the smallest survivor: another order of summation cannot move a group across.
+    """
+    r = whole(magnitudes(v, group_dim)).reshape(-1)
+    n = r.numel()
+    dropped = n - survivors(density, n)
+    if dropped == 0:
+        return r.new_full((), -1.0)
+    low = torch.kthvalue(r, dropped).values
+    if group_dim is None:
+        return low
+    high = torch.kthvalue(r, dropped + 1).values
+    middle = low + (high - low) / 2
+    return torch.where(high.isfinite() & (middle < high), middle, low)  # between neighbours it is one of them
+
+
+def keep_above(v: Tensor, r: Tensor, cut: Tensor) -> Tensor:
+    """The l0 rule: v where its magnitude (or its group's norm) r is above the cut, else 0. NaN stays visible."""
+    return torch.where(r <= cut, torch.zeros_like(v), v)
+
+
+def thresholded(w: Tensor, dual: Tensor | None) -> Tensor:
+    """What a method thresholds, in the type of the arithmetic: w, or w + dual. It may be w itself."""
+    v = to_opmath(w)
+    return v if dual is None else v + dual.to(v.dtype)
+
+
+class Cuts:
+    """The cuts of parameters with top-k, each in memory that stays where it is from step to step."""
+
+    def __init__(self) -> None:
+        self._cut: dict[Tensor, Tensor] = {}
+
+    def find(self, groups: Sequence[Mapping[str, Any]], options: Sequence[StepOptions]) -> dict[Tensor, Tensor]:
+        """Room for the cuts of a step, by parameter; :meth:`select` fills it."""
+        cuts: dict[Tensor, Tensor] = {}
+        for group, step in zip(groups, options, strict=True):
+            if step.topk:
+                for _, p in with_gradient(group):
+                    cut = self._cut.get(p)
+                    cuts[p] = cut if cut is not None and _can_hold_cut(cut, p) else _room_for_cut(p)
+        self._cut = cuts
+        return cuts
+
+    def select(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        options: Sequence[StepOptions],
+        dual_of: Callable[[Tensor], Tensor | None],
+    ) -> None:
+        """Fill the cuts from the weights of this step.
+
+        Args:
+            dual_of: the dual of a parameter whose method adds it, None where it is still zero.
+        """
+        for group, step in zip(groups, options, strict=True):
+            if step.topk:
+                for _, p in with_gradient(group):
+                    v = thresholded(p.detach(), dual_of(p) if step.method.adds_state else None)
+                    self._cut[p].copy_(cut_of(v, step.values["density"], step.values["group_dim"]))
+
+
+def _room_for_cut(p: Tensor) -> Tensor:
+    return torch.zeros((), dtype=opmath_type(p.dtype), device=p.device)
+
+
+def _can_hold_cut(cut: Tensor, p: Tensor) -> bool:
+    """Whether the room of an earlier step serves this one; it may be on another device, or left by a traced step."""
+    writable = torch.is_inference_mode_enabled() or not cut.is_inference()
+    return writable and kind_of(cut) is None and cut.device == p.device and cut.dtype == opmath_type(p.dtype)
+
+
+def normalize_(params: Sequence[Tensor], found_inf: Tensor | None) -> None:
+    """w <- w / ||w||_2 of each whole tensor; a zero tensor stays zero, and so does everything after a found_inf."""
+    turns = turns_of(params)
+    kinds = [(turn, p.device, p.dtype, kind_of(p)) for turn, p in zip(turns, params, strict=True)]
+    for kind in sorted(dict.fromkeys(kinds), key=lambda kind: kind[0]):
+        device = kind[1]
+        members = [p for p, other in zip(params, kinds, strict=True) if other == kind]
+        ws = [to_opmath(p.detach()) for p in members]
+        # ||w|| = largest * ||w / largest||, whose squares neither overflow nor vanish.
+        largest = torch.stack(torch._foreach_norm(ws, torch.inf)).double()
+        largest = torch.where(largest == 0, 1.0, largest)
+        scaled = torch._foreach_div(ws, list(largest.unbind()))
+        rest = torch.stack(torch._foreach_norm(scaled, 2, dtype=torch.float64))
+        unchanged = rest == 0
+        if found_inf is not None:
+            unchanged |= found_inf.to(device).reshape(()) > 0
+        # One division, unless the norm itself is out of range.
+        norms = torch.where(unchanged, 1.0, largest * rest)
+        once = norms.to(ws[0].dtype).isfinite() & (norms >= torch.finfo(ws[0].dtype).tiny)
+        for factors in (torch.where(once, norms, largest), torch.where(once, 1.0, rest)):
+            torch._foreach_div_(ws, list(factors.unbind()))
+        for p, w in zip(members, ws, strict=True):
+            if w.dtype != p.dtype:  # else the division was in place
+                p.copy_(w)

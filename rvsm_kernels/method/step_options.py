@@ -1,0 +1,97 @@
+"""What an engine is told of one param group."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .bases import Base
+from .methods import METHODS, Method
+from .options import PLAIN_TYPES
+from .prox import prox_numbers
+from .split import is_split, split_numbers, strength_of_size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepOptions:
+    """One param group as an engine steps it: made anew whenever an option has changed, and never changed itself.
+
+    Attributes:
+        values: the options as they were, by name; tensors among them as floats, lists as tuples.
+        base: the base of the optimizer.
+        method: the group's method; that without a state where there is no splitting.
+        split: whether there is a splitting.
+        topk: whether the cut comes from the magnitudes of each tensor.
+        dims: ``group_dim`` as a tuple, as it was given (negative numbers too); None for elements, and where the norms
+            of groups do not matter to a step.
+        lasso: whether there is a group lasso.
+        scaled: whether the numbers differ by the size of the groups.
+        states: the names of the states, the base's first, then the method's.
+        base_states: how many of them are the base's.
+        writes_gradient: the step writes to ``p.grad``: the base leaves the gradient to another optimizer, and the
+            splitting has terms in it.
+        structure: what of all this decides about tables and launches, rather than about numbers.
+    """
+
+    values: Mapping[str, Any]
+    base: Base
+    method: Method
+    split: bool
+    topk: bool
+    dims: tuple[int, ...] | None
+    lasso: bool
+    scaled: bool
+    states: tuple[str, ...]
+    base_states: int
+    writes_gradient: bool
+    structure: Hashable
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], base: Base) -> StepOptions:
+        """Those of a param group whose options were checked."""
+        values = {option.name: group[option.name] for option in base.all_options}
+        for name, value in values.items():
+            if type(value) not in PLAIN_TYPES and isinstance(value, (Tensor, list)):
+                values[name] = tuple(value) if isinstance(value, list) else float(value)
+        split, lasso = is_split(values), values["group_lasso"] != 0
+        group_dim, penalty = values["group_dim"], values["penalty"] if split else None
+        dims = None
+        if group_dim is not None and (split or lasso):
+            dims = (group_dim,) if isinstance(group_dim, int) else tuple(group_dim)
+        method = METHODS[values["method"]] if split else METHODS["rvsm"]
+        base_states = base.states(values)
+        states = base_states if method.state is None else (*base_states, method.state)
+        scaled = bool(values["group_scale"])
+        writes_gradient = base.writes_gradient and (lasso or (split and not values["decoupled"]))
+        return cls(
+            values=values,
+            base=base,
+            method=method,
+            split=split,
+            topk=penalty == "topk",
+            dims=dims,
+            lasso=lasso,
+            scaled=scaled,
+            states=states,
+            base_states=len(base_states),
+            writes_gradient=writes_gradient,
+            structure=(base.name, method.name, penalty, dims, lasso, scaled, states, writes_gradient),
+        )
+
+    def numbers(self, size: int, fresh: bool) -> tuple[float, ...]:
+        """The numbers of a step of one tensor, in double precision: those of the prox, of the splitting and the base.
+
+        Args:
+            size: elements of one of its groups, 1 for elements. Matters only where ``scaled``.
+            fresh: the base's states hold their first zeros.
+        """
+        values = self.values
+        a, penalty, tau = float(values["a"]), None, 0.0
+        if self.split:
+            penalty = "l0" if self.topk else values["penalty"]  # top-k thresholds as l0 does, at another cut
+            tau = strength_of_size(values, size) / float(values["beta"])
+        prox = prox_numbers(penalty, tau, a)
+        return (*prox, *split_numbers(values, self.split), *self.base.numbers(values, fresh))

@@ -1,0 +1,45 @@
+"""u of the weights of a group where it is more than their prox: with the dual of ADMM, or with the cut of top-k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .groups import magnitudes
+from .methods import METHODS
+from .penalties import PENALTIES
+from .selection import cut_of, keep_above, thresholded
+from .split import is_split, is_topk, strength
+
+
+def is_more_than_prox(group: Mapping[str, Any]) -> bool:
+    """Whether u follows not from w and the options alone: with ADMM from the dual too, with top-k from a cut."""
+    return is_split(group) and (METHODS[group["method"]].adds_state or group["penalty"] == "topk")
+
+
+def u_of(
+    w: Tensor, dual: Tensor | None, group: Mapping[str, Any], prox_: Callable[[Sequence[Tensor], Any], None]
+) -> Tensor:
+    """u where it is more than the prox of w, as a new tensor in the type of the arithmetic.
+
+    Args:
+        prox_: puts the prox into tensors in place; an engine's.
+    """
+    v = thresholded(w, dual)
+    if is_topk(group):
+        cut = cut_of(v, group["density"], group["group_dim"])
+        return keep_above(v, magnitudes(v, group["group_dim"]), cut)
+    v = v.clone() if dual is None else v
+    prox_([v], group)
+    return v
+
+
+def value_of(w: Tensor, u: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """lam P(u) + beta/2 ||w - u||^2, 0-dim float64. P of top-k is 0 where no more survive than may."""
+    value = float(group["beta"]) / 2 * (w.double() - u.double()).square().sum()
+    if is_topk(group):
+        return value
+    r = magnitudes(u.double(), group["group_dim"])
+    return value + strength(group, w.shape) * PENALTIES[group["penalty"]].value(r, float(group["a"])).sum()

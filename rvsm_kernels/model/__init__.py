@@ -1,0 +1,1 @@
+"""Models: which weights are penalised, and how sparse they are."""

@@ -1,0 +1,346 @@
+"""From a model to param groups: which weights are penalised, along which dimension, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from ..method.dtypes import DTYPES
+from ..method.groups import GroupDim
+from ..method.options import OPTION_NAMES, unknown_option
+from ..method.warn import some, warn
+
+PENALISED: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+"""The modules whose weights are penalised, together with ``Conv1D`` of transformers."""
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_PRUNED = ("_orig", "_g", "_v", "_mask")  # what torch.nn.utils.prune, weight_norm and spectral_norm make of a weight
+
+
+_CHANGED = "pruned or parametrised: the layer computes with another tensor"
+_THIN = "a bias, a norm or another parameter of fewer than two dimensions"
+_BIAS = "a bias"
+_FROZEN = "frozen"
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+STRUCTURES: dict[str, tuple[GroupDim, GroupDim]] = {
+    # structure: (group_dim of Conv and Linear, group_dim of a transposed convolution)
+    "in_channels": (1, 0),
+    "out_channels": (0, 1),
+    "kernels": ((0, 1), (0, 1)),
+    "layers": ((), ()),
+}
+
+
+NOT_WHOLE = "no whole dimension of this weight indexes"
+"""How a reason begins why a weight cannot express a structure."""
+
+
+def structure_dim(
+    module: nn.Module, structure: str | None, name: str = "weight", swapped: bool = False
+) -> tuple[GroupDim, str | None]:
+    """The ``group_dim`` that a structure means for a weight of a module: its groups are channels of the network.
+
+    Args:
+        name: the weight's own name in the module.
+        swapped: the weight is (inputs, outputs), as a transposed convolution's.
+
+    Returns:
+        (group_dim, None), or (None, why the weight cannot express the structure).
+
+    Raises:
+        ValueError: an unknown structure.
+    """
+    if structure is None:
+        return None, None
+    if structure not in STRUCTURES:
+        raise ValueError(f"Invalid structure: {structure!r} (choose one of None, {', '.join(map(repr, STRUCTURES))})")
+    transposed = isinstance(module, _TRANSPOSED)
+    dim = STRUCTURES[structure][transposed or swapped]
+    groups = getattr(module, "groups", 1) if isinstance(module, nn.modules.conv._ConvNd) else 1
+    if groups > 1 and (structure, transposed) in (("in_channels", False), ("out_channels", True)):
+        inputs, outputs = module.in_channels, module.out_channels
+        if groups == inputs == outputs:  # depthwise: channel i is filter i
+            return 0, None
+        return None, f"{NOT_WHOLE} its {structure.replace('_', ' ')}, for it has {groups} groups"
+    if isinstance(module, nn.Bilinear) and structure == "in_channels":
+        return None, f"{NOT_WHOLE} its input channels, for it has two inputs"
+    gated = isinstance(module, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)) and not name.startswith("weight_hr")
+    if gated and structure == "out_channels":
+        return None, f"{NOT_WHOLE} its units, for each gate has a row of its own"
+    return dim, None
+
+
+class InOrder(list[Any]):
+    """Parameters of a group, with the place of each in ``model.parameters()``.
+
+    An optimizer notes the places as ``param_order``, so that a checkpoint of ``torch.optim.SGD`` can be loaded.
+    """
+
+    order: list[int]
+
+
+class Weight(NamedTuple):
+    """A parameter of a model.
+
+    Attributes:
+        name: as in ``model.named_parameters()``.
+        param: the parameter.
+        owner: the module that has it.
+        left: why it is not penalised, None where it is.
+        group_dim: the dimensions of its groups, where a structure was asked for.
+    """
+
+    name: str
+    param: nn.Parameter
+    owner: nn.Module
+    left: str | None
+    group_dim: GroupDim = None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers") for c in type(module).__mro__)
+
+
+def is_changed(name: str, module: nn.Module) -> bool:
+    """Whether pruning or a parametrisation has made a parameter of a weight: the layer computes with another tensor."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return True
+    for ending in _PRUNED:
+        base = name.removesuffix(ending)
+        if base != name and not isinstance(getattr(module, base, None), nn.Parameter) and hasattr(module, base):
+            return True
+    return False
+
+
+def owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, nn.Module]]:
+    """(full name, own name, parameter, owner) of every parameter, each once, in the order of ``model.parameters()``."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for own, p in module.named_parameters(recurse=False):
+            if id(p) not in seen:
+                seen.add(id(p))
+                yield f"{prefix}.{own}" if prefix else own, own, p, module
+
+
+def _types(include: Any) -> tuple[type[nn.Module], ...]:
+    types = (include,) if isinstance(include, type) else include
+    if isinstance(types, (str, bytes)) or not isinstance(types, Iterable):
+        raise TypeError(f"include takes module types, as in include=(nn.Linear,), but got {include!r}")
+    types = tuple(types)
+    for t in types:
+        if not (isinstance(t, type) and issubclass(t, nn.Module)):
+            raise TypeError(f"include takes module types, as in include=(nn.Linear,), but got {t!r}")
+    return types
+
+
+def weights_of(
+    model: nn.Module, include: Iterable[type[nn.Module]] = PENALISED, structure: str | None = None
+) -> list[Weight]:
+    """Every parameter of a model, with why it is left dense.
+
+    A weight that an Embedding shares (tied input and output layers) is an embedding, unless Embedding is included.
+    """
+    types = _types(include)
+    by_default = types == PENALISED
+    wants_embeddings = any(issubclass(t, _EMBEDDINGS) for t in types)
+    embeddings = {id(p) for m in model.modules() if isinstance(m, _EMBEDDINGS) for p in m.parameters(recurse=False)}
+    weights = []
+    for name, own, p, module in owners(model):
+        included = isinstance(module, types) or (by_default and is_conv1d(module))
+        left: str | None = None
+        dim: GroupDim = None
+        if is_changed(own, module):
+            left = _CHANGED
+        elif not is_lazy(p) and p.dim() < 2:
+            left = _THIN
+        elif "bias" in own:
+            left = _BIAS
+        elif id(p) in embeddings and not wants_embeddings:
+            left = "an embedding"
+        elif not included:
+            left = f"a parameter of {type(module).__name__}, which is not included"
+        elif not p.requires_grad:
+            left = _FROZEN
+        elif p.dtype not in DTYPES:
+            left = f"of {p.dtype}, which is not trained"
+        else:
+            dim, left = structure_dim(module, structure, own, is_conv1d(module))
+        weights.append(Weight(name, p, module, left, dim))
+    return weights
+
+
+def _hint(model: nn.Module, weights: list[Weight]) -> str:
+    found = sorted({type(w.owner).__name__ for w in weights if not is_lazy(w.param) and w.param.dim() >= 2})
+    return f"its weights are in {', '.join(found)}" if found else f"{type(model).__name__} has no weights"
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    structure: str | None = None,
+    include: Iterable[type[nn.Module]] = PENALISED,
+    named: bool = True,
+    verbose: bool = False,
+    **penalty_options: Any,
+) -> list[dict[str, Any]]:
+    """Divide a model into the weights to penalise and the dense rest.
+
+    Args:
+        model: any module.
+        structure: None (elementwise, or ``group_dim`` as given), ``"in_channels"``, ``"out_channels"``,
+            ``"kernels"`` or ``"layers"``: sets ``group_dim`` so that a group is a channel of the network, by module
+            type (transposed convolutions, transformers' Conv1D and depthwise convolutions have theirs in other
+            dimensions, and get groups of their own). A weight that cannot express them in whole dimensions (a grouped
+            convolution by input channels, an LSTM by outputs) stays dense, with a warning.
+        include: module types whose weights (two dimensions or more, trained, no biases) are penalised: by default
+            convolutions, linear and bilinear layers, attention, recurrent layers, transformers' Conv1D. Another type
+            (experts of your own, an Embedding) takes all such parameters that belong to it directly.
+        named: False: plain tensors in the place of (name, tensor), for wrappers that know no names
+            (``ZeroRedundancyOptimizer``).
+        verbose: print which weights are taken and which are left, and why (see :func:`describe`).
+        **penalty_options: any option of :class:`rvsm_kernels.RVSM`, for the penalised groups.
+
+    Returns:
+        Groups for an optimizer: the penalised ones (one for each ``group_dim`` that a structure needs), then the rest
+        (biases, norms, embeddings, frozen weights) with ``penalty=None``.
+
+    Raises:
+        ValueError: an unknown structure, a structure together with ``group_dim``, no weight to penalise.
+        TypeError: an option that RVSM does not have, or something that is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups takes a module, but got a {type(model).__name__}; give the model itself")
+    for key in penalty_options:
+        if key not in OPTION_NAMES:
+            raise TypeError(f"unknown option: {unknown_option(key, OPTION_NAMES, 'param_groups')}")
+    structure_dim(nn.Module(), structure)
+    if structure is not None and penalty_options.get("group_dim") is not None:
+        raise ValueError(f"structure={structure!r} sets group_dim; give one of the two")
+    types = _types(include)
+    weights = weights_of(model, types, structure)
+    if verbose:
+        print(_text(weights))
+    if not any(w.left is None for w in weights):
+        if weights and all(not w.param.requires_grad for w in weights):
+            raise ValueError("no weight is penalised: every parameter of the model is frozen (requires_grad=False)")
+        looked = "" if types == PENALISED else f" under include=({', '.join(t.__name__ for t in types)})"
+        raise ValueError(
+            f"no weight of the model is penalised{looked}: {_hint(model, weights)}; name those types in include, and"
+            " see rvsm_kernels.describe(model)"
+        )
+    for t in types if types != PENALISED else ():
+        if not any(w.left is None and isinstance(w.owner, t) for w in weights):
+            had = [w for w in weights if isinstance(w.owner, t)]
+            why = f"{had[0].name} is {had[0].left}" if had else "the model has none"
+            warn(f"include: no weight of {t.__name__} is penalised ({why})")
+    _warn_of_left(weights, structure)
+
+    order = {id(p): k for k, p in enumerate(model.parameters())}
+    by_dim: dict[Any, list[Weight]] = {}
+    for w in weights:
+        if w.left is None:
+            by_dim.setdefault(w.group_dim, []).append(w)
+    groups = []
+    for dim, own in by_dim.items():
+        groups.append({**_members(own, named, order), **penalty_options})
+        if structure is not None:
+            groups[-1]["group_dim"] = dim
+    rest = [w for w in weights if w.left is not None]
+    if rest:
+        groups.append({**_members(rest, named, order), "penalty": None, "group_dim": None, "group_lasso": 0.0})
+    return groups
+
+
+def _members(weights: list[Weight], named: bool, order: dict[int, int]) -> dict[str, Any]:
+    params = InOrder((w.name, w.param) if named else w.param for w in weights)
+    params.order = [order[id(w.param)] for w in weights]
+    return {"params": params}
+
+
+def _warn_of_left(weights: list[Weight], structure: str | None) -> None:
+    """Warn of weights that someone would expect to be penalised."""
+    changed = [w.name for w in weights if w.left == _CHANGED]
+    if changed:
+        warn(
+            f"left dense: {some(changed)}: torch.nn.utils.prune, weight_norm or a parametrisation computes the"
+            " weight from them; remove it (prune.remove, parametrize.remove_parametrizations), or build the group by"
+            " hand"
+        )
+    unexpressed = [w for w in weights if w.left is not None and w.left.startswith(NOT_WHOLE)]
+    if unexpressed:
+        names = some([w.name for w in unexpressed])
+        warn(f"left dense under structure={structure!r}: {names}: {unexpressed[0].left}")
+
+
+def _text(weights: list[Weight]) -> str:
+    width = max((len(w.name) for w in weights), default=0)
+    lines = []
+    for w in weights:
+        shape = "lazy" if is_lazy(w.param) else "x".join(map(str, w.param.shape)) or "1"
+        what = "dense: " + w.left if w.left is not None else "penalised"
+        what += "" if w.group_dim is None else f", group_dim={w.group_dim!r}"
+        lines.append(f"{w.name:<{width}}  {shape:>16}  {what}")
+    return "\n".join(lines)
+
+
+def describe(model: nn.Module, *, structure: str | None = None, include: Iterable[type[nn.Module]] = PENALISED) -> str:
+    """Which weights :func:`param_groups` takes and which it leaves dense, with the reasons, as a table to print."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"describe takes a module, but got a {type(model).__name__}")
+    structure_dim(nn.Module(), structure)
+    return _text(weights_of(model, include, structure))
+
+
+def counted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]]:
+    """(name, tensor, why it is not penalised or None) of every weight that a model computes with.
+
+    Those are all of two dimensions or more but biases; of a pruned or parametrised layer the tensor that comes out.
+    """
+    for w in weights_of(model):
+        if w.left in (_THIN, _BIAS) or is_lazy(w.param):
+            continue
+        prefix, _, own = w.name.rpartition(".")
+        if w.left == _CHANGED:
+            found = _effective(own, w.owner, prefix, model)
+            if found is not None:
+                yield (*found, w.left)
+        else:
+            yield w.name, w.param.detach(), None if w.left == _FROZEN else w.left
+
+
+def _effective(own: str, owner: nn.Module, prefix: str, model: nn.Module) -> tuple[str, Tensor] | None:
+    """The tensor that a pruned or parametrised layer computes with, once for all the parameters that make it."""
+    if isinstance(owner, parametrize.ParametrizationList):
+        if own not in ("original", "original0"):
+            return None
+        path, _, attribute = prefix.rpartition(".parametrizations.")
+        if not path and prefix.startswith("parametrizations."):
+            attribute = prefix.removeprefix("parametrizations.")
+        return f"{path}.{attribute}" if path else attribute, getattr(model.get_submodule(path), attribute).detach()
+    for ending in ("_orig", "_g"):
+        base = own.removesuffix(ending)
+        if base != own:
+            mask = getattr(owner, f"{base}_mask", None)
+            value = getattr(owner, own) * mask if mask is not None else getattr(owner, base)
+            return f"{prefix}.{base}" if prefix else base, value.detach()
+    return None

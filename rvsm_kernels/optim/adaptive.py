@@ -1,0 +1,96 @@
+"""Algorithm 2 of arXiv 1812.05719: gradient descent that thresholds only when the largest elements become others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engines.interface import Engine
+from ..method.bases import SGD
+from ..method.dtypes import to_opmath
+from ..method.groups import GroupDim, magnitudes
+from ..method.parameters import with_gradient
+from ..method.selection import cut_of
+from ..method.split import is_topk
+from ..method.step_options import StepOptions
+from .attributes import names_its_arguments
+from .split_optimizer import SplitOptimizer
+
+
+class AdaptiveHardThreshold(SplitOptimizer):
+    """Algorithm 2 of arXiv 1812.05719: w <- w - lr grad, and w <- H_s(w) only when its support becomes another.
+
+    H_s keeps the s = ceil(density * n) elements (or groups) of largest magnitude of each tensor; where the smallest of
+    them ties with the largest magnitude that is zeroed, all that tie are zeroed. The support of H_s(w) before the step
+    is held against that after it; where they are the same nothing is zeroed, so that the gradient can bring new
+    elements up. The paper begins with a sparse w: call ``sparsify_()`` first. At the end ``sparsify_()`` gives H_s(w)
+    for good, as ``sparse_weights()`` does for a while.
+
+    Args:
+        params: tensors, groups or named parameters, as in torch.optim.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
+        density: the share of elements or groups that survive, in (0, 1]; can differ per group.
+        group_dim: the dimensions that index the groups, None for elements (see :class:`RVSM`).
+        unit_norm: w <- w / ||w|| of each tensor at the end of the step.
+        engine: see :class:`RVSM`.
+
+    Raises:
+        ValueError: a number out of range, no density.
+    """
+
+    _base = SGD
+    _at_once = False  # the supports are compared before and after
+
+    @names_its_arguments
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        density: float | None = None,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        group_dim: GroupDim = None,
+        unit_norm: bool = False,
+        maximize: bool = False,
+        amp_scaling: bool = True,
+        engine: str | None = None,
+    ) -> None:
+        if density is None:
+            raise ValueError("AdaptiveHardThreshold needs a density: the share of elements or groups that survive")
+        options = {**locals(), "penalty": "topk", "lam": 1.0, "beta": 1.0}
+        super().__init__(params, options, amp_scaling=amp_scaling, engine=engine)
+
+    def _validate(self, group: Mapping[str, Any]) -> None:
+        super()._validate(group)
+        if group["penalty"] not in (None, "topk"):
+            raise ValueError(f"Invalid penalty: {group['penalty']!r}: AdaptiveHardThreshold knows 'topk' and None")
+
+    def _step_options(self, group: Mapping[str, Any]) -> StepOptions:
+        """The step of the algorithm is a plain one: top-k says only what u is."""
+        return super()._step_options({**group, "penalty": None})
+
+    def _supports(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parameters that a step moves and that have a penalty, and where H_s of them is not 0."""
+        for group in self.param_groups:
+            if is_topk(group):
+                for _, p in with_gradient(group):
+                    yield p, _support(p, group)
+
+    def _run(self, engines: Sequence[Engine]) -> None:
+        before = dict(self._supports())
+        super()._run(engines)
+        for p, support in self._supports():
+            changed = (support != before[p]).any()
+            p.copy_(torch.where(changed & ~support, torch.zeros((), dtype=p.dtype, device=p.device), p))
+
+
+def _support(p: Tensor, group: Mapping[str, Any]) -> Tensor:
+    w = to_opmath(p.detach())
+    # Not "above": NaN is above nothing, and must stay visible.
+    return ~(magnitudes(w, group["group_dim"]) <= cut_of(w, group["density"], group["group_dim"]))

@@ -1,0 +1,91 @@
+"""The errors of a constructor's arguments, and attributes of an optimizer that are none of the usual kind."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..method.options import shown, unknown_option
+
+
+def names_its_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor whose errors about arguments name the class and what was probably meant."""
+    known = [name for name in inspect.signature(init).parameters if name not in ("self", "params")]
+
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        for key in kwargs:
+            if key not in known and key != "params":
+                raise TypeError(unknown_option(key, known, type(self).__name__))
+        params = args[0] if args else kwargs.get("params")
+        if isinstance(params, (numbers.Real, str)):
+            raise TypeError(f"{type(self).__name__} takes the parameters first, then lr; params is {shown(params)}")
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} takes parameters, not a module: rvsm_kernels.param_groups(model, ...) or"
+                " model.parameters()"
+            )
+        init(self, *args, **kwargs)
+
+    return wrapper
+
+
+class OptionOfGroups:
+    """An option that is read and set on the param groups, never on the optimizer itself."""
+
+    def __init__(self, name: str) -> None:
+        self._text = (
+            f"{name} is an option of the param groups: for group in optimizer.param_groups: group[{name!r}] = ..."
+        )
+
+    def __get__(self, optimizer: Any, owner: type) -> Any:
+        if optimizer is None:
+            return self
+        raise AttributeError(self._text)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        raise AttributeError(self._text)
+
+
+class FromScaler:
+    """What a GradScaler hands to one step: there until that step ends, however it ends.
+
+    The scaler deletes it after the step too, which must not be an error.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, owner: type) -> Any:
+        if optimizer is None:
+            return self
+        try:
+            return optimizer.__dict__[self._name]
+        except KeyError:
+            raise AttributeError(f"{self._name} is there only while a GradScaler steps the optimizer") from None
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        optimizer.__dict__[self._name] = value
+
+    def __delete__(self, optimizer: Any) -> None:
+        optimizer.__dict__.pop(self._name, None)
+
+
+def ends_scaling(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step, with its hooks, that leaves no grad_scale and no found_inf behind."""
+
+    @functools.wraps(step)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(self, *args, **kwargs)
+        finally:
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # torch.optim.Optimizer need not wrap it in hooks again
+    return wrapper

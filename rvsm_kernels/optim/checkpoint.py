@@ -1,0 +1,187 @@
+"""Checkpoints between groupings: of torch.optim.SGD, of other param groups, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..method.options import OPTION_NAMES, SGD_OPTIONS, may_differ, names_of, snapshot
+
+_OF_SGD = names_of(SGD_OPTIONS)
+_PLACES = ("params", "param_names", "param_order")
+_ADVICE = (
+    "build both optimizers from the same groups: torch.optim.SGD takes the ones that"
+    " rvsm_kernels.param_groups(model, ...) returns, and names (model.named_parameters()) map any others"
+)
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def _refuse_others(groups: Groups) -> None:
+    """Raise ValueError for a checkpoint of another kind of optimizer: Adam's options would stay in the groups."""
+    for i, group in enumerate(groups):
+        missing = [key for key in _OF_SGD if key not in group]
+        if missing:
+            strange = [key for key in group if key not in (*OPTION_NAMES, *_PLACES)]
+            raise ValueError(
+                f"this is no checkpoint of RVSM or torch.optim.SGD: its group {i} has no {', '.join(missing)}"
+                + (f", but {', '.join(map(str, strange))}" if strange else "")
+            )
+
+
+def _names(groups: Groups) -> list[str] | None:
+    """The names of all parameters, None unless each has one of its own."""
+    names: list[str] = []
+    for group in groups:
+        own = group.get("param_names")
+        if own is None or len(own) != len(group["params"]):
+            return None
+        names += own
+    return names if len(set(names)) == len(names) else None
+
+
+def _order(groups: Groups) -> list[int] | None:
+    """The place of each parameter in model.parameters(), None where that is not known."""
+    places: list[int] = []
+    for group in groups:
+        own = group.get("param_order")
+        if own is None or len(own) != len(group["params"]):
+            return None
+        places += own
+    return places if sorted(places) == list(range(len(places))) else None
+
+
+def regrouped(state_dict: Mapping[str, Any], groups: Groups) -> dict[str, Any] | None:
+    """A checkpoint in the groups of an optimizer that has others.
+
+    Args:
+        state_dict: ``state`` and ``param_groups``, as torch.optim saves them.
+        groups: the param groups of the optimizer.
+
+    Returns:
+        None where the checkpoint fits as it is. Parameters are found by their names where both sides have the same,
+        else by their order in ``model.parameters()``: a checkpoint of one group has it, and groups of
+        :func:`rvsm_kernels.param_groups` note it.
+
+    Raises:
+        ValueError: another kind of optimizer; parameters that cannot be mapped; options that differ within a group.
+    """
+    missing = [key for key in ("param_groups", "state") if key not in state_dict]
+    if missing:
+        has = ", ".join(map(str, list(state_dict)[:4])) or "nothing"
+        raise ValueError(f"this is no optimizer's state_dict(): it has no {' and no '.join(missing)}, but {has}")
+    saved = state_dict["param_groups"]
+    _refuse_others(saved)
+    theirs, ours = _names(saved), _names(groups)
+    same = [len(g["params"]) for g in saved] == [len(g["params"]) for g in groups]
+    by_name = theirs is not None and ours is not None and set(theirs) == set(ours)
+    if same and (not by_name or theirs == ours):
+        return None
+    keys = [key for group in saved for key in group["params"]]
+    count = sum(len(group["params"]) for group in groups)
+    if by_name:
+        assert theirs is not None and ours is not None
+        at = {name: k for k, name in enumerate(theirs)}
+        places = [at[name] for name in ours]
+    else:
+        if len(keys) != count:
+            raise ValueError(
+                f"the checkpoint has {len(keys)} parameters in {len(saved)} group(s), the optimizer {count} in"
+                f" {len(groups)}: parameter groups of different models do not map; {_ADVICE}"
+            )
+        order = _order(groups)
+        their_order = _order(saved) or (list(range(count)) if len(saved) == 1 else None)
+        if order is None and len(groups) == 1:
+            order = list(range(count))
+        if order is None or their_order is None:
+            raise ValueError(
+                f"the checkpoint has {len(saved)} parameter group(s), the optimizer {len(groups)}, and neither names"
+                f" nor the order of model.parameters() tell which parameter is which; {_ADVICE}"
+            )
+        at_place = {place: k for k, place in enumerate(their_order)}
+        places = [at_place[place] for place in order]
+    params = [p for group in groups for p in group["params"]]
+    _check_shapes([keys[k] for k in places], params, state_dict["state"], ours)
+    owner = [i for i, group in enumerate(saved) for _ in group["params"]]
+    new, begin = [], 0
+    for i, group in enumerate(groups):
+        own = places[begin : begin + len(group["params"])]
+        begin += len(own)
+        options = _options(i, [saved[k] for k in dict.fromkeys(owner[k] for k in own)], group)
+        beside = {key: group[key] for key in _PLACES[1:] if key in group}
+        new.append({**options, **beside, "params": [keys[k] for k in own]})
+    return {**state_dict, "param_groups": new}
+
+
+def _check_shapes(keys: Sequence[Any], params: Sequence[Tensor], state: Mapping[Any, Any], names: Any) -> None:
+    for k, (key, p) in enumerate(zip(keys, params, strict=True)):
+        for what, value in (state.get(key) or {}).items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != p.shape:
+                name = names[k] if names is not None else f"parameter {k}"
+                raise ValueError(
+                    f"the checkpoint's {what} for {name} has shape {list(value.shape)}, the parameter {list(p.shape)}:"
+                    f" these are parameters of another model, or in another order; {_ADVICE}"
+                )
+
+
+def _options(index: int, sources: Groups, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the groups of a checkpoint agree on; they become those of one group."""
+    if not sources:  # a group without parameters
+        return {key: value for key, value in group.items() if key not in _PLACES}
+    options = {key: value for key, value in sources[0].items() if key not in _PLACES}
+    for other in sources[1:]:
+        for key, value in options.items():
+            if key in other and may_differ((other[key],), snapshot((value,))):
+                raise ValueError(
+                    f"group {index} takes its parameters from groups of the checkpoint with {key}={value!r} and"
+                    f" {key}={other[key]!r}; {_ADVICE}"
+                )
+    return options
+
+
+def to_torch_state_dict(optimizer: Any, model: nn.Module) -> dict[str, Any]:
+    """The state of an optimizer as ``torch.optim.SGD(model.parameters())`` loads it: one group, in the model's order.
+
+    Args:
+        optimizer: an RVSM over the parameters of the model. The states of its methods (``u``, ``dual``) and the
+            penalties stay behind.
+        model: gives the order of the parameters.
+
+    Returns:
+        A state dict. Tensors are shared with the optimizer, as in ``optimizer.state_dict()``.
+
+    Raises:
+        ValueError: the parameters are not those of the model, or lr, momentum, ... differ between groups: build SGD
+            from the same groups then, and load ``optimizer.state_dict()``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"to_torch_state_dict takes the optimizer, then the model, but got a {type(model).__name__}")
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = optimizer.param_groups
+    held = {id(p): group for group in groups for p in group["params"]}
+    missing = [name for i, name in names.items() if i not in held]
+    if missing or len(held) != len(names):
+        what = f"{missing[0]} is not in the optimizer" if missing else "the optimizer has parameters that are not in it"
+        raise ValueError(f"the optimizer's parameters are not those of the model: {what}")
+    options: dict[str, Any] = {}
+    for key in (*_OF_SGD, "maximize"):
+        values = [group[key] for group in groups]
+        if any(float(value) != float(values[0]) for value in values[1:]):
+            raise ValueError(
+                f"the groups differ in {key} ({_listed(values)}), which one group of torch.optim.SGD cannot hold; build"
+                " SGD from the same groups, and load optimizer.state_dict()"
+            )
+        options[key] = values[0]
+    state = {}
+    for k, p in enumerate(model.parameters()):
+        buffer = optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
+        if buffer is not None:
+            state[k] = {"momentum_buffer": buffer}
+    beside = {"foreach": None, "differentiable": False, "fused": None}
+    return {"state": state, "param_groups": [{**options, **beside, "params": list(range(len(names)))}]}
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(str(float(v)) for v in dict.fromkeys(map(float, values)))

@@ -1,0 +1,102 @@
+"""The engines of one optimizer: which of them serves a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..engines.interface import Engine, Group
+from ..engines.registry import check_requested, engine_name_for, make_engine
+from ..method.memory import kind_of, tracer
+from ..method.parameters import param_name
+
+
+class Share(NamedTuple):
+    """What one engine serves of the param groups of a step.
+
+    Attributes:
+        groups: copies of the param groups, each with the parameters that have a gradient and that the engine serves,
+            and with all their names.
+        places: of these groups in ``optimizer.param_groups``.
+    """
+
+    engine: Engine
+    groups: list[Group]
+    places: list[int]
+
+
+class ChosenEngines:
+    """Makes each engine once, where a parameter needs it first.
+
+    Args:
+        requested: the name of an engine, or None for the fastest that serves a device.
+
+    Raises:
+        ValueError: an unknown engine.
+        RuntimeError: an engine that serves no device here.
+    """
+
+    def __init__(self, requested: str | None) -> None:
+        check_requested(requested)
+        self.requested = requested
+        self._engines: dict[str, Engine] = {}
+
+    def engine_of(self, p: Tensor, name: str) -> Engine:
+        """The engine that serves a parameter.
+
+        Raises:
+            TypeError: a parameter without memory of its own, and a named engine that needs it.
+            RuntimeError: a named engine in code that is being traced, which would not see what it does.
+        """
+        engine = self._name_for(p, name)
+        if engine not in self._engines:
+            self._engines[engine] = make_engine(engine)
+        return self._engines[engine]
+
+    def _name_for(self, p: Tensor, name: str) -> str:
+        if self.requested == "reference":
+            return "reference"
+        by = tracer()
+        kind = kind_of(p)
+        if by is None and kind is None:
+            return engine_name_for(self.requested, p.device.type)
+        if self.requested is None:
+            return "reference"
+        if kind is not None:
+            raise TypeError(
+                f"engine={self.requested!r} cannot serve {name}: it is {kind}. Leave engine=None for such tensors"
+            )
+        raise RuntimeError(
+            f"{by} would not see what engine={self.requested!r} does. Leave engine=None for code that is traced"
+        )
+
+    def the_only(self) -> Engine | None:
+        """The engine that served all of the last step, if it can be asked whether it serves all of this one.
+
+        The reference engine cannot: it serves everything, also what another engine should.
+        """
+        if len(self._engines) != 1 or tracer() is not None:
+            return None
+        (engine,) = self._engines.values()
+        return None if engine.name == "reference" else engine
+
+    def divide(self, groups: Sequence[Group]) -> list[Share]:
+        """Param groups, divided by the engine that serves each parameter. Engines that serve none are forgotten."""
+        shares: dict[str, Share] = {}
+        for i, group in enumerate(groups):
+            for j, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                name = param_name(group, i, j)
+                engine = self.engine_of(p, name)
+                share = shares.setdefault(engine.name, Share(engine, [], []))
+                if not share.places or share.places[-1] != i:
+                    share.groups.append({**group, "params": [], "param_names": []})
+                    share.places.append(i)
+                share.groups[-1]["params"].append(p)
+                share.groups[-1]["param_names"].append(name)
+        if shares:
+            self._engines = {name: share.engine for name, share in shares.items()}
+        return list(shares.values())

@@ -1,0 +1,73 @@
+"""How an optimizer knows that weights are u already: by their version, their memory, their bits and the options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..method.memory import kind_of
+
+_OPTIONS = ("penalty", "lam", "beta", "a", "density", "group_dim", "group_scale", "method")
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE = 1 << 20  # elements that are added up at a time, so that no copy of the tensor is made
+
+
+class Mark(NamedTuple):
+    """What a parameter was when u was put into it.
+
+    Attributes:
+        version: its version counter, None for an inference tensor.
+        address: of its memory, None where it has none of its own.
+        bits: two sums over the bits of its elements: an edit through ``p.data`` moves no version counter.
+        options: those that u follows from, and the dual of ADMM.
+    """
+
+    version: int | None
+    address: int | None
+    bits: tuple[int, int] | None
+    options: tuple[Any, ...]
+
+
+NEVER = Mark(-1, None, None, ())
+"""The mark of no parameter."""
+
+
+def _sums(p: Tensor) -> tuple[int, int]:
+    flat = p.detach().reshape(-1).view(_BITS[p.element_size()])
+    total, squares = (torch.zeros((), dtype=torch.int64, device=p.device) for _ in range(2))
+    for piece in flat.split(_PIECE):
+        wide = piece.long()
+        total += wide.sum()
+        squares += (wide * wide).sum()
+    return int(total), int(squares)
+
+
+def _state(p: Tensor) -> tuple[int | None, int | None]:
+    return None if p.is_inference() else p._version, p.data_ptr() if kind_of(p) is None else None
+
+
+def _options_of(group: Mapping[str, Any], dual: Tensor | None) -> tuple[Any, ...]:
+    values = [group[key] for key in _OPTIONS]
+    plain = [float(v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list) else v for v in values]
+    return (*plain, None if dual is None else (id(dual), None if dual.is_inference() else dual._version))
+
+
+def of(p: Tensor, group: Mapping[str, Any], dual: Tensor | None) -> Mark:
+    """The mark of a parameter that is u now."""
+    return Mark(*_state(p), _sums(p) if kind_of(p) is None else None, _options_of(group, dual))
+
+
+def holds(mark: Mark, p: Tensor, group: Mapping[str, Any], dual: Tensor | None) -> bool:
+    """Whether a parameter is still what it was when it was marked."""
+    if (mark.version, mark.address) != _state(p) or mark.options != _options_of(group, dual):
+        return False
+    return mark.bits is None or mark.bits == _sums(p)
+
+
+def renewed(mark: Mark, p: Tensor) -> Mark:
+    """The mark of a parameter that was written to, and holds the same bits as before."""
+    version, address = _state(p)
+    return mark._replace(version=version, address=address)

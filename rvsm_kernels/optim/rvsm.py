@@ -1,0 +1,110 @@
+"""The splitting over the step of SGD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..method.bases import SGD
+from ..method.groups import GroupDim
+from .attributes import names_its_arguments
+from .split_optimizer import SplitOptimizer
+
+
+class RVSM(SplitOptimizer):
+    r"""SGD that trains sparse weights: relaxed variable splitting, fused into one pass over memory.
+
+    Replaces ``torch.optim.SGD``. Minimises f(w) + lam * P(w) through
+
+        L_beta(w, u) = f(w) + lam * P(u) + (beta / 2) * ||w - u||^2
+
+    by a gradient step in w and u = prox_{tau P}(w) with tau = lam / beta. The step, with g the gradient
+    (arXiv 1812.05719, Algorithm 1, without its normalisation; momentum and weight decay as torch.optim.SGD)::
+
+        u = prox(w);  p = w - u
+        g = g + group_lasso * w_G / ||w_G||
+        decoupled=True:   w = w - lr * beta * p,  d = g + weight_decay * w
+        decoupled=False:                          d = g + weight_decay * w + beta * p
+        momentum on d;  w = w - lr * d
+        unit_norm=True:    w = w / ||w||_2
+
+    u is never stored (but by ``method="rvsm-delayed"``): read it with :meth:`sparse_weights` (for evaluation),
+    :meth:`sparsify_` (for good) or :meth:`sparsity`.
+
+    Args:
+        params: parameters, named parameters or groups, as in torch.optim; :func:`rvsm_kernels.param_groups` divides
+            a model. Each option below can be set per group and edited between steps.
+        lr: learning rate, a float or a 1-element tensor, >= 0.
+        momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``. ``maximize`` turns the loss
+            gradient around; the pull, weight decay and group_lasso keep their signs.
+        penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1), ``"topk"`` or None (plain SGD). Top-k keeps the
+            ceil(density * n) elements (or groups) of largest magnitude of each tensor in u. Where the smallest
+            survivor ties with the largest magnitude that is zeroed, all that tie are zeroed, as under l0, so that
+            fewer may survive. ``lam`` only
+            switches it on.
+        density: of ``"topk"``, in (0, 1].
+        lam: strength of the penalty, in units of the loss, >= 0. 0 switches the splitting off.
+        beta: strength of the coupling, >= 0. 0 switches the splitting off. Weights below the cut go to zero in u:
+            sqrt(2 lam / beta) for l0, lam / beta for l1.
+        a: shape of tl1, > 0: small is near l0, large is near l1.
+        group_dim: the dimensions that index the groups: None (elements), 1 (input channels of a Conv or Linear
+            weight), 0 (output channels), (0, 1) (kernels), () (the whole tensor).
+        group_scale: multiply lam by sqrt(group size).
+        group_lasso: strength of group_lasso * sum ||w_G||_2, added to the gradient (needs ``group_dim``).
+        decoupled: the pull moves the weights before the SGD step (True) or is added to the gradient and so passes
+            through momentum (False).
+        method: ``"rvsm"``: p = w - u. ``"rvsm-delayed"``: p = w - u with the u of the step before (state ``u``, at
+            first that of the first weights). ``"admm"``, with state ``dual`` y, at first 0:
+            v = w + y, u = prox(v), y = v - u, p = w - u + y. The state of a method is dropped when the splitting or
+            the method is switched off, and begins anew.
+        unit_norm: w <- w / ||w||_2 of each whole tensor at the end of the step; a zero tensor stays zero.
+        amp_scaling: True: a GradScaler hands its scale to the step, which unscales in the same pass (``p.grad`` stays
+            scaled: call ``scaler.unscale_(optimizer)`` to log or clip its norm). False: it unscales before the step, as
+            for ``SGD(fused=False)``; Lightning and Fabric ask for it when they clip float16 gradients.
+        engine: ``"native"``, ``"triton"`` (GPUs), ``"reference"`` or None, which takes the first of them that serves
+            the device; tensors without memory of their own (DTensor, FakeTensor, ...) and traced code get the
+            reference.
+
+    Raises:
+        ValueError: a number out of range, an unknown name, ``group_lasso`` without ``group_dim``, a ``group_dim``
+            that a parameter does not have.
+        TypeError: a parameter or option of the wrong type.
+        RuntimeError: an engine that this build does not have.
+
+    Example::
+
+        optimizer = rvsm_kernels.RVSM(
+            rvsm_kernels.param_groups(model, penalty="l0", lam=1e-6, beta=8e-2),
+            lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True,
+        )
+    """
+
+    _base = SGD
+
+    @names_its_arguments
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        penalty: str | None = "l0",
+        lam: float = 1e-6,
+        beta: float = 1e-2,
+        a: float = 1.0,
+        density: float | None = None,
+        group_dim: GroupDim = None,
+        group_scale: bool = False,
+        group_lasso: float = 0.0,
+        decoupled: bool = True,
+        method: str = "rvsm",
+        unit_norm: bool = False,
+        maximize: bool = False,
+        amp_scaling: bool = True,
+        engine: str | None = None,
+    ) -> None:
+        super().__init__(params, locals(), amp_scaling=amp_scaling, engine=engine)

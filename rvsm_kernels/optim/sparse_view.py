@@ -1,0 +1,294 @@
+"""Reading u of an optimizer: sparse weights, for a while or for good, the value of the penalty, sparsity."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ..engines.checks import check_state, refuse_expanded
+from ..engines.interface import Engine, Group
+from ..method import u as more_than_prox
+from ..method.dtypes import to_opmath
+from ..method.memory import kind_of, named, refuse, whole
+from ..method.methods import METHODS
+from ..method.parameters import is_left_alone, param_name
+from ..method.selection import thresholded
+from ..method.split import is_split
+from ..method.warn import some, warn
+from ..model.sparsity import SparsityReport, is_all_zero, measure
+from . import marks
+
+if TYPE_CHECKING:
+    from .split_optimizer import SplitOptimizer
+
+
+class Share(NamedTuple):
+    """Parameters of one split group that one engine serves, and their names."""
+
+    group: Group
+    engine: Engine
+    params: list[Tensor]
+    names: list[str]
+
+
+class SparseView:
+    """u of the weights of one optimizer.
+
+    Its public methods are those of the optimizer, where they are documented. It holds what it must remember from one to
+    the next: the weights while u stands in their place, and the parameters that are u already.
+    """
+
+    def __init__(self, optimizer: SplitOptimizer) -> None:
+        # Not a reference: with a cycle, an optimizer that nobody holds would stay until the next garbage collection.
+        self._optimizer_ref = weakref.ref(optimizer)
+        self._dense: dict[Tensor, Tensor] | None = None  # the weights, while sparse_weights() holds u in their place
+        self._marks: dict[Tensor, marks.Mark] = {}  # of parameters that are u already: how to know that they still are
+        self._dense_marks: set[Tensor] = set()  # those that were u already when sparse_weights() was entered
+        self._dead: set[str] = set()  # layers that are all zero in u, and were warned about
+
+    @property
+    def _optimizer(self) -> SplitOptimizer:
+        optimizer = self._optimizer_ref()
+        assert optimizer is not None
+        return optimizer
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the parameters hold u, inside ``sparse_weights()``."""
+        return self._dense is not None
+
+    def refuse_while_open(self, what: str) -> None:
+        """Raise RuntimeError for what must not be done inside ``sparse_weights()``."""
+        if self._dense is not None:
+            raise RuntimeError(f"{what} inside sparse_weights(): the parameters hold u, not the weights")
+
+    def weights_of(self, p: Tensor) -> Tensor:
+        """The weights of a parameter, also while it holds u."""
+        return p if self._dense is None else self._dense.get(p, p)
+
+    # ---- which parameters have a u -----------------------------------------------------------------------------------
+
+    def _split_params(self, frozen: bool) -> list[Share]:
+        """The parameters that have a u of their own, each once, by group and engine; all of them checked.
+
+        Args:
+            frozen: also those with ``requires_grad=False``.
+        """
+        with self._optimizer._lock:
+            self._optimizer._check_options()
+        shares: list[Share] = []
+        seen: set[Any] = set()
+        skipped = 0
+        for i, group in enumerate(self._optimizer.param_groups):
+            if not is_split(group):
+                continue
+            by_engine: dict[str, Share] = {}
+            for j, p in enumerate(group["params"]):
+                if is_lazy(p) or is_left_alone(p) or p.numel() == 0:
+                    continue
+                if not (p.requires_grad or frozen):
+                    skipped += 1
+                    continue
+                name = param_name(group, i, j)
+                self._check(p, p, group, name)
+                key = id(p) if kind_of(p) is not None else (p.data_ptr(), p.shape, p.stride(), p.dtype)
+                if key not in seen:  # u of u is not u
+                    seen.add(key)
+                    engine = self._engine_of(p, name)
+                    share = by_engine.setdefault(engine.name, Share(group, engine, [], []))
+                    share.params.append(p)
+                    share.names.append(name)
+            shares += by_engine.values()
+        if skipped and not shares:
+            warn(
+                f"all {skipped} penalised parameters are frozen (requires_grad=False), and so they are left as they"
+                " are; give frozen=True to take them too"
+            )
+        return shares
+
+    def _engine_of(self, w: Tensor, name: str) -> Engine:
+        return self._optimizer._engines.engine_of(w, name)
+
+    def _check(self, p: Tensor, w: Tensor, group: Group, name: str) -> None:
+        """Raise unless u of a parameter with these weights can be made."""
+        if kind_of(w) is None:
+            refuse(w, name)
+        refuse_expanded(w, name)
+        self._engine_of(w, name).check(w, group, name)
+        dual = self._dual(p, group)
+        if dual is not None:
+            check_state(dual, w, name, "dual")
+
+    def _dual(self, p: Tensor, group: Mapping[str, Any]) -> Any:
+        """The dual of a parameter, None where there is none or it does not matter."""
+        method, states = METHODS[group["method"]], self._optimizer.state
+        return states[p].get(method.state) if method.adds_state and p in states else None
+
+    def _is_u(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether the weights of a parameter are u already: sparsify_() put it there, and nothing has changed since."""
+        mark = self._marks.get(p)
+        if mark is None:
+            return False
+        if self._dense is not None:  # this was found out when u was put in
+            return p in self._dense_marks
+        if marks.holds(mark, p, group, self._dual(p, group)):
+            return True
+        del self._marks[p]
+        return False
+
+    # ---- u of tensors ------------------------------------------------------------------------------------------------
+
+    def first_u(self, p: Tensor, group: Mapping[str, Any], name: str) -> Tensor:
+        """u of the weights of a parameter that has none in its state yet, in the parameter's type and layout."""
+        refuse_expanded(p, name)
+        engine = self._engine_of(p, name)
+        engine.check(p, group, name)
+        return torch.empty_like(p).copy_(self._u_of(p, p, group, engine))
+
+    def _u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
+        """u of a parameter with these weights, as a new tensor; in the type of the weights or of the arithmetic."""
+        if more_than_prox.is_more_than_prox(group):
+            return more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_)
+        u = w.detach().clone()
+        engine.prox_([u], group)
+        return u
+
+    def _write_u(self, params: Sequence[Tensor], group: Group, engine: Engine) -> None:
+        """w <- u in place."""
+        if more_than_prox.is_more_than_prox(group):
+            for p in params:
+                p.copy_(self._u_of(p, p, group, engine))
+        elif params:
+            # Tensors of their own: another thread may give a parameter other data meanwhile.
+            engine.prox_([p.detach() for p in params], group)
+
+    # ---- for a while -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def put_u(self, frozen: bool) -> None:
+        """Put u into the parameters; :meth:`give_back` undoes it, also where this was interrupted."""
+        with self._optimizer._lock:
+            shares = self._split_params(frozen)
+            dense = {p: p.detach().clone() for share in shares for p in share.params}
+            self._dense_marks = {p for share in shares for p in share.params if self._is_u(p, share.group)}
+            self._dense = dense
+            for share in shares:
+                self._write_u([p for p in share.params if p not in self._dense_marks], share.group, share.engine)
+            self._warn_of_dead(shares, "sparse_weights()")
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Give every parameter its weights back, also after one that cannot take them."""
+        dense, self._dense = self._dense or {}, None
+        errors = []
+        for p, w in dense.items():
+            try:
+                p.copy_(w)
+                if p in self._marks:
+                    self._marks[p] = marks.renewed(self._marks[p], p) if p in self._dense_marks else marks.NEVER
+            except RuntimeError as error:  # the body gave it another shape
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    # ---- for good ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sparsify_(self, frozen: bool) -> None:
+        """See :meth:`SplitOptimizer.sparsify_`."""
+        self.refuse_while_open("sparsify_()")
+        optimizer = self._optimizer
+        with optimizer._lock:
+            shares = self._split_params(frozen)
+            for share in shares:
+                group = share.group
+                params = [p for p in share.params if not self._is_u(p, group)]
+                duals = [(p, dual) for p in params if (dual := self._dual(p, group)) is not None]
+                before = [thresholded(p.detach(), dual) for p, dual in duals]
+                self._write_u(params, group, share.engine)
+                for (p, dual), v in zip(duals, before, strict=True):
+                    dual.copy_(v - to_opmath(p.detach()))
+                for p in params:
+                    self._marks[p] = marks.of(p, group, self._dual(p, group))
+            self._warn_of_dead(shares, "sparsify_()")
+            here = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            self._marks = {p: mark for p, mark in self._marks.items() if id(p) in here}
+
+    def _warn_of_dead(self, shares: Sequence[Share], where: str) -> None:
+        """Warn once of layers whose u is all zero: no signal passes them."""
+        dead = []
+        for share in shares:
+            for p, name in zip(share.params, share.names, strict=True):
+                if p.dim() >= 2 and is_all_zero(p):
+                    dead.append(name)
+                else:
+                    self._dead.discard(name)
+        new = [name for name in dead if name not in self._dead]
+        self._dead.update(new)
+        if new:
+            warn(
+                f"{where}: u is all zero in {some(new)}, so that nothing passes there and the network computes a"
+                " constant; take a smaller lam (the cut is above every magnitude), or another group_dim"
+            )
+
+    # ---- what u is worth ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def penalty_value(self) -> Tensor:
+        """See :meth:`SplitOptimizer.penalty_value`."""
+        total: Tensor | None = None
+        for share in self._split_params(frozen=True):
+            try:
+                value = self._value_of(share.params, share.group, share.engine)
+            except (AssertionError, NotImplementedError, RuntimeError) as error:
+                raise named(error, share.params[0], share.names[0]) from error
+            total = value if total is None else total + value.to(total.device)
+        if total is None:
+            params = (p for group in self._optimizer.param_groups for p in group["params"])
+            device = next((p.device for p in params), torch.device("cpu"))
+            total = torch.zeros((), dtype=torch.float64, device=device)
+        return total
+
+    def _value_of(self, params: Sequence[Tensor], group: Group, engine: Engine) -> Tensor:
+        """lam P(u) + beta/2 ||w - u||^2 over parameters that one engine serves."""
+        already_u = {p for p in params if not p.requires_grad or self._is_u(p, group)}
+        more = more_than_prox.is_more_than_prox(group)
+        plain = [] if more else [p for p in params if p not in already_u]
+        total = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        if plain:
+            total = total + engine.penalty_value([self.weights_of(p).detach() for p in plain], group).to(total.device)
+        for p in params:
+            if p in already_u or more:
+                w = self.weights_of(p).detach()
+                u = w if p in already_u else self._u_of(p, w, group, engine)
+                total = total + more_than_prox.value_of(whole(w), whole(u), group).to(total.device)
+        return total
+
+    @torch.no_grad()
+    def sparsity(self) -> SparsityReport:
+        """See :meth:`SplitOptimizer.sparsity`."""
+        with self._optimizer._lock:
+            self._optimizer._check_options()
+        rows = []
+        for i, group in enumerate(self._optimizer.param_groups):
+            if group["penalty"] is None:
+                continue
+            for j, p in enumerate(group["params"]):
+                name = param_name(group, i, j)
+                if is_lazy(p) or is_left_alone(p):
+                    continue
+                w = self.weights_of(p).detach()
+                try:
+                    u = w
+                    if is_split(group) and w.numel() > 0 and p.requires_grad and not self._is_u(p, group):
+                        self._check(p, w, group, name)
+                        u = self._u_of(p, w, group, self._engine_of(w, name)).to(w.dtype)
+                    rows.append(measure(name, whole(u), group["group_dim"]))
+                except (AssertionError, NotImplementedError, RuntimeError) as error:
+                    raise named(error, w, name) from error
+        return SparsityReport(rows)

@@ -1,0 +1,411 @@
+"""What every split optimizer shares: options, checks and the hand-over to an engine.
+
+A step goes down and nothing comes back up: the optimizer checks the options that have changed and makes the inputs of
+the step, then an :class:`Engine` prepares (all checks, nothing written) and launches (all writes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from ..engines.checks import validate_param
+from ..engines.interface import Engine, Ready, StepInputs
+from ..method.bases import SGD, Base, validate
+from ..method.methods import METHODS
+from ..method.options import make_plain, may_differ, names_of, shown, snapshot
+from ..method.parameters import is_left_alone, param_name, with_gradient
+from ..method.selection import Cuts, normalize_
+from ..method.split import state_name
+from ..method.step_options import StepOptions
+from ..model.sparsity import SparsityReport
+from . import advice, checkpoint, method_states
+from .attributes import FromScaler, OptionOfGroups, ends_scaling
+from .chosen_engines import ChosenEngines
+from .sparse_view import SparseView
+from .sparse_weights import SparseWeights
+
+
+class SplitOptimizer(Optimizer):
+    """Relaxed variable splitting over a base step; see :class:`rvsm_kernels.RVSM`.
+
+    A subclass says which base it steps with, and has a constructor with the options of that base and of the splitting.
+
+    Args:
+        params: parameters, named parameters or groups, as in torch.optim.
+        options: by name, those that differ from the table's defaults; what is none of the optimizer's options is
+            ignored.
+        amp_scaling: whether a GradScaler hands its scale to the step.
+        engine: the name of an engine, or None.
+    """
+
+    _base: ClassVar[Base] = SGD
+    _only_engine: ClassVar[str | None] = None  # the engine of a class that has one alone, whatever is asked for
+    _at_once: ClassVar[bool] = True  # a step is one call of an engine, where nothing has to be done in between
+    _option_names: ClassVar[tuple[str, ...]]
+    _read_options: ClassVar[itemgetter[Any]]
+
+    grad_scale = FromScaler("grad_scale")
+    found_inf = FromScaler("found_inf")
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        options = cls._base.all_options
+        cls._option_names = names_of(options)
+        cls._read_options = itemgetter(*cls._option_names)
+        parameters = inspect.signature(cls.__init__).parameters
+        for option in options:
+            setattr(cls, option.name, OptionOfGroups(option.name))
+            parameter = parameters.get(option.name)
+            if parameter is not None and parameter.default != option.default:
+                raise TypeError(f"{cls.__name__}: the default of {option.name} is not that of the table of options")
+
+    def __init__(self, params: Any, options: Mapping[str, Any], *, amp_scaling: bool, engine: str | None) -> None:
+        defaults = {option.name: options.get(option.name, option.default) for option in self._base.all_options}
+        make_plain(defaults, self._option_names)
+        self._validate(defaults)
+        if not isinstance(amp_scaling, bool):
+            raise TypeError(f"Invalid amp_scaling value: {shown(amp_scaling)} (True or False is needed)")
+        self._start(engine, amp_scaling)
+        super().__init__(params, defaults)
+
+    def _start(self, engine: str | None, amp_scaling: bool) -> None:
+        """The attributes beside torch's own; none of them is part of the state."""
+        # GradScaler then hands grad_scale and found_inf to step() instead of unscaling in a pass of its own.
+        self._step_supports_amp_scaling = amp_scaling
+        self._engines = ChosenEngines(self._only_engine or engine)  # an error now, not at the first step
+        self._view = SparseView(self)
+        self._lock = threading.RLock()  # one step at a time: an engine's table serves one
+        self._pull_rates = advice.PullRates()
+        self._cuts = Cuts()
+        self._seen: list[tuple[Any, ...] | None] = []  # the options of each group when they were checked last
+        self._options: list[StepOptions] = []  # and what the engines are told of them
+        self._changed: set[int] = set()  # the groups whose options an engine has not been told yet
+        self._told: Engine | None = None  # the engine that has been told the others
+        self._has_obsolete_states = True  # the state may hold what no method has any more
+
+    # ---- options -----------------------------------------------------------------------------------------------------
+
+    def _validate(self, group: Mapping[str, Any]) -> None:
+        """Check every option of a param group; see :func:`rvsm_kernels.method.bases.validate`."""
+        validate(group, self._base)
+
+    def _step_options(self, group: Mapping[str, Any]) -> StepOptions:
+        """What the engines are told of a param group."""
+        return StepOptions.of(group, self._base)
+
+    def _check_options(self) -> None:
+        """Check every option that has changed since the last time; a scheduler's edit of lr is one."""
+        groups, seen, read = self.param_groups, self._seen, self._read_options
+        if len(seen) != len(groups):
+            self._seen = seen = [None] * len(groups)
+            self._options = []
+        changed = [i for i, group in enumerate(groups) if may_differ(read(group), seen[i])]
+        for i in changed:
+            self._check_group(i, groups[i])
+        if changed:
+            self._any_topk = any(options.topk for options in self._options)
+            self._any_unit_norm = any(options.values["unit_norm"] for options in self._options)
+            self._any_state_at_rest = any(o.method.state is not None and o.values["lr"] == 0 for o in self._options)
+
+    def _check_group(self, i: int, group: dict[str, Any]) -> None:
+        """Check the options of a group that may have changed, and remember them for the engines."""
+        make_plain(group, self._option_names)
+        self._validate(group)
+        old = self._options[i] if i < len(self._options) else None
+        new = self._step_options(group)
+        if old is None or old.values["group_dim"] != new.values["group_dim"]:
+            for j, p in enumerate(group["params"]):
+                validate_param(p, group, param_name(group, i, j))
+        if old is None or old.values != new.values:
+            self._options[i : i + 1] = [new]
+            self._changed.add(i)
+            self._has_obsolete_states |= old is None or old.method is not new.method
+        self._seen[i] = snapshot(self._read_options(group))
+        self._pull_rates.watch(i, group)
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    @ends_scaling
+    @Optimizer.profile_hook_step
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step for every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as in torch.optim.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: inside :meth:`sparse_weights`; a sparse or complex gradient; a gradient or a state that does
+                not fit its parameter; a named engine in code that is being traced.
+            ValueError, TypeError: an option that was edited to something invalid; a tensor without memory of its own
+                beside a named engine, or in the place of a gradient or a state.
+
+        No parameter and no state has changed when an error is raised.
+        """
+        self._view.refuse_while_open("step()")
+        loss = None
+        if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"step takes a closure that computes the loss, or nothing, but got {shown(closure)}")
+            with torch.enable_grad():
+                loss = closure()
+        with self._lock:
+            self._do_step()
+        return loss
+
+    @torch._disable_dynamo  # a kernel's launch is no graph: torch.compile calls it as it is
+    def _do_step(self) -> None:
+        self._check_options()
+        # What a GradScaler hands over is there or not; asking by attribute would raise each time.
+        scaling = self.__dict__
+        inputs = StepInputs(scaling.get("grad_scale"), scaling.get("found_inf"), self._options, self.state)
+        if not self._step_at_once(inputs):
+            self._step_in_parts(inputs)
+        if self._any_unit_norm:
+            for group, options in zip(self.param_groups, self._options, strict=True):
+                if options.values["unit_norm"] and options.values["lr"] != 0:
+                    normalize_([p for _, p in with_gradient(group)], inputs.found_inf)
+
+    def _step_at_once(self, inputs: StepInputs) -> bool:
+        """The usual step: one call of the engine that served the last one. False where that cannot be."""
+        if not self._at_once or self._any_topk or self._any_state_at_rest or self._has_obsolete_states:
+            return False
+        engine = self._engines.the_only()
+        if engine is None:
+            return False
+        inputs.changed = self._changed if engine is self._told else None
+        if engine.step(self.param_groups, inputs) != Ready.YES:
+            return False
+        self._told, self._changed = engine, set()
+        return True
+
+    def _step_in_parts(self, inputs: StepInputs) -> None:
+        """A step with something to do before an engine prepares, or between its preparation and its launch."""
+        groups, options = self.param_groups, inputs.options
+        states = method_states.NewStates(inputs, self._view.first_u)
+        if self._any_topk:
+            inputs.cuts = self._cuts.find(groups, options)
+        if self._any_state_at_rest:
+            states.copy_where_lr_is_0(groups)
+        engines: list[Engine] = []
+        try:
+            only = self._engines.the_only()
+            inputs.changed = self._changed if only is self._told else None
+            if only is not None and _prepare(only, groups, inputs, states):
+                engines = [only]
+                self._told, self._changed = only, set()
+            else:
+                self._told, self._changed = None, set()
+                for share in self._engines.divide(groups):
+                    engines.append(share.engine)
+                    part = dataclasses.replace(inputs, options=[options[i] for i in share.places], changed=None)
+                    if not _prepare(share.engine, share.groups, part, states):
+                        raise TypeError(f"engine {share.engine.name!r} does not serve all of its parameters")
+            # Whether state appears is decided here, so that a first step waits for the device; no other does.
+            if states and inputs.found_inf is not None and inputs.found_inf.item() > 0:
+                return
+            states.put()
+            if self._has_obsolete_states:
+                method_states.drop_obsolete(groups, self.state)
+                self._has_obsolete_states = False
+            if self._any_topk:
+                self._cuts.select(groups, options, lambda p: inputs.state_of(p, "dual"))
+            self._run(engines)
+        finally:
+            for engine in engines:
+                engine.drop()
+
+    def _run(self, engines: Sequence[Engine]) -> None:
+        """Do the step that was prepared."""
+        for engine in engines:
+            engine.launch()
+
+    # ---- u -----------------------------------------------------------------------------------------------------------
+
+    def sparse_weights(self, model: nn.Module | None = None, *, frozen: bool = False) -> SparseWeights:
+        """Hold u = prox_{tau P}(w) in the parameters, and give w back bit for bit afterwards.
+
+        ::
+
+            with optimizer.sparse_weights():
+                validate(model)
+
+        w comes back also when the body raises. Inside, :meth:`step` and a second :meth:`sparse_weights` raise
+        RuntimeError. Costs one copy of the split parameters while it is open.
+
+        What shares memory with the parameters shows w again afterwards: ``model.state_dict()``, and what
+        ``torch.export`` or ``torch.jit.trace`` made of the model. To keep u, copy it inside:
+        ``{k: v.clone() for k, v in model.state_dict().items()}``.
+
+        Args:
+            model: its batch norms' running statistics are given back too. Without it, a forward pass in training mode
+                changes them for good, which is warned about.
+            frozen: also parameters with ``requires_grad=False``, which else stay as they are.
+        """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"sparse_weights takes a module or nothing, but got a {type(model).__name__}")
+        return SparseWeights(self, model, frozen)
+
+    def sparsify_(self, *, frozen: bool = False) -> None:
+        """w <- u for good. Momentum is left alone, so a pruned weight may grow again.
+
+        Until a step or an edit changes them, the weights are u: a second call changes nothing, :meth:`sparse_weights`
+        holds what they are, and :meth:`sparsity` counts it. The dual of ``method="admm"`` becomes what the step makes
+        of it, w + dual - u, so that u stays what it is.
+
+        Args:
+            frozen: also parameters with ``requires_grad=False``, which else stay as they are.
+        """
+        self._view.sparsify_(frozen)
+
+    def penalty_value(self) -> Tensor:
+        """lam P(u) + beta/2 ||w - u||^2 over all split parameters: ``loss + penalty_value()`` is L_beta(w, u).
+
+        Returns:
+            A 0-dim float64 tensor on the parameters' device; not differentiable.
+        """
+        return self._view.penalty_value()
+
+    def sparsity(self) -> SparsityReport:
+        """How sparse u is: zeros and zero groups of every parameter with a penalty, and in total.
+
+        Frozen parameters (``requires_grad=False``), and weights that :meth:`sparsify_` has made u, are counted as they
+        are.
+        """
+        return self._view.sparsity()
+
+    # ---- torch.optim habits ------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.optim; its options are checked before it is added.
+
+        Raises:
+            ValueError, TypeError: as the constructor.
+        """
+        explicit = list(param_group) if isinstance(param_group, dict) else []
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ValueError(f"a param group needs 'params', a list of tensors; this one has {', '.join(explicit)}")
+        order = getattr(param_group["params"], "order", None) if explicit else None
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            if "names" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}. The groups before this one have names (rvsm_kernels.param_groups gives them):"
+                " {'params': list(layer.named_parameters())} has them too, and rvsm_kernels.param_groups(model,"
+                " named=False) does without"
+            ) from None
+        index = len(self.param_groups) - 1
+        group = self.param_groups[-1]
+        if order is not None and len(order) == len(group["params"]):
+            group["param_order"] = order
+        try:
+            make_plain(group, self._option_names)
+            self._validate(group)
+            for j, p in enumerate(group["params"]):
+                validate_param(p, group, param_name(group, index, j))
+        except Exception:
+            self.param_groups.pop()
+            raise
+        advice.of_group(index, group, explicit)
+        self._pull_rates.watch(index, group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the options, as in torch.optim.
+
+        A parameter that is in training, but not yet with its method (which was edited after the last step), gets what
+        the next step would begin with.
+        """
+        for i, group in enumerate(self.param_groups):
+            make_plain(group, self._option_names)
+            key = state_name(group)
+            for j, p in enumerate(group["params"]):
+                own = self.state.get(p)
+                if key is not None and own and own.get(key) is None and not is_lazy(p) and not is_left_alone(p):
+                    w, name = self._view.weights_of(p).detach(), param_name(group, i, j)
+                    # Where u cannot be made the next step will say so; saving must not.
+                    with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, TypeError):
+                        starts_from_u = METHODS[group["method"]].starts_from_u
+                        own[key] = self._view.first_u(w, group, name) if starts_from_u else torch.zeros_like(p)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer or of torch.optim.SGD.
+
+        The options of the checkpoint go before those that were passed to the constructor, as in torch.optim; options
+        that it does not name keep the values they have here. Its groups need not be those of this optimizer: parameters
+        are found by their names where both sides have them, else by their order in ``model.parameters()``, which
+        :func:`rvsm_kernels.param_groups` notes. :func:`rvsm_kernels.to_torch_state_dict` is the way back.
+
+        Raises:
+            RuntimeError: inside :meth:`sparse_weights`.
+            ValueError: a checkpoint of another kind of optimizer, parameters that cannot be mapped, or an invalid
+                option; nothing has changed then.
+        """
+        self._view.refuse_while_open("load_state_dict()")
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"load_state_dict takes what state_dict() returned, but got {shown(state_dict)}; torch.load reads files"
+            )
+        with self._lock:
+            self._has_obsolete_states = True
+            # A hook may unpack what it is given, so groups are mapped after the hooks, by the last of them.
+            last = self.register_load_state_dict_pre_hook(
+                lambda optimizer, state: checkpoint.regrouped(state, optimizer.param_groups)
+            )
+            try:
+                super().load_state_dict(state_dict)  # runs the hooks, then hands the groups to __setstate__
+            finally:
+                last.remove()
+            self._seen = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._view.is_open:
+            raise RuntimeError("an optimizer cannot be copied or pickled inside sparse_weights()")
+        return {**super().__getstate__(), "_start_with": (self._engines.requested, self._step_supports_amp_scaling)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loading = "_engines" in self.__dict__  # else a new object: unpickled or copied
+        if loading:
+            for i, (own, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True)):
+                for key in (*self._option_names, "param_order"):
+                    if key in own:
+                        loaded.setdefault(key, own[key])
+                make_plain(loaded, self._option_names)
+                self._validate(loaded)
+                for j, p in enumerate(loaded["params"]):
+                    validate_param(p, loaded, param_name(loaded, i, j))
+            method_states.check_loaded(state["param_groups"], state["state"])
+        super().__setstate__(state)
+        if not loading:
+            # 0.1.0 pickled the engine alone.
+            before = self.__dict__.pop("_requested_engine", None), True
+            self._start(*self.__dict__.pop("_start_with", before))
+        for option in self._base.all_options:  # a pickle of an earlier version may lack some
+            self.defaults.setdefault(option.name, option.default)
+            for group in self.param_groups:
+                group.setdefault(option.name, self.defaults[option.name])
+
+
+def _prepare(engine: Engine, groups: Sequence[Any], inputs: StepInputs, states: method_states.NewStates) -> bool:
+    """Let an engine prepare a step over param groups; False if it does not serve all of them."""
+    ready = engine.prepare(groups, inputs)
+    if ready == Ready.LACKS:
+        states.add_first_u(groups, inputs.options)
+        ready = engine.prepare(groups, inputs)
+    return ready == Ready.YES
