@@ -69,7 +69,11 @@ SAME_STEP = [
 ]
 
 
-@pytest.mark.parametrize(("name", "case"), SAME_STEP, ids=str)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [pytest.param(*row, marks=pytest.mark.slow if row[0] in ("triton", "compiled") else []) for row in SAME_STEP],
+    ids=str,
+)
 def test_contenders_do_the_step_of_the_reference(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """After three steps from the same weights, the same weights; else a ratio compares two different things."""
     # The benchmark's own lr would hide a wrong pull.
@@ -479,7 +483,7 @@ def _without(module: str, folder: Path, *arguments: str) -> subprocess.Completed
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("module", ["torch", "tqdm", "rvsm_kernels"])
+@pytest.mark.parametrize("module", ["torch", "tqdm", pytest.param("rvsm_kernels", marks=pytest.mark.slow)])
 def test_a_missing_package_is_a_sentence(module: str, tmp_path: Path) -> None:
     done = _without(module, tmp_path)
     assert done.returncode != 0
@@ -487,6 +491,7 @@ def test_a_missing_package_is_a_sentence(module: str, tmp_path: Path) -> None:
     assert f"{module} is not installed" in done.stderr and "make bench" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name"), [("sklearn", "scikit-learn"), ("numpy", "numpy")])
 def test_training_without_its_data_set_is_a_sentence(module: str, name: str, tmp_path: Path) -> None:
     options = ("--smoke", "--out", str(tmp_path / "out"), "--device", "cpu", "--engines", "reference")

@@ -151,19 +151,20 @@ def test_large_tensors(engine: str, threads: int, penalty: str, channels_last: b
     check_reading(optimizer)
 
 
-HUGE_GROUPS: list[tuple[tuple[int, ...], Any, bool]] = [
-    # shape, group_dim, channels-last
-    ((300_007,), (), False),
-    ((2, 140_001), 0, False),
-    ((140_001, 2), 1, False),
-    ((3, 2, 50_001), 1, False),
-    ((2, 3, 220, 221), (0, 1), True),
-    ((2, 3, 220, 221), 1, True),
+HUGE_GROUPS = [
+    # shape, group_dim, channels-last, dtype
+    pytest.param((300_007,), (), False, torch.float32, id="one group"),
+    pytest.param((140_001, 2), 1, False, torch.float32, id="columns"),
+    pytest.param((2, 3, 220, 221), (0, 1), True, torch.float32, id="kernels whose dimensions are apart in memory"),
+    pytest.param((2, 140_001), 0, False, torch.float32, id="rows", marks=pytest.mark.slow),
+    pytest.param((3, 2, 50_001), 1, False, torch.float32, id="parts of several rows", marks=pytest.mark.slow),
+    pytest.param((2, 3, 220, 221), 1, True, torch.float32, id="columns of several rows", marks=pytest.mark.slow),
+    pytest.param((2, 140_001), 0, False, torch.bfloat16, id="rows of bfloat16", marks=pytest.mark.slow),
+    pytest.param((140_001, 2), 1, False, torch.bfloat16, id="columns of bfloat16", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("shape", "group_dim", "channels_last"), HUGE_GROUPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "group_dim", "channels_last", "dtype"), HUGE_GROUPS)
 def test_huge_groups(native: str, threads: int, shape: Any, group_dim: Any, channels_last: bool, dtype: Any) -> None:
     """Norms that no single thread sums: on both sides of the cut, closer to it than a float32 sum would be right."""
     w = torch.randn(shape, generator=generator(8)).to(dtype)

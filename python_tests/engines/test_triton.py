@@ -232,6 +232,7 @@ def test_a_graph_keeps_its_table() -> None:
     assert put(data[3]).tolist() == [3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_one_launch_for_elements_three_for_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of parameters."""
     need("triton")
