@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import rvsm_kernels as rk
-from rvsm_kernels import triton_engine
+from rvsm_kernels.engines.triton.engine import TritonEngine
+from rvsm_kernels.optim.chosen_engines import ChosenEngines
 
 from .timing import Timings, wall_clock
 
@@ -50,14 +51,21 @@ class StandIn:
         return GPUTarget("cuda", 90, 32)
 
 
+class _OnlyTriton(ChosenEngines):
+    """The Triton engine, whatever the device."""
+
+    def engine_of(self, p: torch.Tensor, name: str) -> TritonEngine:
+        engine = self._engines.setdefault("triton", TritonEngine(("cpu",)))
+        assert isinstance(engine, TritonEngine)
+        return engine
+
+
 class OnCpu(rk.RVSM):
     """RVSM whose CPU tensors go to the Triton engine."""
 
-    def _engine_name(self, device_type: str) -> str:
-        return "triton"
-
-    def _make_engine(self, device_type: str) -> triton_engine.TritonEngine:
-        return triton_engine.TritonEngine(("cpu",))
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._engines = _OnlyTriton(None)
 
 
 def parameters() -> list[nn.Parameter]:

@@ -25,9 +25,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rvsm_kernels import triton_kernels, triton_sums
-from rvsm_kernels.triton_launch import STORAGE, arithmetic_type, block_of, options_for
-from rvsm_kernels.triton_table import JOIN_GROUPS
+from rvsm_kernels.engines.triton import elements, norms
+from rvsm_kernels.engines.triton.launch import STORAGE, block_of, options_for
+from rvsm_kernels.engines.triton.table import JOIN_GROUPS
+from rvsm_kernels.method.bases import NONE, SGD
+from rvsm_kernels.method.dtypes import opmath_type
 
 from .static import tool
 
@@ -42,21 +44,30 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
 
 
+def steps() -> Iterator[tuple[dict[str, Any], int]]:
+    """The constants of every kind of step but its types, and how many arrays it reads and writes."""
+    for momentum, tl1, groups, method in itertools.product((0, 1), (False, True), (False, True), range(3)):
+        kind = {"BASE": SGD.number, "WRITES_GRADIENT": False, "WITH_TL1": tl1, "WITH_GROUPS": groups, "METHOD": method}
+        states = momentum + (method > 0)
+        yield {**kind, "STATES": states}, 3 + 2 * states
+    for writes, method in itertools.product((False, True), (0, 2)):
+        kind = {"BASE": NONE.number, "WRITES_GRADIENT": writes, "WITH_TL1": True, "WITH_GROUPS": True, "METHOD": method}
+        states = int(method > 0)
+        yield {**kind, "STATES": states}, 2 + 2 * writes + 2 * states
+
+
 def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
     """Every kernel with its compile-time constants, and how many arrays it reads and writes as a stream."""
     for dtype, storage in STORAGE.items():
-        arithmetic = STORAGE[arithmetic_type(dtype)]
-        types = {"S": storage, "T": arithmetic}
-        for momentum, tl1, groups, method in itertools.product((False, True), (False, True), (False, True), range(3)):
-            kinds = {"MOMENTUM": momentum, "METHOD": method, "WITH_TL1": tl1, "WITH_GROUPS": groups}
-            constants = {**types, "BLOCK": block_of(dtype, groups), **kinds}
-            yield triton_kernels.step_kernel, constants, 3 + 2 * momentum + 2 * (method > 0)
-        yield triton_kernels.prox_kernel, {**types, "BLOCK": block_of(dtype, True)}, 2
-        yield triton_kernels.penalty_kernel, {**types, "BLOCK": block_of(dtype, False)}, 1
-        yield triton_sums.sum_kernel, {**types, "WITH_DUAL": False}, 4  # one for each shape of a tile
-        yield triton_sums.sum_kernel, {**types, "WITH_DUAL": True}, 4 + 8
-    for arithmetic in (tl.float32, tl.float64):
-        yield triton_sums.join_kernel, {"T": arithmetic, "P": 32, "G": JOIN_GROUPS}, 0
+        types = {"S": storage, "T": STORAGE[opmath_type(dtype)]}
+        for kind, streams in steps():
+            yield elements.step_kernel, {**types, "BLOCK": block_of(dtype, kind["WITH_GROUPS"]), **kind}, streams
+        yield elements.prox_kernel, {**types, "BLOCK": block_of(dtype, True)}, 2
+        yield elements.penalty_kernel, {**types, "BLOCK": block_of(dtype, False)}, 1
+        yield norms.sum_kernel, {**types, "WITH_DUAL": False}, 4  # one for each shape of a tile
+        yield norms.sum_kernel, {**types, "WITH_DUAL": True}, 4 + 8
+    for opmath in (tl.float32, tl.float64):
+        yield norms.factor_kernel, {"T": opmath, "P": 32, "G": JOIN_GROUPS}, 0
 
 
 def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:

@@ -95,7 +95,7 @@ def test_marks_are_dropped_by_copies(engine: str, how: str) -> None:
     _, other = (
         copy.deepcopy((model, optimizer)) if how == "deepcopy" else pickle.loads(pickle.dumps((model, optimizer)))
     )
-    assert not other._marks
+    assert not other._view._marks
     other.step()
 
 

@@ -178,7 +178,7 @@ def test_group_view_is_that_of_cpp() -> None:
 
 
 def test_dividers() -> None:
-    from rvsm_kernels.triton_table import divider
+    from rvsm_kernels.engines.triton.table import divider
 
     draw = random.Random(2)
     for d in [*range(1, 300), *(draw.randrange(1, 1 << 31) for _ in range(500)), (1 << 31) - 1, 1 << 30]:
@@ -190,7 +190,7 @@ def test_dividers() -> None:
 
 
 def test_pieces_cover_every_element_once() -> None:
-    from rvsm_kernels.triton_table import pieces
+    from rvsm_kernels.engines.triton.table import pieces
 
     for view in (GroupView(2, 3, 5, 7), GroupView(1, 1, 4, 50), GroupView(3, 1, 2, 1), GroupView(1, 30, 3, 4)):
         shape = (view.batch, 1, view.groups, 1)
@@ -206,7 +206,7 @@ def test_pieces_cover_every_element_once() -> None:
 
 def test_a_graph_keeps_its_table() -> None:
     """What a captured launch reads is never rewritten, neither by eager steps nor by other captures."""
-    from rvsm_kernels.triton_table import Table
+    from rvsm_kernels.engines.triton.table import Table
 
     state = {"capturing": False}
     table = Table(torch.device("cpu"))
@@ -236,7 +236,7 @@ def test_a_graph_keeps_its_table() -> None:
 def test_one_launch_for_elements_three_for_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of parameters."""
     need("triton")
-    from rvsm_kernels import triton_launch
+    from rvsm_kernels.engines.triton import launch
 
     counts: list[str] = []
 
@@ -248,8 +248,8 @@ def test_one_launch_for_elements_three_for_groups(monkeypatch: pytest.MonkeyPatc
             counts.append(self.name)
             return self.kernel[grid]
 
-    for name in ("step_kernel", "sum_kernel", "join_kernel"):
-        monkeypatch.setattr(triton_launch, name, Counted(getattr(triton_launch, name), name))
+    for name in ("step_kernel", "sum_kernel", "factor_kernel"):
+        monkeypatch.setattr(launch, name, Counted(getattr(launch, name), name))
     for options, most in (({}, 1), ({"group_dim": 0}, 3), ({"group_dim": 1}, 3), ({"group_dim": ()}, 3)):
         params = [nn.Parameter(torch.randn(s)) for s in ((7, 5), (40, 3), (1, 1), (300, 257))]
         optimizer = rk.RVSM(params, lr=0.1, momentum=0.9, lam=0.1, beta=0.5, **options, engine="triton")
@@ -264,7 +264,7 @@ def test_one_launch_for_elements_three_for_groups(monkeypatch: pytest.MonkeyPatc
 def test_addresses_that_move(monkeypatch: pytest.MonkeyPatch) -> None:
     """The usual step prepares nothing anew: gradients at other addresses and another lr go into the tables."""
     need("triton")
-    from rvsm_kernels.triton_engine import TritonEngine
+    from rvsm_kernels.engines.triton.engine import TritonEngine
 
     built: list[int] = []
     build = TritonEngine._build

@@ -1,1 +1,1 @@
-"""The engines: who does the arithmetic of a step, of a prox and of the value of a penalty."""
+"""The engines, which do the arithmetic of a step, of a prox and of the value of a penalty."""

@@ -67,7 +67,7 @@ class Ready(enum.IntEnum):
 
 
 class Engine(ABC):
-    """Who does the arithmetic. One object belongs to one optimizer."""
+    """Does the arithmetic of steps, of the prox and of the penalty's value. One object belongs to one optimizer."""
 
     name: str
 

@@ -168,24 +168,16 @@ class NativeEngine(Engine):
         self._plan = _C.Plan()
 
     def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
-        self._set_options(inputs)
         return Ready(self._plan.prepare(groups, inputs))
 
     def launch(self) -> None:
         self._plan.launch()
 
     def step(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
-        self._set_options(inputs)
         return Ready(self._plan.step(groups, inputs))
 
     def drop(self) -> None:
         self._plan.drop()
-
-    def _set_options(self, inputs: StepInputs) -> None:
-        """Tell the plan of the groups whose options are new."""
-        options, changed = inputs.options, inputs.changed
-        for i in range(len(options)) if changed is None else changed:
-            self._plan.set_options(i, options[i])
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
         check_groups(p, group["group_dim"], name)

@@ -25,7 +25,7 @@ def _forward(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: Gr
             raise named(error, w, "w") from error
     name = engine_name_for(None, w.device.type)
     if name == "triton":
-        from .triton import engine as triton  # Triton takes a second to import: only where it is used
+        from .triton import u as triton  # Triton takes a second to import: only where it is used
 
         return triton.prox(w, penalty, tau, a, group_dim)
     return (native if name == "native" else plain).prox(w, penalty, tau, a, group_dim)

@@ -32,8 +32,8 @@ States = dict[str, Tensor | None]
 def _batches(group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
     """The parameters of a group that a step moves, divided so that torch can step each list by one foreach call.
 
-    Tensors that share memory have one turn after the other, in their order; torch does not mix kinds of tensors, nor
-    DTensors of different meshes.
+    Tensors that share memory come in different lists, in their order; torch does not mix kinds of tensors in one call,
+    nor DTensors of different meshes.
     """
     params = [p for _, p in with_gradient(group)]
     batches: dict[Any, list[Tensor]] = {}
@@ -125,9 +125,9 @@ def _step(params: Sequence[Tensor], states: Sequence[States], options: StepOptio
             elif state.dtype != value.dtype:  # else the step was in place
                 state.copy_(value)
     if options.split and method.state is not None:
-        for p, of_p, kept in zip(params, states, memory, strict=True):
+        for p, of_p, used in zip(params, states, memory, strict=True):
             if of_p[method.state] is None:
-                of_p[method.state] = inputs.states[p][method.state] = kept
+                of_p[method.state] = inputs.states[p][method.state] = used
 
 
 def _or_zeros(params: Sequence[Tensor], states: Sequence[States], name: str) -> list[Tensor]:

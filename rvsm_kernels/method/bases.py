@@ -47,7 +47,7 @@ class Base:
 
     @functools.cached_property
     def all_options(self) -> tuple[Option, ...]:
-        """Every option of a param group of an optimizer over this base: its own and those of the splitting."""
+        """Every option of a param group of an optimizer over this base: the base's, then those of the splitting."""
         return (*self.options, *SPLIT_OPTIONS)
 
 

@@ -15,6 +15,21 @@ GroupDim = int | Sequence[int] | None
 """The dimensions that index the groups (docs/method.md, section 2): None is elementwise, () the whole tensor."""
 
 
+def as_dims(group_dim: GroupDim) -> tuple[int, ...] | None:
+    """``group_dim`` as a tuple of dimensions as they were given, or None for elementwise.
+
+    Raises:
+        TypeError: not None, an int or a sequence of ints.
+    """
+    if group_dim is None:
+        return None
+    dims = (group_dim,) if isinstance(group_dim, int) else group_dim
+    sequence = isinstance(dims, Sequence) and not isinstance(dims, (str, bytes))
+    if not sequence or any(isinstance(d, bool) or not isinstance(d, int) for d in dims):
+        raise TypeError(f"group_dim must be None, an int or a tuple of ints, but got {group_dim!r}")
+    return tuple(dims)
+
+
 def kept_dims(group_dim: GroupDim, ndim: int, name: str = "the tensor") -> tuple[int, ...] | None:
     """``group_dim`` as a sorted tuple of dimensions in [0, ndim), or None for elementwise.
 
@@ -22,15 +37,10 @@ def kept_dims(group_dim: GroupDim, ndim: int, name: str = "the tensor") -> tuple
         TypeError: not None, an int or a sequence of ints.
         ValueError: a dimension that the tensor does not have, or one named twice.
     """
-    if group_dim is None:
+    dims = as_dims(group_dim)
+    if dims is None:
         return None
-    dims = (group_dim,) if isinstance(group_dim, int) else group_dim
-    if isinstance(dims, (str, bytes)) or not isinstance(dims, Sequence):
-        raise TypeError(f"group_dim must be None, an int or a tuple of ints, but got {group_dim!r}")
-    in_range = []
     for d in dims:
-        if isinstance(d, bool) or not isinstance(d, int):
-            raise TypeError(f"group_dim must be None, an int or a tuple of ints, but got {group_dim!r}")
         if not -ndim <= d < ndim:
             has = f"{name} has {ndim} dimension{'' if ndim == 1 else 's'}"
             hint = (
@@ -39,8 +49,8 @@ def kept_dims(group_dim: GroupDim, ndim: int, name: str = "the tensor") -> tuple
                 else f", 0 to {ndim - 1}: 0 indexes the outputs of a Linear or Conv weight, 1 its inputs"
             )
             raise ValueError(f"Invalid group_dim value: {group_dim!r}: {has}{hint}")
-        in_range.append(d % ndim)
-    if len(set(in_range)) != len(in_range):
+    in_range = {d % ndim for d in dims}
+    if len(in_range) != len(dims):
         raise ValueError(f"Invalid group_dim value: {group_dim!r}: a dimension is named twice for {name}")
     return tuple(sorted(in_range))
 
@@ -113,7 +123,7 @@ def magnitudes(w: Tensor, group_dim: GroupDim) -> Tensor:
     if dims is None:
         return w.abs()
     reduced = [d for d in range(w.dim()) if d not in dims]
-    if not reduced:  # every element is its own group; an empty dim list would mean "reduce all"
+    if not reduced:  # a group is one element; an empty list of dimensions would mean all of them
         return w.abs()
     if w.numel() == 0:
         return w.new_zeros([w.shape[d] if d in dims else 1 for d in range(w.dim())])

@@ -1,8 +1,8 @@
-"""Tensors without memory of their own, and code that is being traced: where the kernels must not be run.
+"""Tensors without memory, and code that is being traced: where the kernels must not be run.
 
 A kernel reads and writes addresses. A DTensor, a FakeTensor, a meta tensor or another subclass with
-``__torch_dispatch__`` has none that hold its values, and what a kernel writes while torch records a graph is not in
-that graph. The reference engine speaks torch's own operators alone, so it serves them as far as torch does.
+``__torch_dispatch__`` has no address that holds its values, and what a kernel writes while torch records a graph is not
+in that graph. The reference engine calls torch's operators alone, so it serves such tensors as far as torch does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def kind_of(t: Tensor) -> str | None:
 
 
 def tracer() -> str | None:
-    """Who records or transforms the operators that are called now, in words; None outside of all that."""
+    """What records or transforms the operators that are called now, in words; None where nothing does."""
     if torch._C._len_torch_dispatch_stack() > 0:
         keys = torch._C._TorchDispatchModeKey
         for key, text in (
@@ -86,11 +86,11 @@ def refuse(t: Tensor, name: str) -> None:
 
 
 def turns_of(tensors: Sequence[Tensor]) -> list[int]:
-    """When each of some tensors has its turn, so that those that share memory do not have it at the same time.
+    """The turn of each of some tensors: tensors that share memory are stepped in different turns.
 
     Returns:
         0 for the first, 1 for those that share memory with one of them, ...: the twin of ``turns_of`` in
-        ``csrc/torch``. Tensors without memory of their own share with none but themselves.
+        ``csrc/torch``. A tensor without memory shares it with no other object.
     """
     ranges = []
     for i, t in enumerate(tensors):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .groups import as_dims
 from .methods import METHODS
 from .penalties import PENALTIES
 
@@ -25,7 +26,7 @@ class Option:
         name: its key in the group and its keyword in a constructor.
         default: what it is where nobody gives it.
         check: raises for a value that the option cannot have, in torch.optim's wording; given (name, value). None for
-            a switch, of which every value is true or false, and for what only a parameter's shape can decide.
+            a switch, of which every value is true or false.
         doc: what it means, in a sentence.
     """
 
@@ -97,6 +98,11 @@ def _choice(names: tuple[str, ...], *, or_none: bool = False) -> Callable[[str, 
     return check
 
 
+def _dims(name: str, value: Any) -> None:
+    """A check for the type of ``group_dim``; whether a parameter has the dimensions, only its shape tells."""
+    as_dims(value)
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 LR = Option("lr", 1e-3, _number("learning rate"), "learning rate, a number or a 1-element tensor, >= 0")
@@ -121,7 +127,7 @@ SPLIT_OPTIONS = (
         _optional(_number("density value", above=0.0, most=1.0)),
         "the share of elements or groups that survive top-k, in (0, 1]",
     ),
-    Option("group_dim", None, None, "the dimensions that index the groups, None for elements"),
+    Option("group_dim", None, _dims, "the dimensions that index the groups, None for elements"),
     Option("group_scale", False, None, "multiply lam by sqrt(group size)"),
     Option("group_lasso", 0.0, _number("group_lasso value"), "strength of group_lasso * sum ||w_G||, >= 0"),
     Option("decoupled", True, None, "the gap pulls the weights (True) or is added to the gradient (False)"),

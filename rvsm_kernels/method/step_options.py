@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .bases import Base
+from .groups import as_dims
 from .methods import METHODS, Method
 from .options import PLAIN_TYPES
 from .prox import prox_numbers
@@ -57,10 +58,8 @@ class StepOptions:
             if type(value) not in PLAIN_TYPES and isinstance(value, (Tensor, list)):
                 values[name] = tuple(value) if isinstance(value, list) else float(value)
         split, lasso = is_split(values), values["group_lasso"] != 0
-        group_dim, penalty = values["group_dim"], values["penalty"] if split else None
-        dims = None
-        if group_dim is not None and (split or lasso):
-            dims = (group_dim,) if isinstance(group_dim, int) else tuple(group_dim)
+        penalty = values["penalty"] if split else None
+        dims = as_dims(values["group_dim"]) if split or lasso else None
         method = METHODS[values["method"]] if split else METHODS["rvsm"]
         base_states = base.states(values)
         states = base_states if method.state is None else (*base_states, method.state)

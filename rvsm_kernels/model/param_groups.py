@@ -60,7 +60,7 @@ def structure_dim(
     """The ``group_dim`` that a structure means for a weight of a module: its groups are channels of the network.
 
     Args:
-        name: the weight's own name in the module.
+        name: the name of the weight in the module.
         swapped: the weight is (inputs, outputs), as a transposed convolution's.
 
     Returns:
@@ -133,13 +133,13 @@ def is_changed(name: str, module: nn.Module) -> bool:
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, nn.Module]]:
-    """(full name, own name, parameter, owner) of every parameter, each once, in the order of ``model.parameters()``."""
+    """(full name, name in its module, parameter, module) of every parameter, each once, as ``model.parameters()``."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        for own, p in module.named_parameters(recurse=False):
+        for local, p in module.named_parameters(recurse=False):
             if id(p) not in seen:
                 seen.add(id(p))
-                yield f"{prefix}.{own}" if prefix else own, own, p, module
+                yield f"{prefix}.{local}" if prefix else local, local, p, module
 
 
 def _types(include: Any) -> tuple[type[nn.Module], ...]:
@@ -165,15 +165,15 @@ def weights_of(
     wants_embeddings = any(issubclass(t, _EMBEDDINGS) for t in types)
     embeddings = {id(p) for m in model.modules() if isinstance(m, _EMBEDDINGS) for p in m.parameters(recurse=False)}
     weights = []
-    for name, own, p, module in owners(model):
+    for name, local, p, module in owners(model):
         included = isinstance(module, types) or (by_default and is_conv1d(module))
         left: str | None = None
         dim: GroupDim = None
-        if is_changed(own, module):
+        if is_changed(local, module):
             left = _CHANGED
         elif not is_lazy(p) and p.dim() < 2:
             left = _THIN
-        elif "bias" in own:
+        elif "bias" in local:
             left = _BIAS
         elif id(p) in embeddings and not wants_embeddings:
             left = "an embedding"
@@ -184,7 +184,7 @@ def weights_of(
         elif p.dtype not in DTYPES:
             left = f"of {p.dtype}, which is not trained"
         else:
-            dim, left = structure_dim(module, structure, own, is_conv1d(module))
+            dim, left = structure_dim(module, structure, local, is_conv1d(module))
         weights.append(Weight(name, p, module, left, dim))
     return weights
 
@@ -243,9 +243,9 @@ def param_groups(
     if not any(w.left is None for w in weights):
         if weights and all(not w.param.requires_grad for w in weights):
             raise ValueError("no weight is penalised: every parameter of the model is frozen (requires_grad=False)")
-        looked = "" if types == PENALISED else f" under include=({', '.join(t.__name__ for t in types)})"
+        among = "" if types == PENALISED else f" under include=({', '.join(t.__name__ for t in types)})"
         raise ValueError(
-            f"no weight of the model is penalised{looked}: {_hint(model, weights)}; name those types in include, and"
+            f"no weight of the model is penalised{among}: {_hint(model, weights)}; name those types in include, and"
             " see rvsm_kernels.describe(model)"
         )
     for t in types if types != PENALISED else ():
@@ -261,8 +261,8 @@ def param_groups(
         if w.left is None:
             by_dim.setdefault(w.group_dim, []).append(w)
     groups = []
-    for dim, own in by_dim.items():
-        groups.append({**_members(own, named, order), **penalty_options})
+    for dim, members in by_dim.items():
+        groups.append({**_members(members, named, order), **penalty_options})
         if structure is not None:
             groups[-1]["group_dim"] = dim
     rest = [w for w in weights if w.left is not None]
@@ -319,28 +319,28 @@ def counted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]
     for w in weights_of(model):
         if w.left in (_THIN, _BIAS) or is_lazy(w.param):
             continue
-        prefix, _, own = w.name.rpartition(".")
+        prefix, _, local = w.name.rpartition(".")
         if w.left == _CHANGED:
-            found = _effective(own, w.owner, prefix, model)
+            found = _effective(local, w.owner, prefix, model)
             if found is not None:
                 yield (*found, w.left)
         else:
             yield w.name, w.param.detach(), None if w.left == _FROZEN else w.left
 
 
-def _effective(own: str, owner: nn.Module, prefix: str, model: nn.Module) -> tuple[str, Tensor] | None:
+def _effective(local: str, owner: nn.Module, prefix: str, model: nn.Module) -> tuple[str, Tensor] | None:
     """The tensor that a pruned or parametrised layer computes with, once for all the parameters that make it."""
     if isinstance(owner, parametrize.ParametrizationList):
-        if own not in ("original", "original0"):
+        if local not in ("original", "original0"):
             return None
         path, _, attribute = prefix.rpartition(".parametrizations.")
         if not path and prefix.startswith("parametrizations."):
             attribute = prefix.removeprefix("parametrizations.")
         return f"{path}.{attribute}" if path else attribute, getattr(model.get_submodule(path), attribute).detach()
     for ending in ("_orig", "_g"):
-        base = own.removesuffix(ending)
-        if base != own:
+        base = local.removesuffix(ending)
+        if base != local:
             mask = getattr(owner, f"{base}_mask", None)
-            value = getattr(owner, own) * mask if mask is not None else getattr(owner, base)
+            value = getattr(owner, local) * mask if mask is not None else getattr(owner, base)
             return f"{prefix}.{base}" if prefix else base, value.detach()
     return None

@@ -25,7 +25,7 @@ STALL = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 class _Rate(NamedTuple):
-    """What was last said of a group."""
+    """The pull rate of a group when it was last looked at."""
 
     lr: float
     beta: float
@@ -40,9 +40,9 @@ class PullRates:
         self._last: dict[int, _Rate] = {}
 
     def watch(self, index: int, group: Mapping[str, Any]) -> None:
-        """Warn if a group pulls too hard, or too softly for its dtype: once, and again after an edit.
+        """Warn if lr * beta of a group is too large, or too small for its dtype: once, and again after an edit.
 
-        A scheduler that moves lr on and on is heard once for each of the two limits that it crosses.
+        A scheduler that changes lr at every step gets one warning for each limit that lr * beta crosses.
         """
         if not is_split(group):
             self._last.pop(index, None)
@@ -80,7 +80,7 @@ def _warn_of_half_types(index: int, group: Mapping[str, Any], lr: float, beta: f
             )
 
 
-# ---- what a new group says -------------------------------------------------------------------------------------------
+# ---- options of a new group ------------------------------------------------------------------------------------------
 
 
 def of_group(index: int, group: Mapping[str, Any], explicit: Collection[str]) -> None:

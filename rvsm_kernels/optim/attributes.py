@@ -1,4 +1,4 @@
-"""The errors of a constructor's arguments, and attributes of an optimizer that are none of the usual kind."""
+"""Errors for arguments of a constructor, and the attributes of an optimizer that are not plain values."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..method.options import shown, unknown_option
 
 
 def names_its_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor whose errors about arguments name the class and what was probably meant."""
-    known = [name for name in inspect.signature(init).parameters if name not in ("self", "params")]
+    """A constructor whose errors for wrong arguments name the class and the option that was probably meant."""
+    keywords = [name for name in inspect.signature(init).parameters if name not in ("self", "params")]
 
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         for key in kwargs:
-            if key not in known and key != "params":
-                raise TypeError(unknown_option(key, known, type(self).__name__))
+            if key not in keywords and key != "params":
+                raise TypeError(unknown_option(key, keywords, type(self).__name__))
         params = args[0] if args else kwargs.get("params")
         if isinstance(params, (numbers.Real, str)):
             raise TypeError(f"{type(self).__name__} takes the parameters first, then lr; params is {shown(params)}")
@@ -36,7 +36,7 @@ def names_its_arguments(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class OptionOfGroups:
-    """An option that is read and set on the param groups, never on the optimizer itself."""
+    """An option as an attribute of the optimizer: reading or setting it raises, for it belongs to the param groups."""
 
     def __init__(self, name: str) -> None:
         self._text = (
@@ -53,9 +53,9 @@ class OptionOfGroups:
 
 
 class FromScaler:
-    """What a GradScaler hands to one step: there until that step ends, however it ends.
+    """An attribute that a GradScaler sets before a step and that is gone when the step ends, with or without an error.
 
-    The scaler deletes it after the step too, which must not be an error.
+    The scaler deletes it after the step too; deleting it twice must not be an error.
     """
 
     def __init__(self, name: str) -> None:
@@ -77,7 +77,7 @@ class FromScaler:
 
 
 def ends_scaling(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step, with its hooks, that leaves no grad_scale and no found_inf behind."""
+    """A step that deletes grad_scale and found_inf when it ends, its hooks included."""
 
     @functools.wraps(step)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

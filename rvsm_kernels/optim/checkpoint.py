@@ -32,13 +32,13 @@ def _refuse_others(groups: Groups) -> None:
 
 
 def _names(groups: Groups) -> list[str] | None:
-    """The names of all parameters, None unless each has one of its own."""
+    """The names of all parameters; None where some have no name, or two have the same."""
     names: list[str] = []
     for group in groups:
-        own = group.get("param_names")
-        if own is None or len(own) != len(group["params"]):
+        of_group = group.get("param_names")
+        if of_group is None or len(of_group) != len(group["params"]):
             return None
-        names += own
+        names += of_group
     return names if len(set(names)) == len(names) else None
 
 
@@ -46,10 +46,10 @@ def _order(groups: Groups) -> list[int] | None:
     """The place of each parameter in model.parameters(), None where that is not known."""
     places: list[int] = []
     for group in groups:
-        own = group.get("param_order")
-        if own is None or len(own) != len(group["params"]):
+        of_group = group.get("param_order")
+        if of_group is None or len(of_group) != len(group["params"]):
             return None
-        places += own
+        places += of_group
     return places if sorted(places) == list(range(len(places))) else None
 
 
@@ -104,18 +104,19 @@ def regrouped(state_dict: Mapping[str, Any], groups: Groups) -> dict[str, Any] |
         places = [at_place[place] for place in order]
     params = [p for group in groups for p in group["params"]]
     _check_shapes([keys[k] for k in places], params, state_dict["state"], ours)
-    owner = [i for i, group in enumerate(saved) for _ in group["params"]]
+    group_of = [i for i, group in enumerate(saved) for _ in group["params"]]
     new, begin = [], 0
     for i, group in enumerate(groups):
-        own = places[begin : begin + len(group["params"])]
-        begin += len(own)
-        options = _options(i, [saved[k] for k in dict.fromkeys(owner[k] for k in own)], group)
+        taken = places[begin : begin + len(group["params"])]
+        begin += len(taken)
+        options = _options(i, [saved[k] for k in dict.fromkeys(group_of[k] for k in taken)], group)
         beside = {key: group[key] for key in _PLACES[1:] if key in group}
-        new.append({**options, **beside, "params": [keys[k] for k in own]})
+        new.append({**options, **beside, "params": [keys[k] for k in taken]})
     return {**state_dict, "param_groups": new}
 
 
 def _check_shapes(keys: Sequence[Any], params: Sequence[Tensor], state: Mapping[Any, Any], names: Any) -> None:
+    """Raise ValueError unless the states of a checkpoint have the shapes of their parameters."""
     for k, (key, p) in enumerate(zip(keys, params, strict=True)):
         for what, value in (state.get(key) or {}).items():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != p.shape:

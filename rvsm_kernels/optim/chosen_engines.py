@@ -17,9 +17,9 @@ class Share(NamedTuple):
     """What one engine serves of the param groups of a step.
 
     Attributes:
-        groups: copies of the param groups, each with the parameters that have a gradient and that the engine serves,
-            and with all their names.
-        places: of these groups in ``optimizer.param_groups``.
+        groups: copies of the param groups, each with those parameters alone that have a gradient and that the engine
+            serves, and with the names of all of them.
+        places: where these groups are in ``optimizer.param_groups``.
     """
 
     engine: Engine
@@ -73,9 +73,9 @@ class ChosenEngines:
         )
 
     def the_only(self) -> Engine | None:
-        """The engine that served all of the last step, if it can be asked whether it serves all of this one.
+        """The engine that served all parameters of the last step, if it knows whether it serves those of this step.
 
-        The reference engine cannot: it serves everything, also what another engine should.
+        The reference engine does not know: it serves every tensor, also those that belong to a faster engine.
         """
         if len(self._engines) != 1 or tracer() is not None:
             return None

@@ -1,4 +1,8 @@
-"""How an optimizer knows that weights are u already: by their version, their memory, their bits and the options."""
+"""Marks of parameters that hold u, so that u is not taken of u.
+
+``sparsify_()`` marks a parameter after it has written u into it. While the mark holds (the same version, memory, bits
+and options), its weights are u already.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,13 @@ _PIECE = 1 << 20  # elements that are added up at a time, so that no copy of the
 
 
 class Mark(NamedTuple):
-    """What a parameter was when u was put into it.
+    """What a parameter was when u was written into it.
 
     Attributes:
         version: its version counter, None for an inference tensor.
-        address: of its memory, None where it has none of its own.
-        bits: two sums over the bits of its elements: an edit through ``p.data`` moves no version counter.
-        options: those that u follows from, and the dual of ADMM.
+        address: the address of its memory, None for a tensor without memory.
+        bits: two sums over the bits of its elements, for an edit through ``p.data`` changes no version counter.
+        options: those that decide about u, and the identity of ADMM's dual.
     """
 
     version: int | None
@@ -32,10 +36,11 @@ class Mark(NamedTuple):
 
 
 NEVER = Mark(-1, None, None, ())
-"""The mark of no parameter."""
+"""A mark that holds for no parameter."""
 
 
-def _sums(p: Tensor) -> tuple[int, int]:
+def _bits_of(p: Tensor) -> tuple[int, int]:
+    """The sum of the bit patterns of all elements, and the sum of their squares, both modulo 2^64."""
     flat = p.detach().reshape(-1).view(_BITS[p.element_size()])
     total, squares = (torch.zeros((), dtype=torch.int64, device=p.device) for _ in range(2))
     for piece in flat.split(_PIECE):
@@ -45,7 +50,7 @@ def _sums(p: Tensor) -> tuple[int, int]:
     return int(total), int(squares)
 
 
-def _state(p: Tensor) -> tuple[int | None, int | None]:
+def _version_and_address(p: Tensor) -> tuple[int | None, int | None]:
     return None if p.is_inference() else p._version, p.data_ptr() if kind_of(p) is None else None
 
 
@@ -56,18 +61,18 @@ def _options_of(group: Mapping[str, Any], dual: Tensor | None) -> tuple[Any, ...
 
 
 def of(p: Tensor, group: Mapping[str, Any], dual: Tensor | None) -> Mark:
-    """The mark of a parameter that is u now."""
-    return Mark(*_state(p), _sums(p) if kind_of(p) is None else None, _options_of(group, dual))
+    """The mark of a parameter that holds u now."""
+    return Mark(*_version_and_address(p), _bits_of(p) if kind_of(p) is None else None, _options_of(group, dual))
 
 
 def holds(mark: Mark, p: Tensor, group: Mapping[str, Any], dual: Tensor | None) -> bool:
-    """Whether a parameter is still what it was when it was marked."""
-    if (mark.version, mark.address) != _state(p) or mark.options != _options_of(group, dual):
+    """Whether a parameter, its options and its dual are what they were when it was marked."""
+    if (mark.version, mark.address) != _version_and_address(p) or mark.options != _options_of(group, dual):
         return False
-    return mark.bits is None or mark.bits == _sums(p)
+    return mark.bits is None or mark.bits == _bits_of(p)
 
 
 def renewed(mark: Mark, p: Tensor) -> Mark:
-    """The mark of a parameter that was written to, and holds the same bits as before."""
-    version, address = _state(p)
+    """The mark of a parameter after a write that put the same bits into it: version and address may be others."""
+    version, address = _version_and_address(p)
     return mark._replace(version=version, address=address)

@@ -82,10 +82,10 @@ def drop_obsolete(groups: Groups, states: MutableMapping[Tensor, Any]) -> None:
     for group in groups:
         name = state_name(group)
         for p in group["params"]:
-            own = states.get(p)
+            of_p = states.get(p)
             for key in STATES:
-                if own and key in own and key != name:
-                    del own[key]
+                if of_p and key in of_p and key != name:
+                    del of_p[key]
 
 
 def check_loaded(groups: Groups, states: Mapping[Any, Any]) -> None:
@@ -100,10 +100,10 @@ def check_loaded(groups: Groups, states: Mapping[Any, Any]) -> None:
         if name is None:
             continue
         for j, key in enumerate(group["params"]):
-            own = states.get(key) or {}
-            if name not in own and any(value is not None for value in own.values()):
+            of_p = states.get(key) or {}
+            if name not in of_p and any(value is not None for value in of_p.values()):
                 raise ValueError(
                     f"the checkpoint has no {name} for {param_name(group, i, j)}, which"
-                    f" method={group['method']!r} keeps (it has {', '.join(own)}); to begin with a new one, load it"
+                    f" method={group['method']!r} keeps (it has {', '.join(of_p)}); to begin with a new one, load it"
                     " with method='rvsm' and edit the method after that"
                 )

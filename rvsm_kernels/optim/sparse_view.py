@@ -1,4 +1,4 @@
-"""Reading u of an optimizer: sparse weights, for a while or for good, the value of the penalty, sparsity."""
+"""u of the weights of an optimizer: put into the parameters for a while or for good, measured, counted."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class Share(NamedTuple):
 class SparseView:
     """u of the weights of one optimizer.
 
-    Its public methods are those of the optimizer, where they are documented. It holds what it must remember from one to
-    the next: the weights while u stands in their place, and the parameters that are u already.
+    The public methods of the optimizer are documented there and call those of the same names here. Between the calls
+    this object remembers the weights while the parameters hold u, and which parameters hold u for good.
     """
 
     def __init__(self, optimizer: SplitOptimizer) -> None:
-        # Not a reference: with a cycle, an optimizer that nobody holds would stay until the next garbage collection.
+        # A weak reference: an optimizer that nobody holds is freed at once, not by the next garbage collection.
         self._optimizer_ref = weakref.ref(optimizer)
-        self._dense: dict[Tensor, Tensor] | None = None  # the weights, while sparse_weights() holds u in their place
-        self._marks: dict[Tensor, marks.Mark] = {}  # of parameters that are u already: how to know that they still are
-        self._dense_marks: set[Tensor] = set()  # those that were u already when sparse_weights() was entered
+        self._dense: dict[Tensor, Tensor] | None = None  # the weights, while the parameters hold u
+        self._marks: dict[Tensor, marks.Mark] = {}  # of the parameters that sparsify_() has made u
+        self._dense_marks: set[Tensor] = set()  # those whose mark held when u was put in
         self._dead: set[str] = set()  # layers that are all zero in u, and were warned about
 
     @property
@@ -74,7 +74,7 @@ class SparseView:
     # ---- which parameters have a u -----------------------------------------------------------------------------------
 
     def _split_params(self, frozen: bool) -> list[Share]:
-        """The parameters that have a u of their own, each once, by group and engine; all of them checked.
+        """The parameters of split groups, each once, by group and engine; all of them checked.
 
         Args:
             frozen: also those with ``requires_grad=False``.
@@ -97,7 +97,7 @@ class SparseView:
                 name = param_name(group, i, j)
                 self._check(p, p, group, name)
                 key = id(p) if kind_of(p) is not None else (p.data_ptr(), p.shape, p.stride(), p.dtype)
-                if key not in seen:  # u of u is not u
+                if key not in seen:  # u of u is another tensor: the same memory must not be thresholded twice
                     seen.add(key)
                     engine = self._engine_of(p, name)
                     share = by_engine.setdefault(engine.name, Share(group, engine, [], []))
@@ -164,7 +164,7 @@ class SparseView:
             for p in params:
                 p.copy_(self._u_of(p, p, group, engine))
         elif params:
-            # Tensors of their own: another thread may give a parameter other data meanwhile.
+            # detach(): another thread may give a parameter other data meanwhile.
             engine.prox_([p.detach() for p in params], group)
 
     # ---- for a while -------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ class SparseView:
             self._marks = {p: mark for p, mark in self._marks.items() if id(p) in here}
 
     def _warn_of_dead(self, shares: Sequence[Share], where: str) -> None:
-        """Warn once of layers whose u is all zero: no signal passes them."""
+        """Warn once of each layer whose u is all zero: it computes a constant."""
         dead = []
         for share in shares:
             for p, name in zip(share.params, share.names, strict=True):
@@ -236,7 +236,7 @@ class SparseView:
                 " constant; take a smaller lam (the cut is above every magnitude), or another group_dim"
             )
 
-    # ---- what u is worth ---------------------------------------------------------------------------------------------
+    # ---- values and counts -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def penalty_value(self) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from ..engines.checks import validate_param
 from ..engines.interface import Engine, Ready, StepInputs
-from ..method.bases import SGD, Base, validate
+from ..method.bases import Base, validate
 from ..method.methods import METHODS
 from ..method.options import make_plain, may_differ, names_of, shown, snapshot
 from ..method.parameters import is_left_alone, param_name, with_gradient
@@ -43,15 +42,15 @@ class SplitOptimizer(Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as in torch.optim.
-        options: by name, those that differ from the table's defaults; what is none of the optimizer's options is
-            ignored.
+        options: values by name, in the place of the defaults in the table of options; keys that are no options of
+            this optimizer are ignored.
         amp_scaling: whether a GradScaler hands its scale to the step.
         engine: the name of an engine, or None.
     """
 
-    _base: ClassVar[Base] = SGD
-    _only_engine: ClassVar[str | None] = None  # the engine of a class that has one alone, whatever is asked for
-    _at_once: ClassVar[bool] = True  # a step is one call of an engine, where nothing has to be done in between
+    _base: ClassVar[Base]
+    _only_engine: ClassVar[str | None] = None  # the engine of all objects of a class, whatever they are asked for
+    _at_once: ClassVar[bool] = True  # whether a step may be one call that prepares and launches
     _option_names: ClassVar[tuple[str, ...]]
     _read_options: ClassVar[itemgetter[Any]]
 
@@ -60,15 +59,11 @@ class SplitOptimizer(Optimizer):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        options = cls._base.all_options
-        cls._option_names = names_of(options)
-        cls._read_options = itemgetter(*cls._option_names)
-        parameters = inspect.signature(cls.__init__).parameters
-        for option in options:
-            setattr(cls, option.name, OptionOfGroups(option.name))
-            parameter = parameters.get(option.name)
-            if parameter is not None and parameter.default != option.default:
-                raise TypeError(f"{cls.__name__}: the default of {option.name} is not that of the table of options")
+        if "_base" in vars(cls):  # a subclass that a user makes of RVSM has what RVSM has
+            cls._option_names = names_of(cls._base.all_options)
+            cls._read_options = itemgetter(*cls._option_names)
+            for name in cls._option_names:
+                setattr(cls, name, OptionOfGroups(name))
 
     def __init__(self, params: Any, options: Mapping[str, Any], *, amp_scaling: bool, engine: str | None) -> None:
         defaults = {option.name: options.get(option.name, option.default) for option in self._base.all_options}
@@ -83,16 +78,17 @@ class SplitOptimizer(Optimizer):
         """The attributes beside torch's own; none of them is part of the state."""
         # GradScaler then hands grad_scale and found_inf to step() instead of unscaling in a pass of its own.
         self._step_supports_amp_scaling = amp_scaling
-        self._engines = ChosenEngines(self._only_engine or engine)  # an error now, not at the first step
+        self._engines = ChosenEngines(self._only_engine or engine)
         self._view = SparseView(self)
         self._lock = threading.RLock()  # one step at a time: an engine's table serves one
         self._pull_rates = advice.PullRates()
         self._cuts = Cuts()
-        self._seen: list[tuple[Any, ...] | None] = []  # the options of each group when they were checked last
-        self._options: list[StepOptions] = []  # and what the engines are told of them
-        self._changed: set[int] = set()  # the groups whose options an engine has not been told yet
-        self._told: Engine | None = None  # the engine that has been told the others
+        self._seen: list[tuple[Any, ...] | None] = []  # the options of each group at their last check
+        self._options: list[StepOptions] = []  # the same for the engines
+        self._changed: set[int] = set()  # the groups of which the engine has not been told yet
+        self._told: Engine | None = None  # the engine that knows the options of all others
         self._has_obsolete_states = True  # the state may hold what no method has any more
+        self._summarize()
 
     # ---- options -----------------------------------------------------------------------------------------------------
 
@@ -111,12 +107,18 @@ class SplitOptimizer(Optimizer):
             self._seen = seen = [None] * len(groups)
             self._options = []
         changed = [i for i, group in enumerate(groups) if may_differ(read(group), seen[i])]
-        for i in changed:
-            self._check_group(i, groups[i])
-        if changed:
-            self._any_topk = any(options.topk for options in self._options)
-            self._any_unit_norm = any(options.values["unit_norm"] for options in self._options)
-            self._any_state_at_rest = any(o.method.state is not None and o.values["lr"] == 0 for o in self._options)
+        try:
+            for i in changed:
+                self._check_group(i, groups[i])
+        finally:
+            if changed:
+                self._summarize()
+
+    def _summarize(self) -> None:
+        """What a step asks of the options of all groups together."""
+        self._any_topk = any(options.topk for options in self._options)
+        self._any_unit_norm = any(options.values["unit_norm"] for options in self._options)
+        self._any_state_at_rest = any(o.method.state is not None and o.values["lr"] == 0 for o in self._options)
 
     def _check_group(self, i: int, group: dict[str, Any]) -> None:
         """Check the options of a group that may have changed, and remember them for the engines."""
@@ -181,7 +183,7 @@ class SplitOptimizer(Optimizer):
                     normalize_([p for _, p in with_gradient(group)], inputs.found_inf)
 
     def _step_at_once(self, inputs: StepInputs) -> bool:
-        """The usual step: one call of the engine that served the last one. False where that cannot be."""
+        """The usual step: one call of the engine that served the last step. False where that was not possible."""
         if not self._at_once or self._any_topk or self._any_state_at_rest or self._has_obsolete_states:
             return False
         engine = self._engines.the_only()
@@ -194,7 +196,7 @@ class SplitOptimizer(Optimizer):
         return True
 
     def _step_in_parts(self, inputs: StepInputs) -> None:
-        """A step with something to do before an engine prepares, or between its preparation and its launch."""
+        """Any other step: engines prepare, the optimizer makes what is missing and selects cuts, engines launch."""
         groups, options = self.param_groups, inputs.options
         states = method_states.NewStates(inputs, self._view.first_u)
         if self._any_topk:
@@ -215,7 +217,8 @@ class SplitOptimizer(Optimizer):
                     part = dataclasses.replace(inputs, options=[options[i] for i in share.places], changed=None)
                     if not _prepare(share.engine, share.groups, part, states):
                         raise TypeError(f"engine {share.engine.name!r} does not serve all of its parameters")
-            # Whether state appears is decided here, so that a first step waits for the device; no other does.
+            # A step that makes new states reads found_inf here, which waits for the device; other steps leave it to the
+            # engine.
             if states and inputs.found_inf is not None and inputs.found_inf.item() > 0:
                 return
             states.put()
@@ -335,13 +338,13 @@ class SplitOptimizer(Optimizer):
             make_plain(group, self._option_names)
             key = state_name(group)
             for j, p in enumerate(group["params"]):
-                own = self.state.get(p)
-                if key is not None and own and own.get(key) is None and not is_lazy(p) and not is_left_alone(p):
+                states = self.state.get(p)
+                if key is not None and states and states.get(key) is None and not is_lazy(p) and not is_left_alone(p):
                     w, name = self._view.weights_of(p).detach(), param_name(group, i, j)
                     # Where u cannot be made the next step will say so; saving must not.
                     with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, TypeError):
                         starts_from_u = METHODS[group["method"]].starts_from_u
-                        own[key] = self._view.first_u(w, group, name) if starts_from_u else torch.zeros_like(p)
+                        states[key] = self._view.first_u(w, group, name) if starts_from_u else torch.zeros_like(p)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -382,10 +385,10 @@ class SplitOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         loading = "_engines" in self.__dict__  # else a new object: unpickled or copied
         if loading:
-            for i, (own, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True)):
+            for i, (group, loaded) in enumerate(zip(self.param_groups, state["param_groups"], strict=True)):
                 for key in (*self._option_names, "param_order"):
-                    if key in own:
-                        loaded.setdefault(key, own[key])
+                    if key in group:
+                        loaded.setdefault(key, group[key])
                 make_plain(loaded, self._option_names)
                 self._validate(loaded)
                 for j, p in enumerate(loaded["params"]):

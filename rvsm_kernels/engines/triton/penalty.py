@@ -1,9 +1,9 @@
-"""The penalties in Triton: g, cut and shrink of section 1 of docs/method.md, the twin of ``csrc/prox.h``.
+"""The penalties in Triton: g, cut and shrink of section 1 of docs/method.md, the twin of ``csrc/math/penalty.h``.
 
     shrink(r) = argmin_{s >= 0} (s - r)^2 / 2 + tau * g(s)
 
-A penalty is added here, in ``penalties.py`` and in ``csrc/prox.h``; no kernel is touched. Functions of a block have the
-names and the argument order of their twins.
+A penalty is added here, in ``method/penalties.py`` and in ``csrc/math/penalty.h``; no kernel is touched. Functions of a
+block have the names and the argument order of their twins.
 """
 
 from __future__ import annotations
@@ -13,19 +13,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .penalties import PENALTIES
-
-# The order of csrc/types.h.
+# The order of method/penalties.py, behind none.
 NONE = tl.constexpr(0)
 L1 = tl.constexpr(1)
 L0 = tl.constexpr(2)
 TL1 = tl.constexpr(3)
-NUMBER = {None: 0, "l1": 1, "l0": 2, "tl1": 3}
-"""The number of a penalty by its name."""
 
 
 class Prox(NamedTuple):
-    """The numbers that thresholding one tensor needs; see ``csrc/types.h``."""
+    """The numbers that thresholding one tensor needs; see ``csrc/math/numbers.h``."""
 
     penalty: float
     cut: float
@@ -33,12 +29,6 @@ class Prox(NamedTuple):
     a: float
     rho: float
     edge: float
-
-
-def make_prox(penalty: str | None, tau: float, a: float) -> Prox:
-    """The numbers of a penalty, on the host in double precision; ``None`` never meets its cut."""
-    rho = (6.75 * tau * a * (a + 1)) ** (1 / 3)
-    return Prox(NUMBER[penalty], -1.0 if penalty is None else PENALTIES[penalty].cut(tau, a), tau, a, rho, rho - a)
 
 
 @triton.jit
@@ -56,7 +46,7 @@ def quotient(x, y):
     return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
 
 
-# The fit of csrc/prox.h (Tl1Fit): h(q) / q as a polynomial in sqrt(1 - q) - 1/2, the highest power first.
+# The fit of csrc/math/penalty.h (Tl1Fit): h(q) / q as a polynomial in sqrt(1 - q) - 1/2, the highest power first.
 FIT32 = tl.constexpr(
     (
         *(0.007001707109, -0.01054071553, 0.0108922152, -0.01612910811, 0.02512946538, -0.03720012487),
@@ -79,7 +69,7 @@ FIT64 = tl.constexpr(
 
 @triton.jit
 def tl1_shrink(r, f: Prox):
-    """shrink of transformed l1 above its cut: R h(q) below r, with R = a + r (see ``csrc/prox.h``)."""
+    """shrink of transformed l1 above its cut: R h(q) below r, with R = a + r (see ``csrc/math/penalty.h``)."""
     inv = reciprocal(f.a + r)
     x = f.rho * inv  # q = x^3
     # 1 - q = (1 - x)(1 + x + x^2), and 1 - x = (r - edge) / R without a difference of nearly equal numbers.
@@ -130,3 +120,15 @@ def shrink_ratio(r, f: Prox):
 def length_of(norm):
     """What divides the elements of a group of that norm; those of the zero group are 0 and stay 0."""
     return tl.where(norm == 0, 1.0, norm)
+
+
+@triton.jit
+def penalty_term(r, f: Prox, lam, beta):
+    """What one r (an element's magnitude or a group's norm) adds to lam P(u) + beta/2 ||w - u||^2, in double.
+
+    A group's w and u are collinear, so ||w_G - u_G|| = r - shrink(r).
+    """
+    s = shrink(r, f, True).to(tl.float64)
+    gap = r.to(tl.float64) - s
+    wide = Prox(f.penalty, f.cut, f.tau, tl.cast(f.a, tl.float64), f.rho, f.edge)
+    return lam * value(s, wide) + beta / 2 * gap * gap

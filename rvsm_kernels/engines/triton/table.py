@@ -1,7 +1,7 @@
 """What a Triton launch is told: entries, records, blocks, and the way of a table to the device.
 
-No torch tensor is looked at here but the tables themselves. The fields are those of ``triton_kernels.py`` and
-``triton_sums.py``.
+No torch tensor is looked at here but the tables themselves. The fields are those of ``elements.py`` and
+``norms.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .groups import GroupView
+from ...method.groups import GroupView
 
 NARROW = 1 << 31
 """Elements below which a tensor in groups is one entry: index arithmetic is in 32 bits."""
@@ -114,7 +114,7 @@ def record_of(numbers: Sequence[float], double: bool, narrow: int) -> bytes:
     """A record, as a whole number of int64.
 
     Args:
-        double: the arithmetic type is float64, else float32.
+        double: the type of the arithmetic is float64, else float32.
         narrow: so many numbers are in that type, all others in float64.
     """
     code, limit = ("d", math.inf) if double else ("f", _LARGEST32)
@@ -173,7 +173,7 @@ class Table:
     """
 
     SPARES = 2
-    """Pinned buffers kept for captures, when none can be made."""
+    """Pinned buffers in reserve for captures, when none can be made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -182,7 +182,7 @@ class Table:
         self._sent: bytes | None = None
         self._tensor: Tensor | None = None
         self._spares: list[Tensor] = []
-        self._kept: list[Tensor] = []
+        self._of_graphs: list[Tensor] = []
 
     def put(self, captured: bool) -> Tensor:
         """The table with its data, on the device.
@@ -194,7 +194,7 @@ class Table:
         if captured:
             if data == self._sent:
                 assert self._tensor is not None
-                self._kept.append(self._tensor)
+                self._of_graphs.append(self._tensor)
                 tensor, self._tensor, self._sent = self._tensor, None, None
                 return tensor
             tensor = torch.empty(words, dtype=torch.int64, device=self.device)
@@ -204,7 +204,7 @@ class Table:
             host[:words].copy_(torch.frombuffer(bytearray(data), dtype=torch.int64))
             tensor.copy_(host[:words], non_blocking=True)
             _held.append(host)
-            self._kept.append(tensor)
+            self._of_graphs.append(tensor)
             return tensor
         if data != self._sent or self._tensor is None:
             source = torch.frombuffer(bytearray(data), dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""Launches of the Triton kernels: rows of tensors become tables, scratch and calls.
+"""Launches of the Triton kernels: tensors become tables, scratch and calls.
 
-A :class:`Launch` serves the rows of one device, one storage type and one kind of step. It is made when shapes or
+A :class:`Launch` serves the tensors of one device, one storage type and one kind of step. It is made when shapes or
 groupings change; afterwards only addresses and numbers are refreshed, each of them alone.
 """
 
@@ -16,11 +16,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .groups import GroupView
-from .triton_kernels import penalty_kernel, prox_kernel, step_kernel
-from .triton_prox import Prox
-from .triton_sums import THREADS, join_kernel, sum_kernel
-from .triton_table import (
+from ...method.dtypes import opmath_type
+from ...method.groups import GroupView
+from .elements import STATE, penalty_kernel, prox_kernel, step_kernel
+from .norms import THREADS, factor_kernel, sum_kernel
+from .penalty import Prox
+from .split import ADMM
+from .table import (
     JOIN_GROUPS,
     NO_GROUPS,
     Division,
@@ -34,10 +36,9 @@ from .triton_table import (
     stream_of,
     upload,
 )
-from .triton_update import ADMM, Step
 
-NUMBERS = {"step": len(Prox._fields) + len(Step._fields), "prox": len(Prox._fields), "penalty": len(Prox._fields) + 2}
-"""What a record holds; lam and beta of a penalty's value are in float64."""
+_PROX = len(Prox._fields)
+_ADDRESSES = STATE.value
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -53,15 +54,9 @@ def options_for(warp_size: int) -> dict[str, Any]:
     return {**OPTIONS, "num_warps": THREADS.value // warp_size}
 
 
-_ADDRESSES = 4
 _ADMM = ADMM.value
 
 _HERE = options_for(32 if torch.version.hip is None else 64)
-
-
-def arithmetic_type(dtype: torch.dtype) -> torch.dtype:
-    """The type that a storage type is computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def block_of(dtype: torch.dtype, grouped: bool) -> int:
@@ -71,12 +66,13 @@ def block_of(dtype: torch.dtype, grouped: bool) -> int:
 
 
 @dataclass
-class Row:
-    """One dense tensor of a launch: w, what stands beside it, how it is grouped.
+class TensorArgs:
+    """One dense tensor of a launch: w, the gradient or what is read in its place, and how it is grouped.
 
     Attributes:
-        key: what its numbers follow from; rows with equal keys share a record.
+        key: what its numbers follow from; tensors with equal keys share a record.
         cut: the address of the cut of top-k, or 0.
+        norms: the address of norms of its groups that were made elsewhere, or 0.
     """
 
     w: Tensor
@@ -84,6 +80,25 @@ class Row:
     view: GroupView | None
     key: tuple[Any, ...]
     cut: int = 0
+    norms: int = 0
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What the compiler knows of a step.
+
+    Attributes:
+        base, method: their numbers in ``method/bases.py`` and ``method/methods.py``.
+        states: how many each tensor has, the base's and the method's.
+        numbers: length of a record.
+        writes_gradient: the step leaves its direction in the gradient.
+    """
+
+    base: int = 0
+    method: int = 0
+    states: int = 0
+    numbers: int = 0
+    writes_gradient: bool = False
 
 
 class Call:
@@ -95,73 +110,76 @@ class Call:
         self._grid = sum(blocks), 1, 1
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, kernel: Any, *arguments: Any, kind: Any = None) -> None:
+    def __call__(self, kernel: Any, *arguments: Any, dtypes: Any = None) -> None:
         """Launch.
 
         Looking up what was compiled is most of the host's time in a launch, and the answer cannot change: all tables
         are whole allocations, and no kernel looks at the alignment of other tensors.
 
         Args:
-            kind: of the arguments that are others from call to call; what was compiled for it is kept.
+            dtypes: of the tensors that are others from call to call; what was compiled for them is found again.
         """
-        compiled = self._compiled.get(kind)
+        compiled = self._compiled.get(dtypes)
         if compiled is not None:
             compiled[self._grid](*arguments)
             return
         compiled = kernel[self._grid](*arguments, **_HERE)
         if compiled is not None:  # else the interpreter has run it
-            self._compiled[kind] = compiled
+            self._compiled[dtypes] = compiled
 
 
 @dataclass
 class Launch:
-    """Launches of one action over rows that share device, storage type and kind."""
+    """Launches of one action over tensors that share device, storage type and kind."""
 
     action: str  # "step", "prox" or "penalty"
     dtype: torch.dtype
     device: torch.device
-    rows: list[Row]
+    tensors: list[TensorArgs]
     lasso: bool = False
     with_tl1: bool = True
-    momentum: bool = False
-    method: int = 0
+    kind: StepKind = StepKind()
     scratch: list[Tensor] = field(default_factory=list)
     entries: list[list[int]] = field(default_factory=list)
-    sources: list[tuple[int, int]] = field(default_factory=list)  # of each entry: its row, and bytes into it
+    sources: list[tuple[int, int]] = field(default_factory=list)  # of each entry: its tensor, and bytes into it
     sums: list[list[int]] = field(default_factory=list)
     joins: list[list[int]] = field(default_factory=list)
-    norms: list[tuple[Tensor, Row]] = field(default_factory=list)  # of a penalty: lengths of groups, to be looked at
+    norms: list[tuple[Tensor, TensorArgs]] = field(
+        default_factory=list
+    )  # of a penalty: lengths of groups, to be looked at
     calls: dict[str, Call] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Divide the rows among blocks and find scratch for the groups."""
-        self.arithmetic = arithmetic_type(self.dtype)
+        """Divide the tensors among blocks and find scratch for the groups."""
+        self.opmath = opmath_type(self.dtype)
         width = 16 // self.dtype.itemsize
-        double = self.arithmetic == torch.float64
-        numbers = NUMBERS[self.action]
+        double = self.opmath == torch.float64
+        # lam and beta of a penalty's value are in float64.
+        numbers = {"step": self.kind.numbers, "prox": _PROX, "penalty": _PROX + 2}[self.action]
+        self.width = _ADDRESSES + self.kind.states
         self.form = double, numbers if double or self.action != "penalty" else numbers - 2
         words = record_words(numbers, *self.form)
-        self.keys = {key: at * words for at, key in enumerate(dict.fromkeys(row.key for row in self.rows))}
-        self.grouped = any(row.view is not None for row in self.rows)
+        self.keys = {key: at * words for at, key in enumerate(dict.fromkeys(args.key for args in self.tensors))}
+        self.grouped = any(args.view is not None for args in self.tensors)
         self.block = block_of(self.dtype, self.grouped or self.action == "prox")
         # Made first, so that one allocation serves all: factors in the arithmetic type, sums of parts in double.
-        divisions = [None if row.view is None else divide_sums(row.view, width) for row in self.rows]
+        divisions = [None if args.view is None else divide_sums(args.view, width) for args in self.tensors]
         blocks: list[int] = []
         sum_blocks: list[int] = []
         join_blocks: list[int] = []
-        for k, (row, d) in enumerate(zip(self.rows, divisions, strict=True)):
-            size = row.w.element_size()
-            if row.view is None or d is None:
-                self._add(row.w.numel(), 0, k, NO_GROUPS, blocks, width, row.cut)
+        for k, (args, d) in enumerate(zip(self.tensors, divisions, strict=True)):
+            size = args.w.element_size()
+            if args.view is None or d is None:
+                self._add(args.w.numel(), 0, k, NO_GROUPS, blocks, width, args.cut)
                 continue
-            ratio, length = self._factors(row, d, sum_blocks, join_blocks)
+            ratio, length = self._factors(args, d, sum_blocks, join_blocks)
             if self.action == "penalty":
                 assert length is not None
-                self.norms.append((length, row))
+                self.norms.append((length, args))
                 self._add(0, 0, k, NO_GROUPS, blocks, width)  # for its address
                 continue
-            for offset, piece, group in pieces(row.view):
-                skip = group * self.arithmetic.itemsize
+            for offset, piece, group in pieces(args.view):
+                skip = group * self.opmath.itemsize
                 fields = grouped_fields(
                     piece,
                     0 if ratio is None else ratio.data_ptr() + skip,
@@ -184,16 +202,16 @@ class Launch:
         self, numel: int, offset: int, k: int, grouped: list[int], blocks: list[int], width: int, cut: int = 0
     ) -> None:
         first = self.entries[-1][1] + blocks[-1] if self.entries else 0
-        self.entries.append([numel, first, self.keys[self.rows[k].key], *grouped, cut])
+        self.entries.append([numel, first, self.keys[self.tensors[k].key], *grouped, cut])
         self.sources.append((k, offset))
         # The tensor may begin up to width - 1 elements after a boundary.
         blocks.append(-(-(numel + width - 1) // self.block) if numel else 0)
 
     def _factors(
-        self, row: Row, d: Division, sum_blocks: list[int], join_blocks: list[int]
+        self, args: TensorArgs, d: Division, sum_blocks: list[int], join_blocks: list[int]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The scratch of a row in groups, and the entries that fill it."""
-        v = row.view
+        """The scratch of a tensor in groups, and the entries that fill it."""
+        v = args.view
         assert v is not None
         count, value = v.batch * v.groups, self.action == "penalty"
 
@@ -201,19 +219,24 @@ class Launch:
             self.scratch.append(torch.empty(n, dtype=dtype, device=self.device))
             return self.scratch[-1]
 
-        ratio = None if value else take(count, self.arithmetic)
-        length = take(count, self.arithmetic) if value or self.lasso else None
+        ratio = None if value else take(count, self.opmath)
+        length = take(count, self.opmath) if value or self.lasso else None
         of = [0 if t is None else t.data_ptr() for t in (ratio, length)]
         # Where what is thresholded is not w, group lasso needs a sum of its own.
-        dual = self.method == _ADMM
-        for factors, with_dual in [([of[0], 0], True), ([0, of[1]], False)] if dual and self.lasso else [(of, dual)]:
+        dual = self.kind.method == _ADMM
+        planes = [([of[0], 0], True), ([0, of[1]], False)] if dual and self.lasso else [(of, dual)]
+        for plane, (factors, with_dual) in enumerate(planes):
+            if args.norms != 0:
+                norms = args.norms + plane * count * torch.float64.itemsize
+                self._add_norms(args, d, factors, norms, join_blocks)
+                continue
             partials = take(d.parts * count, torch.float64) if d.parts > 1 else None
-            self._add_sums(row, d, factors, with_dual, partials, sum_blocks, join_blocks)
+            self._add_sums(args, d, factors, with_dual, partials, sum_blocks, join_blocks)
         return ratio, length
 
     def _add_sums(
         self,
-        row: Row,
+        args: TensorArgs,
         d: Division,
         factors: list[int],
         with_dual: bool,
@@ -221,31 +244,43 @@ class Launch:
         sum_blocks: list[int],
         join_blocks: list[int],
     ) -> None:
-        v = row.view
-        assert v is not None
-        count, value = v.batch * v.groups, self.action == "penalty"
         out = 0 if partials is None else partials.data_ptr()
+        addresses = self.width * len(self.entries)
+        source = addresses + (1 if self.action != "step" else 0)
+        dual = addresses + _ADDRESSES + self.kind.states - 1 if with_dual else -1
         first = self.sums[-1][1] + sum_blocks[-1] if self.sums else 0
-        record = self.keys[row.key]
-        addresses = _ADDRESSES * len(self.entries)
-        source, dual = addresses + (1 if self.action != "step" else 0), addresses + 3 if with_dual else -1
-        shape = [v.outer, v.groups, v.inner, count, d.tile, d.tiles, d.parts, int(d.cut_rows), d.shape, int(value)]
-        shape += [dual, row.cut]
-        self.sums.append([source, first, record, *factors, out, *shape])
+        self.sums.append([source, first, *self._shape_fields(args, d, factors, out, d.parts), dual, args.cut, 0])
         sum_blocks.append(d.blocks)
         if partials is not None:
-            first = self.joins[-1][1] + join_blocks[-1] if self.joins else 0
-            self.joins.append([0, first, record, *factors, out, *shape])
-            join_blocks.append(-(-count // JOIN_GROUPS))
+            self._add_join(args, d, factors, out, d.parts, 0, join_blocks)
+
+    def _add_norms(self, args: TensorArgs, d: Division, factors: list[int], norms: int, join_blocks: list[int]) -> None:
+        """Factors of norms that were made elsewhere, at that address."""
+        self._add_join(args, d, factors, norms, 1, 1, join_blocks)
+
+    def _add_join(
+        self, args: TensorArgs, d: Division, factors: list[int], out: int, parts: int, are_norms: int, blocks: list[int]
+    ) -> None:
+        first = self.joins[-1][1] + blocks[-1] if self.joins else 0
+        self.joins.append([0, first, *self._shape_fields(args, d, factors, out, parts), -1, args.cut, are_norms])
+        assert args.view is not None
+        blocks.append(-(-args.view.batch * args.view.groups // JOIN_GROUPS))
+
+    def _shape_fields(self, args: TensorArgs, d: Division, factors: list[int], out: int, parts: int) -> list[int]:
+        """The fields of a sum from RECORD to NORMS."""
+        v = args.view
+        assert v is not None
+        count, value = v.batch * v.groups, self.action == "penalty"
+        shape = [v.outer, v.groups, v.inner, count, d.tile, d.tiles, parts, int(d.cut_rows), d.shape, int(value)]
+        return [self.keys[args.key], *factors, out, *shape]
 
     # ---- what changes from step to step ------------------------------------------------------------------------------
 
-    def move(self, *of: Sequence[int] | None) -> None:
-        """Addresses of the rows' w, g, m, and of what the method keeps; None where there are none of a kind."""
-        flat = [0] * (_ADDRESSES * len(self.sources))
+    def move(self, *of: Sequence[int]) -> None:
+        """Addresses of w, of g, and of each state, of all tensors."""
+        flat = [0] * (self.width * len(self.sources))
         for place, own in enumerate(of):
-            if own is not None:
-                flat[place::_ADDRESSES] = own if self.whole else [own[k] + offset for k, offset in self.sources]
+            flat[place :: self.width] = own if self.whole else [own[k] + offset for k, offset in self.sources]
         self.addresses.data = array("q", flat).tobytes()
 
     def set(self, numbers: Mapping[tuple[Any, ...], Sequence[float]]) -> None:
@@ -260,7 +295,7 @@ class Launch:
         Args:
             captured: the stream is being captured into a graph, which needs this launch as long as it is replayed.
         """
-        S, T = STORAGE[self.dtype], STORAGE[self.arithmetic]
+        S, T = STORAGE[self.dtype], STORAGE[self.opmath]
         addresses, records = self.addresses.put(captured), self.records.put(captured)
         calls = self.calls
         stream = stream_of(self.device)
@@ -271,10 +306,10 @@ class Launch:
                 t.record_stream(stream)
         if "sums" in calls:
             call = calls["sums"]
-            call(sum_kernel, addresses, call.entries, records, call.owners, S, T, self.method == _ADMM)
+            call(sum_kernel, addresses, call.entries, records, call.owners, S, T, self.kind.method == _ADMM)
         if "joins" in calls:
             call = calls["joins"]
-            call(join_kernel, call.entries, records, call.owners, T, 32, JOIN_GROUPS)
+            call(factor_kernel, call.entries, records, call.owners, T, 32, JOIN_GROUPS)
         if "main" not in calls:
             return
         call = calls["main"]
@@ -282,9 +317,10 @@ class Launch:
         block = self.block
         if self.action == "step":
             assert grad_scale is not None and found_inf is not None
-            kinds = self.momentum, self.method, self.with_tl1, self.grouped
-            kind = grad_scale.dtype, found_inf.dtype
-            call(step_kernel, *tables, grad_scale, found_inf, S, T, block, *kinds, kind=kind)
+            k = self.kind
+            known = k.base, k.method, k.states, k.writes_gradient, self.with_tl1, self.grouped
+            dtypes = grad_scale.dtype, found_inf.dtype
+            call(step_kernel, *tables, grad_scale, found_inf, S, T, block, *known, dtypes=dtypes)
         elif self.action == "prox":
             call(prox_kernel, *tables, S, T, block)
         else:

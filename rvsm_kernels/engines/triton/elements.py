@@ -1,10 +1,10 @@
-"""The Triton kernels: step, prox, penalty and the sums of groups over a table of pointers.
+"""The Triton kernels over elements: step, prox and penalty over a table of pointers.
 
-A launch serves all tensors of one storage type. Three arrays on the device tell it about them (``triton_table.py``):
-entries with all that stays as long as shapes do, the addresses of w, g and m of each entry, and records of numbers in
-the arithmetic type. ``owners`` says for each block which entry it works for. Everything that an option
-changes is read from there, so that no edit compiles anything anew; what the compiler knows is the storage type S, the
-arithmetic type T, and which code may be needed at all.
+A launch serves all tensors of one storage type, base and method. Three arrays on the device tell it about them
+(``table.py``): entries with all that stays as long as shapes do, the addresses of w, g and the states of each entry,
+and records of numbers in the type of the arithmetic. ``owners`` says for each block which entry it works for. All that
+an option changes is read from there, so that no edit compiles anything anew; what the compiler knows is the storage
+type S, the type of the arithmetic T, base, method, the number of states, and which code may be needed at all.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_prox import Prox, shrink
-from .triton_update import Step, argument, gap_of, penalty_term, sgd_step
+from .bases import base_step, reads_gradient
+from .penalty import Prox, penalty_term, shrink
+from .split import Split, gap_of, method_states, split_step, thresholded
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
-# The addresses of an entry.
+# The addresses of an entry; those of its states follow, the base's first, then the method's.
 W = tl.constexpr(0)
 G = tl.constexpr(1)  # the gradient of a step; what a prox and a penalty read
-M = tl.constexpr(2)
-X = tl.constexpr(3)  # what a method keeps
-ADDRESSES = tl.constexpr(4)
+STATE = tl.constexpr(2)
 
 # Fields of an entry of a step, a prox or a penalty, in int64.
 NUMEL = tl.constexpr(0)
@@ -39,8 +38,9 @@ BY_BATCH = tl.constexpr(10)
 CUT = tl.constexpr(11)  # address of the cut of top-k, or 0
 ENTRY = tl.constexpr(12)
 
-# Numbers of a record: a Prox, then a Step; or a Prox, then lam and beta in double.
+# Numbers of a record: a Prox, a Split, then those of the base; or a Prox, then lam and beta in double.
 PROX = tl.constexpr(6)
+SPLIT = tl.constexpr(4)
 
 
 @triton.jit
@@ -57,22 +57,10 @@ def prox_of(numbers):
 
 
 @triton.jit
-def step_of(numbers):
-    """The Step after a Prox."""
+def split_of(numbers):
+    """The Split after a Prox."""
     s = numbers + PROX
-    return Step(
-        tl.load(s),
-        tl.load(s + 1),
-        tl.load(s + 2),
-        tl.load(s + 3),
-        tl.load(s + 4),
-        tl.load(s + 5),
-        tl.load(s + 6),
-        tl.load(s + 7),
-        tl.load(s + 8),
-        tl.load(s + 9),
-        tl.load(s + 10),
-    )
+    return Split(tl.load(s), tl.load(s + 1), tl.load(s + 2), tl.load(s + 3))
 
 
 @triton.jit
@@ -94,7 +82,7 @@ def divide(n, divider):
 
 @triton.jit
 def group_of(entry, at):
-    """The numbers of the groups of the elements at a place in memory (``Columns::group`` of ``csrc/cuda/table.h``)."""
+    """The numbers of the groups of elements at a place, as ``FactorPlace::group`` of ``csrc/cuda/table.h``."""
     columns, groups = tl.load(entry + COLUMNS).to(tl.uint32), tl.load(entry + GROUPS).to(tl.uint32)
     row = divide(at, tl.load(entry + BY_COLUMNS))
     return divide(at, tl.load(entry + BY_BATCH)) * groups + divide(at - row * columns, tl.load(entry + BY_INNER))
@@ -128,11 +116,11 @@ def pull_of(v, w, f, entry, at, mask, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.co
 
 
 @triton.jit
-def entry_of(addresses, entries, records, owners, T: tl.constexpr):
+def entry_of(addresses, entries, records, owners, STATES: tl.constexpr, T: tl.constexpr):
     """The entry of a block, its addresses and its numbers."""
     owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
     entry = entries + owner * ENTRY
-    return entry, addresses + owner * ADDRESSES, (records + tl.load(entry + RECORD)).to(tl.pointer_type(T))
+    return entry, addresses + owner * (STATE + STATES), (records + tl.load(entry + RECORD)).to(tl.pointer_type(T))
 
 
 @triton.jit
@@ -166,72 +154,95 @@ def write(p, x, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def addresses_of_states(address, shift, STATES: tl.constexpr):
+    """The states of an entry, as many bytes further on."""
+    states = ()
+    for k in tl.static_range(STATES):
+        states = states + (tl.load(address + STATE + k) + shift,)  # noqa: RUF005 - Triton reads no star
+    return states
+
+
+@triton.jit
+def as_pointers(addresses, S: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr):
+    """Addresses as pointers to S; where blocks are whole they lie on boundaries of 16 bytes."""
+    pointers = ()
+    for k in tl.static_range(N):
+        p = addresses[k].to(tl.pointer_type(S))
+        pointers = pointers + (tl.multiple_of(p, 16) if WHOLE else p,)  # noqa: RUF005
+    return pointers
+
+
+@triton.jit
 def step_elements(
-    entry, numbers, w, g, m, x, place, begin, end, scale,
-    T: tl.constexpr, BLOCK: tl.constexpr, MOMENTUM: tl.constexpr, METHOD: tl.constexpr, WITH_TL1: tl.constexpr,
-    WITH_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    entry, numbers, w, g, state_pointers, place, begin, end, scale,
+    T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr, STATES: tl.constexpr,
+    WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Load, arithmetic, store. The elements are those of [begin, end) among BLOCK from `place` on."""
+    BASE_STATES: tl.constexpr = STATES - method_states(METHOD)
     i = tl.arange(0, BLOCK)
     mask = (i >= begin - place) & (i < end - place)
-    wi, gi = read(w + i, mask, WHOLE).to(T), read(g + i, mask, WHOLE).to(T)
-    mi = wi
-    if MOMENTUM:
-        mi = read(m + i, mask, WHOLE).to(T)
-    xi = wi
+    wi = read(w + i, mask, WHOLE).to(T)
+    d = tl.zeros_like(wi)
+    f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), T), split_of(numbers)
+    if reads_gradient(BASE, WRITES_GRADIENT):
+        d = read(g + i, mask, WHOLE).to(T) * scale * s.grad
+    states = ()
+    for k in tl.static_range(BASE_STATES):
+        states = states + (read(state_pointers[k] + i, mask, WHOLE).to(T),)  # noqa: RUF005
+    of_method = wi
     if METHOD != 0:
-        xi = read(x + i, mask, WHOLE).to(T)
-    f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), T), step_of(numbers)
+        of_method = read(state_pointers[BASE_STATES] + i, mask, WHOLE).to(T)
     at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
-    v = argument(wi, xi, METHOD)
+    v = thresholded(wi, of_method, METHOD)
     u, unit = pull_of(v, wi, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
-    gap, xi = gap_of(wi, v, u, xi, METHOD)
-    wi, mi = sgd_step(wi, mi, gi * scale, gap, unit, s, MOMENTUM)
+    gap, of_method = gap_of(wi, v, u, of_method, METHOD)
+    wi, d = split_step(wi, d, gap, unit, f, s)
+    wi, states = base_step(wi, states, d, numbers + PROX + SPLIT, BASE, BASE_STATES)
     write(w + i, wi, mask, WHOLE)
+    if WRITES_GRADIENT:
+        write(g + i, d, mask, WHOLE)
+    for k in tl.static_range(BASE_STATES):
+        write(state_pointers[k] + i, states[k], mask, WHOLE)
     if METHOD != 0:
-        write(x + i, xi, mask, WHOLE)
-    if MOMENTUM:
-        write(m + i, mi, mask, WHOLE)
+        write(state_pointers[BASE_STATES] + i, of_method, mask, WHOLE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
 def step_kernel(
     addresses, entries, records, owners, grad_scale, found_inf,
-    S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
-    MOMENTUM: tl.constexpr, METHOD: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr,
+    STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One step of all entries; nothing where found_inf is above 0."""
     if tl.load(found_inf) > 0:
         return
-    entry, address, numbers = entry_of(addresses, entries, records, owners, T)
-    w, g, m, x = tl.load(address + W), tl.load(address + G), tl.load(address + M), tl.load(address + X)
+    entry, address, numbers = entry_of(addresses, entries, records, owners, STATES, T)
+    w, g = tl.load(address + W), tl.load(address + G)
     # Where all are equally far from a boundary, blocks begin on one. What stands before the tensor is masked.
     lead = lead_of(w, S)
-    even = lead == lead_of(g, S)
-    if MOMENTUM:
-        even = even & (lead == lead_of(m, S))
-    if METHOD != 0:
-        even = even & (lead == lead_of(x, S))
+    even = lead == lead
+    if reads_gradient(BASE, WRITES_GRADIENT):
+        even = even & (lead == lead_of(g, S))
+    for k in tl.static_range(STATES):
+        even = even & (lead == lead_of(tl.load(address + STATE + k), S))
     place, begin, end = span_of(entry, tl.where(even, lead, 0), BLOCK)
     size: tl.constexpr = S.primitive_bitwidth // 8
     shift = (place - begin) * size
     one = tl.full((), 1.0, T)
     scale = tl.div_rn(one, tl.load(grad_scale)) if T.primitive_bitwidth == 32 else one / tl.load(grad_scale)
+    states = addresses_of_states(address, shift, STATES)
     if even & (place >= begin) & (place + BLOCK <= end):
+        wg = as_pointers((w + shift, g + shift), S, 2, True)
         step_elements(
-            entry, numbers,
-            tl.multiple_of((w + shift).to(tl.pointer_type(S)), 16),
-            tl.multiple_of((g + shift).to(tl.pointer_type(S)), 16),
-            tl.multiple_of((m + shift).to(tl.pointer_type(S)), 16),
-            tl.multiple_of((x + shift).to(tl.pointer_type(S)), 16),
-            place, begin, end, scale, T, BLOCK, MOMENTUM, METHOD, WITH_TL1, WITH_GROUPS, True,
+            entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, True), place, begin, end, scale,
+            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, True,
         )  # fmt: skip
     else:
+        wg = as_pointers((w + shift, g + shift), S, 2, False)
         step_elements(
-            entry, numbers,
-            (w + shift).to(tl.pointer_type(S)), (g + shift).to(tl.pointer_type(S)), (m + shift).to(tl.pointer_type(S)),
-            (x + shift).to(tl.pointer_type(S)),
-            place, begin, end, scale, T, BLOCK, MOMENTUM, METHOD, WITH_TL1, WITH_GROUPS, False,
+            entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, False), place, begin, end, scale,
+            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, False,
         )  # fmt: skip
 
 
@@ -252,7 +263,7 @@ def prox_elements(entry, numbers, u, w, place, begin, end, T: tl.constexpr, BLOC
 @triton.jit
 def prox_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
     """u of all entries."""
-    entry, address, numbers = entry_of(addresses, entries, records, owners, T)
+    entry, address, numbers = entry_of(addresses, entries, records, owners, 0, T)
     u, w = tl.load(address + W), tl.load(address + G)
     lead = lead_of(u, S)
     even = lead == lead_of(w, S)
@@ -284,7 +295,7 @@ def penalty_elements(numbers, w, place, begin, end, T: tl.constexpr, BLOCK: tl.c
 @triton.jit
 def penalty_kernel(addresses, entries, records, owners, totals, S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
     """The value over each block: totals[block]."""
-    entry, address, numbers = entry_of(addresses, entries, records, owners, T)
+    entry, address, numbers = entry_of(addresses, entries, records, owners, 0, T)
     w = tl.load(address + G)
     place, begin, end = span_of(entry, lead_of(w, S), BLOCK)
     size: tl.constexpr = S.primitive_bitwidth // 8

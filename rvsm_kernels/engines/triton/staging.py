@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .groups import GroupDim, GroupView, group_view, kept_dims
+from ...method.groups import is_dense
 
 
 @contextlib.contextmanager
@@ -23,16 +23,6 @@ def on_device(device: torch.device) -> Iterator[None]:
         return
     with module.device(device):
         yield
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill their memory, in any order of the dimensions, each once."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def same_layout(x: Tensor, y: Tensor) -> bool:
@@ -71,13 +61,3 @@ class Staged:
         """Bring the copy back."""
         if self.is_copy:
             self.tensor.copy_(self.dense)
-
-
-def view_of(dense: Tensor, group_dim: GroupDim) -> GroupView | None:
-    """The groups of a dense tensor, None for elements and for no elements.
-
-    Raises:
-        ValueError: they do not collapse in memory.
-    """
-    kept = kept_dims(group_dim, dense.dim())
-    return None if kept is None or dense.numel() == 0 else group_view(dense.shape, dense.stride(), kept)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import prox_of, with_cut
-from .triton_prox import length_of, shrink_ratio
+from .elements import prox_of, with_cut
+from .penalty import length_of, shrink_ratio
 
 # Fields of an entry, in int64.
 X = tl.constexpr(0)  # which address
@@ -32,7 +32,8 @@ SHAPE = tl.constexpr(14)  # of a tile
 NORMS = tl.constexpr(15)  # LENGTH gets the bare norm
 DUAL = tl.constexpr(16)  # which address is added to X, or -1
 CUT = tl.constexpr(17)  # address of the cut of top-k, or 0
-SUM_ENTRY = tl.constexpr(18)
+ARE_NORMS = tl.constexpr(18)  # OUT holds norms that were made elsewhere, not sums of squares
+SUM_ENTRY = tl.constexpr(19)
 
 # Shapes of a tile: groups x elements of a row that a program has at once; a strip is rows x columns.
 STRIP = tl.constexpr(0)
@@ -45,7 +46,7 @@ THREADS = tl.constexpr(256)  # of a program
 
 @triton.constexpr_function
 def tile_groups(shape):
-    """Groups of a tile (``TILE_GROUPS`` of ``triton_table.py``)."""
+    """Groups of a tile (``TILE_GROUPS`` of ``table.py``)."""
     return 64 if shape == 1 else 8 if shape == 2 else 1
 
 
@@ -62,7 +63,7 @@ def finish(entry, numbers, part, group, sums, mask, T: tl.constexpr):
 @triton.jit
 def store_factors(entry, numbers, group, sums, mask, T: tl.constexpr):
     """ratio = shrink(norm) / norm and length = norm (1 for the zero group, unless the norms are wanted)."""
-    norm = tl.sqrt(sums).to(T)
+    norm = tl.where(tl.load(entry + ARE_NORMS) != 0, sums, tl.sqrt(sums)).to(T)
     ratio, length = tl.load(entry + RATIO), tl.load(entry + LENGTH)
     if ratio != 0:
         f = with_cut(prox_of(numbers), tl.load(entry + CUT), T)
@@ -221,8 +222,8 @@ def sum_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.const
 
 
 @triton.jit
-def join_kernel(entries, records, owners, T: tl.constexpr, P: tl.constexpr, G: tl.constexpr):
-    """The sums of parts become factors: tiles of G groups, P parts at once."""
+def factor_kernel(entries, records, owners, T: tl.constexpr, P: tl.constexpr, G: tl.constexpr):
+    """The sums of parts, or norms that were made elsewhere, become factors: tiles of G groups, P parts at once."""
     block = tl.program_id(0)
     entry = entries + tl.load(owners + block).to(tl.int64) * SUM_ENTRY
     numbers = (records + tl.load(entry + RECORD)).to(tl.pointer_type(T))

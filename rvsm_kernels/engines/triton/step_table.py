@@ -1,0 +1,251 @@
+"""The tensors of a step and the launches that were made for them: made once, then only refreshed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...method.dtypes import HALF_TYPES
+from ...method.groups import GroupView, view_of
+from ...method.memory import kind_of, turns_of
+from ...method.parameters import param_name
+from ...method.step_options import StepOptions
+from ..checks import check_entry, check_groups
+from ..interface import Group, StepInputs
+from .launch import Launch, StepKind, TensorArgs
+from .staging import Staged
+
+try:  # one call compares types, dtypes, devices, sizes and strides of all tensors
+    from torch._C._dynamo import guards as _guards
+except ImportError:  # every step is then prepared as if it were the first
+    _guards = None  # type: ignore[assignment]
+
+
+class LaunchPart(NamedTuple):
+    """A launch of a step, and which of the step's tensors it works on.
+
+    Attributes:
+        turn: launches of later turns have parameters that share memory with those of earlier ones.
+        which: places among the parameters that move, None for all in their order.
+        states: for each state of a parameter, places among all states of the step.
+    """
+
+    launch: Launch
+    turn: int
+    which: list[int] | None
+    states: list[list[int]]
+
+
+class Slot(NamedTuple):
+    """A parameter that a step moves: its group's place and options, and its states, None for one that is missing."""
+
+    p: Tensor
+    group: int
+    options: StepOptions
+    view: GroupView | None
+    states: list[Tensor | None]
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects; == would compare tensors."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+class StepTable:
+    """What a step over these tensors needs; made by :meth:`build`, which looks at everything and changes nothing.
+
+    Attributes:
+        launches: in the order of their turns.
+        copies: of tensors that the kernels cannot take as they are; whether a step writes to them, and in which turn.
+        new_states: (parameter, name, tensor) that ``optimizer.state`` gets when the step is launched.
+        changed: what a step writes, for the version counters.
+        turns: of the parameters that move.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[LaunchPart] = []
+        self.copies: list[tuple[Staged, bool, int]] = []
+        self.new_states: list[tuple[Tensor, str, Tensor]] = []
+        self.changed: list[Tensor] = []
+        self.turns: list[int] = []
+        self._params: list[Tensor] = []
+        self._lengths: list[int] = []  # of the param groups
+        self._active: list[bool] = []
+        self._all_active = False
+        self._state_keys: list[Tensor] = []
+        self._state_values: list[Any] = []
+        self._state_places: list[tuple[Any, str]] = []  # the dict of each state, and its name there
+        self._states: list[Tensor] = []
+        self._beside: list[Tensor] = []  # cuts and norms
+        self._find_beside: Callable[[StepInputs], list[Any]] = lambda inputs: []
+        self._guards: Any = None
+        self._addresses: list[int] = []
+        self.held: Any = None  # the tensors of a step that was prepared: other threads may take them away
+
+    # ---- refreshing --------------------------------------------------------------------------------------------------
+
+    def refresh(self, groups: Sequence[Group], inputs: StepInputs) -> bool:
+        """Addresses of the tensors that are known; False where they are others, or lie otherwise."""
+        if self._guards is None or inputs.instead:
+            return False
+        params: list[Tensor] = []
+        for group in groups:
+            params += group["params"]
+        if not _same(params, self._params) or [len(group["params"]) for group in groups] != self._lengths:
+            return False
+        grads: list[Any] = [p.grad for p in params]
+        if [g is not None for g in grads] != self._active:  # also where one has no elements: it may get some
+            return False
+        tensors: list[Tensor] = params + grads
+        if not self._all_active:
+            tensors = [t for t, active in zip(tensors, self._active * 2, strict=True) if active]
+        if self._states:
+            # Walking the state compares every key and value by identity; a look-up would hash every parameter.
+            state = inputs.states
+            if not (_same(list(state), self._state_keys) and _same(list(state.values()), self._state_values)):
+                return False
+            states = [of.get(name) for of, name in self._state_places]
+            if not _same(states, self._states):
+                return False
+            tensors += self._states
+        if not _same(self._find_beside(inputs), self._beside) or not self._guards.check(*tensors):
+            return False
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if addresses != self._addresses:
+            count = sum(self._active)
+            if 0 in addresses or (
+                addresses[:count] != self._addresses[:count] and turns_of(tensors[:count]) != self.turns
+            ):
+                return False
+            self._move(addresses)
+        self.held = tensors
+        return True
+
+    def _move(self, addresses: list[int]) -> None:
+        """`addresses`: of all parameters that move, of their gradients, of all states."""
+        self._addresses = addresses
+        n = (len(addresses) - len(self._states)) // 2
+        w, g, states = addresses[:n], addresses[n : 2 * n], addresses[2 * n :]
+        for launch, _, which, places in self.launches:
+            launch.move(
+                w if which is None else [w[k] for k in which],
+                g if which is None else [g[k] for k in which],
+                *([states[k] for k in of_state] for of_state in places),
+            )
+
+    def set_numbers(self, options: Sequence[StepOptions]) -> None:
+        """The numbers of every launch; their keys are the place of the group, the size of its groups, a first step."""
+        for part in self.launches:
+            keys = part.launch.keys
+            part.launch.set({(i, size, fresh): options[i].numbers(size, fresh) for i, size, fresh in keys})
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+
+    def find(self, groups: Sequence[Group], inputs: StepInputs, served: Sequence[str]) -> list[Slot] | None:
+        """The parameters that the step moves, all of them checked; None where one is not served.
+
+        Args:
+            served: types of devices.
+        """
+        slots = []
+        for i, (group, options) in enumerate(zip(groups, inputs.options, strict=True)):
+            for j, p in enumerate(group["params"]):
+                moves = p.grad is not None
+                if moves:
+                    if p.device.type not in served or kind_of(p) is not None:
+                        return None
+                    states = {name: inputs.state_of(p, name) for name in options.states}
+                    check_entry(p, group, i, j, states)
+                    moves = p.numel() > 0
+                self._params.append(p)
+                self._active.append(moves)
+                if moves:
+                    if options.dims is not None:
+                        check_groups(p, group["group_dim"], param_name(group, i, j))
+                    slots.append(Slot(p, i, options, view_of(p, options.dims), list(states.values())))
+        self._lengths = [len(group["params"]) for group in groups]
+        self._all_active = all(self._active)
+        return slots
+
+    def build(self, slots: Sequence[Slot], inputs: StepInputs) -> None:
+        """Tables and launches for these parameters."""
+        kinds: dict[tuple[Any, ...], tuple[list[TensorArgs], list[int], list[list[int]]]] = {}
+        lasso, tl1 = set(), set()
+        weights, gradients, states = [], [], []
+        self.turns = turns_of([slot.p for slot in slots])
+        for k, slot in enumerate(slots):
+            p, options, turn = slot.p, slot.options, self.turns[k]
+            grad = p.grad
+            assert grad is not None
+            dtype = torch.float32 if p.dtype in HALF_TYPES and grad.dtype != p.dtype else p.dtype
+            w = self._stage(p, dtype, None, True, turn)
+            g = self._stage(grad, dtype, w, options.writes_gradient, turn)
+            weights.append(w.data_ptr())
+            gradients.append(g.data_ptr())
+            count = len(options.states)
+            kind = turn, p.device, dtype, count, options.base.number, options.method.number, options.writes_gradient
+            args, which, places = kinds.setdefault(kind, ([], [], [[] for _ in range(count)]))
+            fresh = any(state is None for state in slot.states[: options.base_states])
+            for name, state, of_state in zip(options.states, slot.states, places, strict=True):
+                of_state.append(len(self._states))
+                self._states.append(self._new_state(p, name, state, w))
+                states.append(self._stage(self._states[-1], dtype, w, True, turn).data_ptr())
+            size = slot.view.outer * slot.view.inner if slot.view is not None and options.scaled else 1
+            cut = inputs.cuts[p].data_ptr() if options.topk else 0
+            norms = inputs.norms[p].data_ptr() if slot.view is not None and p in inputs.norms else 0
+            args.append(TensorArgs(w, g, slot.view, (slot.group, size, fresh), cut, norms))
+            which.append(k)
+            if options.lasso:
+                lasso.add(kind)
+            if options.values["penalty"] == "tl1":
+                tl1.add(kind)
+        for kind, (args, which, places) in sorted(kinds.items(), key=lambda item: item[0][0]):
+            turn, device, dtype, count, base, method, writes_gradient = kind
+            numbers = len(inputs.options[args[0].key[0]].numbers(1, False))
+            step_kind = StepKind(base, method, count, numbers, writes_gradient)
+            launch = Launch("step", dtype, device, args, kind in lasso, kind in tl1, step_kind)
+            self.launches.append(LaunchPart(launch, turn, None if len(which) == len(slots) else which, places))
+        self._move(weights + gradients + states)
+        for part in self.launches:
+            for tensor in part.launch.tensors:  # the tensors are found by address from now on
+                tensor.w = tensor.g = None  # type: ignore[assignment]
+        written = [slot.p for slot in slots] + self._states
+        written += [slot.p.grad for slot in slots if slot.options.writes_gradient and slot.p.grad is not None]
+        self.changed = [t for t in written if not t.is_inference()]
+        self._remember(slots, inputs)
+
+    def _new_state(self, p: Tensor, name: str, state: Tensor | None, w: Tensor) -> Tensor:
+        """A state as the step needs it: where it is missing zeros; of another dtype, its conversion."""
+        if state is not None and state.dtype == p.dtype:
+            return state
+        new = torch.zeros_like(w, dtype=p.dtype)
+        if state is not None:
+            new.copy_(state)
+        self.new_states.append((p, name, new))
+        return new
+
+    def _remember(self, slots: Sequence[Slot], inputs: StepInputs) -> None:
+        """What the next step is compared with; nothing where it has to be built anew."""
+        grads = [slot.p.grad for slot in slots]
+        self.held = [*(slot.p for slot in slots), *grads, *self._states]
+        if _guards is None or self.copies or self.new_states or inputs.instead or not slots:
+            return
+        self._state_keys, self._state_values = list(inputs.states), list(inputs.states.values())
+        self._state_places = [(inputs.states[s.p], name) for s in slots for name in s.options.states]
+        selected = [slot.p for slot in slots if slot.options.topk]
+
+        def find_beside(inputs: StepInputs) -> list[Any]:
+            return [*map(inputs.cuts.get, selected), *inputs.norms.values()]
+
+        self._find_beside, self._beside = find_beside, find_beside(inputs)
+        self._guards = _guards.TensorGuards(*self.held, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+    def _stage(self, tensor: Tensor, dtype: torch.dtype, like: Tensor | None, writes: bool, turn: int) -> Tensor:
+        staged = Staged(tensor.detach(), dtype, like)
+        if staged.is_copy:
+            self.copies.append((staged, writes, turn))
+        return staged.dense
