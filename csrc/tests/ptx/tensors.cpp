@@ -1,0 +1,186 @@
+// Tensors of random shapes, places and options.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+
+#include "cases.h"
+
+namespace rvsm::ptx {
+
+namespace {
+
+// Shapes on both sides of every border: of a vector, a chunk, a tile, a strip, a resident tensor, parts.
+GroupView random_view(int64_t most) {
+  while (true) {
+    GroupView v;
+    v.batch = pick<int64_t>({1, 1, 1, 2, 3, 5});
+    v.outer = pick<int64_t>({1, 1, 1, 2, 3, 7, 11, 30, 64, 257, 700, 20000});
+    v.groups = pick<int64_t>({1, 2, 3, 4, 5, 7, 8, 16, 33, 64, 70, 100, 257, 300, 600, 1100});
+    v.inner =
+        pick<int64_t>({1,  1,   1,   2,   3,   4,    5,    8,    9,    16,   24,   25,    32,    40,    48,    64,
+                       72, 100, 128, 256, 576, 1000, 1024, 2304, 4096, 4608, 9000, 12288, 12296, 24576, 24584, 30000});
+    if (v.count() * v.size() <= most) return v;
+  }
+}
+
+int64_t random_numel(Dtype dtype, bool big, Profile profile) {
+  const int64_t width = dtype == Dtype::f64 ? 2 : dtype == Dtype::f32 ? 4 : 8, chunk = 1024 * width;
+  switch (profile == Profile::elements_that_keep && big ? 2 : integer(0, big ? 4 : 1)) {
+    case 0:
+      return pick<int64_t>({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33});
+    case 1:
+      return integer(0, 300);
+    case 2:
+      return chunk * integer(1, 3) + integer(-width - 1, width + 1);
+    case 3:
+      return pick<int64_t>({1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193});
+    default:
+      return integer(1, 20000);
+  }
+}
+
+// The tau whose cut is at `want`.
+double tau_of_cut(Penalty penalty, double want, double a) {
+  double low = 0, high = 1e12;
+  for (int i = 0; i < 200; ++i) {
+    const double middle = (low + high) / 2;
+    (cut(penalty, middle, a) < want ? low : high) = middle;
+  }
+  return low;
+}
+
+Options random_step(const TensorOptions& t, Profile profile) {
+  Options o;
+  const bool keeps = profile == Profile::groups_that_keep || profile == Profile::elements_that_keep;
+  o.penalty = profile == Profile::tl1 ? Penalty::tl1 : Penalty(integer(keeps ? 1 : 0, 3));
+  o.beta = log_uniform(0.05, 2);
+  o.a = log_uniform(0.1, 10);
+  if (o.penalty == Penalty::tl1 && integer(0, 2) == 0)
+    o.a = integer(0, 1) ? log_uniform(1e3, 1e8) : log_uniform(1e-8, 1e-3);
+  // The cut lies amid the values.
+  const double norm = t.grouped ? std::sqrt(double(t.view.size()) / 3) : 0.6;
+  const double want = norm * (t.grouped ? log_uniform(0.9, 1.1) : uniform(0.05, 1.3));
+  double tau = o.penalty == Penalty::none ? 1 : tau_of_cut(o.penalty, want, o.a);
+  if (integer(0, 9) == 0) tau = 0;
+  o.lam = tau * o.beta;
+  o.lr = integer(0, 19) == 0 ? 0 : log_uniform(1e-3, 0.5);
+  o.momentum = pick({0, 1, 1}) ? uniform(0.5, 0.99) : 0;
+  o.nesterov = o.momentum != 0 && integer(0, 1);
+  o.dampening = o.momentum != 0 && !o.nesterov && integer(0, 2) == 0 ? uniform(0, 1) : 0;
+  o.weight_decay = integer(0, 1) ? log_uniform(1e-5, 0.1) : 0;
+  o.decoupled = integer(0, 1);
+  o.maximize = integer(0, 3) == 0;
+  o.group_lasso = t.grouped && integer(0, 1) ? log_uniform(1e-3, 1) : 0;
+  o.group_scale = t.grouped && integer(0, 1);
+  if (o.group_scale) o.lam /= std::sqrt(double(t.view.size()));
+  if (is_split(o)) {
+    o.method = keeps ? pick({Method::delayed, Method::admm})
+                     : pick({Method::rvsm, Method::rvsm, Method::delayed, Method::admm});
+    o.topk = o.penalty == Penalty::l0 && integer(0, 1);
+  }
+  return o;
+}
+
+template <class S>
+void fill(Array& a, std::vector<double>& numbers, int64_t count, double scale, double zeros) {
+  numbers.resize(size_t(count));
+  for (size_t i = 0; i < size_t(count); ++i) {
+    const double value = uniform(0, 1) < zeros ? 0 : uniform(-scale, scale) * (uniform(0, 1) < 0.02 ? 1e-4 : 1);
+    put<S>(a.at, i, value);
+    numbers[i] = get<S>(a.at, i);
+  }
+}
+
+template <class S>
+void fill_arrays(TensorCase& t, const TensorOptions& o) {
+  const Row& row = t.row;
+  const auto make = [&](Array& a, std::vector<double>& numbers, int64_t misalign, double scale, double zeros) {
+    a.make(size_t(row.numel) * sizeof(S), size_t(misalign) * sizeof(S));
+    fill<S>(a, numbers, row.numel, scale, zeros);
+  };
+  make(t.w, t.numbers.w, o.misalign[0], 1, o.zeros);
+  make(t.g, t.numbers.g, o.misalign[3], 1, 0);
+  make(t.m, t.numbers.m, o.misalign[1], o.first ? 0 : 1, 0);
+  make(t.kept, t.numbers.kept, o.misalign[2], row.method == Method::admm ? 0.3 : 1, 0);
+  for (size_t i = 0; o.zero_groups && row.grouped && i < size_t(row.numel); ++i) {
+    if (definition::group_of(row.view, int64_t(i)) % 5 != 1) continue;
+    put<S>(t.w.at, i, t.numbers.w[i] = 0);
+    if (row.method == Method::admm) put<S>(t.kept.at, i, t.numbers.kept[i] = 0);
+  }
+  const double norm = row.grouped ? std::sqrt(double(row.view.size()) / 3) * uniform(0.95, 1.05) : uniform(0, 1);
+  using A = Arithmetic<S>;
+  t.cut.make(sizeof(A), 0);
+  const bool tie = o.tie && !row.grouped && row.numel > 0;
+  put<A>(t.cut.at, 0, tie ? std::fabs(t.numbers.w[size_t(integer(0, row.numel - 1))]) : norm);
+  t.cut_value = get<A>(t.cut.at, 0);
+}
+
+}  // namespace
+
+TensorOptions random_tensor(Action action, bool big, Profile profile) {
+  TensorOptions t;
+  t.dtype = Dtype(integer(0, 3));
+  t.grouped = integer(0, 2) == 0;
+  if (profile == Profile::groups || profile == Profile::groups_that_keep) t.grouped = true;
+  if (profile == Profile::elements || profile == Profile::elements_that_keep) t.grouped = false;
+  if (t.grouped)
+    t.view = random_view(big ? 160000 : 12000);
+  else
+    t.numel = random_numel(t.dtype, big, profile);
+  t.step = random_step(t, profile);
+  t.first = integer(0, 3) == 0;
+  const bool half = t.dtype == Dtype::bf16 || t.dtype == Dtype::f16;
+  t.wide = action == Action::step && half && integer(0, 3) == 0;
+  const int64_t at = integer(0, 2) == 0 ? integer(0, 7) : 0;
+  const bool out_of_line = integer(0, 5) == 0;
+  for (int64_t& m : t.misalign) m = out_of_line ? integer(0, 7) : at;
+  t.zeros = integer(0, 3) == 0 ? 0.3 : 0;
+  t.zero_groups = integer(0, 3) == 0;
+  t.tie = integer(0, 1);
+  return t;
+}
+
+std::unique_ptr<TensorCase> make_tensor(const TensorOptions& o, Action action) {
+  auto t = std::make_unique<TensorCase>();
+  Row& row = t->row;
+  t->noted = o.dtype;
+  row.dtype = o.wide ? Dtype::f32 : o.dtype;
+  row.grouped = o.grouped;
+  row.view = o.view;
+  row.numel = o.grouped ? o.view.count() * o.view.size() : o.numel;
+  const int64_t size = o.grouped ? o.view.size() : 1;
+  row.step = make_step(o.step, size, o.first);
+  row.momentum = momentum_of(o.step);
+  if (action == Action::step) {
+    row.method = o.step.method;
+    row.topk = o.step.topk;
+  }
+  row.lam = strength(o.step, size);
+  row.beta = o.step.beta;
+  with_storage(row.dtype, [&](auto s) { fill_arrays<decltype(s)>(*t, o); });
+  const Prox<double>& p = row.step.prox;
+  t->text = text_of("%s%s, %lld elements, at %lld %lld %lld %lld, penalty %d a %.4g tau %.4g, method %d, topk %d, ",
+                    kDtypeNames[int(row.dtype)], o.wide ? " (wide)" : "", (long long)row.numel,
+                    (long long)o.misalign[0], (long long)o.misalign[1], (long long)o.misalign[2],
+                    (long long)o.misalign[3], int(p.penalty), p.a, p.tau, int(row.method), row.topk);
+  t->text += text_of("momentum %d, first %d, lasso %g", int(row.momentum), o.first, row.step.lasso);
+  if (o.grouped)
+    t->text += text_of(", view %lld x %lld x %lld x %lld", (long long)o.view.batch, (long long)o.view.outer,
+                       (long long)o.view.groups, (long long)o.view.inner);
+  return t;
+}
+
+std::string text_of(const char* format, ...) {
+  char buffer[512];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(buffer, sizeof buffer, format, arguments);
+  va_end(arguments);
+  return buffer;
+}
+
+void wrong(const std::string& kind, const std::string& text) { machine.findings.add("result " + kind, text); }
+
+}  // namespace rvsm::ptx
