@@ -39,6 +39,7 @@ struct Statistics {
   int64_t compared = 0, unlike_host = 0, near_cut = 0;
   double worst[3][4] = {};  // error over its bound, by array (w, m, kept) and type
   double worst_from_host = 0;
+  uint64_t digest = 0;  // of the bits of all results
   std::map<std::string, int64_t> tensors;
 };
 extern Statistics statistics;
@@ -97,6 +98,9 @@ struct TensorCase {
   std::string text;
 
   Array* arrays[4] = {&w, &m, &kept, &g};  // in the order of kArrayNames
+
+  // Puts a number into an element of one of these.
+  void set(int array, int64_t element, double value);
 };
 
 // What is drawn for a tensor, or chosen by a case.
@@ -150,6 +154,10 @@ class Experiment {
 
   // Runs the interpreter twice in different orders, then the host, and judges all numbers. `second`: the other order.
   void judge(Mode::Order second);
+
+  // The same of tensors with Inf and NaN: all results are of the same class as the host's, which is NaN, the same Inf,
+  // or finite.
+  void judge_classes();
 
  private:
   Bytes run(const cuda::Kernels& kernels, bool interpreted);

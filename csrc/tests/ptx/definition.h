@@ -32,14 +32,17 @@ inline Real cut(Penalty p, Real tau, Real a) {
   }
 }
 
-inline Real shrink(Penalty p, Real r, Real cut, Real tau, Real a) {
-  if (p == Penalty::none) return r;
-  if (r <= cut) return 0;
-  if (p == Penalty::l1) return r - tau;
-  if (p == Penalty::l0) return r;
+// shrink(r) of an r that is known to lie above the cut.
+inline Real shrink_above(Penalty p, Real r, Real tau, Real a) {
+  if (p == Penalty::l1) return std::max<Real>(0, r - tau);
+  if (p != Penalty::tl1) return r;
   const Real q = std::min<Real>(1, 27 * tau * a * (a + 1) / (4 * (a + r) * (a + r) * (a + r)));
   const Real s = std::sin(std::asin(std::sqrt(q)) / 3);
-  return r - Real(4) / 3 * (a + r) * s * s;
+  return std::max<Real>(0, r - Real(4) / 3 * (a + r) * s * s);
+}
+
+inline Real shrink(Penalty p, Real r, Real cut, Real tau, Real a) {
+  return p != Penalty::none && r <= cut ? 0 : shrink_above(p, r, tau, a);
 }
 
 inline Real penalty(Penalty p, Real u, Real a) {
@@ -55,10 +58,16 @@ inline Real penalty(Penalty p, Real u, Real a) {
   }
 }
 
-// shrink(r) for all r within a relative `error`; shrink rises with r.
+// shrink(r) for all r within a relative `error`; shrink rises with r. The norm of a group may fall to either side of
+// the cut. The magnitude of an element is exact: what decides is the cut in the arithmetic type.
 inline Range shrink_within(const Row& row, Real r, Real cut, Real error) {
   const Prox<double>& p = row.step.prox;
-  return {shrink(p.penalty, r * (1 - error), cut, p.tau, p.a), shrink(p.penalty, r * (1 + error), cut, p.tau, p.a)};
+  const Real low = r * (1 - error), high = r * (1 + error);
+  if (row.grouped || p.penalty == Penalty::none)
+    return {shrink(p.penalty, low, cut, p.tau, p.a), shrink(p.penalty, high, cut, p.tau, p.a)};
+  const Real rounded = row.dtype == Dtype::f64 ? Real(double(cut)) : Real(float(cut));
+  if (r <= rounded) return {0, 0};
+  return {shrink_above(p.penalty, low, p.tau, p.a), shrink_above(p.penalty, high, p.tau, p.a)};
 }
 
 // ---- one element ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ namespace {
 
 constexpr const char* kUsage =
     "test_ptx FILE.ptx ... [--cases N] [--seed S] [--parts random,special,small,engine,far] [--only CASE]\n"
-    "         [--mutants N] [--unreached]\n"
+    "         [--mutants N] [--mutant-seed S] [--unreached]\n"
     "  --cases      random cases, and a quarter as many with special numbers (100)\n"
     "  --only       the case with this name, as a finding gives it\n"
     "  --mutants    changes so many instructions, one at a time, and counts the changes that no case sees\n"
@@ -26,7 +26,7 @@ constexpr const char* kUsage =
 struct Arguments {
   std::vector<std::string> files;
   int cases = 100, mutants = 0;
-  uint64_t seed = 1;
+  uint64_t seed = 1, mutant_seed = 1;
   std::string parts = "random,special,small,engine,far", only;
   bool unreached = false;
 };
@@ -54,6 +54,8 @@ Arguments parse(int argc, char** argv) {
       a.only = value();
     else if (s == "--mutants")
       a.mutants = std::atoi(value().c_str());
+    else if (s == "--mutant-seed")
+      a.mutant_seed = std::strtoull(value().c_str(), nullptr, 0);
     else if (s == "--unreached")
       a.unreached = true;
     else if (s[0] == '-')
@@ -123,7 +125,7 @@ int main(int argc, char** argv) {
   const Arguments a = parse(argc, argv);
   for (const std::string& file : a.files) ptx::module.load(file);
   const std::vector<Case> cases = cases_of(a);
-  if (a.mutants > 0) return run_mutants(cases, a.mutants, a.seed) < 0 ? 1 : 0;
+  if (a.mutants > 0) return run_mutants(cases, a.mutants, a.mutant_seed) < 0 ? 1 : 0;
   for (const Case& c : cases) run_case(c);
   print_kernels(a.unreached);
   print_statistics();

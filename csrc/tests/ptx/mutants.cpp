@@ -99,7 +99,7 @@ struct Coverage {
   std::vector<Place> places;
   std::vector<std::vector<bool>> executed;  // by case and place
   std::vector<uint64_t> instructions;       // by case
-  std::vector<uint64_t> longest;            // launch of a case
+  std::vector<uint64_t> digests;            // of a case's results
 };
 
 Coverage cover(const std::vector<Case>& cases) {
@@ -109,7 +109,9 @@ Coverage cover(const std::vector<Case>& cases) {
   for (const Case& one : cases) {
     for (const auto& [name, kernel] : module.kernels) std::fill(kernel->executed.begin(), kernel->executed.end(), 0);
     const uint64_t before = machine.instructions;
+    statistics.digest = 0;
     run_case(one);
+    c.digests.push_back(statistics.digest);
     c.instructions.push_back(machine.instructions - before);
     std::vector<bool> executed;
     for (const Place& p : c.places) executed.push_back(p.kernel->executed[p.index] > 0);
@@ -128,9 +130,16 @@ int pipe_to_parent = -1;
   _exit(1);
 }
 
-// The kind of the first finding; empty where no case has one.
-std::string first_finding(const std::vector<const Case*>& cases, const std::vector<uint64_t>& limits,
-                          const Place& place, const std::string& text) {
+// What a case does without the mutation.
+struct Known {
+  const Case* one;
+  uint64_t instructions, digest;
+};
+
+constexpr const char *kSameBits = "UNSEEN", *kOtherBits = "BOUNDED";
+
+// The kind of the first finding; where no case has one, whether all results have the same bits.
+std::string first_finding(const std::vector<Known>& cases, const Place& place, const std::string& text) {
   int ends[2];
   if (pipe(ends) != 0) std::abort();
   std::fflush(stdout);
@@ -142,11 +151,14 @@ std::string first_finding(const std::vector<const Case*>& cases, const std::vect
     if (std::freopen("/dev/null", "w", stdout) == nullptr) std::abort();
     place.kernel->lines[place.index].text = text;
     decode(*place.kernel);
-    for (size_t i = 0; i < cases.size(); ++i) {
-      machine.most_instructions = limits[i];
-      run_case(*cases[i]);
+    bool same = true;
+    for (const Known& k : cases) {
+      machine.most_instructions = 2 * k.instructions + 100000;
+      statistics.digest = 0;
+      run_case(*k.one);
+      same &= statistics.digest == k.digest;
     }
-    _exit(0);
+    _exit(same ? 0 : 2);
   }
   close(ends[1]);
   char buffer[64];
@@ -154,7 +166,8 @@ std::string first_finding(const std::vector<const Case*>& cases, const std::vect
   close(ends[0]);
   int status = 0;
   waitpid(child, &status, 0);
-  if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return "";
+  if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return kSameBits;
+  if (WIFEXITED(status) && WEXITSTATUS(status) == 2) return kOtherBits;
   return count > 0 ? std::string(buffer, size_t(count)) : "the interpreter failed";
 }
 
@@ -187,7 +200,6 @@ int run_mutants(const std::vector<Case>& cases, int count, uint64_t seed) {
             [&](size_t x, size_t y) { return coverage.instructions[x] < coverage.instructions[y]; });
   std::mt19937_64 random(seed);
   std::map<std::string, int> signs;
-  int survivors = 0;
   for (int i = 0; i < count;) {
     const size_t number = executed[random() % executed.size()];
     const Place& place = coverage.places[number];
@@ -195,22 +207,17 @@ int run_mutants(const std::vector<Case>& cases, int count, uint64_t seed) {
     const std::vector<Mutation> mutations = mutations_of(line.text);
     if (mutations.empty()) continue;
     const Mutation& mutation = mutations[random() % mutations.size()];
-    std::vector<const Case*> those;
-    std::vector<uint64_t> limits;
-    for (const size_t c : cheapest) {
-      if (!coverage.executed[c][number]) continue;
-      those.push_back(&cases[c]);
-      limits.push_back(2 * coverage.instructions[c] + 100000);
-    }
-    const std::string sign = first_finding(those, limits, place, mutation.text);
-    std::printf("%3d %-9s %s: %s:%d in %s, executed by %zu cases: %s  ->  %s\n", ++i,
-                sign.empty() ? "SURVIVES" : sign.c_str(), mutation.name.c_str(), place.kernel->file.c_str(),
-                line.number, short_name(place.kernel->name).c_str(), those.size(), line.text.c_str(),
-                mutation.text.c_str());
+    std::vector<Known> those;
+    for (const size_t c : cheapest)
+      if (coverage.executed[c][number]) those.push_back({&cases[c], coverage.instructions[c], coverage.digests[c]});
+    const std::string sign = first_finding(those, place, mutation.text);
+    std::printf("%3d %-9s %s: %s:%d in %s, executed by %zu cases: %s  ->  %s\n", ++i, sign.c_str(),
+                mutation.name.c_str(), place.kernel->file.c_str(), line.number, short_name(place.kernel->name).c_str(),
+                those.size(), line.text.c_str(), mutation.text.c_str());
     std::fflush(stdout);
-    ++signs[sign.empty() ? "not seen" : sign];
-    survivors += sign.empty();
+    ++signs[sign];
   }
+  const int survivors = signs[kSameBits] + signs[kOtherBits];
   std::printf("%d of %d mutants are seen; by the kind of the first finding:", count - survivors, count);
   for (const auto& [sign, times] : signs) std::printf(" %s %d", sign.c_str(), times);
   std::printf("\n");

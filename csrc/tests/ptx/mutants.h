@@ -10,8 +10,10 @@
 
 namespace rvsm::ptx {
 
-// Runs all cases once to learn what each executes, then `count` mutants of instructions that are drawn by `seed`, each
-// in a process of its own. Prints a line for each. Returns how many were not seen; -1 where a case fails as it is.
+// Runs all cases once to learn what each executes, then `count` mutants of instructions that are drawn by `seed`,
+// each in a process of its own. Prints a line for each: the kind of the first finding, UNSEEN where all results have
+// the same bits as before, or BOUNDED where they differ within their bounds. Returns how many had no finding; -1 where
+// a case fails as it is.
 int run_mutants(const std::vector<Case>& cases, int count, uint64_t seed);
 
 // Runs a case from the beginning.

@@ -106,8 +106,8 @@ void fill_arrays(TensorCase& t, const TensorOptions& o) {
   make(t.kept, t.numbers.kept, o.misalign[2], row.method == Method::admm ? 0.3 : 1, 0);
   for (size_t i = 0; o.zero_groups && row.grouped && i < size_t(row.numel); ++i) {
     if (definition::group_of(row.view, int64_t(i)) % 5 != 1) continue;
-    put<S>(t.w.at, i, t.numbers.w[i] = 0);
-    if (row.method == Method::admm) put<S>(t.kept.at, i, t.numbers.kept[i] = 0);
+    t.set(0, int64_t(i), 0);
+    if (row.method == Method::admm) t.set(2, int64_t(i), 0);
   }
   const double norm = row.grouped ? std::sqrt(double(row.view.size()) / 3) * uniform(0.95, 1.05) : uniform(0, 1);
   using A = Arithmetic<S>;
@@ -170,6 +170,15 @@ std::unique_ptr<TensorCase> make_tensor(const TensorOptions& o, Action action) {
     t->text += text_of(", view %lld x %lld x %lld x %lld", (long long)o.view.batch, (long long)o.view.outer,
                        (long long)o.view.groups, (long long)o.view.inner);
   return t;
+}
+
+void TensorCase::set(int array, int64_t element, double value) {
+  std::vector<double>* const all[] = {&numbers.w, &numbers.m, &numbers.kept, &numbers.g};
+  with_storage(row.dtype, [&](auto s) {
+    using S = decltype(s);
+    put<S>(arrays[array]->at, size_t(element), value);
+    (*all[array])[size_t(element)] = get<S>(arrays[array]->at, size_t(element));
+  });
 }
 
 std::string text_of(const char* format, ...) {
