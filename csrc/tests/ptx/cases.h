@@ -10,10 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "../../cuda/job.h"
 #include "../check.h"
-#include "definition.h"
-#include "launches.h"
+#include "interpreted_kernels.h"
 
 namespace rvsm::ptx {
 
@@ -89,13 +87,25 @@ double get(const char* from, size_t i) {
   return double(load(s));
 }
 
+// What is drawn for a tensor, or chosen by a case.
+struct TensorOptions : definition::Tensor {
+  bool wide = false;         // a half parameter whose gradient is float32: it is stepped as float32
+  Dtype noted = Dtype::f32;  // the type of the parameter
+  int64_t misalign[4] = {};  // elements behind a boundary, in the order of kArrayNames
+  double zeros = 0;          // share of the elements that are 0
+  bool zero_groups = false;  // every fifth group is 0
+  bool tie = false;          // top-k: the cut is the magnitude of an element
+};
+
 struct TensorCase {
-  Row row;
-  Dtype noted = Dtype::f32;  // the type at Job::divide; another where a half parameter has a wider gradient
+  TensorOptions options;
+  bool active = true;
+  int32_t group = 0;
   Array w, g, m, kept, cut;
   definition::Arrays numbers;  // what the arrays hold
   double cut_value = 0;
   std::string text;
+  Row row;  // from Experiment::aim
 
   Array* arrays[4] = {&w, &m, &kept, &g};  // in the order of kArrayNames
 
@@ -103,23 +113,8 @@ struct TensorCase {
   void set(int array, int64_t element, double value);
 };
 
-// What is drawn for a tensor, or chosen by a case.
-struct TensorOptions {
-  Dtype dtype = Dtype::f32;
-  bool wide = false;  // a half parameter whose gradient is float32: it is stepped as float32
-  bool grouped = false;
-  GroupView view;
-  int64_t numel = 0;  // without groups
-  Options step;
-  bool first = false;        // the first step, whose buffer holds zeros
-  int64_t misalign[4] = {};  // elements behind a boundary: of w, m, kept and g
-  double zeros = 0;          // share of the elements that are 0
-  bool zero_groups = false;  // every fifth group is 0
-  bool tie = false;          // top-k: the cut is the magnitude of an element
-};
-
 TensorOptions random_tensor(Action action, bool big, Profile profile);
-std::unique_ptr<TensorCase> make_tensor(const TensorOptions& options, Action action);
+std::unique_ptr<TensorCase> make_tensor(const TensorOptions& options);
 
 // An element of a list, at random.
 template <class T>

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../row.h"
+#include "../../types.h"
 
 namespace rvsm::definition {
 
@@ -15,6 +15,34 @@ using Real = long double;
 
 struct Range {
   Real low, high;
+};
+
+// ---- what a step is asked for ---------------------------------------------------------------------------------------
+
+struct Step {
+  Penalty penalty = Penalty::none;
+  Method method = Method::rvsm;
+  double lam = 0, beta = 0, a = 1;
+  double group_lasso = 0;
+  double lr = 0, momentum = 0, dampening = 0, weight_decay = 0;
+  bool group_scale = false, nesterov = false, decoupled = true, maximize = false;
+  bool topk = false;   // l0 with a cut that comes with the step
+  bool first = false;  // the buffer of the momentum is new
+
+  bool is_split() const { return penalty != Penalty::none && lam > 0 && beta > 0; }
+};
+
+struct Tensor {
+  Dtype dtype = Dtype::f32;
+  bool grouped = false;
+  GroupView view;      // grouped
+  int64_t single = 0;  // elements of a tensor without groups
+  Step step;
+
+  int64_t numel() const { return grouped ? view.count() * view.size() : single; }
+  Real lam() const { return step.lam * (grouped && step.group_scale ? std::sqrt(Real(view.size())) : 1); }
+  Penalty penalty() const { return step.is_split() ? step.penalty : Penalty::none; }
+  Real tau() const { return step.is_split() ? lam() / step.beta : 0; }
 };
 
 // ---- one number -----------------------------------------------------------------------------------------------------
@@ -60,14 +88,13 @@ inline Real penalty(Penalty p, Real u, Real a) {
 
 // shrink(r) for all r within a relative `error`; shrink rises with r. The norm of a group may fall to either side of
 // the cut. The magnitude of an element is exact: what decides is the cut in the arithmetic type.
-inline Range shrink_within(const Row& row, Real r, Real cut, Real error) {
-  const Prox<double>& p = row.step.prox;
-  const Real low = r * (1 - error), high = r * (1 + error);
-  if (row.grouped || p.penalty == Penalty::none)
-    return {shrink(p.penalty, low, cut, p.tau, p.a), shrink(p.penalty, high, cut, p.tau, p.a)};
-  const Real rounded = row.dtype == Dtype::f64 ? Real(double(cut)) : Real(float(cut));
+inline Range shrink_within(const Tensor& t, Real r, Real cut, Real error) {
+  const Penalty p = t.penalty();
+  const Real low = r * (1 - error), high = r * (1 + error), tau = t.tau(), a = t.step.a;
+  if (t.grouped || p == Penalty::none) return {shrink(p, low, cut, tau, a), shrink(p, high, cut, tau, a)};
+  const Real rounded = t.dtype == Dtype::f64 ? Real(double(cut)) : Real(float(cut));
   if (r <= rounded) return {0, 0};
-  return {shrink_above(p.penalty, low, p.tau, p.a), shrink_above(p.penalty, high, p.tau, p.a)};
+  return {shrink_above(p, low, tau, a), shrink_above(p, high, tau, a)};
 }
 
 // ---- one element ----------------------------------------------------------------------------------------------------
@@ -88,30 +115,31 @@ struct Result {
 };
 
 // The step of an element whose u lies in a range. `unit`: w_G / ||w_G||; `grad`: the gradient after the scaling.
-inline Result step_element(const Row& row, const Element& before, Real grad, Range u, Real unit) {
-  const Step<double>& s = row.step;
-  const bool split = s.prox.penalty != Penalty::none, momentum = row.momentum != Momentum::none;
-  const bool nesterov = row.momentum == Momentum::nesterov;
+inline Result step_element(const Tensor& t, const Element& before, Real grad, Range u, Real unit) {
+  const Step& s = t.step;
+  const bool split = t.penalty() != Penalty::none;
+  const Real pull = split && s.decoupled ? Real(s.lr) * s.beta : 0, coupling = split && !s.decoupled ? s.beta : 0;
+  const Real keep = s.first ? 0 : s.momentum, add = s.first ? 1 : 1 - s.dampening;
+  if (s.maximize) grad = -grad;
   const auto with = [&](Real ui) {
     Element e = before;
     Real gap = e.w - ui;
-    if (row.method == Method::delayed) {
+    if (s.method == Method::delayed) {
       gap = e.w - e.kept;
       e.kept = ui;
     }
-    if (row.method == Method::admm) {
+    if (s.method == Method::admm) {
       e.kept = e.w + e.kept - ui;
       gap += e.kept;
     }
-    Real d = grad * Real(s.grad);
-    if (split) e.w -= Real(s.pull) * gap;
-    d += Real(s.lasso) * unit + Real(s.decay) * e.w;
-    if (split) d += Real(s.coupling) * gap;
-    if (momentum) {
-      e.m = Real(s.keep) * e.m + Real(s.add) * d;
-      d = nesterov ? d + Real(s.look) * e.m : e.m;
+    if (split) e.w -= pull * gap;
+    Real d = grad + s.group_lasso * unit + s.weight_decay * e.w;
+    if (split) d += coupling * gap;
+    if (s.momentum != 0) {
+      e.m = keep * e.m + add * d;
+      d = s.nesterov ? d + s.momentum * e.m : e.m;
     }
-    e.w -= Real(s.lr) * d;
+    e.w -= s.lr * d;
     return e;
   };
   const Element x = with(u.low), y = with(u.high);
@@ -120,11 +148,10 @@ inline Result step_element(const Row& row, const Element& before, Real grad, Ran
   r.high = {std::max(x.w, y.w), std::max(x.m, y.m), std::max(x.kept, y.kept)};
   r.u = u;
   const Real most = std::max(std::fabs(u.low), std::fabs(u.high));
-  const Real weights = std::fabs(before.w) + most + (row.method == Method::rvsm ? 0 : std::fabs(before.kept));
-  Real d = std::fabs(grad * s.grad) + std::fabs(s.lasso * unit) + std::fabs(s.decay) * weights;
-  if (split) d += std::fabs(s.coupling) * weights;
-  const Real buffer = std::fabs(s.keep * before.m) + std::fabs(s.add) * d;
-  if (momentum) d = nesterov ? d + std::fabs(s.look) * buffer : buffer;
+  const Real weights = std::fabs(before.w) + most + (s.method == Method::rvsm ? 0 : std::fabs(before.kept));
+  Real d = std::fabs(grad) + std::fabs(s.group_lasso * unit) + (s.weight_decay + coupling) * weights;
+  const Real buffer = std::fabs(keep * before.m) + add * d;
+  if (s.momentum != 0) d = s.nesterov ? d + s.momentum * buffer : buffer;
   r.scale = {weights + s.lr * d, buffer, weights};
   return r;
 }
@@ -138,11 +165,11 @@ inline size_t group_of(const GroupView& v, int64_t i) {
 
 // Square roots of the sums of squares: of groups, or the magnitudes of the elements. f(i): the element.
 template <class F>
-std::vector<Real> norms(const Row& row, const F& f) {
-  std::vector<Real> r(size_t(row.grouped ? row.view.count() : row.numel), 0);
-  for (int64_t i = 0; i < row.numel; ++i) {
+std::vector<Real> norms(const Tensor& t, const F& f) {
+  std::vector<Real> r(size_t(t.grouped ? t.view.count() : t.numel()), 0);
+  for (int64_t i = 0; i < t.numel(); ++i) {
     const Real x = f(size_t(i));
-    r[row.grouped ? group_of(row.view, i) : size_t(i)] += x * x;
+    r[t.grouped ? group_of(t.view, i) : size_t(i)] += x * x;
   }
   for (Real& x : r) x = std::sqrt(x);
   return r;
@@ -150,50 +177,47 @@ std::vector<Real> norms(const Row& row, const F& f) {
 
 // All elements of a step, or of a prox of `arrays.w` (of which only u is of interest). `cut_by_data`: of top-k.
 // `error`: of the number that is compared with the cut.
-inline std::vector<Result> run(const Row& row, const Arrays& arrays, double cut_by_data, double grad_scale,
+inline std::vector<Result> run(const Tensor& t, const Arrays& arrays, double cut_by_data, double grad_scale,
                                Real error) {
-  const Prox<double>& p = row.step.prox;
-  const Real threshold = row.topk ? Real(cut_by_data) : cut(p.penalty, p.tau, p.a);
+  const Real threshold = t.step.topk ? Real(cut_by_data) : definition::cut(t.penalty(), t.tau(), t.step.a);
   // What is thresholded: a sum is rounded as in the arithmetic type.
   const auto argument = [&](size_t i) -> Real {
-    if (row.method != Method::admm) return arrays.w[i];
-    if (row.dtype == Dtype::f64) return arrays.w[i] + arrays.kept[i];
+    if (t.step.method != Method::admm) return arrays.w[i];
+    if (t.dtype == Dtype::f64) return arrays.w[i] + arrays.kept[i];
     return float(arrays.w[i]) + float(arrays.kept[i]);
   };
-  const std::vector<Real> r = norms(row, argument);
   std::vector<Range> ratio;  // u over what is thresholded, of each group
-  for (const Real x : r) {
-    const Range s = x == 0 ? Range{0, 0} : shrink_within(row, x, threshold, error);
-    ratio.push_back(x == 0 ? s : Range{s.low / x, s.high / x});
+  for (const Real r : norms(t, argument)) {
+    const Range s = r == 0 ? Range{0, 0} : shrink_within(t, r, threshold, error);
+    ratio.push_back(r == 0 ? s : Range{s.low / r, s.high / r});
   }
-  const bool lasso = row.grouped && row.step.lasso != 0;
-  const std::vector<Real> lengths =
-      lasso ? norms(row, [&](size_t i) -> Real { return arrays.w[i]; }) : std::vector<Real>{};
+  std::vector<Real> lengths;
+  if (t.step.group_lasso != 0) lengths = norms(t, [&](size_t i) -> Real { return arrays.w[i]; });
   std::vector<Result> results;
-  for (size_t i = 0; i < size_t(row.numel); ++i) {
-    const size_t q = row.grouped ? group_of(row.view, int64_t(i)) : i;
-    const Real v = argument(i), length = lasso ? lengths[q] : 0;
+  for (size_t i = 0; i < size_t(t.numel()); ++i) {
+    const size_t q = t.grouped ? group_of(t.view, int64_t(i)) : i;
+    const Real v = argument(i), length = lengths.empty() ? 0 : lengths[q];
     const Real grad = grad_scale == 0 ? Real(arrays.g[i]) : arrays.g[i] / Real(grad_scale);
-    results.push_back(step_element(row, {arrays.w[i], arrays.m[i], arrays.kept[i]}, grad,
+    results.push_back(step_element(t, {arrays.w[i], arrays.m[i], arrays.kept[i]}, grad,
                                    {v * ratio[q].low, v * ratio[q].high}, length > 0 ? arrays.w[i] / length : 0));
   }
   return results;
 }
 
 // lam P(u) + beta/2 |w - u|^2 of a tensor, and in `slack` what it may be off by for that `error` of each norm.
-inline Real value(const Row& row, const std::vector<double>& w, Real error, Real& slack) {
-  const Prox<double>& p = row.step.prox;
-  const Real threshold = cut(p.penalty, p.tau, p.a), half = Real(row.beta) / 2;
+inline Real value(const Tensor& t, const std::vector<double>& w, Real error, Real& slack) {
+  const Penalty p = t.penalty();
+  const Real lam = t.lam(), tau = t.tau(), a = t.step.a, beta = t.step.beta, threshold = definition::cut(p, tau, a);
   const auto term = [&](Real r) {
-    const Real u = shrink(p.penalty, r, threshold, p.tau, p.a);
-    return row.lam * penalty(p.penalty, u, p.a) + half * (r - u) * (r - u);
+    const Real u = shrink(p, r, threshold, tau, a);
+    return lam * penalty(p, u, a) + beta / 2 * (r - u) * (r - u);
   };
   Real sum = 0;
-  for (const Real r : norms(row, [&](size_t i) -> Real { return w[i]; })) {
-    const Real t = term(r);
-    sum += t;
-    const Real off = std::max(std::fabs(term(r * (1 + error)) - t), std::fabs(term(r * (1 - error)) - t));
-    slack += off + 4 * error * (t + row.beta * r * r + row.lam * r);
+  for (const Real r : norms(t, [&](size_t i) -> Real { return w[i]; })) {
+    const Real here = term(r);
+    sum += here;
+    const Real off = std::max(std::fabs(term(r * (1 + error)) - here), std::fabs(term(r * (1 - error)) - here));
+    slack += off + 4 * error * (here + beta * r * r + lam * r);
   }
   return sum;
 }

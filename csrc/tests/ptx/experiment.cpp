@@ -13,15 +13,11 @@ Statistics statistics;
 // ---- runs -----------------------------------------------------------------------------------------------------------
 
 void Experiment::aim() {
-  const bool step = action_ == Action::step;
   for (auto& t : tensors) {
     for (Array* a : t->arrays) a->keep();
-    Row& row = t->row;
-    row.w = t->w.at;
-    row.g = step || (action_ == Action::prox && with_source) ? t->g.at : nullptr;
-    row.m = step && row.momentum != Momentum::none ? t->m.at : nullptr;
-    row.kept = step && row.method != Method::rvsm ? t->kept.at : nullptr;
-    row.cut = step && row.topk ? t->cut.at : nullptr;
+    t->row = make_row(t->options, action_, {t->w.at, t->m.at, t->kept.at, t->g.at, t->cut.at}, with_source);
+    t->row.active = t->active;
+    t->row.group = t->group;
   }
   grad_scale_.make(sizeof(float), 0);
   found_inf_.make(sizeof(float), sizeof(float));
@@ -36,18 +32,18 @@ void Experiment::register_memory() {
   memory.clear();
   int number = 0;
   for (const auto& t : tensors) {
-    const Row& row = t->row;
-    const std::string name = "/" + std::to_string(number++) + " " + kDtypeNames[int(row.dtype)];
-    if (!row.active) continue;
+    const std::string name = "/" + std::to_string(number++) + " " + kDtypeNames[int(t->options.dtype)];
+    if (!t->active) continue;
     const bool only_written = action_ == Action::prox && with_source;
     const Memory::Access of_w = action_ == Action::penalty ? Memory::read_only
                                 : only_written             ? Memory::not_yet_written
                                                            : Memory::read_write;
-    memory.add(t->w.at, t->w.bytes, "w" + name, of_w);
-    if (row.g != nullptr) memory.add(t->g.at, t->g.bytes, "g" + name, Memory::read_only);
-    if (row.m != nullptr) memory.add(t->m.at, t->m.bytes, "m" + name, Memory::read_write);
-    if (row.kept != nullptr) memory.add(t->kept.at, t->kept.bytes, "kept" + name, Memory::read_write);
-    if (row.cut != nullptr) memory.add(t->cut.at, t->cut.bytes, "cut" + name, Memory::read_only);
+    const Addresses at = addresses_of(t->row);
+    memory.add(at.w, t->w.bytes, "w" + name, of_w);
+    if (at.g != nullptr) memory.add(at.g, t->g.bytes, "g" + name, Memory::read_only);
+    if (at.m != nullptr) memory.add(at.m, t->m.bytes, "m" + name, Memory::read_write);
+    if (at.kept != nullptr) memory.add(at.kept, t->kept.bytes, "kept" + name, Memory::read_write);
+    if (at.cut != nullptr) memory.add(at.cut, t->cut.bytes, "cut" + name, Memory::read_only);
   }
   memory.add(grad_scale_.at, grad_scale_.bytes, "grad_scale", Memory::read_only);
   memory.add(found_inf_.at, found_inf_.bytes, "found_inf", Memory::read_only);
@@ -62,10 +58,10 @@ Experiment::Bytes Experiment::run(const cuda::Kernels& kernels, bool interpreted
   cuda::Job job(action_, kernels);
   for (const auto& t : tensors) {
     job.rows.push_back(t->row);
-    job.rows.back().dtype = t->noted;
+    if (t->options.wide) job.rows.back().dtype = t->options.noted;
   }
   job.divide(limit);
-  for (size_t i = 0; i < tensors.size(); ++i) job.rows[i].dtype = tensors[i]->row.dtype;
+  for (size_t i = 0; i < tensors.size(); ++i) job.rows[i].dtype = tensors[i]->options.dtype;
   scratch_.make(size_t(job.scratch_bytes()), 0);
   std::memset(scratch_.at, 0x7f, scratch_.bytes);
   if (interpreted) register_memory();
@@ -131,17 +127,17 @@ void Experiment::judge_classes() {
   const Bytes got = interpret(), host = on_host();
   for (size_t i = 0; i < 4 * tensors.size(); ++i) {
     const TensorCase& t = *tensors[i / 4];
-    with_storage(t.row.dtype, [&](auto s) {
+    with_storage(t.options.dtype, [&](auto s) {
       using S = decltype(s);
       // Beside the largest finite number one rounding decides whether a result overflows.
       const double large = sizeof(S) == 8 ? INFINITY : sizeof(S) == 4 ? 3.4e38 : 6e4;
-      for (size_t e = 0; e < size_t(t.row.numel); ++e) {
+      for (size_t e = 0; e < size_t(t.options.numel()); ++e) {
         const double x = get<S>(got[i].data(), e), y = get<S>(host[i].data(), e);
         ++statistics.compared;
         const bool same = std::isnan(x) ? std::isnan(y) : std::isinf(x) || std::isinf(y) ? x == y : !std::isnan(y);
         if (same || (std::fabs(x) > large && std::fabs(y) > large)) continue;
         const definition::Arrays& n = t.numbers;
-        wrong(std::string("special ") + kDtypeNames[int(t.row.dtype)],
+        wrong(std::string("special ") + kDtypeNames[int(t.options.dtype)],
               text_of("%s[%zu] is %.9g, host %.9g; w %.9g g %.9g m %.9g kept %.9g; ", kArrayNames[i % 4], e, x, y,
                       n.w[e], n.g[e], n.m[e], n.kept[e]) +
                   t.text);
@@ -154,8 +150,8 @@ void Experiment::judge_value(const Bytes& got, const Bytes& host) {
   definition::Real want = 0, slack = 0;
   bool any = false;
   for (const auto& t : tensors) {
-    if (!t->row.active || t->row.numel == 0) continue;
-    want += definition::value(t->row, t->numbers.w, t->row.dtype == Dtype::f64 ? 1e-14 : 6e-7, slack);
+    if (!t->active || t->options.numel() == 0) continue;
+    want += definition::value(t->options, t->numbers.w, t->options.dtype == Dtype::f64 ? 1e-14 : 6e-7, slack);
     any = true;
   }
   if (!any) return;
@@ -170,25 +166,26 @@ void Experiment::judge_value(const Bytes& got, const Bytes& host) {
 
 void Experiment::judge_tensor(size_t i, const Bytes& got, const Bytes& host) {
   const TensorCase& t = *tensors[i];
-  const Row& row = t.row;
+  const TensorOptions& o = t.options;
+  const Addresses array = addresses_of(t.row);
   const bool prox = action_ == Action::prox;
-  const bool idle = !row.active || row.numel == 0 || found_inf == FoundInf::positive || action_ == Action::penalty;
-  const bool written[] = {!idle, !idle && row.m != nullptr, !idle && row.kept != nullptr, false};
+  const bool idle = !t.active || o.numel() == 0 || found_inf == FoundInf::positive || action_ == Action::penalty;
+  const bool written[] = {!idle, !idle && array.m != nullptr, !idle && array.kept != nullptr, false};
   for (size_t k = 0; k < 4; ++k)
     if (!written[k] && got[4 * i + k] != t.arrays[k]->before)
       wrong("untouched", std::string(kArrayNames[k]) + " was changed: " + t.text);
   if (idle) return;
-  const std::string type = std::string(row.grouped ? "grouped " : "elements ") + kDtypeNames[int(row.dtype)];
+  const std::string type = std::string(o.grouped ? "grouped " : "elements ") + kDtypeNames[int(o.dtype)];
   ++statistics.tensors[type];
   definition::Arrays numbers = t.numbers;
   if (prox && with_source) numbers.w = numbers.g;
-  const auto want = definition::run(row, numbers, t.cut_value, grad_scale, error_at_cut(row.dtype));
-  with_storage(row.dtype, [&](auto s) {
+  const auto want = definition::run(o, numbers, t.cut_value, grad_scale, error_at_cut(o.dtype));
+  with_storage(o.dtype, [&](auto s) {
     using S = decltype(s);
     for (int k = 0; k < 3; ++k) {
       if (!written[k]) continue;
       const char *const at = got[4 * i + size_t(k)].data(), *const host_at = host[4 * i + size_t(k)].data();
-      for (size_t e = 0; e < size_t(row.numel); ++e) {
+      for (size_t e = 0; e < size_t(o.numel()); ++e) {
         const double x = get<S>(at, e), y = get<S>(host_at, e);
         const Expected d = expected(want[e], k, prox, numbers.w[e]);
         const auto described = [&] {
@@ -201,7 +198,7 @@ void Experiment::judge_tensor(size_t i, const Bytes& got, const Bytes& host) {
         const double rounding = storage_rounding<S>(std::max(std::fabs(x), std::fabs(d.high)));
         const double bound = kRelative<S> * d.scale + kAbsolute<S>;
         if (!(off <= bound + rounding)) wrong("definition " + type + " " + kArrayNames[k], described());
-        double& worst = statistics.worst[k][int(row.dtype)];
+        double& worst = statistics.worst[k][int(o.dtype)];
         worst = std::max(worst, (off - rounding) / bound);
         // Beside the cut the host may decide otherwise, within the range.
         const bool at_cut = std::fabs(double(want[e].u.high - want[e].u.low)) > 1e-3 * std::fabs(numbers.w[e]);

@@ -18,7 +18,7 @@ struct FarOptions {
   Dtype dtype;
   int64_t numel;   // without groups
   GroupView view;  // numel == 0
-  Options step;
+  definition::Step step;
   int64_t misalign;  // elements behind a boundary
 };
 
@@ -37,17 +37,13 @@ struct Copy {
 class Far {
  public:
   explicit Far(const FarOptions& o) : o_(o), job_(o.action, recording_kernels) {
-    row_.dtype = o.dtype;
-    row_.grouped = o.numel == 0;
-    row_.view = o.view;
-    row_.numel = row_.grouped ? o.view.count() * o.view.size() : o.numel;
-    row_.step = make_step(o.step, row_.grouped ? o.view.size() : 1, false);
-    row_.momentum = momentum_of(o.step);
-    row_.method = o.step.method;
-    row_.lam = o.step.lam;
-    row_.beta = o.step.beta;
+    tensor_.dtype = o.dtype;
+    tensor_.grouped = o.numel == 0;
+    tensor_.view = o.view;
+    tensor_.single = o.numel;
+    tensor_.step = o.step;
     size_ = with_storage(o.dtype, [](auto s) { return sizeof s; });
-    bytes_ = size_t(row_.numel) * size_;
+    bytes_ = size_t(tensor_.numel()) * size_;
   }
 
   void run() {
@@ -67,24 +63,21 @@ class Far {
 
  private:
   void place_arrays() {
-    const bool step = o_.action == Action::step;
     for (Pages<char>& p : arrays_) p = Pages<char>(bytes_ + 4096);
     const auto at = [&](int i) { return arrays_[i].data() + size_t(o_.misalign) * size_; };
-    row_.w = at(0);
-    row_.m = step && row_.momentum != Momentum::none ? at(1) : nullptr;
-    row_.kept = row_.method != Method::rvsm ? at(2) : nullptr;
-    row_.g = step ? at(3) : nullptr;
-    job_.rows.push_back(row_);
+    const Row row = make_row(tensor_, o_.action, {at(0), at(1), at(2), at(3), nullptr}, false);
+    at_ = addresses_of(row);
+    job_.rows.push_back(row);
     job_.divide();
     scratch_bytes_ = size_t(job_.scratch_bytes());
     scratch_ = Pages<char>(scratch_bytes_ + 8);
     job_.set_scratch(scratch_.data());
     Memory& memory = machine.memory;
     memory.clear();
-    memory.add(row_.w, bytes_, "w", o_.action == Action::penalty ? Memory::read_only : Memory::read_write, false);
-    if (row_.g != nullptr) memory.add(row_.g, bytes_, "g", Memory::read_only, false);
-    if (row_.m != nullptr) memory.add(row_.m, bytes_, "m", Memory::read_write, false);
-    if (row_.kept != nullptr) memory.add(row_.kept, bytes_, "kept", Memory::read_write, false);
+    memory.add(at_.w, bytes_, "w", o_.action == Action::penalty ? Memory::read_only : Memory::read_write, false);
+    if (at_.g != nullptr) memory.add(at_.g, bytes_, "g", Memory::read_only, false);
+    if (at_.m != nullptr) memory.add(at_.m, bytes_, "m", Memory::read_write, false);
+    if (at_.kept != nullptr) memory.add(at_.kept, bytes_, "kept", Memory::read_write, false);
     memory.add(scratch_.data(), scratch_bytes_, "scratch", Memory::read_write, false);
     memory.add(&total_, sizeof total_, "total", Memory::read_write, false);
   }
@@ -107,7 +100,7 @@ class Far {
   void fill_windows() {
     std::mt19937_64 random(7);
     const auto number = [&] { return double(random() >> 11) * 0x1p-53; };
-    with_storage(row_.dtype, [&](auto s) {
+    with_storage(o_.dtype, [&](auto s) {
       using S = decltype(s);
       for (const Pages<char>& a : arrays_)
         for (const Window& q : windows_)
@@ -142,9 +135,9 @@ class Far {
       if (from < to) copies.push_back({from, scratch, std::vector<char>(from, to), {}});
     };
     if (!launch.sums() && launch.kind != Kind::penalty) {  // those write to the scratch alone
-      const size_t here = size_t(launch.near(block) - static_cast<const char*>(row_.w));
+      const size_t here = size_t(launch.near(block) - static_cast<const char*>(at_.w));
       const size_t from = here > kMargin ? here - kMargin : 0, to = std::min(bytes_, here + 3 * kMargin);
-      for (void* a : {row_.w, row_.m, row_.kept})
+      for (void* a : {at_.w, at_.m, at_.kept})
         if (a != nullptr) add(static_cast<char*>(a) + from, static_cast<char*>(a) + to, false);
     }
     add(scratch_.data(), scratch_.data() + std::min(scratch_bytes_, kMostScratch), true);
@@ -164,7 +157,7 @@ class Far {
     const bool doubles = launch.kind != Kind::join && (launch.sums() || launch.kind == Kind::penalty);
     for (const Copy& c : copies) {
       if (!c.scratch)
-        with_storage(row_.dtype, [&](auto s) { compare<decltype(s)>(c, launch, block); });
+        with_storage(o_.dtype, [&](auto s) { compare<decltype(s)>(c, launch, block); });
       else if (doubles)
         compare<double>(c, launch, block);
       else
@@ -190,7 +183,8 @@ class Far {
 
   const FarOptions& o_;
   cuda::Job job_;
-  Row row_;
+  definition::Tensor tensor_;
+  Addresses at_;
   size_t size_, bytes_, scratch_bytes_ = 0;
   Pages<char> arrays_[4], scratch_;
   std::vector<Window> windows_;
@@ -200,14 +194,14 @@ class Far {
 
 std::vector<FarOptions> far_options() {
   constexpr int64_t kLimit = int64_t(1) << 31, kMany = int64_t(1) << 20;
-  Options plain;
+  definition::Step plain;
   plain.penalty = Penalty::l0;
   plain.lam = 0.05;
   plain.beta = 0.5;
   plain.lr = 0.1;
   plain.momentum = 0.9;
   plain.weight_decay = 0.01;
-  Options delayed = plain, admm = plain, grouped = plain, grouped_admm, l1 = plain;
+  definition::Step delayed = plain, admm = plain, grouped = plain, grouped_admm, l1 = plain;
   delayed.method = Method::delayed;
   admm.method = Method::admm;
   admm.penalty = Penalty::tl1;

@@ -33,7 +33,6 @@ Profile profile_of(int index) {
 void share_numbers(std::vector<TensorOptions>& tensors) {
   for (TensorOptions& t : tensors) {
     t.step = tensors[0].step;
-    t.first = tensors[0].first;
     if (!t.grouped) t.step.group_lasso = 0;
     t.step.group_scale = false;
   }
@@ -53,9 +52,9 @@ void random_case(int index, uint64_t seed) {
   for (int i = 0; i < count; ++i) options.push_back(random_tensor(x.action(), count <= 5, profile));
   if (count > 12 && integer(0, 1)) share_numbers(options);
   for (const TensorOptions& o : options) {
-    x.tensors.push_back(make_tensor(o, x.action()));
-    x.tensors.back()->row.active = integer(0, 19) != 0;
-    x.tensors.back()->row.group = int32_t(integer(0, 3));
+    x.tensors.push_back(make_tensor(o));
+    x.tensors.back()->active = integer(0, 19) != 0;
+    x.tensors.back()->group = int32_t(integer(0, 3));
   }
   x.with_source = x.action() == Action::prox && integer(0, 1);
   x.limit = integer(0, 1) ? cuda::kNarrow : pick<int64_t>({50, 333, 2000, 20000});
@@ -76,13 +75,13 @@ void special_case(int index, uint64_t seed) {
   generator().seed(mix(seed * 777 + uint64_t(index)));
   Experiment x(pick({Action::step, Action::step, Action::prox}));
   for (int i = 0; i < 6; ++i) {
-    x.tensors.push_back(make_tensor(random_tensor(x.action(), false, Profile::any), x.action()));
+    x.tensors.push_back(make_tensor(random_tensor(x.action(), false, Profile::any)));
     TensorCase& t = *x.tensors.back();
     machine.findings.context += "; " + t.text;
     for (int k = 0; k < 4; ++k) {
       if (integer(0, 1)) continue;
-      for (int64_t e = 0; e < t.row.numel; ++e)
-        if (uniform(0, 1) < (t.row.grouped ? 0.01 : 0.3))
+      for (int64_t e = 0; e < t.options.numel(); ++e)
+        if (uniform(0, 1) < (t.options.grouped ? 0.01 : 0.3))
           t.set(k, e,
                 pick({NAN, INFINITY, -INFINITY, 0.f, -0.f, 1e-45f, -1e-40f, 3.4e38f, -3.4e38f, 1e38f, 1.2e-38f, 1e-20f,
                       1e20f, 6e-8f, 65504.f, 65536.f, 2e-39f, -9e-41f}));

@@ -39,12 +39,12 @@ constexpr Cut kCuts[] = {
 
 // w, or w + kept of admm, is the cut or the number before or after it.
 void meet_cut(TensorCase& t, double cut) {
-  for (int64_t i = 0; i < t.row.numel; ++i) {
-    const double r = i % 3 == 0 ? cut : next_in(t.row.dtype, cut, i % 3 == 1 ? 2 * cut : 0);
-    const double kept = t.row.method == Method::admm && i % 2 == 0 ? cut / 2 : 0;
+  for (int64_t i = 0; i < t.options.numel(); ++i) {
+    const double r = i % 3 == 0 ? cut : next_in(t.options.dtype, cut, i % 3 == 1 ? 2 * cut : 0);
+    const double kept = t.options.step.method == Method::admm && i % 2 == 0 ? cut / 2 : 0;
     const double sign = i % 4 < 2 ? 1 : -1;
     t.set(0, i, sign * (r - kept));
-    if (t.row.method == Method::admm) t.set(2, i, sign * kept);
+    if (t.options.step.method == Method::admm) t.set(2, i, sign * kept);
   }
 }
 
@@ -61,7 +61,7 @@ void at_cut(Action action, bool decoupled, double momentum, bool nesterov) {
             if (action != Action::step && (method != Method::rvsm || topk)) continue;
             TensorOptions o;
             o.dtype = dtype;
-            o.numel = kHeadBodyTail;
+            o.single = kHeadBodyTail;
             o.step.penalty = c.penalty;
             o.step.lam = c.tau;
             o.step.beta = 1;
@@ -74,7 +74,7 @@ void at_cut(Action action, bool decoupled, double momentum, bool nesterov) {
             o.step.topk = topk;
             for (int64_t& m : o.misalign) m = 1;
             o.misalign[0] += out_of_line;
-            x.tensors.push_back(make_tensor(o, action));
+            x.tensors.push_back(make_tensor(o));
             TensorCase& t = *x.tensors.back();
             if (topk) {
               with_storage(dtype, [&](auto s) { put<Arithmetic<decltype(s)>>(t.cut.at, 0, c.cut); });
@@ -98,15 +98,15 @@ void beside_terms_off(bool grouped, double momentum, double decay) {
         o.dtype = dtype;
         o.grouped = grouped;
         o.view = {1, 7, 5, 3};
-        o.numel = kHeadBodyTail;
+        o.single = kHeadBodyTail;
         o.step.lr = 0.25;
         o.step.momentum = momentum;
         o.step.weight_decay = decay;
         for (int64_t& m : o.misalign) m = 1;
         o.misalign[0] += out_of_line;
-        x.tensors.push_back(make_tensor(o, Action::step));
+        x.tensors.push_back(make_tensor(o));
         TensorCase& t = *x.tensors.back();
-        for (int64_t i = 0; i < t.row.numel; ++i)
+        for (int64_t i = 0; i < t.options.numel(); ++i)
           if (i % 2 == 0) t.set(array, i, i % 4 == 0 ? INFINITY : -INFINITY);
       }
   x.aim();

@@ -46,13 +46,13 @@ double tau_of_cut(Penalty penalty, double want, double a) {
   double low = 0, high = 1e12;
   for (int i = 0; i < 200; ++i) {
     const double middle = (low + high) / 2;
-    (cut(penalty, middle, a) < want ? low : high) = middle;
+    (definition::cut(penalty, middle, a) < want ? low : high) = middle;
   }
   return low;
 }
 
-Options random_step(const TensorOptions& t, Profile profile) {
-  Options o;
+definition::Step random_step(const TensorOptions& t, Action action, Profile profile) {
+  definition::Step o;
   const bool keeps = profile == Profile::groups_that_keep || profile == Profile::elements_that_keep;
   o.penalty = profile == Profile::tl1 ? Penalty::tl1 : Penalty(integer(keeps ? 1 : 0, 3));
   o.beta = log_uniform(0.05, 2);
@@ -75,7 +75,7 @@ Options random_step(const TensorOptions& t, Profile profile) {
   o.group_lasso = t.grouped && integer(0, 1) ? log_uniform(1e-3, 1) : 0;
   o.group_scale = t.grouped && integer(0, 1);
   if (o.group_scale) o.lam /= std::sqrt(double(t.view.size()));
-  if (is_split(o)) {
+  if (o.is_split() && action == Action::step) {
     o.method = keeps ? pick({Method::delayed, Method::admm})
                      : pick({Method::rvsm, Method::rvsm, Method::delayed, Method::admm});
     o.topk = o.penalty == Penalty::l0 && integer(0, 1);
@@ -95,25 +95,25 @@ void fill(Array& a, std::vector<double>& numbers, int64_t count, double scale, d
 
 template <class S>
 void fill_arrays(TensorCase& t, const TensorOptions& o) {
-  const Row& row = t.row;
+  const int64_t numel = o.numel();
   const auto make = [&](Array& a, std::vector<double>& numbers, int64_t misalign, double scale, double zeros) {
-    a.make(size_t(row.numel) * sizeof(S), size_t(misalign) * sizeof(S));
-    fill<S>(a, numbers, row.numel, scale, zeros);
+    a.make(size_t(numel) * sizeof(S), size_t(misalign) * sizeof(S));
+    fill<S>(a, numbers, numel, scale, zeros);
   };
   make(t.w, t.numbers.w, o.misalign[0], 1, o.zeros);
   make(t.g, t.numbers.g, o.misalign[3], 1, 0);
-  make(t.m, t.numbers.m, o.misalign[1], o.first ? 0 : 1, 0);
-  make(t.kept, t.numbers.kept, o.misalign[2], row.method == Method::admm ? 0.3 : 1, 0);
-  for (size_t i = 0; o.zero_groups && row.grouped && i < size_t(row.numel); ++i) {
-    if (definition::group_of(row.view, int64_t(i)) % 5 != 1) continue;
-    t.set(0, int64_t(i), 0);
-    if (row.method == Method::admm) t.set(2, int64_t(i), 0);
+  make(t.m, t.numbers.m, o.misalign[1], o.step.first ? 0 : 1, 0);
+  make(t.kept, t.numbers.kept, o.misalign[2], o.step.method == Method::admm ? 0.3 : 1, 0);
+  for (int64_t i = 0; o.zero_groups && o.grouped && i < numel; ++i) {
+    if (definition::group_of(o.view, i) % 5 != 1) continue;
+    t.set(0, i, 0);
+    if (o.step.method == Method::admm) t.set(2, i, 0);
   }
-  const double norm = row.grouped ? std::sqrt(double(row.view.size()) / 3) * uniform(0.95, 1.05) : uniform(0, 1);
+  const double norm = o.grouped ? std::sqrt(double(o.view.size()) / 3) * uniform(0.95, 1.05) : uniform(0, 1);
   using A = Arithmetic<S>;
   t.cut.make(sizeof(A), 0);
-  const bool tie = o.tie && !row.grouped && row.numel > 0;
-  put<A>(t.cut.at, 0, tie ? std::fabs(t.numbers.w[size_t(integer(0, row.numel - 1))]) : norm);
+  const bool tie = o.tie && !o.grouped && numel > 0;
+  put<A>(t.cut.at, 0, tie ? std::fabs(t.numbers.w[size_t(integer(0, numel - 1))]) : norm);
   t.cut_value = get<A>(t.cut.at, 0);
 }
 
@@ -128,11 +128,13 @@ TensorOptions random_tensor(Action action, bool big, Profile profile) {
   if (t.grouped)
     t.view = random_view(big ? 160000 : 12000);
   else
-    t.numel = random_numel(t.dtype, big, profile);
-  t.step = random_step(t, profile);
-  t.first = integer(0, 3) == 0;
+    t.single = random_numel(t.dtype, big, profile);
+  t.step = random_step(t, action, profile);
+  t.step.first = integer(0, 3) == 0;
   const bool half = t.dtype == Dtype::bf16 || t.dtype == Dtype::f16;
   t.wide = action == Action::step && half && integer(0, 3) == 0;
+  t.noted = t.dtype;
+  if (t.wide) t.dtype = Dtype::f32;
   const int64_t at = integer(0, 2) == 0 ? integer(0, 7) : 0;
   const bool out_of_line = integer(0, 5) == 0;
   for (int64_t& m : t.misalign) m = out_of_line ? integer(0, 7) : at;
@@ -142,30 +144,16 @@ TensorOptions random_tensor(Action action, bool big, Profile profile) {
   return t;
 }
 
-std::unique_ptr<TensorCase> make_tensor(const TensorOptions& o, Action action) {
+std::unique_ptr<TensorCase> make_tensor(const TensorOptions& o) {
   auto t = std::make_unique<TensorCase>();
-  Row& row = t->row;
-  t->noted = o.dtype;
-  row.dtype = o.wide ? Dtype::f32 : o.dtype;
-  row.grouped = o.grouped;
-  row.view = o.view;
-  row.numel = o.grouped ? o.view.count() * o.view.size() : o.numel;
-  const int64_t size = o.grouped ? o.view.size() : 1;
-  row.step = make_step(o.step, size, o.first);
-  row.momentum = momentum_of(o.step);
-  if (action == Action::step) {
-    row.method = o.step.method;
-    row.topk = o.step.topk;
-  }
-  row.lam = strength(o.step, size);
-  row.beta = o.step.beta;
-  with_storage(row.dtype, [&](auto s) { fill_arrays<decltype(s)>(*t, o); });
-  const Prox<double>& p = row.step.prox;
+  t->options = o;
+  with_storage(o.dtype, [&](auto s) { fill_arrays<decltype(s)>(*t, o); });
+  const definition::Step& s = o.step;
   t->text = text_of("%s%s, %lld elements, at %lld %lld %lld %lld, penalty %d a %.4g tau %.4g, method %d, topk %d, ",
-                    kDtypeNames[int(row.dtype)], o.wide ? " (wide)" : "", (long long)row.numel,
-                    (long long)o.misalign[0], (long long)o.misalign[1], (long long)o.misalign[2],
-                    (long long)o.misalign[3], int(p.penalty), p.a, p.tau, int(row.method), row.topk);
-  t->text += text_of("momentum %d, first %d, lasso %g", int(row.momentum), o.first, row.step.lasso);
+                    kDtypeNames[int(o.dtype)], o.wide ? " (wide)" : "", (long long)o.numel(), (long long)o.misalign[0],
+                    (long long)o.misalign[1], (long long)o.misalign[2], (long long)o.misalign[3], int(o.penalty()), s.a,
+                    double(o.tau()), int(s.method), s.topk);
+  t->text += text_of("momentum %g, nesterov %d, first %d, lasso %g", s.momentum, s.nesterov, s.first, s.group_lasso);
   if (o.grouped)
     t->text += text_of(", view %lld x %lld x %lld x %lld", (long long)o.view.batch, (long long)o.view.outer,
                        (long long)o.view.groups, (long long)o.view.inner);
@@ -174,7 +162,7 @@ std::unique_ptr<TensorCase> make_tensor(const TensorOptions& o, Action action) {
 
 void TensorCase::set(int array, int64_t element, double value) {
   std::vector<double>* const all[] = {&numbers.w, &numbers.m, &numbers.kept, &numbers.g};
-  with_storage(row.dtype, [&](auto s) {
+  with_storage(options.dtype, [&](auto s) {
     using S = decltype(s);
     put<S>(arrays[array]->at, size_t(element), value);
     (*all[array])[size_t(element)] = get<S>(arrays[array]->at, size_t(element));

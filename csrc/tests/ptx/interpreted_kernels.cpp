@@ -1,4 +1,4 @@
-#include "launches.h"
+#include "interpreted_kernels.h"
 
 #include <algorithm>
 #include <cstddef>
@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "../../half.h"
+#include "../../update.h"
 
 namespace rvsm::ptx {
 
@@ -188,6 +189,46 @@ const cuda::Kernels recording_kernels = {
     record<Kind::resident_step>, record<Kind::resident_prox>, record<Kind::squares>,
     record<Kind::dual_squares>,  record<Kind::join>,          record<Kind::penalty>,
 };
+
+Row make_row(const definition::Tensor& t, Action action, const Addresses& at, bool with_source) {
+  const definition::Step& s = t.step;
+  Options o;
+  o.penalty = s.penalty;
+  o.lam = s.lam;
+  o.beta = s.beta;
+  o.a = s.a;
+  o.group_lasso = s.group_lasso;
+  o.lr = s.lr;
+  o.momentum = s.momentum;
+  o.dampening = s.dampening;
+  o.weight_decay = s.weight_decay;
+  o.group_scale = s.group_scale;
+  o.nesterov = s.nesterov;
+  o.decoupled = s.decoupled;
+  o.maximize = s.maximize;
+  const int64_t size = t.grouped ? t.view.size() : 1;
+  const bool step = action == Action::step;
+  Row row;
+  row.numel = t.numel();
+  row.dtype = t.dtype;
+  row.grouped = t.grouped;
+  row.view = t.view;
+  row.step = make_step(o, size, s.first);
+  row.momentum = momentum_of(o);
+  row.lam = strength(o, size);
+  row.beta = o.beta;
+  row.w = at.w;
+  row.g = step || (action == Action::prox && with_source) ? at.g : nullptr;
+  if (!step) return row;
+  row.method = s.method;
+  row.topk = s.topk;
+  row.m = row.momentum == Momentum::none ? nullptr : at.m;
+  row.kept = row.method == Method::rvsm ? nullptr : at.kept;
+  row.cut = row.topk ? at.cut : nullptr;
+  return row;
+}
+
+Addresses addresses_of(const Row& row) { return {row.w, row.m, row.kept, const_cast<void*>(row.g), row.cut}; }
 
 const char* name_of(Kind kind) {
   static const char* const kNames[] = {"step",    "prox",         "keep_step", "resident_step", "resident_prox",

@@ -1,5 +1,6 @@
 // The launches of the CUDA engine, done by the interpreter: a third implementation of cuda::Kernels beside the device's
-// and the host's. Only launches.cpp knows the names of the kernels and the layout of their tables.
+// and the host's. What this folder knows of the engine's tables, of the names of its kernels and of what it is told of
+// a tensor is in interpreted_kernels.cpp alone.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +9,28 @@
 #include <string>
 #include <vector>
 
-#include "../../cuda/kernels.h"
+#include "../../cuda/job.h"
+#include "definition.h"
 #include "machine.h"
 
 namespace rvsm::ptx {
+
+// ---- tensors --------------------------------------------------------------------------------------------------------
+
+// Where the arrays of a tensor are.
+struct Addresses {
+  void *w, *m, *kept, *g;
+  const void* cut;
+};
+
+// What the engine is told of a tensor, with the arrays that the action needs; a prox reads g `with_source`. The others
+// are null.
+Row make_row(const definition::Tensor& t, Action action, const Addresses& at, bool with_source);
+
+// The arrays of a row, null where it has none.
+Addresses addresses_of(const Row& row);
+
+// ---- launches -------------------------------------------------------------------------------------------------------
 
 // One of each: the members of cuda::Kernels are functions that carry no state.
 extern Machine machine;
