@@ -45,6 +45,9 @@ extern Statistics statistics;
 constexpr const char* kDtypeNames[] = {"f32", "f64", "bf16", "f16"};
 constexpr const char* kArrayNames[] = {"w", "m", "kept", "g"};
 
+// Whether cases run again in another order of threads. Mutants do without it.
+extern bool run_in_second_order;
+
 // Notes that a result is wrong.
 void wrong(const std::string& kind, const std::string& text);
 

@@ -86,14 +86,18 @@ inline Real penalty(Penalty p, Real u, Real a) {
   }
 }
 
-// shrink(r) for all r within a relative `error`; shrink rises with r. The norm of a group may fall to either side of
-// the cut. The magnitude of an element is exact: what decides is the cut in the arithmetic type.
-inline Range shrink_within(const Tensor& t, Real r, Real cut, Real error) {
+// shrink(r) for all r within a relative `error`; shrink rises with r. `exact`: only the arithmetic of shrink has that
+// error, r itself has none, so that the cut in the arithmetic type decides. Else r may lie on either side.
+inline Range shrink_within(const Tensor& t, Real r, bool exact, Real cut, Real error) {
   const Penalty p = t.penalty();
-  const Real low = r * (1 - error), high = r * (1 + error), tau = t.tau(), a = t.step.a;
-  if (t.grouped || p == Penalty::none) return {shrink(p, low, cut, tau, a), shrink(p, high, cut, tau, a)};
+  const Real tau = t.tau(), a = t.step.a;
+  if (p == Penalty::l0 && !exact) return {r * (1 - error) <= cut ? 0 : r, r * (1 + error) <= cut ? 0 : r};
+  if (p == Penalty::none) return {r, r};
+  const Real low = r * (1 - error), high = r * (1 + error);
+  if (!exact) return {shrink(p, low, cut, tau, a), shrink(p, high, cut, tau, a)};
   const Real rounded = t.dtype == Dtype::f64 ? Real(double(cut)) : Real(float(cut));
   if (r <= rounded) return {0, 0};
+  if (p == Penalty::l0) return {r, r};
   return {shrink_above(p, low, tau, a), shrink_above(p, high, tau, a)};
 }
 
@@ -163,16 +167,27 @@ inline size_t group_of(const GroupView& v, int64_t i) {
   return size_t(i / (v.outer * columns) * v.groups + i % columns / v.inner);
 }
 
-// Square roots of the sums of squares: of groups, or the magnitudes of the elements. f(i): the element.
+// The square root of a sum of squares.
+struct Norm {
+  Real r = 0;
+  int terms = 0;  // that are not 0
+
+  // sqrt(x x) is |x|, in every precision.
+  bool exact() const { return terms <= 1; }
+};
+
+// Those of the groups, or of each element alone. f(i): the element.
 template <class F>
-std::vector<Real> norms(const Tensor& t, const F& f) {
-  std::vector<Real> r(size_t(t.grouped ? t.view.count() : t.numel()), 0);
+std::vector<Norm> norms(const Tensor& t, const F& f) {
+  std::vector<Norm> all(size_t(t.grouped ? t.view.count() : t.numel()));
   for (int64_t i = 0; i < t.numel(); ++i) {
     const Real x = f(size_t(i));
-    r[t.grouped ? group_of(t.view, i) : size_t(i)] += x * x;
+    Norm& n = all[t.grouped ? group_of(t.view, i) : size_t(i)];
+    n.r += x * x;
+    n.terms += x != 0;
   }
-  for (Real& x : r) x = std::sqrt(x);
-  return r;
+  for (Norm& n : all) n.r = std::sqrt(n.r);
+  return all;
 }
 
 // All elements of a step, or of a prox of `arrays.w` (of which only u is of interest). `cut_by_data`: of top-k.
@@ -187,16 +202,16 @@ inline std::vector<Result> run(const Tensor& t, const Arrays& arrays, double cut
     return float(arrays.w[i]) + float(arrays.kept[i]);
   };
   std::vector<Range> ratio;  // u over what is thresholded, of each group
-  for (const Real r : norms(t, argument)) {
-    const Range s = r == 0 ? Range{0, 0} : shrink_within(t, r, threshold, error);
-    ratio.push_back(r == 0 ? s : Range{s.low / r, s.high / r});
+  for (const Norm& n : norms(t, argument)) {
+    const Range s = n.r == 0 ? Range{0, 0} : shrink_within(t, n.r, n.exact(), threshold, error);
+    ratio.push_back(n.r == 0 ? s : Range{s.low / n.r, s.high / n.r});
   }
-  std::vector<Real> lengths;
+  std::vector<Norm> lengths;
   if (t.step.group_lasso != 0) lengths = norms(t, [&](size_t i) -> Real { return arrays.w[i]; });
   std::vector<Result> results;
   for (size_t i = 0; i < size_t(t.numel()); ++i) {
     const size_t q = t.grouped ? group_of(t.view, int64_t(i)) : i;
-    const Real v = argument(i), length = lengths.empty() ? 0 : lengths[q];
+    const Real v = argument(i), length = lengths.empty() ? 0 : lengths[q].r;
     const Real grad = grad_scale == 0 ? Real(arrays.g[i]) : arrays.g[i] / Real(grad_scale);
     results.push_back(step_element(t, {arrays.w[i], arrays.m[i], arrays.kept[i]}, grad,
                                    {v * ratio[q].low, v * ratio[q].high}, length > 0 ? arrays.w[i] / length : 0));
@@ -213,8 +228,8 @@ inline Real value(const Tensor& t, const std::vector<double>& w, Real error, Rea
     return lam * penalty(p, u, a) + beta / 2 * (r - u) * (r - u);
   };
   Real sum = 0;
-  for (const Real r : norms(t, [&](size_t i) -> Real { return w[i]; })) {
-    const Real here = term(r);
+  for (const Norm& n : norms(t, [&](size_t i) -> Real { return w[i]; })) {
+    const Real r = n.r, here = term(r);
     sum += here;
     const Real off = std::max(std::fabs(term(r * (1 + error)) - here), std::fabs(term(r * (1 - error)) - here));
     slack += off + 4 * error * (here + beta * r * r + lam * r);

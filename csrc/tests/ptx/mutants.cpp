@@ -168,7 +168,8 @@ std::string first_finding(const std::vector<Known>& cases, const Place& place, c
   waitpid(child, &status, 0);
   if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return kSameBits;
   if (WIFEXITED(status) && WEXITSTATUS(status) == 2) return kOtherBits;
-  return count > 0 ? std::string(buffer, size_t(count)) : "the interpreter failed";
+  if (count > 0) return std::string(buffer, size_t(count));
+  return WIFEXITED(status) ? "engine" : "crash";  // cuda_cases.h gives up after some failures
 }
 
 // step_kernel... of a mangled name.
@@ -187,6 +188,7 @@ void run_case(const Case& c) {
 }
 
 int run_mutants(const std::vector<Case>& cases, int count, uint64_t seed) {
+  run_in_second_order = false;
   const Coverage coverage = cover(cases);
   if (machine.findings.total > 0) return -1;
   std::vector<size_t> executed;
