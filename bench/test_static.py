@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from . import sass
 from .baselines import Unavailable
-from .static import Kernel, add_accesses, kernels_of, line, module, readable, resources, row
+from .static import Kernel, add_disassembly, kernels_of, line, loop_line, module, readable, resources, row
 
 RESOURCES = """
 Fatbin elf code:
@@ -31,7 +32,7 @@ SASS = """
 def test_reading_the_tools() -> None:
     """One kernel of cuobjdump's output, with a spill."""
     kernels = resources(RESOURCES)
-    add_accesses(kernels, SASS)
+    add_disassembly(kernels, SASS)
     (kernel,) = kernels.values()
     assert (kernel.arch, kernel.name, kernel.registers, kernel.shared) == ("90", "step_kernel<Float16>", 40, 16)
     assert kernel.loads == {128: 1, 16: 1, 32: 1} and kernel.stores == {64: 1}
@@ -52,6 +53,49 @@ def test_names() -> None:
     assert readable("_ZN4rvsm10sum_kernelIdLb0EfEEvNS0_8SumTableE") == "sum_kernel<double, false, float>"
     assert readable("_ZN4rvsm10sum_kernelINS_8BFloat16ELb1EfEEvNS0_8SumTableE") == "sum_kernel<BFloat16, true, float>"
     assert readable("another") == "another"
+
+
+LOOP = """
+        /*0100*/                   MOV R20, RZ ;                            /* 0x000000ff00147202 */
+        /*0110*/                   LDG.E.128 R4, desc[UR4][R2.64] ;         /* 0x0000000402047981 */
+        /*0120*/                   LDG.E.128 R8, desc[UR4][R12.64] ;        /* 0x000000040c087981 */
+        /*0130*/                   IADD3 R20, P1, R20, 0x1, RZ ;            /* 0x0000000114147810 */
+        /*0140*/                   ISETP.GE.AND P0, PT, R20, 0x8, PT ;      /* 0x000000081400780c */
+        /*0150*/                   FADD R4, R4, R8 ;                        /* 0x0000000804047221 */
+        /*0160*/                   MUFU.RCP R5, R4 ;                        /* 0x0000000400057308 */
+        /*0170*/                   STG.E.128 desc[UR4][R2.64], R4 ;         /* 0x0000000402007986 */
+        /*0180*/              @!P0 BRA 0x110 ;                              /* 0xfffffffc00e08947 */
+        /*0190*/                   EXIT ;                                   /* 0x000000000000794d */
+"""
+
+
+def test_what_an_instruction_reads_and_writes() -> None:
+    """Pairs of registers in double precision, four of a vector, carries, predicates and addresses of 64 bits."""
+    effects = {
+        "LDG.E.128 R4, desc[UR4][R2.64]": ("R2 R3", "R4 R5 R6 R7"),
+        "STG.E.64 desc[UR4][R2.64], R8": ("R2 R3 R8 R9", ""),
+        "DFMA R4, R6, R8, R10": ("R6 R7 R8 R9 R10 R11", "R4 R5"),
+        "F2F.F64.F32 R4, R6": ("R6", "R4 R5"),
+        "IADD3 R20, P1, R20, UR5, RZ": ("R20 UR5", "R20 P1"),
+        "@!P0 FSETP.GT.AND P1, PT, |R3|, R4, PT": ("P0 R3 R4", "P1"),
+        "IMAD.WIDE.U32 R2, R5, 0x4, R2": ("R5 R2 R3", "R2 R3"),
+    }
+    for text, (reads, writes) in effects.items():
+        instruction = sass.Instruction(0, text)
+        assert (instruction.reads, instruction.writes) == (set(reads.split()), set(writes.split())), text
+
+
+def test_vector_loops() -> None:
+    """By hand: 8 instructions of a pass for three vectors. Both loads are in flight when FADD waits for them."""
+    device = sass.Device("a GPU", multiprocessors=100, clock=1e9, bandwidth=1.6e12, latency=500e-9)
+    (loop,) = sass.loops(sass.instructions(LOOP), 1024, device)
+    assert (loop.address, loop.instructions, loop.loads, loop.stores, loop.in_flight) == (0x110, 8, 2, 1, 2)
+    memory = 3 * 16 * 32 / 16  # cycles, at 16 bytes in each
+    assert loop.issue == pytest.approx(8 / 4 / memory)
+    assert loop.pipe == pytest.approx(32 / 16 / memory)
+    # FADD waits until 501, MUFU until 506, STG until 530; BRA follows.
+    assert loop.latency == pytest.approx(532 / 32 / memory)
+    assert loop.slowest == loop.latency
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +161,17 @@ def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
         keeps = kernel.name.startswith(("keep_", "dual_"))
         least = 0.25 if keeps and heavy else 0.375 if heavy or keeps else 0.5 if both else 0.75
         assert kernel.occupancy >= least, line(kernel)
+
+
+def test_steps_are_bound_by_memory(compiled: list[Kernel]) -> None:
+    """Every vector loop of a step over float32 and float64 needs less time for its instructions, its slow units and its
+    latency than the memory of an H200 for its bytes. In half types tl1 and groups need up to half as much again."""
+    steps = 0
+    for kernel in compiled:
+        for loop in kernel.loops:
+            if loop.stores < 2:
+                continue
+            most = 1.5 if "16" in kernel.name else 1
+            assert loop.slowest < most, loop_line(kernel, loop)
+            steps += 1
+    assert steps > 0 or not any(kernel.arch in sass.DEVICES for kernel in compiled)
