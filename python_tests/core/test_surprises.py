@@ -225,12 +225,3 @@ def test_prox_under_torch_func() -> None:
 def test_topk_has_no_tau() -> None:
     with pytest.raises(ValueError, match="topk"):
         rk.prox(torch.ones(3), "topk", 0.1)
-
-
-def test_step_op_checks_before_it_writes(native: str) -> None:
-    w = [torch.ones(3), torch.ones(4)]
-    m = [torch.ones(3), torch.ones(5)]
-    arguments = ("l1", 0.1, 1.0, 1.0, None, False, 0.0, 0.1, 0.9, 0.0, 0.0, False, True, False, True)
-    with pytest.raises(RuntimeError, match="momentum buffer of parameter 1"):
-        torch.ops.rvsm_kernels.step_(w, [torch.ones(3), torch.ones(4)], m, *arguments)
-    assert torch.equal(m[0], torch.ones(3))

@@ -18,9 +18,6 @@ SCHEMAS = {
     "prox_": "(Tensor(a!)[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale) -> ()",
     "penalty_value": "(Tensor[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale)"
     " -> Tensor",
-    "step_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, str? penalty, float lam, float beta,"
-    " float a, int[]? group_dim, bool group_scale, float group_lasso, float lr, float momentum, float dampening,"
-    " float weight_decay, bool nesterov, bool decoupled, bool maximize, bool first_step) -> ()",
 }
 PENALTIES = [("l0", None), ("l1", [0]), ("tl1", [1]), ("tl1", []), ("l0", [0, 1]), (None, None)]
 each_kind = pytest.mark.parametrize(
@@ -54,12 +51,6 @@ def weights(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return tensors
 
 
-def step_arguments(penalty: str | None, dims: list[int] | None, first: bool, momentum: float = 0.9) -> tuple[Any, ...]:
-    """What follows the three lists: the options of a step."""
-    lasso = 0.01 if dims is not None else 0.0
-    return (penalty, 0.2, 0.5, 2.0, dims, True, lasso, 0.1, momentum, 0.0, 0.01, momentum > 0, True, False, first)
-
-
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schema(name: str) -> None:
     """Mutation is visible in it. Defaults are a convenience beside it."""
@@ -85,19 +76,11 @@ def test_opcheck_penalty_value(penalty: str | None, dims: list[int] | None) -> N
     torch.library.opcheck(op("penalty_value"), (weights(), penalty, 0.2, 0.5, 2.0, dims, False))
 
 
-@each_kind
-@pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_opcheck_step_(penalty: str | None, dims: list[int] | None, first: bool) -> None:
-    lists = weights(), [torch.ones_like(w) for w in weights()], [torch.full_like(w, 0.5) for w in weights()]
-    torch.library.opcheck(op("step_"), (*lists, *step_arguments(penalty, dims, first)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_opcheck_other_dtypes(dtype: torch.dtype) -> None:
     w = weights(dtype)
     torch.library.opcheck(op("prox"), (w[0], "tl1", 0.4, 2.0, [1]))
-    lists = w, [torch.ones_like(x) for x in w], [torch.ones_like(x) for x in w]
-    torch.library.opcheck(op("step_"), (*lists, *step_arguments("l0", [0], False)))
+    torch.library.opcheck(op("prox_"), (w, "l0", 0.2, 0.5, 2.0, [0], False))
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -106,43 +89,21 @@ def test_opcheck_other_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("penalty", "dims"), PENALTIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_ops_are_the_optimizer(penalty: str | None, dims: list[int] | None, dtype: torch.dtype) -> None:
-    """Bit for bit: three steps, the penalty, u."""
-    params, ws = [nn.Parameter(w) for w in weights(dtype)], weights(dtype)
-    lasso = 0.01 if dims is not None else 0.0
-    base = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True, "group_lasso": lasso}
+    """Bit for bit: the value of the penalty and u, of the weights after three steps."""
+    params = [nn.Parameter(w) for w in weights(dtype)]
     split: dict[str, Any] = {"penalty": penalty, "lam": 0.2, "beta": 0.5, "a": 2.0, "group_dim": dims}
-    optimizer = rk.RVSM(params, **base, **split, group_scale=True, engine="native")
-    ms = [torch.full_like(w, float("nan")) for w in ws]  # a first step does not read them
-    for k in range(3):
+    optimizer = rk.RVSM(params, lr=0.1, momentum=0.9, **split, group_scale=True, engine="native")
+    for _ in range(3):
         for p in params:
             p.grad = torch.randn(p.shape).to(dtype)
-        op("step_")(ws, [p.grad for p in params], ms, *step_arguments(penalty, dims, k == 0))
         optimizer.step()
-        for p, w, m in zip(params, ws, ms, strict=True):
-            assert same_bits(p, w), f"step {k}"
-            assert same_bits(optimizer.state[p]["momentum_buffer"], m)
+    ws = [p.detach().clone() for p in params]
     value = op("penalty_value")(ws, penalty, 0.2, 0.5, 2.0, dims, True)
     assert value.dtype == torch.float64 and value.shape == ()
     assert penalty is None or value == optimizer.penalty_value()
     op("prox_")(ws, penalty, 0.2, 0.5, 2.0, dims, True)
     with optimizer.sparse_weights():
         assert all(same_bits(p, w) for p, w in zip(params, ws, strict=True))
-
-
-def test_step_op_with_wider_gradients() -> None:
-    """float32 gradients of bfloat16 tensors are used unrounded, as in the optimizer."""
-    params, ws = [nn.Parameter(w) for w in weights()], weights(torch.bfloat16)
-    base = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
-    optimizer = rk.RVSM(params, **base, penalty="l1", lam=0.2, beta=0.5, engine="native")
-    ms = [torch.empty_like(w) for w in ws]
-    for p, w in zip(params, ws, strict=True):
-        p.grad = torch.randn(p.shape)
-        p.data = w.clone()
-    grads = [p.grad for p in params]
-    op("step_")(ws, grads, ms, *step_arguments("l1", None, True))
-    optimizer.step()
-    for p, w, m in zip(params, ws, ms, strict=True):
-        assert same_bits(p, w) and same_bits(optimizer.state[p]["momentum_buffer"], m)
 
 
 def test_prox_op_is_rk_prox() -> None:
@@ -153,23 +114,8 @@ def test_prox_op_is_rk_prox() -> None:
         check_u(u, real(w), options)
 
 
-def test_steps_without_momentum_take_no_buffers() -> None:
-    ws, grads = weights(), [torch.ones_like(w) for w in weights()]
-    params = [nn.Parameter(w) for w in weights()]
-    optimizer = rk.RVSM(params, lr=0.1, weight_decay=0.01, lam=0.2, beta=0.5, a=2.0, group_scale=True, engine="native")
-    for p in params:
-        p.grad = torch.ones_like(p)
-    op("step_")(ws, grads, [], *step_arguments("l0", None, False, momentum=0.0))
-    optimizer.step()
-    assert all(same_bits(p, w) for p, w in zip(params, ws, strict=True))
-
-
 def test_what_is_written_has_a_new_version() -> None:
-    ws, ms, grads = weights(), weights(), [torch.ones_like(w) for w in weights()]
-    versions = [t._version for t in (*ws, *ms, *grads)]
-    op("step_")(ws, grads, ms, *step_arguments("l0", None, False))
-    assert all(t._version > v for t, v in zip((*ws, *ms), versions, strict=False))
-    assert [t._version for t in grads] == versions[8:]
+    ws = weights()
     versions = [t._version for t in ws]
     op("penalty_value")(ws, "l0", 0.2, 0.5, 2.0, None, False)
     assert [t._version for t in ws] == versions
@@ -197,20 +143,18 @@ def test_fake_tensors() -> None:
 def test_compiled_functions(group_dim: list[int] | None) -> None:
     """One graph, and what it computes is what eager computes; mutation is not lost between the ops."""
 
-    def step(ws: list[Tensor], grads: list[Tensor], ms: list[Tensor]) -> tuple[Tensor, Tensor]:
-        torch.ops.rvsm_kernels.step_(ws, grads, ms, *step_arguments("tl1", group_dim, False))
+    def shrink(ws: list[Tensor]) -> tuple[Tensor, Tensor]:
+        torch.ops.rvsm_kernels.prox_(ws, "tl1", 0.2, 0.5, 2.0, group_dim, False)
         value = torch.ops.rvsm_kernels.penalty_value(ws, "tl1", 0.2, 0.5, 2.0, group_dim, True)
         u = torch.ops.rvsm_kernels.prox(ws[0] * 2, "l0", 0.4, 2.0, group_dim)
-        torch.ops.rvsm_kernels.prox_(ws, "l0", 0.2, 0.5, 2.0, group_dim, False)
+        torch.ops.rvsm_kernels.prox_(ws, "l1", 0.02, 0.5, 2.0, group_dim, False)
         return value, u + ws[0]
 
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    eager_ws, eager_ms, compiled_ws, compiled_ms = weights(), weights(), weights(), weights()
+    compiled = torch.compile(shrink, backend="aot_eager", fullgraph=True)
+    eager_ws, compiled_ws = weights(), weights()
     for _ in range(2):
-        grads = [torch.randn_like(w) for w in eager_ws]
-        want = step(eager_ws, grads, eager_ms)
-        got = compiled(compiled_ws, grads, compiled_ms)
-        for x, y in zip((*want, *eager_ws, *eager_ms), (*got, *compiled_ws, *compiled_ms), strict=True):
+        want, got = shrink(eager_ws), compiled(compiled_ws)
+        for x, y in zip((*want, *eager_ws), (*got, *compiled_ws), strict=True):
             assert same_bits(x, y)
 
 
@@ -224,13 +168,6 @@ def test_errors_change_nothing() -> None:
         (lambda ws: op("prox_")([*ws, torch.zeros(3, dtype=torch.int32)], "l0", 9.0, 0.5, 2.0, None, False), TypeError),
         (lambda ws: op("prox_")([*ws, torch.ones(3)], "l0", 9.0, 0.5, 2.0, [1], False), ValueError),
         (lambda ws: op("prox_")(ws, "l3", 9.0, 0.5, 2.0, None, False), ValueError),
-        (
-            lambda ws: op("step_")(
-                ws, [*map(torch.ones_like, ws[:-1]), torch.ones(2)], ws, *step_arguments("l0", None, False)
-            ),
-            RuntimeError,
-        ),
-        (lambda ws: op("step_")(ws, ws[:-1], ws, *step_arguments("l0", None, False)), RuntimeError),
     ]
     for call, error in wrong:
         ws = weights()

@@ -79,10 +79,9 @@ def test_memory_that_comes_together_later(native: str) -> None:
 
 
 def test_ops_take_a_tensor_twice(native: str) -> None:
-    w = torch.zeros(300_000)
-    step = ("l1", 0.0, 0.0, 1.0, None, False, 0.0, 1.0, 0.0, 0.0, 0.0, False, True, False, False)
-    torch.ops.rvsm_kernels.step_([w, w], [torch.ones_like(w)] * 2, [], *step)
-    assert torch.equal(w, torch.full_like(w, -2.0))
+    w = torch.full([300_000], 3.0)
+    torch.ops.rvsm_kernels.prox_([w, w], "l1", 1.0, 1.0)
+    assert torch.equal(w, torch.ones_like(w))
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
