@@ -46,8 +46,11 @@ def is_slow(engine: str) -> bool:
     return engine == "triton" and DEVICE == "cpu"
 
 
+MARKED_ENGINES = [pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in ENGINES]
+"""The engines as parameters of a test; those that `is_slow` names have the marker `slow`."""
+
 quick_in_all = pytest.mark.parametrize("engine", ENGINES, indirect=True)
-"""Of a test with the fixture `engine`: also the engines that `is_slow` names stay out of the marker `slow`."""
+"""For a test with the fixture `engine`: the quick check runs it on every engine, also on those that `is_slow` names."""
 
 
 def few(engine: str, count: int) -> int:

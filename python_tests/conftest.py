@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from builds import DEVICE, ENGINES, is_slow, need, round_in_the_interpreter
+from builds import DEVICE, ENGINES, MARKED_ENGINES, need, round_in_the_interpreter
 from world import World
 
 from rvsm_kernels.engines import native as native_engine
@@ -26,7 +26,7 @@ def start(engine: str) -> Iterator[str]:
         native_engine._C.interpret_cuda(False)
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if is_slow(name) else name for name in ENGINES])
+@pytest.fixture(params=MARKED_ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every engine of this build; in the quick check the interpreted ones only where `builds.quick_in_all` says so."""
     yield from start(request.param)

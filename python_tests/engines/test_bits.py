@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builds import ENGINES, need
+from builds import MARKED_ENGINES, need
 from tools import bits
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", MARKED_ENGINES)
 def test_bits_are_those_that_were_recorded(engine: str, on_cpu: None) -> None:
     need("native" if engine == "interpreted" else engine)
     if (reason := bits.why_not_comparable(engine)) is not None:

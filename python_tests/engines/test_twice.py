@@ -79,9 +79,9 @@ def test_memory_that_comes_together_later(native: str) -> None:
 
 
 def test_ops_take_a_tensor_twice(native: str) -> None:
-    w = torch.full([300_000], 3.0)
-    torch.ops.rvsm_kernels.prox_([w, w], "l1", 1.0, 1.0)
-    assert torch.equal(w, torch.ones_like(w))
+    w = torch.full((300_000,), 5.0)
+    torch.ops.rvsm_kernels.prox_([w, w], "l1", 1.0, 1.0)  # each takes 1 off
+    assert torch.equal(w, torch.full_like(w, 3.0))
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def addresses_of_states(address, shift, STATES: tl.constexpr):
     """The states of an entry, as many bytes further on."""
     states = ()
     for k in tl.static_range(STATES):
-        states = states + (tl.load(address + STATE + k) + shift,)  # noqa: RUF005 - Triton reads no star
+        states = states + (tl.load(address + STATE + k) + shift,)  # type: ignore  # noqa: RUF005 - Triton reads no star
     return states
 
 
@@ -168,7 +168,7 @@ def as_pointers(addresses, S: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr
     pointers = ()
     for k in tl.static_range(N):
         p = addresses[k].to(tl.pointer_type(S))
-        pointers = pointers + (tl.multiple_of(p, 16) if WHOLE else p,)  # noqa: RUF005
+        pointers = pointers + (tl.multiple_of(p, 16) if WHOLE else p,)  # type: ignore  # noqa: RUF005
     return pointers
 
 
@@ -189,7 +189,7 @@ def step_elements(
         d = read(g + i, mask, WHOLE).to(T) * scale * s.grad
     states = ()
     for k in tl.static_range(BASE_STATES):
-        states = states + (read(state_pointers[k] + i, mask, WHOLE).to(T),)  # noqa: RUF005
+        states = states + (read(state_pointers[k] + i, mask, WHOLE).to(T),)  # type: ignore  # noqa: RUF005
     of_method = wi
     if METHOD != 0:
         of_method = read(state_pointers[BASE_STATES] + i, mask, WHOLE).to(T)
