@@ -56,6 +56,6 @@ function(rvsm_add_ptx_run target architectures)
 endfunction()
 
 list(GET RVSM_PTX_ARCHITECTURES 0 RVSM_PTX_FIRST)
-rvsm_add_ptx_run(ptx ${RVSM_PTX_FIRST} --cases 60)
+rvsm_add_ptx_run(ptx ${RVSM_PTX_FIRST} --cases 40)
 rvsm_add_ptx_run(ptx-full "${RVSM_PTX_ARCHITECTURES}" --cases 300)
 rvsm_add_ptx_run(ptx-mutants ${RVSM_PTX_FIRST} --cases 300 --mutants 80)

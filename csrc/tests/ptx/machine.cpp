@@ -36,7 +36,7 @@ void Machine::launch(Kernel& kernel, const Parameters& parameters, const std::ve
   kernel_ = &kernel;
   parameters_ = &parameters;
   threads_ = threads;
-  given_up_at_ = most_instructions == ~0ull ? most_instructions : instructions + most_instructions;
+  given_up_at_ = instructions + most_instructions;
   const size_t registers = kernel.registers.size();
   stride_ = registers + kernel.constants.size();
   values_.assign(stride_ * size_t(threads), 0);

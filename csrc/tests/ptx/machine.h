@@ -17,8 +17,9 @@ class Machine {
   Memory memory;
   Findings findings;
   Mode mode;
-  uint64_t instructions = 0;           // executed
-  uint64_t most_instructions = ~0ull;  // a launch that passes this number is given up, with a finding
+  uint64_t instructions = 0;  // executed
+  // A launch that passes this number is given up, with a finding. The longest of a pass has a tenth of it.
+  uint64_t most_instructions = 2'000'000'000;
 
   // What a kernel is given. `filled`: the bytes of the parameters that mean something.
   struct Parameters {

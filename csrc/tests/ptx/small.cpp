@@ -9,8 +9,9 @@ namespace rvsm::ptx {
 
 namespace {
 
-// Single elements before a boundary, vectors, and single elements behind them.
-constexpr int64_t kHeadBodyTail = 61;
+// Single elements before a boundary, vectors, and single elements behind them; where arrays do not line up, several
+// elements to a thread.
+constexpr int64_t kHeadBodyTail = 61, kSingle = 700;
 
 // The number after x towards `to` in the storage type.
 double next_in(Dtype dtype, double x, double to) {
@@ -42,14 +43,15 @@ constexpr Cut kCuts[] = {
 // rows, and all of them in parts, which other launches sum.
 constexpr GroupView kViews[] = {{1, 1, 13, 16}, {1, 1, 9, 72}, {1, 1, 700, 8}, {1, 7, 5, 3},
                                 {2, 30, 6, 16}, {1, 3, 5, 72}, {2, 70, 2, 64}, {1, 9, 1112, 1}};
-constexpr GroupView kViewsInParts[] = {{1, 23000, 3, 1}, {1, 1, 1, 66000}, {1, 700, 1, 96}};
+constexpr GroupView kViewsInParts[] = {{1, 17000, 4, 1}, {1, 1, 1, 66000}, {1, 700, 1, 96}};
 
 // The number at which an element, or the single number of its group, is set: the cut, or the number before or after it.
 double near_cut(Dtype dtype, double cut, int64_t i) {
   return i % 3 == 0 ? cut : next_in(dtype, cut, i % 3 == 1 ? 2 * cut : 0);
 }
 
-void meet_cut(TensorCase& t, double cut) {
+// `array`: w, or what a prox reads in its place.
+void meet_cut(TensorCase& t, int array, double cut) {
   const TensorOptions& o = t.options;
   for (int64_t i = 0; i < o.numel(); ++i) {
     double r = near_cut(o.dtype, cut, i);
@@ -63,7 +65,7 @@ void meet_cut(TensorCase& t, double cut) {
     // What is thresholded may be the sum of two numbers.
     const double kept = o.step.method == Method::admm && i % 2 == 0 && r != 0 ? cut / 2 : 0;
     const double sign = i % 4 < 2 ? 1 : -1;
-    t.set(0, i, sign * (r - kept));
+    t.set(array, i, sign * (r - kept));
     if (o.step.method == Method::admm) t.set(2, i, sign * kept);
   }
 }
@@ -80,6 +82,7 @@ void add_at_cut(Experiment& x, TensorOptions o) {
         for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
           for (const int64_t out_of_line : {0, 1}) {
             if ((topk && c.penalty != Penalty::l0) || (!step && (topk || method != Method::rvsm))) continue;
+            if (c.penalty == Penalty::none && method != Method::rvsm) continue;
             o.dtype = o.noted = dtype;
             o.step.penalty = c.penalty;
             o.step.lam = c.tau;
@@ -88,9 +91,10 @@ void add_at_cut(Experiment& x, TensorOptions o) {
             o.step.topk = topk;
             for (int64_t& m : o.misalign) m = o.grouped ? 0 : 1;
             o.misalign[0] += out_of_line;
+            o.single = out_of_line ? kSingle : kHeadBodyTail;
             x.tensors.push_back(make_tensor(o));
             TensorCase& t = *x.tensors.back();
-            meet_cut(t, c.cut);
+            meet_cut(t, x.with_source ? 3 : 0, c.cut);
             if (!topk) continue;
             with_storage(dtype, [&](auto s) { put<Opmath<decltype(s)>>(t.cut.at, 0, c.cut); });
             t.cut_value = c.cut;
@@ -98,12 +102,12 @@ void add_at_cut(Experiment& x, TensorOptions o) {
 }
 
 // `base`: momentum and the place of the pull.
-void at_cut(Action action, const definition::Step& base) {
+void at_cut(Action action, bool with_source, const definition::Step& base) {
   generator().seed(1);
   Experiment x(action);
+  x.with_source = with_source;
   TensorOptions o;
   o.step = base;
-  o.single = kHeadBodyTail;
   add_at_cut(x, o);
   x.aim();
   machine.mode = {Mode::forward, Mode::exact, Mode::never, 1};
@@ -128,8 +132,9 @@ void sums(Dtype dtype, Method method, const GroupView& view) {
   Experiment x(Action::step);
   // In parts: two tensors of a type whose parts are summed by one launch.
   const bool parts = view.count() * view.size() > 60000;
-  for (const int64_t out_of_line : {0, 1}) {
-    if (parts && out_of_line && dtype != Dtype::f32 && dtype != Dtype::f64) continue;
+  // Else: on a boundary; w and what the method keeps off it; all arrays off it, with single elements before vectors.
+  for (const int variant : {0, 1, 2}) {
+    if (parts && (variant == 2 || (variant == 1 && dtype != Dtype::f32 && dtype != Dtype::f64))) continue;
     TensorOptions o;
     o.dtype = o.noted = dtype;
     o.grouped = true;
@@ -140,12 +145,20 @@ void sums(Dtype dtype, Method method, const GroupView& view) {
     o.step.lam = 0.1 * std::sqrt(double(view.size()));
     o.step.lr = 0.25;
     o.step.group_lasso = 0.25;
-    o.misalign[0] = o.misalign[2] = parts ? 0 : out_of_line;
+    if (!parts && variant > 0) o.misalign[0] = o.misalign[2] = 1;
+    if (variant == 2) o.misalign[1] = o.misalign[3] = 1;
     x.tensors.push_back(make_tensor(o));
+    // Every second group lies below the cut.
+    TensorCase& t = *x.tensors.back();
+    for (int64_t i = 0; i < o.numel(); ++i) {
+      if (int64_t(definition::group_of(view, i)) % 2 != variant % 2) continue;
+      t.set(0, i, t.numbers.w[size_t(i)] / 8);
+      t.set(2, i, t.numbers.kept[size_t(i)] / 8);
+    }
   }
   x.aim();
   machine.mode = {Mode::interleaved, Mode::any, Mode::some, 1};
-  x.judge(Mode::reverse);
+  x.judge(parts ? machine.mode.order : Mode::reverse);
 }
 
 // Inf and NaN pass through where a term that would make NaN of them is off.
@@ -168,7 +181,7 @@ void beside_terms_off(bool grouped, double momentum, double decay) {
         x.tensors.push_back(make_tensor(o));
         TensorCase& t = *x.tensors.back();
         for (int64_t i = 0; i < t.options.numel(); ++i)
-          if (i % 2 == 0) t.set(array, i, i % 4 == 0 ? INFINITY : -INFINITY);
+          if (i % 3 == 0) t.set(array, i, i % 2 == 0 ? INFINITY : -INFINITY);
       }
   x.aim();
   machine.mode = {Mode::forward, Mode::exact, Mode::never, 1};
@@ -181,7 +194,8 @@ std::vector<Case> small_cases() {
   std::vector<Case> all;
   const auto add = [&](const std::string& name, std::function<void()> run) { all.push_back({"small " + name, run}); };
   definition::Step base;
-  add("cut of a prox", [=] { at_cut(Action::prox, base); });
+  add("cut of a prox", [=] { at_cut(Action::prox, false, base); });
+  add("cut of a prox with a source", [=] { at_cut(Action::prox, true, base); });
   for (const bool decoupled : {false, true})
     for (const double momentum : {0.0, 0.5})
       for (const bool nesterov : {false, true}) {
@@ -190,7 +204,7 @@ std::vector<Case> small_cases() {
         base.momentum = momentum;
         base.nesterov = nesterov;
         add(text_of("cut, decoupled %d, momentum %g, nesterov %d", decoupled, momentum, nesterov),
-            [=] { at_cut(Action::step, base); });
+            [=] { at_cut(Action::step, false, base); });
       }
   const auto of = [](const GroupView& v) {
     return text_of("%lld x %lld x %lld x %lld", (long long)v.batch, (long long)v.outer, (long long)v.groups,
