@@ -35,7 +35,7 @@ void engine_case(int count, Action action, int index, uint64_t seed);  // what t
 // Of all comparisons of a pass.
 struct Statistics {
   int64_t compared = 0, unlike_host = 0, near_cut = 0;
-  double worst[3][4] = {};  // error over its bound, by array (w, m, kept) and type
+  double worst[4][4] = {};  // error over its bound, by array, in the order of kArrayNames, and type
   double worst_from_host = 0;
   uint64_t digest = 0;  // of the bits of all results
   std::map<std::string, int64_t> tensors;

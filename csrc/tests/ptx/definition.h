@@ -1,4 +1,4 @@
-// The step and the penalty of docs/method.md once more: by plain loops, in long double, apart from prox.h and update.h.
+// The step and the penalty of docs/method.md once more: by plain loops, in long double, apart from csrc/math.
 // A result is a range, since a threshold may fall to either side within the rounding of its input.
 #pragma once
 
@@ -22,6 +22,7 @@ struct Range {
 struct Step {
   Penalty penalty = Penalty::none;
   Method method = Method::rvsm;
+  BaseKind base = BaseKind::sgd;
   double lam = 0, beta = 0, a = 1;
   double group_lasso = 0;
   double lr = 0, momentum = 0, dampening = 0, weight_decay = 0;
@@ -29,6 +30,9 @@ struct Step {
   bool topk = false;   // l0 with a cut that comes with the step
   bool first = false;  // the buffer of the momentum is new
 
+  bool has_momentum() const { return base == BaseKind::sgd && momentum != 0; }
+  // The pull alone leaves its terms in the gradient to another optimizer.
+  bool writes_grad() const { return base == BaseKind::none && ((is_split() && !decoupled) || group_lasso != 0); }
   bool is_split() const { return penalty != Penalty::none && lam > 0 && beta > 0; }
 };
 
@@ -109,7 +113,7 @@ struct Arrays {
 };
 
 struct Element {
-  Real w, m, kept;
+  Real w, m, kept, g;
 };
 
 // `scale`: what rounding errors are relative to.
@@ -137,8 +141,13 @@ inline Result step_element(const Tensor& t, const Element& before, Real grad, Ra
       gap += e.kept;
     }
     if (split) e.w -= pull * gap;
-    Real d = grad + s.group_lasso * unit + s.weight_decay * e.w;
+    Real d = grad + s.group_lasso * unit;
     if (split) d += coupling * gap;
+    if (s.base == BaseKind::none) {
+      e.g = d;
+      return e;
+    }
+    d += s.weight_decay * e.w;
     if (s.momentum != 0) {
       e.m = keep * e.m + add * d;
       d = s.nesterov ? d + s.momentum * e.m : e.m;
@@ -148,15 +157,15 @@ inline Result step_element(const Tensor& t, const Element& before, Real grad, Ra
   };
   const Element x = with(u.low), y = with(u.high);
   Result r;
-  r.low = {std::min(x.w, y.w), std::min(x.m, y.m), std::min(x.kept, y.kept)};
-  r.high = {std::max(x.w, y.w), std::max(x.m, y.m), std::max(x.kept, y.kept)};
+  r.low = {std::min(x.w, y.w), std::min(x.m, y.m), std::min(x.kept, y.kept), std::min(x.g, y.g)};
+  r.high = {std::max(x.w, y.w), std::max(x.m, y.m), std::max(x.kept, y.kept), std::max(x.g, y.g)};
   r.u = u;
   const Real most = std::max(std::fabs(u.low), std::fabs(u.high));
   const Real weights = std::fabs(before.w) + most + (s.method == Method::rvsm ? 0 : std::fabs(before.kept));
   Real d = std::fabs(grad) + std::fabs(s.group_lasso * unit) + (s.weight_decay + coupling) * weights;
-  const Real buffer = std::fabs(keep * before.m) + add * d;
+  const Real direction = d, buffer = std::fabs(keep * before.m) + add * d;
   if (s.momentum != 0) d = s.nesterov ? d + s.momentum * buffer : buffer;
-  r.scale = {weights + s.lr * d, buffer, weights};
+  r.scale = {weights + s.lr * d, buffer, weights, direction};
   return r;
 }
 
@@ -213,7 +222,7 @@ inline std::vector<Result> run(const Tensor& t, const Arrays& arrays, double cut
     const size_t q = t.grouped ? group_of(t.view, int64_t(i)) : i;
     const Real v = argument(i), length = lengths.empty() ? 0 : lengths[q].r;
     const Real grad = grad_scale == 0 ? Real(arrays.g[i]) : arrays.g[i] / Real(grad_scale);
-    results.push_back(step_element(t, {arrays.w[i], arrays.m[i], arrays.kept[i]}, grad,
+    results.push_back(step_element(t, {arrays.w[i], arrays.m[i], arrays.kept[i], arrays.g[i]}, grad,
                                    {v * ratio[q].low, v * ratio[q].high}, length > 0 ? arrays.w[i] / length : 0));
   }
   return results;

@@ -41,7 +41,9 @@ void Experiment::register_memory() {
                                                            : Memory::read_write;
     const Addresses at = addresses_of(t->args);
     memory.add(at.w, t->w.bytes, "w" + name, of_w);
-    if (at.g != nullptr) memory.add(at.g, t->g.bytes, "g" + name, Memory::read_only);
+    const bool writes_grad = action_ == Action::step && t->options.step.writes_grad();
+    const Memory::Access of_g = writes_grad ? Memory::read_write : Memory::read_only;
+    if (at.g != nullptr) memory.add(at.g, t->g.bytes, "g" + name, of_g);
     if (at.m != nullptr) memory.add(at.m, t->m.bytes, "m" + name, Memory::read_write);
     if (at.kept != nullptr) memory.add(at.kept, t->kept.bytes, "kept" + name, Memory::read_write);
     if (at.cut != nullptr) memory.add(at.cut, t->cut.bytes, "cut" + name, Memory::read_only);
@@ -108,7 +110,9 @@ struct Expected {
 
 // `exact`: of a prox whose u is 0 or the number itself, to the last bit.
 Expected expected(const definition::Result& r, int array, bool prox, bool exact, double read) {
-  const auto of = [&](const definition::Element& e) { return double(array == 0 ? e.w : array == 1 ? e.m : e.kept); };
+  const auto of = [&](const definition::Element& e) {
+    return double(array == 0 ? e.w : array == 1 ? e.m : array == 2 ? e.kept : e.g);
+  };
   if (!prox) return {of(r.low), of(r.high), of(r.scale)};
   return {double(std::min(r.u.low, r.u.high)), double(std::max(r.u.low, r.u.high)), exact ? 0 : std::fabs(read)};
 }
@@ -173,7 +177,8 @@ void Experiment::judge_tensor(size_t i, const Bytes& got, const Bytes& host) {
   const Addresses array = addresses_of(t.args);
   const bool prox = action_ == Action::prox;
   const bool idle = !t.active || o.numel() == 0 || found_inf == FoundInf::positive || action_ == Action::penalty;
-  const bool written[] = {!idle, !idle && array.m != nullptr, !idle && array.kept != nullptr, false};
+  const bool written[] = {!idle, !idle && array.m != nullptr, !idle && array.kept != nullptr,
+                          !idle && !prox && o.step.writes_grad()};
   for (size_t k = 0; k < 4; ++k)
     if (!written[k] && got[4 * i + k] != t.arrays[k]->before)
       wrong("untouched", std::string(kArrayNames[k]) + " was changed: " + t.text);
@@ -186,7 +191,7 @@ void Experiment::judge_tensor(size_t i, const Bytes& got, const Bytes& host) {
   const auto want = definition::run(o, numbers, t.cut_value, grad_scale, error_at_cut(o.dtype));
   with_storage(o.dtype, [&](auto s) {
     using S = decltype(s);
-    for (int k = 0; k < 3; ++k) {
+    for (int k = 0; k < 4; ++k) {
       if (!written[k]) continue;
       const char *const at = got[4 * i + size_t(k)].data(), *const host_at = host[4 * i + size_t(k)].data();
       for (size_t e = 0; e < size_t(o.numel()); ++e) {

@@ -274,6 +274,7 @@ TensorArgs make_args(const definition::Tensor& t, Action action, const Addresses
   o.maximize = s.maximize;
   const bool step = action == Action::step;
   o.method = step ? s.method : Method::rvsm;
+  o.base = s.base;
   TensorArgs args;
   args.numel = t.numel();
   args.dtype = t.dtype;

@@ -69,6 +69,7 @@ definition::Step random_step(const TensorOptions& t, Action action, Profile prof
   o.momentum = pick({0, 1, 1}) ? uniform(0.5, 0.99) : 0;
   o.nesterov = o.momentum != 0 && integer(0, 1);
   o.dampening = o.momentum != 0 && !o.nesterov && integer(0, 2) == 0 ? uniform(0, 1) : 0;
+  if (action == Action::step && integer(0, 4) == 0) o.base = BaseKind::none;
   o.weight_decay = integer(0, 1) ? log_uniform(1e-5, 0.1) : 0;
   o.decoupled = integer(0, 1);
   o.maximize = integer(0, 3) == 0;
@@ -153,7 +154,8 @@ std::unique_ptr<TensorCase> make_tensor(const TensorOptions& o) {
                     kDtypeNames[int(o.dtype)], o.wide ? " (wide)" : "", (long long)o.numel(), (long long)o.misalign[0],
                     (long long)o.misalign[1], (long long)o.misalign[2], (long long)o.misalign[3], int(o.penalty()), s.a,
                     double(o.tau()), int(s.method), s.topk);
-  t->text += text_of("momentum %g, nesterov %d, first %d, lasso %g", s.momentum, s.nesterov, s.first, s.group_lasso);
+  t->text += text_of("base %d, momentum %g, nesterov %d, first %d, lasso %g", int(s.base), s.momentum, s.nesterov,
+                     s.first, s.group_lasso);
   if (o.grouped)
     t->text += text_of(", view %lld x %lld x %lld x %lld", (long long)o.view.batch, (long long)o.view.outer,
                        (long long)o.view.groups, (long long)o.view.inner);
