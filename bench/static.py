@@ -120,6 +120,8 @@ def _output(*command: str | Path) -> str:
 
 _ARGUMENTS = {"f": "float", "d": "double", "N4rvsm8BFloat16E": "BFloat16", "N4rvsm7Float16E": "Float16"}
 _ARGUMENTS |= {"NS_8BFloat16E": "BFloat16", "NS_7Float16E": "Float16", "Lb0E": "false", "Lb1E": "true"}
+_ARGUMENTS |= {"NS_3SgdILb0EEE": "Sgd<0>", "NS_3SgdILb1EEE": "Sgd<1>"}  # the bases, by their template argument
+_ARGUMENTS |= {"NS_6NoBaseILb0EEE": "NoBase<0>", "NS_6NoBaseILb1EEE": "NoBase<1>"}
 _ARGUMENT = re.compile("|".join(sorted(map(re.escape, _ARGUMENTS), key=len, reverse=True)))
 
 

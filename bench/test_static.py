@@ -52,6 +52,8 @@ def test_occupancy(arch: str, registers: int, shared: int, occupancy: float) -> 
 def test_names() -> None:
     assert readable("_ZN4rvsm10sum_kernelIdLb0EfEEvNS0_8SumTableE") == "sum_kernel<double, false, float>"
     assert readable("_ZN4rvsm10sum_kernelINS_8BFloat16ELb1EfEEvNS0_8SumTableE") == "sum_kernel<BFloat16, true, float>"
+    symbol = "_ZN4rvsm4cuda11step_kernelINS_7Float16ENS_3SgdILb1EEELb0EEEvNS0_5TableE"
+    assert readable(symbol) == "step_kernel<Float16, Sgd<1>, false>"
     assert readable("another") == "another"
 
 
@@ -121,45 +123,51 @@ def test_every_kernel_is_there(compiled: list[Kernel]) -> None:
     """Each storage type has its step, prox, norms and penalty, on every architecture."""
     for arch in {kernel.arch for kernel in compiled}:
         names = [kernel.name for kernel in compiled if kernel.arch == arch]
-        for kind in ("step", "keep", "prox", "resident", "sum", "dual", "penalty"):
-            for storage in ("float", "double", "BFloat16", "Float16"):
+        for storage in ("float", "double", "BFloat16", "Float16"):
+            for kind in ("prox", "sum", "penalty"):
                 assert any(name.startswith(f"{kind}_kernel<{storage}") for name in names), (arch, kind, storage)
+            for base in ("Sgd<0>", "Sgd<1>", "NoBase<0>", "NoBase<1>"):
+                assert {f"step_kernel<{storage}, {base}, {state}>" for state in ("false", "true")} <= set(names)
+                assert f"resident_kernel<{storage}, {base}, true>" in names
 
 
 def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
-    """A step reads w, g and m and writes w and m in accesses of 16 bytes, one set for each kind of u; 64-bit accesses
-    are double's single elements and never pairs of smaller ones."""
+    """A step reads w, g and its states and writes w and the states in accesses of 16 bytes, one set for each kind of u;
+    the pull alone reads g only where it writes to it. 64-bit accesses are double's single elements and never pairs of
+    smaller ones."""
     for kernel in compiled:
-        kind, storage = kernel.name.split("<")[0], kernel.name.split("<")[1].split(",")[0].rstrip(">")
+        kind, _, arguments = kernel.name.partition("<")
+        storage = arguments.split(",")[0].rstrip(">")
         sets = kernel.loads[128], kernel.stores[128]
         if kind == "resident_kernel":
             assert sets[0] >= 2 and sets[1] >= 1, line(kernel)
         elif kind == "step_kernel":
-            assert sets[0] == 3 * sets[1] / 2 and sets[1] >= 10, line(kernel)
-        elif kind == "keep_kernel":
-            assert sets[0] == 4 * sets[1] / 3 and sets[1] >= 12, line(kernel)
+            states = ("Sgd<1>" in arguments) + arguments.endswith("true>")
+            reads, writes = 1 + ("NoBase<0>" not in arguments) + states, 1 + ("NoBase<1>" in arguments) + states
+            assert sets[0] * writes == sets[1] * reads and sets[1] >= 4 * writes, line(kernel)
         elif kind == "prox_kernel":
             assert sets[0] == sets[1] >= 5, line(kernel)
         else:
             assert sets[0] >= 2, line(kernel)
         if storage != "double":
             assert kernel.loads[64] == 0, line(kernel)
-            assert kernel.stores[64] == 0 or kind in ("sum_kernel", "dual_kernel", "penalty_kernel"), line(kernel)
+            assert kernel.stores[64] == 0 or kind in ("sum_kernel", "penalty_kernel"), line(kernel)
 
 
 def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
     """Three quarters of the threads for every kernel of a step over float32 and half types; but the value of a penalty
     divides in double precision, float64 has twice as much to hold, and half types hold two phases at once where a
-    block sums its own groups; a method that keeps something has one more array, and as many bytes in flight with half
-    of the threads."""
+    block sums its own groups; a method with a state has one more array, and as many bytes in flight with half of the
+    threads."""
     kernels = [kernel for kernel in compiled if kernel.arch == "90"]
     if not kernels:
         pytest.skip("this build has no code for sm_90")
     for kernel in kernels:
         both = kernel.name.startswith("resident_kernel") and "16" in kernel.name
         heavy = "double" in kernel.name or kernel.name.startswith("penalty")
-        keeps = kernel.name.startswith(("keep_", "dual_"))
-        least = 0.25 if keeps and heavy else 0.375 if heavy or keeps else 0.5 if both else 0.75
+        state = kernel.name.startswith("step_kernel") and kernel.name.endswith("true>")
+        state = state or ", true, true, " in kernel.name  # sums of w + dual
+        least = 0.25 if state and heavy else 0.375 if heavy or state else 0.5 if both else 0.75
         assert kernel.occupancy >= least, line(kernel)
 
 
