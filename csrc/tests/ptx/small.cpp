@@ -161,6 +161,35 @@ void sums(Dtype dtype, Method method, const GroupView& view) {
   x.judge(parts ? machine.mode.order : Mode::reverse);
 }
 
+// Steps without a base: the pull alone, and terms that are left in the gradient.
+void pull_alone(Dtype dtype, bool decoupled) {
+  generator().seed(6);
+  Experiment x(Action::step);
+  const GroupView views[] = {{1, 1, 4, 64}, {1, 7, 5, 3}, {}};  // summed by the step's blocks, by a launch before, none
+  for (const GroupView& view : views)
+    for (const Method method : {Method::rvsm, Method::delayed, Method::admm})
+      for (const double lasso : {0.0, 0.25}) {
+        TensorOptions o;
+        o.dtype = o.noted = dtype;
+        o.grouped = view.size() > 1;
+        o.view = view;
+        o.single = kHeadBodyTail;
+        o.step.base = BaseKind::none;
+        o.step.penalty = Penalty::l1;
+        o.step.method = method;
+        o.step.decoupled = decoupled;
+        o.step.beta = 0.5;
+        o.step.lam = 0.1 * std::sqrt(double(view.size()));
+        o.step.lr = 0.25;
+        if (o.grouped) o.step.group_lasso = lasso;
+        x.tensors.push_back(make_tensor(o));
+      }
+  x.grad_scale = 4;
+  x.aim();
+  machine.mode = {Mode::shuffled, Mode::any, Mode::some, 1};
+  x.judge(Mode::reverse);
+}
+
 // Inf and NaN pass through where a term that would make NaN of them is off.
 void beside_terms_off(bool grouped, double momentum, double decay) {
   generator().seed(2);
@@ -221,6 +250,10 @@ std::vector<Case> small_cases() {
   };
   for (const GroupView& v : kViews) add_sums(v);
   for (const GroupView& v : kViewsInParts) add_sums(v);
+  for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
+    for (const bool decoupled : {false, true})
+      add(text_of("pull alone of %s, decoupled %d", kDtypeNames[int(dtype)], decoupled),
+          [=] { pull_alone(dtype, decoupled); });
   for (const bool grouped : {false, true})
     for (const double momentum : {0.0, 0.5})
       for (const double decay : {0.0, 0.125})
