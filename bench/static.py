@@ -1,7 +1,8 @@
 """``python -m bench static``: what the compiler made of every CUDA kernel, read from the compiled module.
 
-Registers, stack and shared memory come from ``cuobjdump -res-usage``, widths of loads and stores from the disassembly.
-No GPU is needed; where the CUDA toolkit has no cuobjdump, the Triton package brings one.
+Registers, stack and shared memory come from ``cuobjdump -res-usage``, widths of loads and stores from the disassembly,
+and from its vector loops what else than the memory's bandwidth may bound them (:mod:`bench.sass`). No GPU is needed;
+where the CUDA toolkit has no cuobjdump, the Triton package brings one.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import rvsm_kernels as rk
 
+from . import sass
 from .baselines import Unavailable
 from .config import Config
 from .results import environment, write_json
@@ -42,6 +45,7 @@ class Kernel:
         stack, local: bytes per thread outside the registers; 0 without spills.
         loads, stores: instructions on global memory by width in bits.
         local_accesses: instructions on local memory.
+        loops: the vector loops, where bench.sass knows the architecture.
     """
 
     arch: str
@@ -53,11 +57,17 @@ class Kernel:
     loads: Counter[int] = field(default_factory=Counter)
     stores: Counter[int] = field(default_factory=Counter)
     local_accesses: int = 0
+    loops: list[sass.Loop] = field(default_factory=list)
 
     @property
     def spills(self) -> bool:
         """Whether anything lies in local memory."""
         return bool(self.stack or self.local or self.local_accesses)
+
+    @property
+    def threads(self) -> int:
+        """How many of its threads are on a multiprocessor at a time."""
+        return round(self.occupancy * _THREADS.get(self.arch.rstrip("af"), 2048))
 
     @property
     def occupancy(self) -> float:
@@ -110,6 +120,8 @@ def _output(*command: str | Path) -> str:
 
 _ARGUMENTS = {"f": "float", "d": "double", "N4rvsm8BFloat16E": "BFloat16", "N4rvsm7Float16E": "Float16"}
 _ARGUMENTS |= {"NS_8BFloat16E": "BFloat16", "NS_7Float16E": "Float16", "Lb0E": "false", "Lb1E": "true"}
+_ARGUMENTS |= {"NS_3SgdILb0EEE": "Sgd<0>", "NS_3SgdILb1EEE": "Sgd<1>"}  # the bases, by their template argument
+_ARGUMENTS |= {"NS_6NoBaseILb0EEE": "NoBase<0>", "NS_6NoBaseILb1EEE": "NoBase<1>"}
 _ARGUMENT = re.compile("|".join(sorted(map(re.escape, _ARGUMENTS), key=len, reverse=True)))
 
 
@@ -144,27 +156,35 @@ def _width(modifiers: str) -> int:
     return 32
 
 
-def add_accesses(kernels: dict[tuple[str, str], Kernel], text: str) -> None:
-    """Count the accesses in the output of ``cuobjdump -sass``."""
-    arch = symbol = ""
-    for line in text.splitlines():
-        if found := re.match(r"\s*arch = sm_(\w+)", line):
+def _functions(text: str) -> Iterator[tuple[str, str, str]]:
+    """Architecture, symbol and text of each function in the output of ``cuobjdump -sass``."""
+    arch = ""
+    for part in re.split(r"^(?=\s*(?:arch = sm_|Function : ))", text, flags=re.MULTILINE):
+        if found := re.match(r"\s*arch = sm_(\w+)", part):
             arch = found[1]
-        elif found := re.match(r"\s*Function : (\S+)", line):
-            symbol = found[1]
-        elif found := re.search(r"\b(LDG|STG|LDL|STL)\b([.\w]*)", line):
-            kernel = kernels[arch, symbol]
+        elif found := re.match(r"\s*Function : (\S+)", part):
+            yield arch, found[1], part
+
+
+def add_disassembly(kernels: dict[tuple[str, str], Kernel], text: str) -> None:
+    """Count the accesses in the output of ``cuobjdump -sass``, and look at its vector loops."""
+    for arch, symbol, function in _functions(text):
+        kernel = kernels[arch, symbol]
+        for found in re.finditer(r"\b(LDG|STG|LDL|STL)\b([.\w]*)", function):
             if found[1] in ("LDL", "STL"):
                 kernel.local_accesses += 1
             else:
                 (kernel.loads if found[1] == "LDG" else kernel.stores)[_width(found[2])] += 1
+        device = sass.DEVICES.get(arch.rstrip("af"))
+        if device is not None:
+            kernel.loops = sass.loops(sass.instructions(function), kernel.threads, device)
 
 
 def kernels_of(library: Path) -> list[Kernel]:
     """Every kernel of a compiled module, by architecture and name."""
     cuobjdump = tool("cuobjdump")
     kernels = resources(_output(cuobjdump, "-res-usage", library))
-    add_accesses(kernels, _output(cuobjdump, "-sass", library))
+    add_disassembly(kernels, _output(cuobjdump, "-sass", library))
     return sorted(kernels.values(), key=lambda kernel: (int(re.sub(r"\D", "", kernel.arch)), kernel.name))
 
 
@@ -180,6 +200,14 @@ def line(kernel: Kernel) -> str:
     )
 
 
+def loop_line(kernel: Kernel, loop: sass.Loop) -> str:
+    """One of its vector loops in one line."""
+    return (
+        f"sm_{kernel.arch:<4} {kernel.name:<34} {loop.address:>#7x} {loop.instructions:>6} {loop.loads:>5}"
+        f" {loop.stores:>6} {loop.in_flight:>6.1f}   {loop.issue:>6.2f} {loop.pipe:>6.2f} {loop.latency:>7.2f}"
+    )
+
+
 def row(kernel: Kernel) -> dict[str, Any]:
     """A kernel as it stands in static.json."""
     numbers = {key: getattr(kernel, key) for key in ("arch", "name", "registers", "stack", "shared", "local")}
@@ -189,6 +217,7 @@ def row(kernel: Kernel) -> dict[str, Any]:
         "local_accesses": kernel.local_accesses,
         "occupancy": kernel.occupancy,
         **{key: {str(bits): count for bits, count in sorted(counts.items())} for key, counts in widths.items()},
+        "loops": [asdict(loop) for loop in kernel.loops],
     }
 
 
@@ -203,6 +232,13 @@ def run(config: Config) -> bool:
     print(f"{heads}{'loads (number x bits)':<24} stores")
     for kernel in kernels:
         print(line(kernel))
+    for arch, device in sass.DEVICES.items():
+        print(f"\nvector loops of sm_{arch}, their times over that of their bytes on an {device.name}")
+        heads = f"{'arch':<7} {'kernel':<34} {'at':>7} {'instr.':>6} {'loads':>5} {'stores':>6} {'flying':>6}   "
+        print(f"{heads}{'issue':>6} {'pipe':>6} {'latency':>7}")
+        for kernel in kernels:
+            for loop in kernel.loops if kernel.arch.rstrip("af") == arch else []:
+                print(loop_line(kernel, loop))
     rows = [row(kernel) for kernel in kernels]
     write_json(config.out / "static.json", {**environment(config.device, config.command), "rows": rows})
     spilled = [kernel for kernel in kernels if kernel.spills]

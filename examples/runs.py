@@ -25,9 +25,9 @@ try:
 
     import robust
     import train
+    from bench.markdown import spread, stamp, table
     from bench.report import fill
     from bench.results import environment
-    from bench.tables import spread, stamp, table
     from deep import cli, files, plots, recipes
     from deep.loop import CHECKPOINT, Training
     from deep.settings import Settings

@@ -28,14 +28,27 @@ struct ForThreads {
   }
 };
 
-// A state more to read and to write: fewer threads have as many bytes in flight.
-template <class S, bool kHasState>
-constexpr int kStepBlocks = !kHasState       ? kBlocks<S>
-                            : sizeof(S) == 8 ? 2
-                                             : 3;
+// Of a step. A state more to read and to write: fewer threads have as many bytes in flight. Half types hold two
+// elements for every one of float32; where their states or the gradient are written, some compilers spill below these
+// numbers.
+template <class S, class Base, bool kHasState>
+constexpr int step_blocks() {
+  constexpr bool kHalf = sizeof(S) == 2, kTwoArrays = Base::kStates > 0 || Base::kWritesGrad;
+  if (kHasState) return sizeof(S) == 4 ? 3 : 2;
+  if (sizeof(S) == 8 || !kTwoArrays) return kBlocks<S>;
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+  return kHalf ? 4 : 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return kHalf ? 3 : 4;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return kHalf && Base::kWritesGrad ? 5 : kBlocks<S>;
+#else
+  return kHalf ? 5 : kBlocks<S>;
+#endif
+}
 
 template <class S, class Base, bool kHasState>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<S, kHasState>)
+__global__ void __launch_bounds__(kThreads, step_blocks<S, Base, kHasState>())
     step_kernel(const __grid_constant__ Table table) {
   step_thread<S, Base, kHasState>(table, blockIdx.x, int(threadIdx.x));
 }

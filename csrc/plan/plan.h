@@ -1,4 +1,4 @@
-// The plan of an optimizer: its table of parameters, which stays from step to step and is made anew only where it changed.
+// The plan of an optimizer: its table of parameters, which stays from step to step as long as it describes them.
 #pragma once
 
 #include <array>
