@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from rvsm_kernels.engines.triton import elements, norms
 from rvsm_kernels.engines.triton.launch import STORAGE, block_of, options_for
-from rvsm_kernels.engines.triton.table import JOIN_GROUPS
+from rvsm_kernels.engines.triton.table import FACTOR_TILE, PARTS_AT_ONCE
 from rvsm_kernels.method.bases import NONE, SGD
 from rvsm_kernels.method.dtypes import opmath_type
 
@@ -67,7 +67,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield norms.sum_kernel, {**types, "WITH_DUAL": False}, 4  # one for each shape of a tile
         yield norms.sum_kernel, {**types, "WITH_DUAL": True}, 4 + 8
     for opmath in (tl.float32, tl.float64):
-        yield norms.factor_kernel, {"T": opmath, "P": 32, "G": JOIN_GROUPS}, 0
+        yield norms.factor_kernel, {"T": opmath, "P": PARTS_AT_ONCE, "G": FACTOR_TILE}, 0
 
 
 def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:

@@ -167,3 +167,42 @@ def test_norms_from_elsewhere(
     expected = w.detach().double() - 0.25 * gap - 0.5 * 0.25 * w.detach().double() / of_w
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(results[2].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("wrong", ["short", "long", "float32", "gaps"])
+def test_norms_that_do_not_fit(engine: str, wrong: str) -> None:
+    """An error before anything changes; the kernels would read beyond them."""
+    p = twins(1)[0]
+    before = p.detach().clone()
+    norms = {
+        "short": torch.ones(5, dtype=torch.float64),
+        "long": torch.ones(2, 6, dtype=torch.float64),
+        "float32": torch.ones(6),
+        "gaps": torch.ones(12, dtype=torch.float64)[::2],
+    }[wrong]
+    with pytest.raises(ValueError, match="made elsewhere must be 6 contiguous float64 numbers"):
+        step(engine, p, {}, norms, group_dim=0, lam=1.0, lr=0.5, beta=0.5)
+    assert torch.equal(p, before)
+
+
+def test_norms_of_another_parameter_are_noticed(engine: str) -> None:
+    """The same numbers for another parameter, in a step that is else the same as the one before it."""
+    results = []
+    for turns in ((0, 1), (1,)):
+        params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))]
+        group, told = options_of(group_dim=0, lam=0.5, lr=0.5, beta=0.5)
+        group["params"] = params
+        acting = make_engine(engine)
+        norms = torch.tensor([1.0, 2.0, 0.5, 4.0], dtype=torch.float64)
+        for turn in turns:
+            for p in params:
+                p.grad = torch.zeros_like(p)
+                p.data.fill_(1.0)
+            inputs = StepInputs(None, None, [told], {}, norms={params[turn]: norms})
+            inputs.changed = None if turn == turns[0] else set()
+            with torch.no_grad():
+                assert acting.step([group], inputs) == Ready.YES
+        results.append([p.detach() for p in params])
+    for p, q in zip(*results, strict=True):
+        assert torch.equal(p, q)
+    assert not torch.equal(*results[0])

@@ -204,6 +204,29 @@ def test_pieces_cover_every_element_once() -> None:
             assert torch.equal(seen, numbers), (view, limit)
 
 
+def test_given_norms_are_read_within_their_tensor() -> None:
+    """Two rows of norms where ADMM meets a group lasso, one row of the other tensors of the same launch."""
+    from rvsm_kernels.engines.triton import launch, norms
+
+    w = [torch.ones(6, 5), torch.ones(4, 3), torch.ones(7, 2)]
+    given = [torch.ones(2, 6, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
+    tensors = [
+        launch.TensorArgs(w[0], w[0], GroupView(1, 1, 6, 5), ("lasso",), norms=given[0].data_ptr(), lasso=True),
+        launch.TensorArgs(w[1], w[1], GroupView(1, 1, 4, 3), ("plain",), norms=given[1].data_ptr()),
+        launch.TensorArgs(w[2], w[2], GroupView(1, 1, 7, 2), ("plain",)),
+    ]
+    kind = launch.StepKind(method=2, states=1, numbers=16)
+    made = launch.Launch("step", torch.float32, torch.device("cpu"), tensors, with_tl1=False, kind=kind)
+    read = [
+        entry[norms.PARTIALS.value] + 8 * group
+        for entry in made.factors
+        if entry[norms.ARE_NORMS.value]
+        for group in range(entry[norms.COUNT.value])
+    ]
+    assert sorted(read) == sorted(t.data_ptr() + 8 * k for t in given for k in range(t.numel()))
+    assert len(made.sums) == 1, "the third tensor is summed here, once: it has no group lasso"
+
+
 def test_a_graph_keeps_its_table() -> None:
     """What a captured launch reads is never rewritten, neither by eager steps nor by other captures."""
     from rvsm_kernels.engines.triton.table import Table

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import DTYPES
-from ..method.groups import GroupDim, kept_dims, view_of
+from ..method.groups import GroupDim, group_size, kept_dims, view_of
 from ..method.memory import kind_of, refuse
 from ..method.parameters import is_left_alone, param_name
+from ..method.step_options import StepOptions
 
 
 def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
@@ -61,6 +62,21 @@ def check_state(state: Any, p: Tensor, name: str, key: str) -> None:
     if kind_of(p) is None:
         refuse(state, f"the {key} of {name}")
     refuse_expanded(state, f"the {key} of {name}")
+
+
+def check_norms(norms: Tensor, p: Tensor, options: StepOptions) -> None:
+    """Raise ValueError for norms that were made elsewhere and do not fit the groups of their parameter.
+
+    Args:
+        norms: as :class:`~rvsm_kernels.engines.interface.StepInputs` describes them.
+        p: has elements, and options with ``dims``.
+    """
+    count = options.norm_rows * (p.numel() // group_size(p.shape, options.dims))
+    if norms.dtype != torch.float64 or norms.numel() != count or not norms.is_contiguous() or norms.device != p.device:
+        raise ValueError(
+            f"norms that were made elsewhere must be {count} contiguous float64 numbers on the device of their"
+            " parameter"
+        )
 
 
 def check_entry(p: Tensor, group: Mapping[str, Any], i: int, j: int, states: Mapping[str, Any]) -> None:

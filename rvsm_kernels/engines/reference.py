@@ -22,7 +22,7 @@ from ..method.prox import prox, threshold
 from ..method.selection import keep_above
 from ..method.split import strength
 from ..method.step_options import StepOptions
-from .checks import check_entry
+from .checks import check_entry, check_norms
 from .interface import Engine, Group, Ready, StepInputs
 
 States = dict[str, Tensor | None]
@@ -149,6 +149,8 @@ class ReferenceEngine(Engine):
                 if p.grad is not None:
                     states = {name: inputs.state_of(p, name) for name in options.states}
                     check_entry(p, group, i, j, states)
+                    if p in inputs.norms and options.dims is not None and p.numel() > 0:
+                        check_norms(inputs.norms[p], p, options)
                     starts_from_u = options.method.starts_from_u and p.numel() > 0
                     lacks_u |= starts_from_u and states[options.states[-1]] is None
         if lacks_u:

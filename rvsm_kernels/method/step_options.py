@@ -80,6 +80,11 @@ class StepOptions:
             structure=(base.name, method.name, penalty, dims, lasso, scaled, states, writes_gradient),
         )
 
+    @property
+    def norm_rows(self) -> int:
+        """The norms that each group needs: of what is thresholded and, where that is not w, of w for a group lasso."""
+        return 2 if self.method.adds_state and self.lasso else 1
+
     def numbers(self, size: int, fresh: bool) -> tuple[float, ...]:
         """The numbers of a step of one tensor, in double precision: those of the prox, of the splitting and the base.
 

@@ -178,26 +178,29 @@ def step_elements(
     T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr, STATES: tl.constexpr,
     WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Load, arithmetic, store. The elements are those of [begin, end) among BLOCK from `place` on."""
+    """Load, arithmetic, store. The elements are those of [begin, end) among BLOCK from `place` on.
+
+    Triton keeps the order of loads: all elements are loaded before any arithmetic, else more registers are needed.
+    """
     BASE_STATES: tl.constexpr = STATES - method_states(METHOD)
     i = tl.arange(0, BLOCK)
     mask = (i >= begin - place) & (i < end - place)
     wi = read(w + i, mask, WHOLE).to(T)
     d = tl.zeros_like(wi)
-    f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), T), split_of(numbers)
     if reads_gradient(BASE, WRITES_GRADIENT):
-        d = read(g + i, mask, WHOLE).to(T) * scale * s.grad
+        d = read(g + i, mask, WHOLE).to(T)
     states = ()
     for k in tl.static_range(BASE_STATES):
         states = states + (read(state_pointers[k] + i, mask, WHOLE).to(T),)  # type: ignore  # noqa: RUF005
     of_method = wi
     if METHOD != 0:
         of_method = read(state_pointers[BASE_STATES] + i, mask, WHOLE).to(T)
+    f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), T), split_of(numbers)
     at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
     v = thresholded(wi, of_method, METHOD)
     u, unit = pull_of(v, wi, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
     gap, of_method = gap_of(wi, v, u, of_method, METHOD)
-    wi, d = split_step(wi, d, gap, unit, f, s)
+    wi, d = split_step(wi, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
     wi, states = base_step(wi, states, d, numbers + PROX + SPLIT, BASE, BASE_STATES)
     write(w + i, wi, mask, WHOLE)
     if WRITES_GRADIENT:
@@ -219,9 +222,10 @@ def step_kernel(
         return
     entry, address, numbers = entry_of(addresses, entries, records, owners, STATES, T)
     w, g = tl.load(address + W), tl.load(address + G)
-    # Where all are equally far from a boundary, blocks begin on one. What stands before the tensor is masked.
+    # Where all tensors of the entry are equally far from a boundary of 16 bytes, blocks begin on such boundaries. The
+    # elements from the first boundary to the tensor are masked.
     lead = lead_of(w, S)
-    even = lead == lead
+    even = lead == lead  # true, as a value of the run
     if reads_gradient(BASE, WRITES_GRADIENT):
         even = even & (lead == lead_of(g, S))
     for k in tl.static_range(STATES):

@@ -23,8 +23,9 @@ from .norms import THREADS, factor_kernel, sum_kernel
 from .penalty import Prox
 from .split import ADMM
 from .table import (
-    JOIN_GROUPS,
+    FACTOR_TILE,
     NO_GROUPS,
+    PARTS_AT_ONCE,
     Division,
     Table,
     divide_sums,
@@ -73,6 +74,7 @@ class TensorArgs:
         key: what its numbers follow from; tensors with equal keys share a record.
         cut: the address of the cut of top-k, or 0.
         norms: the address of norms of its groups that were made elsewhere, or 0.
+        lasso: whether it has a group lasso, which needs the norms of w.
     """
 
     w: Tensor
@@ -81,6 +83,7 @@ class TensorArgs:
     key: tuple[Any, ...]
     cut: int = 0
     norms: int = 0
+    lasso: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,17 +139,14 @@ class Launch:
     dtype: torch.dtype
     device: torch.device
     tensors: list[TensorArgs]
-    lasso: bool = False
     with_tl1: bool = True
     kind: StepKind = StepKind()
     scratch: list[Tensor] = field(default_factory=list)
     entries: list[list[int]] = field(default_factory=list)
     sources: list[tuple[int, int]] = field(default_factory=list)  # of each entry: its tensor, and bytes into it
     sums: list[list[int]] = field(default_factory=list)
-    joins: list[list[int]] = field(default_factory=list)
-    norms: list[tuple[Tensor, TensorArgs]] = field(
-        default_factory=list
-    )  # of a penalty: lengths of groups, to be looked at
+    factors: list[list[int]] = field(default_factory=list)
+    norms: list[tuple[Tensor, TensorArgs]] = field(default_factory=list)  # of a penalty's groups, for a later launch
     calls: dict[str, Call] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,17 +162,16 @@ class Launch:
         self.keys = {key: at * words for at, key in enumerate(dict.fromkeys(args.key for args in self.tensors))}
         self.grouped = any(args.view is not None for args in self.tensors)
         self.block = block_of(self.dtype, self.grouped or self.action == "prox")
-        # Made first, so that one allocation serves all: factors in the arithmetic type, sums of parts in double.
         divisions = [None if args.view is None else divide_sums(args.view, width) for args in self.tensors]
         blocks: list[int] = []
         sum_blocks: list[int] = []
-        join_blocks: list[int] = []
+        factor_blocks: list[int] = []
         for k, (args, d) in enumerate(zip(self.tensors, divisions, strict=True)):
             size = args.w.element_size()
             if args.view is None or d is None:
                 self._add(args.w.numel(), 0, k, NO_GROUPS, blocks, width, args.cut)
                 continue
-            ratio, length = self._factors(args, d, sum_blocks, join_blocks)
+            ratio, length = self._factors(args, d, sum_blocks, factor_blocks)
             if self.action == "penalty":
                 assert length is not None
                 self.norms.append((length, args))
@@ -189,7 +188,7 @@ class Launch:
         for name, entries, counts in (
             ("main", self.entries, blocks),
             ("sums", self.sums, sum_blocks),
-            ("joins", self.joins, join_blocks),
+            ("factors", self.factors, factor_blocks),
         ):
             if sum(counts):
                 self.calls[name] = Call(entries, counts, self.device)
@@ -208,7 +207,7 @@ class Launch:
         blocks.append(-(-(numel + width - 1) // self.block) if numel else 0)
 
     def _factors(
-        self, args: TensorArgs, d: Division, sum_blocks: list[int], join_blocks: list[int]
+        self, args: TensorArgs, d: Division, sum_blocks: list[int], factor_blocks: list[int]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The scratch of a tensor in groups, and the entries that fill it."""
         v = args.view
@@ -220,18 +219,18 @@ class Launch:
             return self.scratch[-1]
 
         ratio = None if value else take(count, self.opmath)
-        length = take(count, self.opmath) if value or self.lasso else None
-        of = [0 if t is None else t.data_ptr() for t in (ratio, length)]
-        # Where what is thresholded is not w, group lasso needs a sum of its own.
+        length = take(count, self.opmath) if value or args.lasso else None
+        made = [0 if t is None else t.data_ptr() for t in (ratio, length)]
+        # Where what is thresholded is not w, a group lasso needs norms of w beside those of what is thresholded.
         dual = self.kind.method == _ADMM
-        planes = [([of[0], 0], True), ([0, of[1]], False)] if dual and self.lasso else [(of, dual)]
-        for plane, (factors, with_dual) in enumerate(planes):
+        rows = [([made[0], 0], True), ([0, made[1]], False)] if dual and args.lasso else [(made, dual)]
+        for row, (factors, with_dual) in enumerate(rows):
             if args.norms != 0:
-                norms = args.norms + plane * count * torch.float64.itemsize
-                self._add_norms(args, d, factors, norms, join_blocks)
+                norms = args.norms + row * count * torch.float64.itemsize
+                self._add_factors(args, d, factors, norms, 1, 1, factor_blocks)
                 continue
             partials = take(d.parts * count, torch.float64) if d.parts > 1 else None
-            self._add_sums(args, d, factors, with_dual, partials, sum_blocks, join_blocks)
+            self._add_sums(args, d, factors, with_dual, partials, sum_blocks, factor_blocks)
         return ratio, length
 
     def _add_sums(
@@ -242,8 +241,9 @@ class Launch:
         with_dual: bool,
         partials: Tensor | None,
         sum_blocks: list[int],
-        join_blocks: list[int],
+        factor_blocks: list[int],
     ) -> None:
+        """The sums of squares of a tensor's groups; without ``partials`` factors are made of them at once."""
         out = 0 if partials is None else partials.data_ptr()
         addresses = self.width * len(self.entries)
         source = addresses + (1 if self.action != "step" else 0)
@@ -252,35 +252,40 @@ class Launch:
         self.sums.append([source, first, *self._shape_fields(args, d, factors, out, d.parts), dual, args.cut, 0])
         sum_blocks.append(d.blocks)
         if partials is not None:
-            self._add_join(args, d, factors, out, d.parts, 0, join_blocks)
+            self._add_factors(args, d, factors, out, d.parts, 0, factor_blocks)
 
-    def _add_norms(self, args: TensorArgs, d: Division, factors: list[int], norms: int, join_blocks: list[int]) -> None:
-        """Factors of norms that were made elsewhere, at that address."""
-        self._add_join(args, d, factors, norms, 1, 1, join_blocks)
-
-    def _add_join(
-        self, args: TensorArgs, d: Division, factors: list[int], out: int, parts: int, are_norms: int, blocks: list[int]
+    def _add_factors(
+        self,
+        args: TensorArgs,
+        d: Division,
+        factors: list[int],
+        partials: int,
+        parts: int,
+        are_norms: int,
+        blocks: list[int],
     ) -> None:
-        first = self.joins[-1][1] + blocks[-1] if self.joins else 0
-        self.joins.append([0, first, *self._shape_fields(args, d, factors, out, parts), -1, args.cut, are_norms])
+        """Factors of what stands at the address ``partials``: sums of parts, or norms that were made elsewhere."""
         assert args.view is not None
-        blocks.append(-(-args.view.batch * args.view.groups // JOIN_GROUPS))
+        first = self.factors[-1][1] + blocks[-1] if self.factors else 0
+        shape = self._shape_fields(args, d, factors, partials, parts)
+        self.factors.append([0, first, *shape, -1, args.cut, are_norms])
+        blocks.append(-(-args.view.batch * args.view.groups // FACTOR_TILE))
 
-    def _shape_fields(self, args: TensorArgs, d: Division, factors: list[int], out: int, parts: int) -> list[int]:
-        """The fields of a sum from RECORD to NORMS."""
+    def _shape_fields(self, args: TensorArgs, d: Division, factors: list[int], partials: int, parts: int) -> list[int]:
+        """The fields of a sum from RECORD to BARE_NORMS."""
         v = args.view
         assert v is not None
         count, value = v.batch * v.groups, self.action == "penalty"
         shape = [v.outer, v.groups, v.inner, count, d.tile, d.tiles, parts, int(d.cut_rows), d.shape, int(value)]
-        return [self.keys[args.key], *factors, out, *shape]
+        return [self.keys[args.key], *factors, partials, *shape]
 
     # ---- what changes from step to step ------------------------------------------------------------------------------
 
-    def move(self, *of: Sequence[int]) -> None:
-        """Addresses of w, of g, and of each state, of all tensors."""
+    def move(self, *addresses: Sequence[int]) -> None:
+        """The addresses of w, of g, and of each state: of each a list over all tensors."""
         flat = [0] * (self.width * len(self.sources))
-        for place, own in enumerate(of):
-            flat[place :: self.width] = own if self.whole else [own[k] + offset for k, offset in self.sources]
+        for place, starts in enumerate(addresses):
+            flat[place :: self.width] = starts if self.whole else [starts[k] + offset for k, offset in self.sources]
         self.addresses.data = array("q", flat).tobytes()
 
     def set(self, numbers: Mapping[tuple[Any, ...], Sequence[float]]) -> None:
@@ -301,15 +306,15 @@ class Launch:
         stream = stream_of(self.device)
         if stream != self.home and not captured:
             # The allocator must not hand this memory on before another stream is done with it.
-            own = (t for call in calls.values() for t in (call.entries, call.owners))
-            for t in (addresses, records, self.totals, *self.scratch, *own):
+            of_calls = (t for call in calls.values() for t in (call.entries, call.owners))
+            for t in (addresses, records, self.totals, *self.scratch, *of_calls):
                 t.record_stream(stream)
         if "sums" in calls:
             call = calls["sums"]
             call(sum_kernel, addresses, call.entries, records, call.owners, S, T, self.kind.method == _ADMM)
-        if "joins" in calls:
-            call = calls["joins"]
-            call(factor_kernel, call.entries, records, call.owners, T, 32, JOIN_GROUPS)
+        if "factors" in calls:
+            call = calls["factors"]
+            call(factor_kernel, call.entries, records, call.owners, T, PARTS_AT_ONCE, FACTOR_TILE)
         if "main" not in calls:
             return
         call = calls["main"]
@@ -318,9 +323,9 @@ class Launch:
         if self.action == "step":
             assert grad_scale is not None and found_inf is not None
             k = self.kind
-            known = k.base, k.method, k.states, k.writes_gradient, self.with_tl1, self.grouped
+            constants = k.base, k.method, k.states, k.writes_gradient, self.with_tl1, self.grouped
             dtypes = grad_scale.dtype, found_inf.dtype
-            call(step_kernel, *tables, grad_scale, found_inf, S, T, block, *known, dtypes=dtypes)
+            call(step_kernel, *tables, grad_scale, found_inf, S, T, block, *constants, dtypes=dtypes)
         elif self.action == "prox":
             call(prox_kernel, *tables, S, T, block)
         else:

@@ -1,8 +1,9 @@
-"""The sums of squares of groups in Triton and what follows from them: the counterpart of ``csrc/cuda/sums.h``.
+"""The sums of squares of groups in Triton and what follows from them: the counterpart of ``csrc/cuda/norms.h``.
 
 Sums are in double precision along a fixed order, so they need no atomics and give the same bits in every run. A program
 sums the groups of one tile. Where a group is long, or there are too few groups for all multiprocessors, it is summed in
-parts, and a second launch sums the parts.
+parts, and a second launch sums the parts. Factors follow from norms in one function (:func:`store_factors`), wherever
+the norms were made: in this launch, or elsewhere.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from .elements import prox_of, with_cut
 from .penalty import length_of, shrink_ratio
 
 # Fields of an entry, in int64.
-X = tl.constexpr(0)  # which address
+SOURCE = tl.constexpr(0)  # the place, among the addresses, of the tensor whose groups are summed
 FIRST = tl.constexpr(1)  # its first block
 RECORD = tl.constexpr(2)
 RATIO = tl.constexpr(3)  # addresses of what is made: shrink(norm) / norm, or 0
 LENGTH = tl.constexpr(4)  # the norm, or 0
-OUT = tl.constexpr(5)  # sums of parts, or 0 where a group is one part
+PARTIALS = tl.constexpr(5)  # address of the sums of parts, or 0 where a group is one part
 OUTER = tl.constexpr(6)
 GROUPS = tl.constexpr(7)
 INNER = tl.constexpr(8)
@@ -29,10 +30,10 @@ TILES = tl.constexpr(11)
 PARTS = tl.constexpr(12)
 CUT_ROWS = tl.constexpr(13)  # parts are rows of a group, else pieces of its rows
 SHAPE = tl.constexpr(14)  # of a tile
-NORMS = tl.constexpr(15)  # LENGTH gets the bare norm
-DUAL = tl.constexpr(16)  # which address is added to X, or -1
+BARE_NORMS = tl.constexpr(15)  # LENGTH gets 0 for the zero group, not 1
+DUAL = tl.constexpr(16)  # the place, among the addresses, of what is added to the source, or -1
 CUT = tl.constexpr(17)  # address of the cut of top-k, or 0
-ARE_NORMS = tl.constexpr(18)  # OUT holds norms that were made elsewhere, not sums of squares
+ARE_NORMS = tl.constexpr(18)  # PARTIALS holds norms that were made elsewhere, not sums of squares
 SUM_ENTRY = tl.constexpr(19)
 
 # Shapes of a tile: groups x elements of a row that a program has at once; a strip is rows x columns.
@@ -53,23 +54,26 @@ def tile_groups(shape):
 @triton.jit
 def finish(entry, numbers, part, group, sums, mask, T: tl.constexpr):
     """Store the sums of groups, or the factors that follow from them."""
-    out = tl.load(entry + OUT)
-    if out != 0:
-        tl.store(out.to(tl.pointer_type(tl.float64)) + part * tl.load(entry + COUNT) + group, sums, mask)
+    partials = tl.load(entry + PARTIALS)
+    if partials != 0:
+        tl.store(partials.to(tl.pointer_type(tl.float64)) + part * tl.load(entry + COUNT) + group, sums, mask)
     else:
         store_factors(entry, numbers, group, sums, mask, T)
 
 
 @triton.jit
 def store_factors(entry, numbers, group, sums, mask, T: tl.constexpr):
-    """ratio = shrink(norm) / norm and length = norm (1 for the zero group, unless the norms are wanted)."""
+    """ratio = shrink(norm) / norm and length = norm (1 for the zero group, unless bare norms are asked for).
+
+    sums: the sums of squares of the groups; their norms where the entry says so.
+    """
     norm = tl.where(tl.load(entry + ARE_NORMS) != 0, sums, tl.sqrt(sums)).to(T)
     ratio, length = tl.load(entry + RATIO), tl.load(entry + LENGTH)
     if ratio != 0:
         f = with_cut(prox_of(numbers), tl.load(entry + CUT), T)
         tl.store(ratio.to(tl.pointer_type(T)) + group, shrink_ratio(norm, f).to(T), mask)
     if length != 0:
-        bare = tl.load(entry + NORMS) != 0
+        bare = tl.load(entry + BARE_NORMS) != 0
         tl.store(length.to(tl.pointer_type(T)) + group, tl.where(bare, norm, length_of(norm)), mask)
 
 
@@ -208,12 +212,12 @@ def sum_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.const
     columns = all_groups * inner
     size: tl.constexpr = S.primitive_bitwidth // 8
     begin = ((row * all_groups + first) * inner + skip) * size
-    x = tl.load(addresses + tl.load(entry + X)) + begin
+    x = tl.load(addresses + tl.load(entry + SOURCE)) + begin
     group = batch * all_groups + first
     if WITH_DUAL:
-        which = tl.load(entry + DUAL)
-        if which >= 0:
-            y = tl.load(addresses + which) + begin
+        dual = tl.load(entry + DUAL)
+        if dual >= 0:
+            y = tl.load(addresses + dual) + begin
             sum_any(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, S, T, True, W)
         else:
             sum_any(entry, numbers, x, x, rows, groups, columns, inner, length, part, group, S, T, False, W)
@@ -230,7 +234,7 @@ def factor_kernel(entries, records, owners, T: tl.constexpr, P: tl.constexpr, G:
     count, parts = tl.load(entry + COUNT), tl.load(entry + PARTS)
     p, g = tl.arange(0, P)[:, None], tl.arange(0, G)
     group = (block - tl.load(entry + FIRST)) * G + g
-    sums = tl.load(entry + OUT).to(tl.pointer_type(tl.float64))
+    sums = tl.load(entry + PARTIALS).to(tl.pointer_type(tl.float64))
     acc = tl.zeros([P, G], tl.float64)
     for i in range(0, parts, P):
         acc += tl.load(sums + (i + p) * count + group[None, :], (i + p < parts) & (group[None, :] < count), 0.0)

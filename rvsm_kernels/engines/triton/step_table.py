@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from ...method.groups import GroupView, view_of
 from ...method.memory import kind_of, turns_of
 from ...method.parameters import param_name
 from ...method.step_options import StepOptions
-from ..checks import check_entry, check_groups
+from ..checks import check_entry, check_groups, check_norms
 from ..interface import Group, StepInputs
 from .launch import Launch, StepKind, TensorArgs
 from .staging import Staged
@@ -26,22 +26,22 @@ except ImportError:  # every step is then prepared as if it were the first
 
 
 class LaunchPart(NamedTuple):
-    """A launch of a step, and which of the step's tensors it works on.
+    """A launch of a step, and the tensors of the step that it works on.
 
     Attributes:
         turn: launches of later turns have parameters that share memory with those of earlier ones.
-        which: places among the parameters that move, None for all in their order.
+        params: places among the parameters that move, None for all in their order.
         states: for each state of a parameter, places among all states of the step.
     """
 
     launch: Launch
     turn: int
-    which: list[int] | None
+    params: list[int] | None
     states: list[list[int]]
 
 
-class Slot(NamedTuple):
-    """A parameter that a step moves: its group's place and options, and its states, None for one that is missing."""
+class ParamSlot(NamedTuple):
+    """A parameter that a step moves: its group's place and options, and its states, None for a missing state."""
 
     p: Tensor
     group: int
@@ -80,8 +80,8 @@ class StepTable:
         self._state_values: list[Any] = []
         self._state_places: list[tuple[Any, str]] = []  # the dict of each state, and its name there
         self._states: list[Tensor] = []
-        self._beside: list[Tensor] = []  # cuts and norms
-        self._find_beside: Callable[[StepInputs], list[Any]] = lambda inputs: []
+        self._with_cut: list[Tensor] = []  # the parameters that move and have top-k
+        self._cuts_and_norms: list[Any] = []  # whose addresses stand in the tables
         self._guards: Any = None
         self._addresses: list[int] = []
         self.held: Any = None  # the tensors of a step that was prepared: other threads may take them away
@@ -112,7 +112,7 @@ class StepTable:
             if not _same(states, self._states):
                 return False
             tensors += self._states
-        if not _same(self._find_beside(inputs), self._beside) or not self._guards.check(*tensors):
+        if not _same(self._find_cuts_and_norms(inputs), self._cuts_and_norms) or not self._guards.check(*tensors):
             return False
         addresses = list(map(Tensor.data_ptr, tensors))
         if addresses != self._addresses:
@@ -125,16 +125,20 @@ class StepTable:
         self.held = tensors
         return True
 
+    def _find_cuts_and_norms(self, inputs: StepInputs) -> list[Any]:
+        """The cuts of the parameters with top-k, and all parameters that norms are given for, with these."""
+        return [*map(inputs.cuts.get, self._with_cut), *inputs.norms, *inputs.norms.values()]
+
     def _move(self, addresses: list[int]) -> None:
         """`addresses`: of all parameters that move, of their gradients, of all states."""
         self._addresses = addresses
         n = (len(addresses) - len(self._states)) // 2
         w, g, states = addresses[:n], addresses[n : 2 * n], addresses[2 * n :]
-        for launch, _, which, places in self.launches:
+        for launch, _, params, states_of_params in self.launches:
             launch.move(
-                w if which is None else [w[k] for k in which],
-                g if which is None else [g[k] for k in which],
-                *([states[k] for k in of_state] for of_state in places),
+                w if params is None else [w[k] for k in params],
+                g if params is None else [g[k] for k in params],
+                *([states[k] for k in places] for places in states_of_params),
             )
 
     def set_numbers(self, options: Sequence[StepOptions]) -> None:
@@ -145,7 +149,7 @@ class StepTable:
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
-    def find(self, groups: Sequence[Group], inputs: StepInputs, served: Sequence[str]) -> list[Slot] | None:
+    def find(self, groups: Sequence[Group], inputs: StepInputs, served: Sequence[str]) -> list[ParamSlot] | None:
         """The parameters that the step moves, all of them checked; None where one is not served.
 
         Args:
@@ -166,15 +170,17 @@ class StepTable:
                 if moves:
                     if options.dims is not None:
                         check_groups(p, group["group_dim"], param_name(group, i, j))
-                    slots.append(Slot(p, i, options, view_of(p, options.dims), list(states.values())))
+                        if p in inputs.norms:
+                            check_norms(inputs.norms[p], p, options)
+                    slots.append(ParamSlot(p, i, options, view_of(p, options.dims), list(states.values())))
         self._lengths = [len(group["params"]) for group in groups]
         self._all_active = all(self._active)
         return slots
 
-    def build(self, slots: Sequence[Slot], inputs: StepInputs) -> None:
+    def build(self, slots: Sequence[ParamSlot], inputs: StepInputs) -> None:
         """Tables and launches for these parameters."""
         kinds: dict[tuple[Any, ...], tuple[list[TensorArgs], list[int], list[list[int]]]] = {}
-        lasso, tl1 = set(), set()
+        tl1 = set()  # the kinds that need the code of transformed l1
         weights, gradients, states = [], [], []
         self.turns = turns_of([slot.p for slot in slots])
         for k, slot in enumerate(slots):
@@ -188,27 +194,26 @@ class StepTable:
             gradients.append(g.data_ptr())
             count = len(options.states)
             kind = turn, p.device, dtype, count, options.base.number, options.method.number, options.writes_gradient
-            args, which, places = kinds.setdefault(kind, ([], [], [[] for _ in range(count)]))
+            args, params, states_of_params = kinds.setdefault(kind, ([], [], [[] for _ in range(count)]))
             fresh = any(state is None for state in slot.states[: options.base_states])
-            for name, state, of_state in zip(options.states, slot.states, places, strict=True):
-                of_state.append(len(self._states))
+            for name, state, places in zip(options.states, slot.states, states_of_params, strict=True):
+                places.append(len(self._states))
                 self._states.append(self._new_state(p, name, state, w))
                 states.append(self._stage(self._states[-1], dtype, w, True, turn).data_ptr())
             size = slot.view.outer * slot.view.inner if slot.view is not None and options.scaled else 1
             cut = inputs.cuts[p].data_ptr() if options.topk else 0
             norms = inputs.norms[p].data_ptr() if slot.view is not None and p in inputs.norms else 0
-            args.append(TensorArgs(w, g, slot.view, (slot.group, size, fresh), cut, norms))
-            which.append(k)
-            if options.lasso:
-                lasso.add(kind)
+            args.append(TensorArgs(w, g, slot.view, (slot.group, size, fresh), cut, norms, options.lasso))
+            params.append(k)
             if options.values["penalty"] == "tl1":
                 tl1.add(kind)
-        for kind, (args, which, places) in sorted(kinds.items(), key=lambda item: item[0][0]):
+        for kind, (args, params, states_of_params) in sorted(kinds.items(), key=lambda item: item[0][0]):
             turn, device, dtype, count, base, method, writes_gradient = kind
             numbers = len(inputs.options[args[0].key[0]].numbers(1, False))
             step_kind = StepKind(base, method, count, numbers, writes_gradient)
-            launch = Launch("step", dtype, device, args, kind in lasso, kind in tl1, step_kind)
-            self.launches.append(LaunchPart(launch, turn, None if len(which) == len(slots) else which, places))
+            launch = Launch("step", dtype, device, args, kind in tl1, step_kind)
+            all_of_them = len(params) == len(slots)
+            self.launches.append(LaunchPart(launch, turn, None if all_of_them else params, states_of_params))
         self._move(weights + gradients + states)
         for part in self.launches:
             for tensor in part.launch.tensors:  # the tensors are found by address from now on
@@ -228,7 +233,7 @@ class StepTable:
         self.new_states.append((p, name, new))
         return new
 
-    def _remember(self, slots: Sequence[Slot], inputs: StepInputs) -> None:
+    def _remember(self, slots: Sequence[ParamSlot], inputs: StepInputs) -> None:
         """What the next step is compared with; nothing where it has to be built anew."""
         grads = [slot.p.grad for slot in slots]
         self.held = [*(slot.p for slot in slots), *grads, *self._states]
@@ -236,12 +241,8 @@ class StepTable:
             return
         self._state_keys, self._state_values = list(inputs.states), list(inputs.states.values())
         self._state_places = [(inputs.states[s.p], name) for s in slots for name in s.options.states]
-        selected = [slot.p for slot in slots if slot.options.topk]
-
-        def find_beside(inputs: StepInputs) -> list[Any]:
-            return [*map(inputs.cuts.get, selected), *inputs.norms.values()]
-
-        self._find_beside, self._beside = find_beside, find_beside(inputs)
+        self._with_cut = [slot.p for slot in slots if slot.options.topk]
+        self._cuts_and_norms = self._find_cuts_and_norms(inputs)
         self._guards = _guards.TensorGuards(*self.held, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
     def _stage(self, tensor: Tensor, dtype: torch.dtype, like: Tensor | None, writes: bool, turn: int) -> Tensor:

@@ -22,11 +22,15 @@ NARROW = 1 << 31
 FILL, FEWEST = 512, 32768
 """Programs that fill a device, or as many as leave each so many elements (``kFill``, ``kFewest``)."""
 SHORT_ROW = 64
+"""Elements of a row of a group below which rows of several groups are summed as one strip."""
 STRIP, SHORT, TEAM, LONG = range(4)
-_LARGEST32 = 3.4028234663852886e38
+"""Shapes of a tile, as in ``norms.py``."""
 TILE_GROUPS = {SHORT: 64, TEAM: 8, LONG: 1}
+"""Groups of a tile (``tile_groups`` of ``norms.py``)."""
 STRIP_COLUMNS = 256
-JOIN_GROUPS = 64
+FACTOR_TILE, PARTS_AT_ONCE = 64, 32
+"""Groups whose factors a program makes, and the sums of parts of each that it reads at once."""
+_LARGEST32 = 3.4028234663852886e38
 
 
 def divider(d: int) -> int:
@@ -114,13 +118,13 @@ def record_of(numbers: Sequence[float], double: bool, narrow: int) -> bytes:
     """A record, as a whole number of int64.
 
     Args:
-        double: the type of the arithmetic is float64, else float32.
-        narrow: so many numbers are in that type, all others in float64.
+        double: opmath is float64, else float32.
+        narrow: so many of the numbers, the first, are in opmath; all others are in float64.
     """
     code, limit = ("d", math.inf) if double else ("f", _LARGEST32)
-    own = [math.copysign(math.inf, x) if abs(x) > limit else x for x in numbers[:narrow]]
+    first = [math.copysign(math.inf, x) if abs(x) > limit else x for x in numbers[:narrow]]
     rest = numbers[narrow:]
-    packed = struct.pack(f"<{len(own)}{code}{len(rest)}d", *own, *rest)
+    packed = struct.pack(f"<{len(first)}{code}{len(rest)}d", *first, *rest)
     return packed + bytes(-len(packed) % 8)
 
 
@@ -145,8 +149,9 @@ def pinned(like: Tensor, device: torch.device) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=device.type != "cpu")
 
 
-_held: list[Tensor] = []
-"""Memory of the host from which captured graphs copy whenever they are replayed; nobody says when they are gone."""
+_sources_of_graphs: list[Tensor] = []
+"""Memory of the host from which captured graphs copy whenever they are replayed. It is never freed: nothing tells when
+a graph is gone."""
 
 
 def upload(source: Tensor, device: torch.device) -> Tensor:
@@ -155,7 +160,7 @@ def upload(source: Tensor, device: torch.device) -> Tensor:
         return source
     host = pinned(source, device).copy_(source)
     if capturing(device):
-        _held.append(host)
+        _sources_of_graphs.append(host)
     return host.to(device, non_blocking=True)
 
 
@@ -203,7 +208,7 @@ class Table:
             self._spares = [s for s in self._spares if s is not host]
             host[:words].copy_(torch.frombuffer(bytearray(data), dtype=torch.int64))
             tensor.copy_(host[:words], non_blocking=True)
-            _held.append(host)
+            _sources_of_graphs.append(host)
             self._of_graphs.append(tensor)
             return tensor
         if data != self._sent or self._tensor is None:
