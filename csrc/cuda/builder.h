@@ -89,9 +89,11 @@ class TableBuilder {
     return record;
   }
 
-  // `groups`: what a kernel must know of the tensor's groups, beside the slot of the record. Returns its slot.
+  // `of_tensor`: what a kernel must know of the tensor's groups, beside the slot of the record. Returns its slot.
   template <int kStates, class T, class Base, class Groups>
-  uint16_t add_grouped(const TensorArgs& args, Record<T, Base> record, Groups groups) {
+  uint16_t add_grouped(const TensorArgs& args, const Record<T, Base>& plain, const Groups& of_tensor) {
+    Record<T, Base> record = plain;
+    Groups groups = of_tensor;
     record.lasso = args.lasso;
     groups.record = uint32_t(begin<kStates>(args, 1, record, kSlotsOf<Groups>));
     return uint16_t(put(groups) | kGrouped);

@@ -6,7 +6,7 @@
 
 namespace rvsm {
 
-GroupOptions::GroupOptions(const py::object& o) : numbers_of_(o.attr("numbers")) {
+GroupOptions::GroupOptions(const py::object& o) : source(o) {
   base = static_cast<BaseKind>(o.attr("base").attr("number").cast<int>());
   method = static_cast<Method>(o.attr("method").attr("number").cast<int>());
   starts_from_u = o.attr("method").attr("starts_from_u").cast<bool>();
@@ -41,7 +41,7 @@ const double* GroupOptions::numbers(int64_t group_size, bool fresh) {
   const auto [place, is_new] = records_.try_emplace({scaled ? group_size : 1, fresh});
   if (!is_new) return place->second.data();
   try {
-    const py::tuple made = numbers_of_(scaled ? group_size : 1, fresh);
+    const py::tuple made = source.attr("numbers")(scaled ? group_size : 1, fresh);
     const size_t most = place->second.size();
     if (made.size() > most) throw std::runtime_error("a record with more numbers than a kernel takes");
     for (size_t i = 0; i < made.size(); ++i) place->second[i] = made[i].cast<double>();
@@ -61,7 +61,7 @@ void GroupOptions::apply(TensorArgs& args, bool fresh) {
 }
 
 int GroupOptions::traverse(visitproc visit, void* arg) const {
-  Py_VISIT(numbers_of_.ptr());
+  Py_VISIT(source.ptr());
   return 0;
 }
 

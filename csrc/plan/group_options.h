@@ -31,6 +31,7 @@ class GroupOptions {
 
   int traverse(visitproc visit, void* arg) const;
 
+  py::object source;  // the StepOptions
   BaseKind base = BaseKind::sgd;
   Method method = Method::rvsm;
   bool split = false, topk = false, lasso = false, scaled = false, writes_grad = false;
@@ -41,7 +42,6 @@ class GroupOptions {
   bool changed = true;  // not in the arguments of the tensors yet
 
  private:
-  py::object numbers_of_;
   std::map<std::pair<int64_t, bool>, std::array<double, kMostNumbers>> records_;
 };
 

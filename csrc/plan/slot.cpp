@@ -132,11 +132,11 @@ void Plan::find_beside(TensorArgs& args, const ParamSlot& slot) const {
   args.norms = nullptr;
   if (!slot.norms_given || !args.grouped) return;
   const at::Tensor& norms = found_tensor(inputs_.norms, slot.param, "norms");
-  const int64_t count = args.planes() * args.view.count();
-  if (norms.scalar_type() != at::kDouble || norms.numel() != count || !norms.is_contiguous() ||
-      norms.device() != slot.device)
-    throw py::value_error("norms that were made elsewhere must be " + std::to_string(count) +
-                          " contiguous float64 numbers on the device of their parameter");
+  const bool right = norms.scalar_type() == at::kDouble && norms.is_contiguous() && norms.device() == slot.device &&
+                     norms.numel() == args.planes() * args.view.count();
+  if (!right)
+    py::module_::import("rvsm_kernels.engines.checks")
+        .attr("check_norms")(norms, py::handle(slot.param), options_[slot.group].source);
   args.norms = norms.const_data_ptr<double>();
 }
 
