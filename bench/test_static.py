@@ -168,6 +168,8 @@ def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
         state = kernel.name.startswith("step_kernel") and kernel.name.endswith("true>")
         state = state or ", true, true, " in kernel.name  # sums of w + dual
         least = 0.25 if state and heavy else 0.375 if heavy or state else 0.5 if both else 0.75
+        if "16, NoBase<1>" in kernel.name:  # and the pull alone, where it writes the gradient
+            least = min(least, 0.625)
         assert kernel.occupancy >= least, line(kernel)
 
 

@@ -34,7 +34,11 @@ struct ForThreads {
 template <class S, class Base, bool kHasState>
 constexpr int step_blocks() {
   constexpr bool kHalf = sizeof(S) == 2, kTwoArrays = Base::kStates > 0 || Base::kWritesGrad;
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 900)
+  if (kHasState) return sizeof(S) == 8 ? 2 : 3;
+#else
   if (kHasState) return sizeof(S) == 4 ? 3 : 2;
+#endif
   if (sizeof(S) == 8 || !kTwoArrays) return kBlocks<S>;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
   return kHalf ? 4 : 3;
