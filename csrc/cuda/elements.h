@@ -113,7 +113,7 @@ RVSM_HD void step_elements(const Entry& e, const Record<T, Base>& record, const 
   const T factor = scale * record.split.grad;
   const Method method = kHasState ? Method(record.method) : Method::rvsm;
   S* const w = static_cast<S*>(e.w) + span.begin;
-  S* const g = static_cast<S*>(e.g) + span.begin;
+  S* const g = Base::kReadsGrad ? static_cast<S*>(e.g) + span.begin : nullptr;
   S* state[kStates + 1];
   RVSM_UNROLL
   for (int s = 0; s < kStates; ++s) state[s] = static_cast<S*>(state_of(e, s)) + span.begin;
