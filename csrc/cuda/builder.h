@@ -32,7 +32,7 @@ class TableBuilder {
   void add(const TensorArgs& args, void* source) {
     Record<Opmath<S>, Base> record = record_of<Opmath<S>, Base>(args);
     record.cut = args.cut;
-    push<S, kStates>(args, source, uint16_t(begin<kStates>(args, 1, record)));
+    push<S, kStates>(args, source, uint16_t(reserve<kStates>(args, record)));
   }
 
   // A tensor in groups, whose factors a launch before this one makes.
@@ -66,7 +66,7 @@ class TableBuilder {
     value.prox = prox_of<Opmath<S>>(args.numbers);
     value.lam = args.lam;
     value.beta = args.beta;
-    push<S, 0>(values, numbers, uint16_t(begin<0>(values, 1, value)));
+    push<S, 0>(values, numbers, uint16_t(reserve<0>(values, value)));
   }
 
   Launch<Table>* begin() { return launches_.data(); }
@@ -95,17 +95,17 @@ class TableBuilder {
     Record<T, Base> record = plain;
     Groups groups = of_tensor;
     record.lasso = args.lasso;
-    groups.record = uint32_t(begin<kStates>(args, 1, record, kSlotsOf<Groups>));
+    groups.record = uint32_t(reserve<kStates>(args, record, kSlotsOf<Groups>));
     return uint16_t(put(groups) | kGrouped);
   }
 
-  // Room for entries and slots in the last table or a new one, and the slot of the record.
+  // Room for an entry and so many slots in the last table or a new one, and the slot of the record.
   template <int kStates, class R>
-  int begin(const TensorArgs& args, int entries, const R& record, int slots = 0) {
+  int reserve(const TensorArgs& args, const R& record, int slots = 0) {
     // A record with a cut is of one tensor.
     int slot = used_ > 0 && args.cut == nullptr ? find_record(record) : kNone;
     const auto room = [&] {
-      const int64_t front = int64_t(table().entries + entries) * int64_t(sizeof(TableEntry<kStates>));
+      const int64_t front = int64_t(table().entries + 1) * int64_t(sizeof(TableEntry<kStates>));
       return int64_t(free_ - slots - (slot == kNone ? kSlotsOf<R> : 0)) * kSlotBytes - front;
     };
     if (used_ == 0 || room() < 0) {

@@ -41,8 +41,7 @@ class RVSM(SplitOptimizer):
         penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1), ``"topk"`` or None (plain SGD). Top-k keeps the
             ceil(density * n) elements (or groups) of largest magnitude of each tensor in u. Where the smallest
             survivor ties with the largest magnitude that is zeroed, all that tie are zeroed, as under l0, so that
-            fewer may survive. ``lam`` only
-            switches it on.
+            fewer may survive. ``lam`` only switches it on.
         density: of ``"topk"``, in (0, 1].
         lam: strength of the penalty, in units of the loss, >= 0. 0 switches the splitting off.
         beta: strength of the coupling, >= 0. 0 switches the splitting off. Weights below the cut go to zero in u:
