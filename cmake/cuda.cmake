@@ -106,5 +106,6 @@ message(STATUS "CUDA: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${RVSM_ARCHITECTUR
 
 # No --use_fast_math: it can flip a threshold. Divisions and square roots of float32 without their slow branch: 2 ulp,
 # which no threshold sees, for a quarter fewer registers.
+# The architectures of a file are compiled two at a time: it is the longest of the build.
 list(APPEND RVSM_CUDA_FLAGS --extended-lambda --expt-relaxed-constexpr -prec-div=false -prec-sqrt=false
-     -Xfatbin=-compress-all)
+     -Xfatbin=-compress-all --threads=2)

@@ -144,12 +144,13 @@ void step_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Base
 
 // Calls f(on) with the switches of the base: constants for the method that most steps have; the others learn them when
 // they run, for there are many.
-template <class Base, Method kMethod, class T, class F>
-void with_switches(const Numbers<Base, T>& numbers, const F& f) {
+template <class Base, Method kMethod, class F>
+inline __attribute__((always_inline)) void with_switches(const TensorArgs& args, const F& f) {
+  const double* const n = base_numbers(args.numbers);
   if constexpr (kMethod == Method::rvsm)
-    Base::with_switches(numbers.base, f);
+    Base::with_switches(n, f);
   else
-    f(Base::switches(numbers.base));
+    f(Base::switches(n));
 }
 
 template <class S, class Pull>
@@ -244,7 +245,7 @@ template <class S, class Base, Method kMethod>
 void step_block(const TensorArgs& args, const Block& block, const Numbers<Base, Opmath<S>>& numbers) {
   using T = Opmath<S>;
   const Split<T>& split = numbers.split;
-  with_switches<Base, kMethod>(numbers, [&](auto on) {
+  with_switches<Base, kMethod>(args, [&](auto on) {
     if (args.grouped) {
       for_spans(args, block, split.prox, split.lasso != T(0), [&](int64_t at, int64_t n, const auto& pull) {
         step_span<S, Base, kMethod>(args, at, n, numbers, pull, on);

@@ -85,7 +85,7 @@ class TableBuilder {
     record.split = split_of<T>(args.numbers, args.scale);
     record.base = Base::template numbers<T>(base_numbers(args.numbers));
     record.method = uint8_t(args.method);
-    record.switches = Base::switches(record.base);
+    record.switches = Base::switches(base_numbers(args.numbers));
     return record;
   }
 

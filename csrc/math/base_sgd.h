@@ -38,14 +38,12 @@ struct Sgd {
     bool decay, nesterov;
   };
 
-  template <class T>
-  RVSM_HD Switches switches(const Numbers<T>& n) {
-    return {n.decay != T(0), n.nesterov != T(0)};
-  }
+  // Of a record, as numbers().
+  RVSM_HD Switches switches(const double* n) { return {n[0] != 0, n[4] != 0}; }
 
   // Calls f(Known<...>{}).
-  template <class T, class F>
-  RVSM_HD void with_switches(const Numbers<T>& n, const F& f) {
+  template <class F>
+  RVSM_HD void with_switches(const double* n, const F& f) {
     const Switches on = switches(n);
     if (kMomentum && on.nesterov)
       on.decay ? f(Known<true, kMomentum>{}) : f(Known<false, kMomentum>{});

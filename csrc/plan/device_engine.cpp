@@ -99,8 +99,7 @@ class CudaEngine final : public DeviceEngine {
 
 }  // namespace
 
-// ---- one engine per device
-// -------------------------------------------------------------------------------------------
+// ---- one engine per device -----------------------------------------------------------------------------------------
 
 bool DeviceEngine::serves(at::Device device) {
 #if defined(RVSM_CUDA)
@@ -128,6 +127,12 @@ size_t DeviceEngines::of(at::Device device, size_t turn) {
 
 void DeviceEngines::divide() {
   for (auto& engine : engines_) engine->divide();
+}
+
+int64_t DeviceEngines::workload() const {
+  int64_t elements = 0;
+  for (const auto& engine : engines_) elements += engine->workload();
+  return elements;
 }
 
 void DeviceEngines::run(const Scaling& scaling, size_t turn) {

@@ -69,6 +69,7 @@ class DeviceEngines {
   size_t turns() const { return turn_of_.empty() ? 0 : *std::max_element(turn_of_.begin(), turn_of_.end()) + 1; }
 
   void divide();
+  int64_t workload() const;
   void run(const Scaling& scaling = {}, size_t turn = 0);
 
  private:

@@ -138,9 +138,7 @@ void Plan::hold() {
 }
 
 void Plan::run_engines(size_t turn) {
-  int64_t workload = 0;
-  for (const auto& engine : engines_) workload += engine->workload();
-  if (workload < kReleaseGil) return engines_.run(inputs_.scaling, turn);
+  if (most_work_ < kReleaseGil || engines_.workload() < kReleaseGil) return engines_.run(inputs_.scaling, turn);
   if (held_.empty()) hold();
   const py::gil_scoped_release release;
   engines_.run(inputs_.scaling, turn);

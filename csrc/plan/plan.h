@@ -131,6 +131,7 @@ class Plan {
   std::vector<c10::Storage> held_;
   PyObject* inputs_object_ = nullptr;  // owned
   StepInputs inputs_;
+  int64_t most_work_ = 0;        // elements that the calling thread works on where every parameter has a gradient
   std::vector<double> factors_;  // of each engine: 1 / grad_scale where its tensors carry it, else 1
   bool skip_ = false;
   bool lacks_ = false;

@@ -22,10 +22,16 @@ bool is_twin(const at::Tensor& t, const at::Tensor& w) {
          equal(x->sizes(), y->sizes()) && equal(x->strides(), y->strides());
 }
 
-// Whether the memory at a tensor's address is there at all, asked of every tensor in every step; is_allocated() looks
-// closer.
-bool is_there(const at::Tensor& t, const void* address) {
-  return address != nullptr && (t.storage_offset() == 0 || t.storage().data() != nullptr);
+// Where a kernel finds a tensor's first element, or null where there is no memory: torch's data_ptr() without what
+// is_twin has answered, for it is asked of every tensor in every step. A copy on write becomes one where it is written.
+// is_allocated() looks closer.
+template <bool kWrites>
+void* address_in_kernel(const at::Tensor& t, size_t itemsize) {
+  const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
+  const c10::Storage& storage = impl->unsafe_storage();
+  if (!storage) return nullptr;
+  void* const begin = kWrites ? storage.mutable_data() : const_cast<void*>(storage.data());
+  return begin == nullptr ? nullptr : static_cast<char*>(begin) + impl->storage_offset() * int64_t(itemsize);
 }
 
 // Whether a tensor could stand in a step beside a parameter.
@@ -160,14 +166,14 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
   }
   const void* address = nullptr;
   if (usual && args.active) {
-    address = args.w = w.mutable_data_ptr();
-    args.g = const_cast<void*>(g.const_data_ptr());
+    const size_t itemsize = c10::elementSize(slot.type);
+    address = args.w = address_in_kernel<true>(w, itemsize);
+    args.g = options.writes_grad ? address_in_kernel<true>(g, itemsize) : address_in_kernel<false>(g, itemsize);
     args.dtype = slot.dtype;
-    usual = is_there(w, args.w) && is_there(g, args.g);
+    usual = args.w != nullptr && args.g != nullptr;
     for (size_t k = 0; k < states && usual && all_there; ++k) {
-      const at::Tensor& state = THPVariable_Unpack(slot.states[k]);
-      args.state[k] = state.mutable_data_ptr();
-      usual = is_there(state, args.state[k]);
+      args.state[k] = address_in_kernel<true>(THPVariable_Unpack(slot.states[k]), itemsize);
+      usual = args.state[k] != nullptr;
     }
   }
   if (!usual) {

@@ -88,6 +88,7 @@ bool Plan::rebuild(const py::list& groups) {
   for (ParamSlot& slot : slots_)
     if (slot.served) slot.args = &engines_[slot.engine].tensors[next[slot.engine]++];
   engines_.divide();
+  most_work_ = engines_.workload();  // the tensors are active until a step says otherwise
   for (auto& options : options_) options.changed = false;
   built_ = true;
   return true;

@@ -100,7 +100,7 @@ void plain_step(T& w, T& g, T* state, T unit, const TensorArgs& args, const U& u
       gap = gap_of<kMethod>(w, v, u(v), of_method);
     });
     split_step(w, d, gap, unit, s, SplitSwitches{s.prox.penalty != Penalty::none, s.lasso != 0});
-    Base::step(w, state, d, numbers, Base::switches(numbers));
+    Base::step(w, state, d, numbers, Base::switches(base_numbers(args.numbers)));
     if (Base::kWritesGrad) g = d;
   });
 }
