@@ -108,6 +108,24 @@ class Case:
     found_inf: float | None
 
 
+# ---- the same case over another base -----------------------------------------------------------------------------------
+
+
+def over_adamw(case: Case) -> Case:
+    """The case with AdamW's options in the place of SGD's; what was the layout of a momentum is that of the moments."""
+    rng = random.Random(case.seed)
+
+    def group_over(group: GroupCase) -> GroupCase:
+        options = {k: v for k, v in group.options.items() if k not in ("momentum", "dampening", "nesterov")}
+        options["betas"] = rng.choice(((0.9, 0.999), (0.9, 0.95), (0.0, 0.9), (0.6, 0.5)))
+        options["eps"] = rng.choice((1e-8, 1e-8, 1e-3, 1e-15))
+        options["amsgrad"] = rng.random() < 0.3
+        options["weight_decay"] = rng.choice((0.0, 1e-2, 1e-2, 0.5))
+        return dataclasses.replace(group, options=options)
+
+    return dataclasses.replace(case, groups=tuple(map(group_over, case.groups)))
+
+
 # ---- drawing a case --------------------------------------------------------------------------------------------------
 
 

@@ -193,43 +193,35 @@ def penalty_value(w: Array, options: Mapping[str, Any], v: Array | None = None) 
 
 
 @dataclasses.dataclass
-class Step:
-    """What a step gives.
-
-    Attributes:
-        w, m: the new weights and momentum (None without momentum).
-        kept: the new u or dual (None without either).
-        m_scale, w_scale, kept_scale: the sums of the absolute addends they were made of, for the error bounds.
-    """
+class Split:
+    """What the splitting makes of the weights and the gradient; the scales are the sums of the absolute addends."""
 
     w: Array
-    m: Array | None
+    d: Array
     w_scale: Array
-    m_scale: Array
-    kept: Array | None = None
-    kept_scale: Array | None = None
+    d_scale: Array
+    kept: Array | None
+    kept_scale: Array | None
 
 
-def step(
+def split(
     w: Array,
     grad: Array,
-    m: Array | None,
     options: Mapping[str, Any],
     grad_scale: float | None = None,
     u: Array | None = None,
     kept: Array | None = None,
-) -> Step:
-    """One step of one parameter, line by line as section 2.3 has it.
+) -> Split:
+    """The splitting of one parameter, line by line as section 2.3 has it; the step of the base follows.
 
     `u` replaces the prox where it is given. `kept`: u of the step before, or the dual.
     """
-    lr, beta, wd = (REAL(float(options[key])) for key in ("lr", "beta", "weight_decay"))
-    mu, dampening, lasso = (REAL(float(options[key])) for key in ("momentum", "dampening", "group_lasso"))
-    size = np.abs(w)
-    grad = grad / REAL(1 if grad_scale is None else grad_scale)
+    lr, beta, lasso = (REAL(float(options[key])) for key in ("lr", "beta", "group_lasso"))
+    w_scale = np.abs(w)
+    d = grad / REAL(1 if grad_scale is None else grad_scale)
     if options["maximize"]:
-        grad = -grad
-    d_scale = np.abs(grad)
+        d = -d
+    d_scale = np.abs(d)
 
     method = options.get("method", "rvsm")
     v = w + kept if method == "admm" and kept is not None else w
@@ -254,30 +246,86 @@ def step(
     if lasso != 0:
         norms = magnitudes(w, options["group_dim"])
         unit = np.where(norms == 0, 0, w / np.where(norms == 0, 1, norms))
-        grad = grad + lasso * unit
+        d = d + lasso * unit
         d_scale = d_scale + np.abs(lasso * unit)
-
     if options["decoupled"]:
-        w = w - lr * beta * pull
-        w_scale = size + lr * pull_scale
-        d = grad + wd * w
-        d_scale = d_scale + wd * w_scale
+        w, w_scale = w - lr * beta * pull, w_scale + lr * pull_scale
     else:
-        d = grad + wd * w + beta * pull
-        w_scale = size
-        d_scale = d_scale + wd * size + pull_scale
+        d, d_scale = d + beta * pull, d_scale + pull_scale
+    return Split(w, d, w_scale, d_scale, kept if lr == 0 else new_kept, kept_scale)
 
-    if lr == 0:
-        new_kept = kept
-    m_scale = d_scale
-    if mu == 0:
-        m = None
-    else:
-        if m is None:
-            m = d
-        else:
-            m_scale = np.abs(mu * m) + np.abs(1 - dampening) * d_scale
-            m = mu * m + (1 - dampening) * d
+
+@dataclasses.dataclass
+class Step:
+    """What a step gives.
+
+    Attributes:
+        w: the new weights.
+        states: the new states of the base by their names in ``optimizer.state``.
+        kept: the new u or dual (None without either).
+        scales: of "w", "kept" and each state, the sums of the absolute addends that it was made of, for error bounds.
+    """
+
+    w: Array
+    states: dict[str, Array]
+    kept: Array | None
+    scales: dict[str, Array | None]
+
+
+def sgd_step(made: Split, states: Mapping[str, Array], options: Mapping[str, Any]) -> Step:
+    """The step of torch.optim.SGD after the splitting; a missing buffer begins with the first direction."""
+    lr, wd, mu, dampening = (REAL(float(options[key])) for key in ("lr", "weight_decay", "momentum", "dampening"))
+    w, d = made.w, made.d + wd * made.w
+    d_scale = made.d_scale + wd * made.w_scale
+    scales: dict[str, Array | None] = {"kept": made.kept_scale}
+    new: dict[str, Array] = {}
+    if mu != 0:
+        m, m_scale, old = d, d_scale, states.get("momentum_buffer")
+        if old is not None:
+            m = mu * old + (1 - dampening) * d
+            m_scale = np.abs(mu * old) + np.abs(1 - dampening) * d_scale
+        new["momentum_buffer"], scales["momentum_buffer"] = m, m_scale
         d = d + mu * m if options["nesterov"] else m
         d_scale = d_scale + mu * m_scale if options["nesterov"] else m_scale
-    return Step(w - lr * d, m, w_scale + lr * d_scale, m_scale, new_kept, kept_scale)
+    scales["w"] = made.w_scale + lr * d_scale
+    return Step(w - lr * d, new, made.kept, scales)
+
+
+def adamw_step(
+    made: Split, states: Mapping[str, Array], options: Mapping[str, Any], count: int, share: REAL
+) -> Step:
+    """The step of torch.optim.AdamW after the splitting; missing moments begin with zeros.
+
+    Args:
+        count: the steps before this one.
+        share: the rounding that the scales are to be multiplied with: a quotient of two numbers that are not exact has
+            no bound that is linear in it.
+    """
+    lr, wd, eps = (REAL(float(options[key])) for key in ("lr", "weight_decay", "eps"))
+    beta1, beta2 = (REAL(float(beta)) for beta in options["betas"])
+    t, zeros = count + 1, np.zeros_like(made.w)
+    old_m, old_v = states.get("exp_avg", zeros), states.get("exp_avg_sq", zeros)
+    w = made.w * (1 - lr * wd)
+    m = beta1 * old_m + (1 - beta1) * made.d
+    v = beta2 * old_v + (1 - beta2) * made.d**2
+    scales: dict[str, Array | None] = {"kept": made.kept_scale}
+    scales["exp_avg"] = np.abs(old_m) + (1 - beta1) * (made.d_scale + np.abs(old_m))
+    scales["exp_avg_sq"] = v_scale = beta2 * old_v + (1 - beta2) * 3 * made.d_scale**2
+    new = {"exp_avg": m, "exp_avg_sq": v}
+    if options["amsgrad"]:
+        v = np.maximum(v, states.get("max_exp_avg_sq", zeros))
+        new["max_exp_avg_sq"], scales["max_exp_avg_sq"] = v, np.maximum(v_scale, v)
+        v_scale = np.maximum(v_scale, v)
+    correction, rate = 1 / np.sqrt(1 - beta2**t), lr / (1 - beta1**t)
+    quotient = m / (np.sqrt(v) * correction + eps)
+    least = np.sqrt(np.maximum(v - share * v_scale, 0)) * correction * (1 - share) + eps * (1 - share)
+    m_scale = scales["exp_avg"]
+    assert m_scale is not None
+    slack = np.where(np.isfinite(v), (np.abs(m) + share * m_scale) / least - np.abs(quotient), 0)
+    scales["w"] = made.w_scale + np.abs(w) + rate * (np.abs(quotient) + 2 * slack / share)
+    return Step(w - rate * quotient, new, made.kept, scales)
+
+
+def is_adamw(options: Mapping[str, Any]) -> bool:
+    """Whether the options of a param group are AdamW's."""
+    return "betas" in options

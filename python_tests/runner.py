@@ -43,40 +43,58 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
+STATES_OF_METHODS = {"rvsm": "", "rvsm-delayed": "u", "admm": "dual"}
+STATES_OF_BASES = {False: ("momentum_buffer",), True: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+"""Of SGD and of AdamW."""
+
+
 @dataclasses.dataclass
 class Before:
-    """What a step of one parameter starts from."""
+    """What a step of one parameter starts from.
+
+    Attributes:
+        states: of the base, by name.
+        bits: of the weights ("w"), what the method keeps ("kept"), and each state.
+        count: of AdamW, the steps before this one.
+    """
 
     w: Array
     grad: Array | None
-    m: Array | None
-    w_bits: Tensor
-    m_bits: Tensor | None
-    kept: Array | None = None
-    kept_bits: Tensor | None = None
+    states: dict[str, Array]
+    kept: Array | None
+    bits: dict[str, Tensor]
+    count: float | None
 
 
-def momentum_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
-    """The momentum buffer of a parameter, if it has one; creates no state."""
-    return optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
+def states_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:
+    """The states of the base of a parameter; creates none."""
+    of_p = optimizer.state.get(p, {})
+    names = STATES_OF_BASES[definition.is_adamw(optimizer.param_groups[0])]
+    return {name: of_p[name] for name in names if of_p.get(name) is not None}
+
+
+def count_of(optimizer: torch.optim.Optimizer, p: Tensor) -> float | None:
+    """The count of the steps of a parameter, None where there is none."""
+    counter = optimizer.state.get(p, {}).get("step")
+    return None if counter is None else float(counter)
 
 
 def kept_of(optimizer: torch.optim.Optimizer, p: Tensor, method: str) -> Tensor | None:
     """What a method keeps of a parameter; creates no state."""
-    return optimizer.state.get(p, {}).get({"rvsm": "", "rvsm-delayed": "u", "admm": "dual"}[method])
+    return optimizer.state.get(p, {}).get(STATES_OF_METHODS[method])
 
 
 def before(optimizer: torch.optim.Optimizer, p: Tensor, method: str) -> Before:
     """Everything that the step of p may depend on, copied."""
-    m, kept = momentum_of(optimizer, p), kept_of(optimizer, p, method)
+    states, kept = states_of(optimizer, p), kept_of(optimizer, p, method)
+    tensors = {"w": p, **states} | ({} if kept is None else {"kept": kept})
     return Before(
         w=real(p),
         grad=None if p.grad is None else real(p.grad),
-        m=None if m is None else real(m),
-        w_bits=bits(p),
-        m_bits=None if m is None else bits(m),
+        states={name: real(t) for name, t in states.items()},
         kept=None if kept is None else real(kept),
-        kept_bits=None if kept is None else bits(kept),
+        bits={name: bits(t) for name, t in tensors.items()},
+        count=count_of(optimizer, p),
     )
 
 
@@ -138,8 +156,9 @@ def right_u(w: Array, options: Mapping[str, Any], arithmetic: type) -> list[tupl
 
 def check_weights(
     p: Tensor,
-    m: Tensor | None,
+    states: Mapping[str, Tensor],
     kept: Tensor | None,
+    count: float | None,
     b: Before,
     options: Mapping[str, Any],
     grad_scale: float | None,
@@ -148,7 +167,7 @@ def check_weights(
     assert b.grad is not None
     arithmetic = ARITHMETIC[p.dtype]
     share, floor = REAL(STEP[arithmetic]), underflow(arithmetic)
-    weights, momenta, keeps = [], [], []
+    wants: dict[str, list[tuple[Array, Array, Array]]] = {}
     old = b.kept
     if definition.step_tau(options, b.w.shape) is not None and options["method"] != "rvsm":
         assert kept is not None, "nothing is kept after a step of a method that keeps something"
@@ -156,42 +175,40 @@ def check_weights(
             old = real(kept) if options["method"] == "rvsm-delayed" else np.zeros_like(b.w)
     else:
         assert kept is None, "something is kept that no method keeps"
-    with np.errstate(invalid="ignore", over="ignore"):
+    adamw = definition.is_adamw(options)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         for us in right_u(argument(b.w, old, options, arithmetic), options, arithmetic):
-            ends = [definition.step(b.w, b.grad, b.m, options, grad_scale, u, old) for u in us]
-            if ends[0].kept is not None:
-                low, high = (f(ends[0].kept, ends[1].kept) for f in (np.minimum, np.maximum))
-                keeps.append((low, high, share * ends[0].kept_scale + floor))
-            low, high = (f(ends[0].w, ends[1].w) for f in (np.minimum, np.maximum))
-            weights.append((low, high, share * ends[0].w_scale + floor))
-            if ends[0].m is not None:
-                low, high = (f(ends[0].m, ends[1].m) for f in (np.minimum, np.maximum))
-                momenta.append((low, high, share * ends[0].m_scale + floor))
-    wrong = mismatch(p, weights, p.dtype)
-    assert wrong is None, f"weights: {wrong}"
-    if keeps:
-        assert kept is not None and (kept.dtype, kept.shape) == (p.dtype, p.shape)
-        wrong = mismatch(kept, keeps, p.dtype)
-        assert wrong is None, f"what is kept: {wrong}"
-    if momenta:
-        assert m is not None, "no momentum_buffer after a step with momentum"
-        assert (m.dtype, m.shape) == (p.dtype, p.shape), f"momentum is {m.dtype} {list(m.shape)}"
-        wrong = mismatch(m, momenta, p.dtype)
-        assert wrong is None, f"momentum: {wrong}"
-    else:
-        assert (m is None) == (b.m is None), "a momentum_buffer came or went without momentum"
-        assert m is None or torch.equal(bits(m), b.m_bits), "the momentum_buffer changed without momentum"
+            ends = []
+            for u in us:
+                made = definition.split(b.w, b.grad, options, grad_scale, u, old)
+                if adamw:
+                    ends.append(definition.adamw_step(made, b.states, options, int(b.count or 0), share))
+                else:
+                    ends.append(definition.sgd_step(made, b.states, options))
+            for name, scale in ends[0].scales.items():
+                if scale is not None:
+                    values = [{"w": end.w, "kept": end.kept, **end.states}[name] for end in ends]
+                    bound = share * np.maximum(scale, ends[1].scales[name]) + floor
+                    wants.setdefault(name, []).append((np.minimum(*values), np.maximum(*values), bound))
+    found = {"w": p, **states} | ({} if kept is None else {"kept": kept})
+    for name, want in wants.items():
+        assert name in found, f"no {name} after the step"
+        assert (found[name].dtype, found[name].shape) == (p.dtype, p.shape), f"{name} is {found[name].dtype}"
+        wrong = mismatch(found[name], want, p.dtype)
+        assert wrong is None, f"{name}: {wrong}"
+    for name in (states.keys() | b.states.keys()) - wants.keys():
+        assert name in states and name in b.states, f"{name} came or went, which the step does not have"
+        assert torch.equal(bits(states[name]), b.bits[name]), f"{name} changed, which the step does not have"
+    assert count == ((b.count or 0) + 1 if adamw else b.count), f"the step is {count}"
 
 
 def unchanged(optimizer: torch.optim.Optimizer, p: Tensor, b: Before, method: str) -> None:
     """One parameter after a step that it took no part in: not a bit differs."""
-    assert torch.equal(bits(p), b.w_bits), "weights changed"
-    m = momentum_of(optimizer, p)
-    assert (m is None) == (b.m_bits is None), "a momentum_buffer came or went"
-    assert m is None or torch.equal(bits(m), b.m_bits), "momentum changed"
-    kept = kept_of(optimizer, p, method)
-    assert (kept is None) == (b.kept_bits is None), "what is kept came or went"
-    assert kept is None or torch.equal(bits(kept), b.kept_bits), "what is kept changed"
+    now = before(optimizer, p, method)
+    assert now.bits.keys() == b.bits.keys(), f"states came or went: {now.bits.keys() ^ b.bits.keys()}"
+    for name, old in b.bits.items():
+        assert torch.equal(now.bits[name], old), f"{name} changed"
+    assert now.count == b.count, "a step was counted"
 
 
 def checked_step(optimizer: Any, what: object = "", step: Callable[[], Any] | None = None) -> None:
@@ -215,7 +232,8 @@ def checked_step(optimizer: Any, what: object = "", step: Callable[[], Any] | No
                 else:
                     scale = None if grad_scale is None else float(grad_scale)
                     kept = kept_of(optimizer, p, group["method"])
-                    check_weights(p, momentum_of(optimizer, p), kept, old[p], options[i], scale)
+                    states, count = states_of(optimizer, p), count_of(optimizer, p)
+                    check_weights(p, states, kept, count, old[p], options[i], scale)
                     strange = {"u", "dual"} & optimizer.state.get(p, {}).keys()
                     assert len(strange) == (kept is not None), f"the state has {strange}"
                 assert p.grad is None or torch.equal(bits(p.grad), grads[p]), "the step wrote into the gradient"
@@ -277,7 +295,7 @@ def check_reading(optimizer: Any, what: object = "") -> None:
         for i, group in enumerate(optimizer.param_groups):
             for j, p in enumerate(group["params"]):
                 where = f"group {i}, parameter {j}: {p.dtype} {tuple(p.shape)} {p.stride()}"
-                assert torch.equal(bits(p), old[p].w_bits), f"sparse_weights() did not give w back, {where}"
+                assert torch.equal(bits(p), old[p].bits["w"]), f"sparse_weights() did not give w back, {where}"
                 try:
                     v = argument(old[p].w, old[p].kept, group, ARITHMETIC[p.dtype])
                     check_u(us[p], v, group)

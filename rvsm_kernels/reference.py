@@ -21,4 +21,6 @@ class AdaptiveHardThreshold(adaptive.AdaptiveHardThreshold):
 
 
 class RVSMAdamW(adamw.RVSMAdamW):
-    """Reserved: the splitting over AdamW's step comes in a later version."""
+    """:class:`rvsm_kernels.RVSMAdamW` in plain PyTorch: the same signature, options and state."""
+
+    _only_engine = "reference"

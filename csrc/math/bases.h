@@ -1,6 +1,7 @@
 // The list of bases: a base is a file of its own and one row here. No kernel, plan or table is touched.
 #pragma once
 
+#include "base_adamw.h"
 #include "base_none.h"
 #include "base_sgd.h"
 
@@ -29,12 +30,15 @@ RVSM_HD void for_each_base(F&& f) {
   f(Sgd<true>{});
   f(NoBase<false>{});
   f(NoBase<true>{});
+  f(AdamW<false>{});
+  f(AdamW<true>{});
 }
 
 // Calls f(Base{}) with the base of a key.
 template <class F>
 RVSM_HD void with_base(BaseKey key, const F& f) {
   if (key.kind == BaseKind::none) return key.writes_grad ? f(NoBase<true>{}) : f(NoBase<false>{});
+  if (key.kind == BaseKind::adamw) return key.states > 2 ? f(AdamW<true>{}) : f(AdamW<false>{});
   return key.states > 0 ? f(Sgd<true>{}) : f(Sgd<false>{});
 }
 
@@ -43,6 +47,7 @@ struct BaseName {
   const char* name;
   int numbers;
 };
-constexpr BaseName kBases[] = {{"sgd", Sgd<true>::kNumbers}, {"none", NoBase<true>::kNumbers}};
+constexpr BaseName kBases[] = {
+    {"sgd", Sgd<true>::kNumbers}, {"none", NoBase<true>::kNumbers}, {"adamw", AdamW<true>::kNumbers}};
 
 }  // namespace rvsm

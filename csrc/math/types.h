@@ -12,7 +12,7 @@ enum class Penalty : int32_t { none, l1, l0, tl1 };
 enum class Method : int32_t { rvsm, delayed, admm };
 
 // The base steps in the order of method/bases.py; `none` is the pull alone.
-enum class BaseKind : int32_t { sgd, none };
+enum class BaseKind : int32_t { sgd, none, adamw };
 
 enum class Dtype : int32_t { f32, f64, bf16, f16 };
 

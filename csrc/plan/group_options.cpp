@@ -6,6 +6,18 @@
 
 namespace rvsm {
 
+namespace {
+
+// The one object that Python has for a name, so that names are compared by address.
+py::str interned(const py::handle& name) {
+  PyObject* object = name.ptr();
+  Py_INCREF(object);
+  PyUnicode_InternInPlace(&object);
+  return py::reinterpret_steal<py::str>(object);
+}
+
+}  // namespace
+
 GroupOptions::GroupOptions(const py::object& o) : source(o) {
   base = static_cast<BaseKind>(o.attr("base").attr("number").cast<int>());
   method = static_cast<Method>(o.attr("method").attr("number").cast<int>());
@@ -17,12 +29,10 @@ GroupOptions::GroupOptions(const py::object& o) : source(o) {
   scaled = o.attr("scaled").cast<bool>();
   dims = o.attr("dims").cast<Dims>();
   base_states = o.attr("base_states").cast<size_t>();
-  for (const py::handle& name : o.attr("states")) {
-    PyObject* interned = name.ptr();
-    Py_INCREF(interned);
-    PyUnicode_InternInPlace(&interned);
-    states.push_back(py::reinterpret_steal<py::str>(interned));
-  }
+  for (const py::handle& name : o.attr("states")) states.push_back(interned(name));
+  counter = o.attr("counter");
+  counts = !counter.is_none();
+  if (counts) counter = interned(counter);
   if (states.size() > kMostStates) throw std::runtime_error("a tensor with more states than a kernel takes");
 }
 
@@ -37,23 +47,33 @@ bool GroupOptions::has_the_tables_of(const GroupOptions& o) const {
          states.size() == o.states.size() && same_names();
 }
 
-const double* GroupOptions::numbers(int64_t group_size, bool fresh) {
-  const auto [place, is_new] = records_.try_emplace({scaled ? group_size : 1, fresh});
-  if (!is_new) return place->second.data();
+const double* GroupOptions::numbers(int64_t group_size, int64_t count) {
+  const std::pair<int64_t, int64_t> key{scaled ? group_size : 1, count};
+  if (last_ != nullptr && last_key_ == key) return last_;
+  const auto [place, is_new] = records_.try_emplace(key);
+  last_key_ = key;
+  last_ = place->second.data();
+  if (!is_new) return last_;
   try {
-    const py::tuple made = source.attr("numbers")(scaled ? group_size : 1, fresh);
+    const py::tuple made = source.attr("numbers")(key.first, count);
     const size_t most = place->second.size();
     if (made.size() > most) throw std::runtime_error("a record with more numbers than a kernel takes");
     for (size_t i = 0; i < made.size(); ++i) place->second[i] = made[i].cast<double>();
   } catch (...) {
     records_.erase(place);
+    last_ = nullptr;
     throw;
   }
-  return place->second.data();
+  return last_;
 }
 
-void GroupOptions::apply(TensorArgs& args, bool fresh) {
-  args.numbers = numbers(args.grouped ? args.view.size() : 1, fresh);
+void GroupOptions::forget_counts() {
+  records_.clear();
+  last_ = nullptr;
+}
+
+void GroupOptions::apply(TensorArgs& args, int64_t count) {
+  args.numbers = numbers(args.grouped ? args.view.size() : 1, count);
   args.base = {base, uint8_t(base_states), writes_grad};
   args.method = method;
   args.topk = topk;

@@ -20,11 +20,15 @@ class GroupOptions {
   bool has_the_tables_of(const GroupOptions& other) const;
 
   // The record of a tensor whose groups have so many elements; it stays where it is as long as these options do.
-  // `fresh`: the base's states hold zeros, this is the first step. Asks Python the first time.
-  const double* numbers(int64_t group_size, bool fresh);
+  // `count`: how many steps the base's states have seen; without a counter 0 for none, 1 for any number. Asks Python
+  // the first time.
+  const double* numbers(int64_t group_size, int64_t count);
 
-  // The arguments that follow from the options alone. `fresh` as above.
-  void apply(TensorArgs& args, bool fresh);
+  // The arguments that follow from the options alone. `count` as above.
+  void apply(TensorArgs& args, int64_t count);
+
+  // Forget the records of earlier counts; those of the tensors must be asked for again.
+  void forget_counts();
 
   // Whether a state that is missing can begin with zeros; else only the optimizer can make it.
   bool begins_with_zeros(size_t k) const { return k < base_states || !starts_from_u; }
@@ -39,10 +43,16 @@ class GroupOptions {
   Dims dims;                    // of the groups; nothing where norms do not matter
   std::vector<py::str> states;  // names, the base's first
   size_t base_states = 0;
+  py::object counter;   // the name of the tensor that counts the steps of a parameter, or None
+  bool counts = false;  // whether there is one
   bool changed = true;  // not in the arguments of the tensors yet
 
  private:
-  std::map<std::pair<int64_t, bool>, std::array<double, kMostNumbers>> records_;
+  using Record = std::array<double, kMostNumbers>;
+  std::map<std::pair<int64_t, int64_t>, Record> records_;
+  // The last one that was asked for: most tensors of a group share it.
+  std::pair<int64_t, int64_t> last_key_;
+  const double* last_ = nullptr;
 };
 
 }  // namespace rvsm

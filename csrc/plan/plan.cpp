@@ -102,7 +102,9 @@ Ready Plan::prepare_without_holding(const py::list& groups, const py::object& in
     Scaling& given = inputs_.scaling;
     if (given.grad_scale.defined() && given.grad_scale.scalar_type() != at::kFloat) given.grad_scale = at::Tensor();
     // Whether states appear is decided here, so that a first step waits for the device; no other does.
-    if (!new_states_.empty() && given.found_inf.defined() && !skip_) skip_ = given.found_inf.item<double>() > 0;
+    // A counter on the host needs the answer in every step.
+    if ((!new_states_.empty() || counts_) && given.found_inf.defined() && !skip_)
+      skip_ = given.found_inf.item<double>() > 0;
   } catch (...) {
     drop();
     throw;
@@ -144,17 +146,44 @@ void Plan::run_engines(size_t turn) {
   engines_.run(inputs_.scaling, turn);
 }
 
+// The dict of a parameter in optimizer.state, which is made where it is missing: a defaultdict makes it when asked.
+PyObject* Plan::state_dict_of(ParamSlot& slot) {
+  const auto dict = py::reinterpret_steal<py::object>(PyObject_GetItem(inputs_.states, slot.param));
+  if (!dict) throw py::error_already_set();
+  reset(slot.dict, dict.ptr());
+  dicts_seen_ = false;  // the new dict may be gone again before the next step
+  return slot.dict;
+}
+
 void Plan::put_new_states() {
   for (NewState& made : new_states_) {
     ParamSlot& slot = slots_[made.slot];
     const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
-    // optimizer.state is a defaultdict: asking for the parameter's dict makes it.
-    const auto dict = py::reinterpret_steal<py::object>(PyObject_GetItem(inputs_.states, slot.param));
     PyObject* name = options_[slot.group].states[made.state].ptr();
-    if (!dict || PyDict_SetItem(dict.ptr(), name, wrapped.ptr()) != 0) throw py::error_already_set();
-    reset(slot.dict, dict.ptr());
+    if (PyDict_SetItem(state_dict_of(slot), name, wrapped.ptr()) != 0) throw py::error_already_set();
     reset(slot.states[made.state], wrapped.ptr());
-    dicts_seen_ = false;  // the new dict may be gone again before the next step
+  }
+}
+
+// Count one step more of every parameter that was stepped.
+void Plan::count_steps() {
+  for (ParamSlot& slot : slots_) {
+    const GroupOptions& options = options_[slot.group];
+    if (!options.counts || !slot.served || !slot.args->active) continue;
+    if (slot.counter == nullptr) {
+      // In the type and place that torch gives it.
+      const auto made = py::reinterpret_steal<py::object>(THPVariable_Wrap(at::ones({}, at::kFloat)));
+      if (PyDict_SetItem(state_dict_of(slot), options.counter.ptr(), made.ptr()) != 0) throw py::error_already_set();
+      reset(slot.counter, made.ptr());
+      continue;
+    }
+    const at::Tensor& counter = THPVariable_Unpack(slot.counter);
+    if (is_float_on_cpu(counter)) {
+      ++*counter.mutable_data_ptr<float>();
+      bump_version(counter);
+    } else {
+      counter.add_(1);
+    }
   }
 }
 
@@ -174,6 +203,7 @@ void Plan::launch() {
     for (auto& copy : copies_)
       if (copy.turn == turn && copy.writes) copy.staged.store();
   }
+  if (counts_) count_steps();
   for (const ParamSlot& slot : slots_) {
     if (!slot.served || !slot.args->active) continue;
     bump_version(tensor(slot));
@@ -200,6 +230,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
   for (const ParamSlot& slot : slots_) {
     Py_VISIT(slot.param);
     Py_VISIT(slot.dict);
+    Py_VISIT(slot.counter);
     for (PyObject* state : slot.states) Py_VISIT(state);
   }
   for (const GroupOptions& options : options_)
@@ -219,6 +250,7 @@ void Plan::clear() {
   for (ParamSlot& slot : old) {
     reset(slot.param, nullptr);
     reset(slot.dict, nullptr);
+    reset(slot.counter, nullptr);
     for (PyObject*& state : slot.states) reset(state, nullptr);
   }
 }

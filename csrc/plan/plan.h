@@ -30,6 +30,8 @@ struct ParamSlot {
   PyObject* param = nullptr;                       // owned
   PyObject* dict = nullptr;                        // owned: the dict states[param], or null
   std::array<PyObject*, kMostStates> states = {};  // owned: what was found in it, null where it is missing
+  PyObject* counter = nullptr;                     // owned: the tensor that counts its steps, null where it is missing
+  int64_t count = 1;                               // as GroupOptions::numbers() takes it
   size_t group = 0;
   size_t index = 0;
   size_t turn = 0;                // when it is stepped: after those that share its memory and stand before it
@@ -43,7 +45,6 @@ struct ParamSlot {
   Dtype dtype = Dtype::f32;  // the same, as the kernels name it
   bool served = false;       // false: a parameter without a gradient that no engine of this build could step
   bool dense = true;
-  bool fresh = false;        // the base's states are not there yet
   bool norms_given = false;  // its norms were made elsewhere, as the plan knows it
 };
 
@@ -89,6 +90,8 @@ class Plan {
   void hold();
   void run_engines(size_t turn);
   void put_new_states();
+  void count_steps();
+  PyObject* state_dict_of(ParamSlot& slot);
 
   // table.cpp: the table of parameters.
   bool rebuild(const py::list& groups);
@@ -102,6 +105,7 @@ class Plan {
   // slot.cpp: one parameter of a step.
   void prepare_slot(const py::list& groups, ParamSlot& slot);
   bool find_states(const GroupOptions& options, ParamSlot& slot);
+  int64_t find_count(const py::list& groups, const GroupOptions& options, ParamSlot& slot);
   void find_beside(TensorArgs& args, const ParamSlot& slot) const;
   bool fits(const ParamSlot& slot, size_t states) const;
   void refuse(const py::list& groups, const ParamSlot& slot) const;
@@ -135,6 +139,7 @@ class Plan {
   std::vector<double> factors_;  // of each engine: 1 / grad_scale where its tensors carry it, else 1
   bool skip_ = false;
   bool lacks_ = false;
+  bool counts_ = false;  // whether any group counts its steps
 };
 
 }  // namespace rvsm

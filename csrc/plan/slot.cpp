@@ -72,6 +72,21 @@ bool Plan::find_states(const GroupOptions& options, ParamSlot& slot) {
   return all;
 }
 
+// How many steps the states of a parameter have seen, by its counter. A counter on a device is waited for.
+int64_t Plan::find_count(const py::list& groups, const GroupOptions& options, ParamSlot& slot) {
+  PyObject* const instead = inputs_.instead == nullptr ? nullptr : get(inputs_.instead, slot.param);
+  PyObject* found = instead == nullptr ? nullptr : get(instead, options.counter.ptr());
+  if (found == nullptr && slot.dict != nullptr) found = get(slot.dict, options.counter.ptr());
+  if (found == Py_None) found = nullptr;
+  if (found != slot.counter) reset(slot.counter, found);
+  if (found == nullptr) return 0;
+  if (!THPVariable_Check(found)) refuse(groups, slot);
+  const at::Tensor& counter = THPVariable_Unpack(found);
+  if (counter.numel() != 1 || !counter.is_floating_point()) refuse(groups, slot);
+  if (is_float_on_cpu(counter)) return int64_t(*counter.const_data_ptr<float>());
+  return int64_t(counter.item<double>());
+}
+
 // What the kernels can work on, perhaps after a copy; everything else is for refuse().
 bool Plan::fits(const ParamSlot& slot, size_t states) const {
   const at::Tensor& w = tensor(slot);
@@ -98,7 +113,8 @@ void Plan::refuse(const py::list& groups, const ParamSlot& slot) const {
   for (size_t k = 0; k < names.size(); ++k)
     states[names[k]] = slot.states[k] == nullptr ? py::none() : py::reinterpret_borrow<py::object>(slot.states[k]);
   const py::module_ checks = py::module_::import("rvsm_kernels.engines.checks");
-  checks.attr("check_entry")(param, group, slot.group, slot.index, states);
+  const py::object counter = slot.counter == nullptr ? py::none() : py::reinterpret_borrow<py::object>(slot.counter);
+  checks.attr("check_entry")(param, group, slot.group, slot.index, states, counter);
   const py::object name = checks.attr("param_name")(group, slot.group, slot.index);
   checks.attr("check_groups")(param, group["group_dim"], name);
   throw std::runtime_error(name.cast<std::string>() + " cannot be stepped, for a reason that no check names");
@@ -183,9 +199,10 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
   if (!args.active) return;
   for (size_t k = 0; k < states; ++k) lacks_ |= slot.states[k] == nullptr && !options.begins_with_zeros(k);
   if (lacks_) return;
-  if (fresh != slot.fresh) {
-    options.apply(args, fresh);
-    slot.fresh = fresh;
+  const int64_t count = options.counts ? find_count(groups, options, slot) : int64_t(!fresh);
+  if (count != slot.count || options.counts) {
+    options.apply(args, count);
+    slot.count = count;
   }
   if (!usual || !all_there) {
     address = address_of(w);

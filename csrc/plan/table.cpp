@@ -47,7 +47,7 @@ void Plan::add_slot(const py::list& groups, ParamSlot& slot, PyObject* param, co
   slot.norms_given = inputs_.norms != nullptr && get(inputs_.norms, param) != nullptr;
   static const double kElsewhere = 0;  // the engines ask only whether norms come from elsewhere
   if (slot.norms_given) args.norms = &kElsewhere;
-  options.apply(args, false);
+  options.apply(args, slot.count);
   slot.dtype = args.dtype;
   Py_INCREF(param);
 }
@@ -126,13 +126,16 @@ bool Plan::describes(const ParamSlot& slot, const at::Tensor& w) const {
 // layouts.
 bool Plan::refresh(const py::list& groups) {
   bool any_states = false, any_changed = false;
-  for (const GroupOptions& options : options_) {
+  counts_ = false;
+  for (GroupOptions& options : options_) {
+    if (options.counts) options.forget_counts();
     any_states |= !options.states.empty();
+    counts_ |= options.counts;
     any_changed |= options.changed;
   }
   if (any_changed) {
     for (const ParamSlot& slot : slots_)
-      if (slot.served && options_.at(slot.group).changed) options_[slot.group].apply(*slot.args, slot.fresh);
+      if (slot.served && options_.at(slot.group).changed) options_[slot.group].apply(*slot.args, slot.count);
     for (GroupOptions& options : options_) options.changed = false;
   }
   if (any_states) find_dicts();

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..method.dtypes import DTYPES
 from ..method.groups import GroupDim, group_size, kept_dims, view_of
 from ..method.memory import kind_of, refuse
+from ..method.options import shown
 from ..method.parameters import is_left_alone, param_name
 from ..method.step_options import StepOptions
 
@@ -79,7 +80,23 @@ def check_norms(norms: Tensor, p: Tensor, options: StepOptions) -> None:
         )
 
 
-def check_entry(p: Tensor, group: Mapping[str, Any], i: int, j: int, states: Mapping[str, Any]) -> None:
+def check_counter(counter: Any, name: str) -> None:
+    """Raise RuntimeError for what cannot count the steps of a parameter.
+
+    Args:
+        name: the parameter's.
+    """
+    if counter is None or (isinstance(counter, Tensor) and counter.numel() == 1 and counter.is_floating_point()):
+        return
+    raise RuntimeError(
+        f"the step of {name} is {shown(counter)}, not a 1-element tensor of floating dtype; delete the states of the"
+        " parameter from the optimizer's state to begin anew"
+    )
+
+
+def check_entry(
+    p: Tensor, group: Mapping[str, Any], i: int, j: int, states: Mapping[str, Any], counter: Any = None
+) -> None:
     """Raise if a parameter, its gradient or its states cannot be stepped; nothing is changed.
 
     Args:
@@ -87,6 +104,7 @@ def check_entry(p: Tensor, group: Mapping[str, Any], i: int, j: int, states: Map
         group: its param group, of which it is parameter ``j``.
         i: the place of the group.
         states: by the names in the group's options, None for a state that is missing.
+        counter: the tensor that counts its steps, None where there is none.
 
     Raises:
         RuntimeError: a sparse or complex gradient; a gradient or a state of another shape or on another device; a
@@ -112,3 +130,4 @@ def check_entry(p: Tensor, group: Mapping[str, Any], i: int, j: int, states: Map
     for key, state in states.items():
         if state is not None:
             check_state(state, p, name, key)
+    check_counter(counter, name)

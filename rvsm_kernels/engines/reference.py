@@ -23,6 +23,7 @@ from ..method.selection import keep_above
 from ..method.split import strength
 from ..method.step_options import StepOptions
 from .checks import check_entry, check_norms
+from .counters import advance, counts_of
 from .interface import Engine, Group, Ready, StepInputs
 
 States = dict[str, Tensor | None]
@@ -72,8 +73,18 @@ def _norms(
     return norms
 
 
-def _step(params: Sequence[Tensor], states: Sequence[States], options: StepOptions, inputs: StepInputs) -> None:
-    """One step of parameters of one param group: section 3 of docs/method.md, line by line."""
+def _step(
+    params: Sequence[Tensor],
+    states: Sequence[States],
+    counts: Sequence[int],
+    options: StepOptions,
+    inputs: StepInputs,
+) -> None:
+    """One step of parameters of one param group: section 3 of docs/method.md, line by line.
+
+    Args:
+        states, counts: of each parameter.
+    """
     values, method = options.values, options.method
     lr, beta, dims = values["lr"], values["beta"], values["group_dim"]
     w = [to_opmath(p.detach()) for p in params]
@@ -110,7 +121,7 @@ def _step(params: Sequence[Tensor], states: Sequence[States], options: StepOptio
     names = options.states[: options.base_states]
     stored = [[of_p[name] for of_p in states] for name in names]
     computed = [[x if x is None else to_opmath(x) for x in state] for state in stored]
-    options.base.step(w, g, computed, values)
+    options.base.step(w, g, computed, values, counts)
 
     for p, x, d in zip(params, w, g, strict=True):
         if x.dtype != p.dtype:  # else x is p: the step was in place
@@ -148,7 +159,8 @@ class ReferenceEngine(Engine):
             for j, p in enumerate(group["params"]):
                 if p.grad is not None:
                     states = {name: inputs.state_of(p, name) for name in options.states}
-                    check_entry(p, group, i, j, states)
+                    counter = None if options.counter is None else inputs.state_of(p, options.counter)
+                    check_entry(p, group, i, j, states, counter)
                     if p in inputs.norms and options.dims is not None and p.numel() > 0:
                         check_norms(inputs.norms[p], p, options)
                     starts_from_u = options.method.starts_from_u and p.numel() > 0
@@ -168,7 +180,9 @@ class ReferenceEngine(Engine):
             states = {p: _find_states(p, options, inputs) for _, p in with_gradient(group)}
             for params in _batches(group):
                 try:
-                    _step(params, [states[p] for p in params], options, inputs)
+                    counts = counts_of(params, options, inputs)
+                    _step(params, [states[p] for p in params], counts, options, inputs)
+                    advance(params, options, inputs)
                 except (AssertionError, NotImplementedError, RuntimeError) as error:
                     j = next(j for j, p in enumerate(group["params"]) if p is params[0])
                     raise named(error, params[0], param_name(group, i, j)) from error

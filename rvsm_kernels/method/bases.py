@@ -7,10 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from .options import LR, SGD_OPTIONS, SPLIT_OPTIONS, Option, check_sgd, check_split, check_values
+from .options import (
+    ADAMW_OPTIONS,
+    LR,
+    SGD_OPTIONS,
+    SPLIT_OPTIONS,
+    UNIT_NORM,
+    Option,
+    check_sgd,
+    check_split,
+    check_values,
+)
 
 State = list[Tensor | None]
 """One state of several parameters; None where it is not there yet."""
@@ -23,14 +35,19 @@ class Base:
     Attributes:
         name: its name, for messages and tables.
         number: the kernels' name of it.
+        torch_name: the optimizer of torch.optim whose step it is, for messages; None if there is none.
         options: those of a param group that the base reads.
+        more_options: those that only optimizers over this base have, beside the splitting's.
         check: raises ValueError for options of a group that exclude each other.
         states: of a group, the names of the states that the base has in ``optimizer.state[p]``; zeros at first.
         number_names: what the numbers are, in the kernels' order.
-        numbers: of (group, fresh), the numbers of a step in double precision; fresh: the states hold their first zeros.
-        step: (weights, gradients, states, group): one step in plain torch, in the type of the arithmetic; the weights
-            are written in place. Of ``states``, in the order of their names, each None is replaced by a new tensor
-            that holds the state after the step.
+        numbers: of (group, count), the numbers of a step in double precision; count: how many steps the states of the
+            parameter have seen, 0 where they hold their first zeros. Without a counter any later step has count 1.
+        step: (weights, gradients, states, group, counts): one step in plain torch, in the type of the arithmetic; the
+            weights are written in place. Of ``states``, in the order of their names, each None is replaced by a new
+            tensor that holds the state after the step. ``counts``: of each parameter, as in ``numbers``.
+        counter: the name of the 1-element tensor in ``optimizer.state[p]`` that counts the steps of a parameter, None
+            where the base counts none. An engine adds 1 to it in each step.
         writes_gradient: where the splitting has terms in the gradient, the step leaves their sum in ``p.grad`` for
             another optimizer.
     """
@@ -41,14 +58,17 @@ class Base:
     check: Callable[[Mapping[str, Any]], None]
     states: Callable[[Mapping[str, Any]], tuple[str, ...]]
     number_names: tuple[str, ...]
-    numbers: Callable[[Mapping[str, Any], bool], tuple[float, ...]]
-    step: Callable[[list[Tensor], list[Tensor], Sequence[State], Mapping[str, Any]], None]
+    numbers: Callable[[Mapping[str, Any], int], tuple[float, ...]]
+    step: Callable[[list[Tensor], list[Tensor], Sequence[State], Mapping[str, Any], Sequence[int]], None]
+    torch_name: str | None = None
+    more_options: tuple[Option, ...] = ()
+    counter: str | None = None
     writes_gradient: bool = False
 
     @functools.cached_property
     def all_options(self) -> tuple[Option, ...]:
-        """Every option of a param group of an optimizer over this base: the base's, then those of the splitting."""
-        return (*self.options, *SPLIT_OPTIONS)
+        """Every option of a param group of an optimizer over this base: the base's, the splitting's, others."""
+        return (*self.options, *SPLIT_OPTIONS, *self.more_options)
 
 
 # ---- sgd: torch.optim.SGD --------------------------------------------------------------------------------------------
@@ -58,19 +78,21 @@ def _sgd_states(group: Mapping[str, Any]) -> tuple[str, ...]:
     return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
 
-def _sgd_numbers(group: Mapping[str, Any], fresh: bool) -> tuple[float, ...]:
+def _sgd_numbers(group: Mapping[str, Any], count: int) -> tuple[float, ...]:
     momentum = float(group["momentum"])
     return (
         float(group["weight_decay"]),
-        0.0 if fresh else momentum,
-        1.0 if fresh else 1.0 - float(group["dampening"]),
+        momentum if count else 0.0,
+        1.0 - float(group["dampening"]) if count else 1.0,
         momentum,
         float(bool(group["nesterov"])),
         float(group["lr"]),
     )
 
 
-def _sgd_step(w: list[Tensor], g: list[Tensor], states: Sequence[State], group: Mapping[str, Any]) -> None:
+def _sgd_step(
+    w: list[Tensor], g: list[Tensor], states: Sequence[State], group: Mapping[str, Any], counts: Sequence[int]
+) -> None:
     """torch's functional SGD in its foreach form."""
     if group["nesterov"] and not group["weight_decay"]:
         g = [x.clone() for x in g]  # torch writes the Nesterov direction into the gradients otherwise
@@ -98,6 +120,8 @@ SGD = Base(
     number_names=("weight_decay", "keep", "add", "momentum", "nesterov", "lr"),
     numbers=_sgd_numbers,
     step=_sgd_step,
+    torch_name="torch.optim.SGD",
+    more_options=(UNIT_NORM,),
 )
 
 
@@ -110,12 +134,70 @@ NONE = Base(
     check=lambda group: None,
     states=lambda group: (),
     number_names=(),
-    numbers=lambda group, fresh: (),
-    step=lambda w, g, states, group: None,
+    numbers=lambda group, count: (),
+    step=lambda w, g, states, group, counts: None,
     writes_gradient=True,
 )
 
-BASES: dict[str, Base] = {base.name: base for base in (SGD, NONE)}
+# ---- adamw: torch.optim.AdamW ----------------------------------------------------------------------------------------
+
+
+def _adamw_states(group: Mapping[str, Any]) -> tuple[str, ...]:
+    moments = "exp_avg", "exp_avg_sq"
+    return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
+
+
+def _adamw_numbers(group: Mapping[str, Any], count: int) -> tuple[float, ...]:
+    lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+    step = count + 1
+    return (
+        1 - lr * float(group["weight_decay"]),
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        lr / (1 - beta1**step),
+        1 / (1 - beta2**step) ** 0.5,
+        float(group["eps"]),
+    )
+
+
+def _adamw_step(
+    w: list[Tensor], g: list[Tensor], states: Sequence[State], group: Mapping[str, Any], counts: Sequence[int]
+) -> None:
+    """torch's functional AdamW in its foreach form."""
+    for state in states:
+        state[:] = [torch.zeros_like(x) if s is None else s for s, x in zip(state, w, strict=True)]
+    adamw(
+        w,
+        g,
+        *states[:2],  # type: ignore[arg-type]
+        states[2] if group["amsgrad"] else [],  # type: ignore[arg-type]
+        [torch.tensor(float(count)) for count in counts],
+        foreach=True,
+        amsgrad=bool(group["amsgrad"]),
+        beta1=float(group["betas"][0]),
+        beta2=float(group["betas"][1]),
+        lr=float(group["lr"]),
+        weight_decay=float(group["weight_decay"]),
+        eps=float(group["eps"]),
+        maximize=False,
+    )
+
+
+ADAMW = Base(
+    name="adamw",
+    number=2,
+    options=ADAMW_OPTIONS,
+    check=lambda group: None,
+    states=_adamw_states,
+    number_names=("keep", "add", "keep_sq", "add_sq", "step_size", "correction", "eps"),
+    numbers=_adamw_numbers,
+    step=_adamw_step,
+    torch_name="torch.optim.AdamW",
+    counter="step",
+)
+
+BASES: dict[str, Base] = {base.name: base for base in (SGD, NONE, ADAMW)}
 """Every base by its name."""
 
 
@@ -128,5 +210,5 @@ def validate(group: Mapping[str, Any], base: Base = SGD) -> None:
     """
     check_values(base.options, group)
     base.check(group)
-    check_values(SPLIT_OPTIONS, group)
+    check_values((*SPLIT_OPTIONS, *base.more_options), group)
     check_split(group)

@@ -82,6 +82,16 @@ def _any_finite(what: str) -> Callable[[str, Any], None]:
     return check
 
 
+def _betas(name: str, value: Any) -> None:
+    """A check for the two decay rates of AdamW's moments."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"Invalid betas value: {shown(value)} (a pair of numbers is needed)")
+    for index, beta in enumerate(value):
+        number = _to_number(f"betas[{index}]", beta, f"beta parameter at index {index}")
+        if not 0.0 <= number < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {number}")
+
+
 def _optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
     """The check of an option that may also be None."""
     return lambda name, value: None if value is None else check(name, value)
@@ -116,6 +126,15 @@ SGD_OPTIONS = (
 )
 """The options of ``torch.optim.SGD``'s step."""
 
+ADAMW_OPTIONS = (
+    LR,
+    Option("betas", (0.9, 0.999), _betas, "decay rates of the two moments, as torch.optim.AdamW, in [0, 1)"),
+    Option("eps", 1e-8, _number("epsilon value"), "as torch.optim.AdamW, >= 0"),
+    Option("weight_decay", 1e-2, _number("weight_decay value"), "as torch.optim.AdamW, >= 0"),
+    Option("amsgrad", False, None, "as torch.optim.AdamW"),
+)
+"""The options of ``torch.optim.AdamW``'s step."""
+
 SPLIT_OPTIONS = (
     Option("penalty", "l0", _choice(PENALTY_NAMES, or_none=True), "the penalty P, None for none"),
     Option("lam", 1e-6, _number("lam value"), "strength of the penalty, in units of the loss; 0 switches it off"),
@@ -132,12 +151,13 @@ SPLIT_OPTIONS = (
     Option("group_lasso", 0.0, _number("group_lasso value"), "strength of group_lasso * sum ||w_G||, >= 0"),
     Option("decoupled", True, None, "the gap pulls the weights (True) or is added to the gradient (False)"),
     Option("method", "rvsm", _choice(tuple(METHODS)), "what pulls, and what is remembered of it"),
-    Option("unit_norm", False, None, "w <- w / ||w|| of each whole tensor at the end of the step"),
     Option("maximize", False, None, "turn the gradient of the loss around"),
 )
 """The options of the splitting, whatever the base."""
 
-OPTIONS = (*SGD_OPTIONS, *SPLIT_OPTIONS)
+UNIT_NORM = Option("unit_norm", False, None, "w <- w / ||w|| of each whole tensor at the end of the step")
+
+OPTIONS = (*SGD_OPTIONS, *SPLIT_OPTIONS, UNIT_NORM)
 """Every option of :class:`rvsm_kernels.RVSM`: each key of a param group that its step reads, ``params`` aside."""
 
 
@@ -146,7 +166,8 @@ def names_of(options: Iterable[Option]) -> tuple[str, ...]:
     return tuple(option.name for option in options)
 
 
-OPTION_NAMES = names_of(OPTIONS)
+OPTION_NAMES = tuple(dict.fromkeys(names_of((*OPTIONS, *ADAMW_OPTIONS))))
+"""The name of every option of any optimizer."""
 
 
 # ---- a whole group ---------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class StepOptions:
         scaled: whether the numbers differ by the size of the groups.
         states: the names of the states, the base's first, then the method's.
         base_states: how many of them are the base's.
+        counter: the name of the tensor that counts the steps of a parameter, None where the base counts none.
         writes_gradient: the step writes to ``p.grad``: the base leaves the gradient to another optimizer, and the
             splitting has terms in it.
         structure: what of all this decides about tables and launches, rather than about numbers.
@@ -47,6 +48,7 @@ class StepOptions:
     scaled: bool
     states: tuple[str, ...]
     base_states: int
+    counter: str | None
     writes_gradient: bool
     structure: Hashable
 
@@ -76,6 +78,7 @@ class StepOptions:
             scaled=scaled,
             states=states,
             base_states=len(base_states),
+            counter=base.counter,
             writes_gradient=writes_gradient,
             structure=(base.name, method.name, penalty, dims, lasso, scaled, states, writes_gradient),
         )
@@ -85,12 +88,12 @@ class StepOptions:
         """The norms that each group needs: of what is thresholded and, where that is not w, of w for a group lasso."""
         return 2 if self.method.adds_state and self.lasso else 1
 
-    def numbers(self, size: int, fresh: bool) -> tuple[float, ...]:
+    def numbers(self, size: int, count: int) -> tuple[float, ...]:
         """The numbers of a step of one tensor, in double precision: those of the prox, of the splitting and the base.
 
         Args:
             size: elements of one of its groups, 1 for elements. Matters only where ``scaled``.
-            fresh: the base's states hold their first zeros.
+            count: how many steps the base's states have seen; without a counter 0 for none, 1 for any number.
         """
         values = self.values
         a, penalty, tau = float(values["a"]), None, 0.0
@@ -98,4 +101,4 @@ class StepOptions:
             penalty = "l0" if self.topk else values["penalty"]  # top-k thresholds as l0 does, at another cut
             tau = strength_of_size(values, size) / float(values["beta"])
         prox = prox_numbers(penalty, tau, a)
-        return (*prox, *split_numbers(values, self.split), *self.base.numbers(values, fresh))
+        return (*prox, *split_numbers(values, self.split), *self.base.numbers(values, count))

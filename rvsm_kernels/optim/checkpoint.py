@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..method.options import OPTION_NAMES, SGD_OPTIONS, may_differ, names_of, snapshot
+from ..method.bases import Base
+from ..method.options import OPTION_NAMES, may_differ, names_of, snapshot
 
-_OF_SGD = names_of(SGD_OPTIONS)
 _PLACES = ("params", "param_names", "param_order")
 _ADVICE = (
     "build both optimizers from the same groups: torch.optim.SGD takes the ones that"
@@ -19,15 +19,21 @@ _ADVICE = (
 Groups = Sequence[Mapping[str, Any]]
 
 
-def _refuse_others(groups: Groups) -> None:
-    """Raise ValueError for a checkpoint of another kind of optimizer: Adam's options would stay in the groups."""
+def _refuse_others(groups: Groups, base: Base, kind: str) -> None:
+    """Raise ValueError for a checkpoint of another kind of optimizer: its options would stay in the groups."""
     for i, group in enumerate(groups):
-        missing = [key for key in _OF_SGD if key not in group]
+        missing = [key for key in names_of(base.options) if key not in group]
         if missing:
-            strange = [key for key in group if key not in (*OPTION_NAMES, *_PLACES)]
+            ours = names_of(base.all_options)
+            strange = [key for key in group if key not in (*ours, *_PLACES)]
             raise ValueError(
-                f"this is no checkpoint of RVSM or torch.optim.SGD: its group {i} has no {', '.join(missing)}"
+                f"this is no checkpoint of {kind} or {base.torch_name}: its group {i} has no {', '.join(missing)}"
                 + (f", but {', '.join(map(str, strange))}" if strange else "")
+            )
+        if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
+            raise ValueError(
+                f"this is a checkpoint of torch.optim.Adam, whose weight decay (group {i}) passes through the moments;"
+                f" that of {kind} does not"
             )
 
 
@@ -53,12 +59,14 @@ def _order(groups: Groups) -> list[int] | None:
     return places if sorted(places) == list(range(len(places))) else None
 
 
-def regrouped(state_dict: Mapping[str, Any], groups: Groups) -> dict[str, Any] | None:
+def regrouped(state_dict: Mapping[str, Any], groups: Groups, base: Base, kind: str) -> dict[str, Any] | None:
     """A checkpoint in the groups of an optimizer that has others.
 
     Args:
         state_dict: ``state`` and ``param_groups``, as torch.optim saves them.
         groups: the param groups of the optimizer.
+        base: its base.
+        kind: the name of its class.
 
     Returns:
         None where the checkpoint fits as it is. Parameters are found by their names where both sides have the same,
@@ -73,7 +81,7 @@ def regrouped(state_dict: Mapping[str, Any], groups: Groups) -> dict[str, Any] |
         has = ", ".join(map(str, list(state_dict)[:4])) or "nothing"
         raise ValueError(f"this is no optimizer's state_dict(): it has no {' and no '.join(missing)}, but {has}")
     saved = state_dict["param_groups"]
-    _refuse_others(saved)
+    _refuse_others(saved, base, kind)
     theirs, ours = _names(saved), _names(groups)
     same = [len(g["params"]) for g in saved] == [len(g["params"]) for g in groups]
     by_name = theirs is not None and ours is not None and set(theirs) == set(ours)
@@ -143,19 +151,19 @@ def _options(index: int, sources: Groups, group: Mapping[str, Any]) -> dict[str,
 
 
 def to_torch_state_dict(optimizer: Any, model: nn.Module) -> dict[str, Any]:
-    """The state of an optimizer as ``torch.optim.SGD(model.parameters())`` loads it: one group, in the model's order.
+    """The state of an optimizer as torch's own loads it, over ``model.parameters()``: one group, in the model's order.
 
     Args:
-        optimizer: an RVSM over the parameters of the model. The states of its methods (``u``, ``dual``) and the
-            penalties stay behind.
+        optimizer: an RVSM (for ``torch.optim.SGD``) or RVSMAdamW (for ``torch.optim.AdamW``) over the parameters of the
+            model. The states of its methods (``u``, ``dual``) and the penalties stay behind.
         model: gives the order of the parameters.
 
     Returns:
         A state dict. Tensors are shared with the optimizer, as in ``optimizer.state_dict()``.
 
     Raises:
-        ValueError: the parameters are not those of the model, or lr, momentum, ... differ between groups: build SGD
-            from the same groups then, and load ``optimizer.state_dict()``.
+        ValueError: the parameters are not those of the model, or lr, weight_decay, ... differ between groups: build
+            torch's optimizer from the same groups then, and load ``optimizer.state_dict()``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_torch_state_dict takes the optimizer, then the model, but got a {type(model).__name__}")
@@ -167,22 +175,31 @@ def to_torch_state_dict(optimizer: Any, model: nn.Module) -> dict[str, Any]:
         what = f"{missing[0]} is not in the optimizer" if missing else "the optimizer has parameters that are not in it"
         raise ValueError(f"the optimizer's parameters are not those of the model: {what}")
     options: dict[str, Any] = {}
-    for key in (*_OF_SGD, "maximize"):
+    base = optimizer._base
+    for key in (*names_of(base.options), "maximize"):
         values = [group[key] for group in groups]
-        if any(float(value) != float(values[0]) for value in values[1:]):
+        if any(_as_numbers(value) != _as_numbers(values[0]) for value in values[1:]):
             raise ValueError(
-                f"the groups differ in {key} ({_listed(values)}), which one group of torch.optim.SGD cannot hold; build"
-                " SGD from the same groups, and load optimizer.state_dict()"
+                f"the groups differ in {key} ({_listed(values)}), which one group of {base.torch_name} cannot hold;"
+                f" build {base.torch_name.split('.')[-1]} from the same groups, and load optimizer.state_dict()"
             )
         options[key] = values[0]
     state = {}
     for k, p in enumerate(model.parameters()):
-        buffer = optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
-        if buffer is not None:
-            state[k] = {"momentum_buffer": buffer}
+        of_p = optimizer.state.get(p, {})
+        names = (*base.states(options), base.counter)
+        found = {name: of_p[name] for name in names if of_p.get(name) is not None}
+        if found:
+            state[k] = found
     beside = {"foreach": None, "differentiable": False, "fused": None}
-    return {"state": state, "param_groups": [{**options, **beside, "params": list(range(len(names)))}]}
+    if base.counter is not None:
+        beside |= {"capturable": False, "decoupled_weight_decay": True}
+    return {"state": state, "param_groups": [{**options, **beside, "params": list(range(len(held)))}]}
+
+
+def _as_numbers(value: Any) -> Any:
+    return tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
 
 
 def _listed(values: Iterable[Any]) -> str:
-    return ", ".join(str(float(v)) for v in dict.fromkeys(map(float, values)))
+    return ", ".join(str(v) for v in dict.fromkeys(map(_as_numbers, values)))

@@ -117,7 +117,7 @@ class SplitOptimizer(Optimizer):
     def _summarize(self) -> None:
         """What a step asks of the options of all groups together."""
         self._any_topk = any(options.topk for options in self._options)
-        self._any_unit_norm = any(options.values["unit_norm"] for options in self._options)
+        self._any_unit_norm = any(options.values.get("unit_norm") for options in self._options)
         self._any_state_at_rest = any(o.method.state is not None and o.values["lr"] == 0 for o in self._options)
 
     def _check_group(self, i: int, group: dict[str, Any]) -> None:
@@ -348,7 +348,7 @@ class SplitOptimizer(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this optimizer or of torch.optim.SGD.
+        """Load a checkpoint of this optimizer or of the torch.optim optimizer that it replaces.
 
         The options of the checkpoint go before those that were passed to the constructor, as in torch.optim; options
         that it does not name keep the values they have here. Its groups need not be those of this optimizer: parameters
@@ -369,7 +369,9 @@ class SplitOptimizer(Optimizer):
             self._has_obsolete_states = True
             # A hook may unpack what it is given, so groups are mapped after the hooks, by the last of them.
             last = self.register_load_state_dict_pre_hook(
-                lambda optimizer, state: checkpoint.regrouped(state, optimizer.param_groups)
+                lambda optimizer, state: checkpoint.regrouped(
+                    state, optimizer.param_groups, self._base, type(self).__name__
+                )
             )
             try:
                 super().load_state_dict(state_dict)  # runs the hooks, then hands the groups to __setstate__

@@ -5,10 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .base_adamw import adamw_step
 from .base_sgd import sgd_step
 
 SGD = tl.constexpr(0)
 NONE = tl.constexpr(1)  # the pull alone: the weights stay as it has left them
+ADAMW = tl.constexpr(2)
 
 
 @triton.constexpr_function
@@ -27,4 +29,6 @@ def base_step(w, states, d, numbers, BASE: tl.constexpr, STATES: tl.constexpr):
     """
     if BASE == SGD:
         w, states = sgd_step(w, states, d, numbers, STATES)
+    elif BASE == ADAMW:
+        w, states = adamw_step(w, states, d, numbers, STATES)
     return w, states

@@ -44,7 +44,7 @@ class TritonEngine(Engine):
         structures = [options.structure for options in inputs.options] if is_new else self._structures
         try:
             if structures == self._structures and self._table.refresh(groups, inputs):
-                if is_new:
+                if is_new or self._table.counters:
                     self._table.set_numbers(inputs.options)
             else:
                 ready = self._build(groups, inputs)
@@ -55,8 +55,9 @@ class TritonEngine(Engine):
             self._forget()
             raise
         self._structures = structures
-        # Whether states appear is decided here, so that a first step waits for the device; no other does.
-        if self._table.new_states and inputs.found_inf is not None:
+        # Whether states appear is decided here, so that a first step waits for the device; so does every step of a base
+        # that counts steps on the host.
+        if (self._table.new_states or self._table.counters) and inputs.found_inf is not None:
             self._skip = inputs.found_inf.item() > 0
         return Ready.YES
 
@@ -87,6 +88,8 @@ class TritonEngine(Engine):
             for turn in range(max(table.turns, default=-1) + 1):
                 self._run_turn(turn, self._inputs)
             torch.autograd.graph.increment_version(table.changed)
+            if table.counters:
+                torch._foreach_add_(table.counters, 1)
         self.drop()
 
     def _run_turn(self, turn: int, inputs: StepInputs) -> None:

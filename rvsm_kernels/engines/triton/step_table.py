@@ -48,6 +48,7 @@ class ParamSlot(NamedTuple):
     options: StepOptions
     view: GroupView | None
     states: list[Tensor | None]
+    counter: Tensor | None
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -64,6 +65,7 @@ class StepTable:
         new_states: (parameter, name, tensor) that ``optimizer.state`` gets when the step is launched.
         changed: what a step writes, for the version counters.
         turns: of the parameters that move.
+        counters: the tensors that count the steps of the parameters, where the base counts them.
     """
 
     def __init__(self) -> None:
@@ -72,6 +74,7 @@ class StepTable:
         self.new_states: list[tuple[Tensor, str, Tensor]] = []
         self.changed: list[Tensor] = []
         self.turns: list[int] = []
+        self.counters: list[Tensor] = []
         self._params: list[Tensor] = []
         self._lengths: list[int] = []  # of the param groups
         self._active: list[bool] = []
@@ -80,6 +83,9 @@ class StepTable:
         self._state_values: list[Any] = []
         self._state_places: list[tuple[Any, str]] = []  # the dict of each state, and its name there
         self._states: list[Tensor] = []
+        self._counter_places: list[tuple[Any, str]] = []
+        self._cohorts: list[tuple[int, int]] = []  # the group of each counter, and its count when the table was made
+        self._counts: dict[tuple[int, int], int] = {}  # of each cohort, now
         self._with_cut: list[Tensor] = []  # the parameters that move and have top-k
         self._cuts_and_norms: list[Any] = []  # whose addresses stand in the tables
         self._guards: Any = None
@@ -109,7 +115,7 @@ class StepTable:
             if not (_same(list(state), self._state_keys) and _same(list(state.values()), self._state_values)):
                 return False
             states = [of.get(name) for of, name in self._state_places]
-            if not _same(states, self._states):
+            if not _same(states, self._states) or not self._read_counts():
                 return False
             tensors += self._states
         if not _same(self._find_cuts_and_norms(inputs), self._cuts_and_norms) or not self._guards.check(*tensors):
@@ -123,6 +129,19 @@ class StepTable:
                 return False
             self._move(addresses)
         self.held = tensors
+        return True
+
+    def _read_counts(self) -> bool:
+        """The count of each cohort; False where a counter is another object, or a cohort no longer has one count."""
+        counters = [of.get(name) for of, name in self._counter_places]
+        if not _same(counters, self.counters):
+            return False
+        counts: dict[tuple[int, int], int] = {}
+        for cohort, counter in zip(self._cohorts, self.counters, strict=True):
+            count = int(counter)
+            if counts.setdefault(cohort, count) != count:
+                return False
+        self._counts = counts
         return True
 
     def _find_cuts_and_norms(self, inputs: StepInputs) -> list[Any]:
@@ -142,10 +161,12 @@ class StepTable:
             )
 
     def set_numbers(self, options: Sequence[StepOptions]) -> None:
-        """The numbers of every launch; their keys are the place of the group, the size of its groups, a first step."""
+        """The numbers of every launch; their keys are the place of the group, the size of its groups, the count."""
         for part in self.launches:
-            keys = part.launch.keys
-            part.launch.set({(i, size, fresh): options[i].numbers(size, fresh) for i, size, fresh in keys})
+            numbers = {}
+            for i, size, count in part.launch.keys:
+                numbers[i, size, count] = options[i].numbers(size, self._counts.get((i, count), count))
+            part.launch.set(numbers)
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
@@ -163,7 +184,8 @@ class StepTable:
                     if p.device.type not in served or kind_of(p) is not None:
                         return None
                     states = {name: inputs.state_of(p, name) for name in options.states}
-                    check_entry(p, group, i, j, states)
+                    counter = None if options.counter is None else inputs.state_of(p, options.counter)
+                    check_entry(p, group, i, j, states, counter)
                     moves = p.numel() > 0
                 self._params.append(p)
                 self._active.append(moves)
@@ -172,7 +194,7 @@ class StepTable:
                         check_groups(p, group["group_dim"], param_name(group, i, j))
                         if p in inputs.norms:
                             check_norms(inputs.norms[p], p, options)
-                    slots.append(ParamSlot(p, i, options, view_of(p, options.dims), list(states.values())))
+                    slots.append(ParamSlot(p, i, options, view_of(p, options.dims), list(states.values()), counter))
         self._lengths = [len(group["params"]) for group in groups]
         self._all_active = all(self._active)
         return slots
@@ -195,7 +217,7 @@ class StepTable:
             count = len(options.states)
             kind = turn, p.device, dtype, count, options.base.number, options.method.number, options.writes_gradient
             args, params, states_of_params = kinds.setdefault(kind, ([], [], [[] for _ in range(count)]))
-            fresh = any(state is None for state in slot.states[: options.base_states])
+            started = self._count(slot)
             for name, state, places in zip(options.states, slot.states, states_of_params, strict=True):
                 places.append(len(self._states))
                 self._states.append(self._new_state(p, name, state, w))
@@ -203,13 +225,13 @@ class StepTable:
             size = slot.view.outer * slot.view.inner if slot.view is not None and options.scaled else 1
             cut = inputs.cuts[p].data_ptr() if options.topk else 0
             norms = inputs.norms[p].data_ptr() if slot.view is not None and p in inputs.norms else 0
-            args.append(TensorArgs(w, g, slot.view, (slot.group, size, fresh), cut, norms, options.lasso))
+            args.append(TensorArgs(w, g, slot.view, (slot.group, size, started), cut, norms, options.lasso))
             params.append(k)
             if options.values["penalty"] == "tl1":
                 tl1.add(kind)
         for kind, (args, params, states_of_params) in sorted(kinds.items(), key=lambda item: item[0][0]):
             turn, device, dtype, count, base, method, writes_gradient = kind
-            numbers = len(inputs.options[args[0].key[0]].numbers(1, False))
+            numbers = len(inputs.options[args[0].key[0]].numbers(1, 0))
             step_kind = StepKind(base, method, count, numbers, writes_gradient)
             launch = Launch("step", dtype, device, args, kind in tl1, step_kind)
             all_of_them = len(params) == len(slots)
@@ -222,6 +244,20 @@ class StepTable:
         written += [slot.p.grad for slot in slots if slot.options.writes_gradient and slot.p.grad is not None]
         self.changed = [t for t in written if not t.is_inference()]
         self._remember(slots, inputs)
+
+    def _count(self, slot: ParamSlot) -> int:
+        """How many steps the states of a parameter have seen, as :meth:`StepOptions.numbers` takes it."""
+        name, counter = slot.options.counter, slot.counter
+        if name is None:
+            return int(all(state is not None for state in slot.states[: slot.options.base_states]))
+        if counter is None:
+            counter = torch.zeros((), dtype=torch.float32)
+            self.new_states.append((slot.p, name, counter))
+        count = int(counter)
+        self.counters.append(counter)
+        self._cohorts.append((slot.group, count))
+        self._counts[slot.group, count] = count
+        return count
 
     def _new_state(self, p: Tensor, name: str, state: Tensor | None, w: Tensor) -> Tensor:
         """A state as the step needs it: where it is missing zeros; of another dtype, its conversion."""
@@ -241,6 +277,7 @@ class StepTable:
             return
         self._state_keys, self._state_values = list(inputs.states), list(inputs.states.values())
         self._state_places = [(inputs.states[s.p], name) for s in slots for name in s.options.states]
+        self._counter_places = [(inputs.states[s.p], s.options.counter) for s in slots if s.options.counter is not None]
         self._with_cut = [slot.p for slot in slots if slot.options.topk]
         self._cuts_and_norms = self._find_cuts_and_norms(inputs)
         self._guards = _guards.TensorGuards(*self.held, dynamic_dims_sizes=None, dynamic_dims_strides=None)

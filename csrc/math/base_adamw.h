@@ -1,0 +1,60 @@
+// The step of torch.optim.AdamW. Without torch, for host and device.
+//
+//   w = w - lr decay w
+//   m = beta1 m + (1 - beta1) d,  v = beta2 v + (1 - beta2) d^2
+//   w = w - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps), with amsgrad for v the largest v so far
+//
+// What depends on t is a number of the record, so that the host makes it in double precision.
+#pragma once
+
+#include <cmath>
+
+#include "numbers.h"
+
+namespace rvsm {
+
+// kAmsgrad: a third state, max_exp_avg_sq, behind exp_avg and exp_avg_sq.
+template <bool kAmsgrad>
+struct AdamW {
+  static constexpr BaseKind kKind = BaseKind::adamw;
+  static constexpr int kStates = 2 + kAmsgrad;
+  static constexpr bool kReadsGrad = true, kWritesGrad = false, kWritesWeight = true;
+  static constexpr int kNumbers = 7;
+
+  template <class T>
+  struct Numbers {
+    T keep;             // 1 - lr * weight_decay
+    T add;              // 1 - beta1
+    T keep_sq;          // beta2
+    T add_sq;           // 1 - beta2
+    T step_size;        // lr / (1 - beta1^t)
+    T correction, eps;  // 1 / sqrt(1 - beta2^t)
+  };
+
+  template <class T>
+  RVSM_HD Numbers<T> numbers(const double* n) {
+    return {T(n[0]), T(n[1]), T(n[2]), T(n[3]), T(n[4]), T(n[5]), T(n[6])};
+  }
+
+  struct Switches {};
+  RVSM_HD Switches switches(const double*) { return {}; }
+  template <class F>
+  RVSM_HD void with_switches(const double*, const F& f) {
+    f(Switches{});
+  }
+
+  template <class T, class On>
+  RVSM_HD void step(T& w, T* state, T& d, const Numbers<T>& n, On) {
+    w = w * n.keep;
+    state[0] = state[0] + n.add * (d - state[0]);
+    state[1] = n.keep_sq * state[1] + n.add_sq * (d * d);
+    T v = state[1];
+    if constexpr (kAmsgrad) {
+      // As torch.maximum: a NaN stays.
+      v = state[2] = state[2] > v || state[2] != state[2] ? state[2] : v;
+    }
+    w = w - n.step_size * (state[0] / (std::sqrt(v) * n.correction + n.eps));
+  }
+};
+
+}  // namespace rvsm
