@@ -79,8 +79,8 @@ sanitize: $(VENV)/installed
 	cmake --build build/sanitize
 	cd build/sanitize && ctest --output-on-failure
 
-# The PTX that nvcc makes of the CUDA kernels, run on the host: two minutes; ten; twenty for the mutants. Without nvcc
-# nothing is run, and a line says so; RVSM_CUDA=1 insists on it.
+# The PTX that nvcc makes of the CUDA kernels, run on the host: two minutes; up to twenty; up to thirty for the mutants.
+# Without nvcc nothing is run, and a line says so; RVSM_CUDA=1 insists on it.
 ptx ptx-full ptx-mutants: $(VENV)/installed
 	$(CMAKE) -S . -B build/ptx -DRVSM_MODULE=OFF -DRVSM_PTX=ON
 	cmake --build build/ptx --target $@

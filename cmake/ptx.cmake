@@ -57,5 +57,5 @@ endfunction()
 
 list(GET RVSM_PTX_ARCHITECTURES 0 RVSM_PTX_FIRST)
 rvsm_add_ptx_run(ptx ${RVSM_PTX_FIRST} --cases 40)
-rvsm_add_ptx_run(ptx-full "${RVSM_PTX_ARCHITECTURES}" --cases 300)
-rvsm_add_ptx_run(ptx-mutants ${RVSM_PTX_FIRST} --cases 300 --mutants 80)
+rvsm_add_ptx_run(ptx-full "${RVSM_PTX_ARCHITECTURES}" --cases 450)
+rvsm_add_ptx_run(ptx-mutants ${RVSM_PTX_FIRST} --cases 450 --mutants 80)

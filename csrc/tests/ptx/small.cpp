@@ -2,6 +2,7 @@
 // groups are summed.
 
 #include <cmath>
+#include <utility>
 
 #include "cases.h"
 
@@ -101,7 +102,7 @@ void add_at_cut(Experiment& x, TensorOptions o) {
           }
 }
 
-// `base`: momentum and the place of the pull.
+// `base`: which it is, its momentum and the place of the pull.
 void at_cut(Action action, bool with_source, const definition::Step& base) {
   generator().seed(1);
   Experiment x(action);
@@ -168,19 +169,21 @@ void pull_alone(Dtype dtype, bool decoupled) {
   const GroupView views[] = {{1, 1, 4, 64}, {1, 7, 5, 3}, {}};  // summed by the step's blocks, by a launch before, none
   for (const GroupView& view : views)
     for (const Method method : {Method::rvsm, Method::delayed, Method::admm})
-      for (const double lasso : {0.0, 0.25}) {
+      // The factors of groups hide the penalty from the step; single elements have no group lasso.
+      for (const auto [penalty, lasso] :
+           {std::pair{Penalty::l1, 0.0}, {view.size() > 1 ? Penalty::l1 : Penalty::l0, 0.25}, {Penalty::tl1, 0.0}}) {
         TensorOptions o;
         o.dtype = o.noted = dtype;
         o.grouped = view.size() > 1;
         o.view = view;
         o.single = kHeadBodyTail;
         o.step.base = BaseKind::none;
-        o.step.penalty = Penalty::l1;
+        o.step.penalty = penalty;
         o.step.method = method;
         o.step.decoupled = decoupled;
         o.step.beta = 0.5;
         o.step.lam = 0.1 * std::sqrt(double(view.size()));
-        o.step.lr = 0.25;
+        o.step.lr = 1;  // a pull that is seen behind the rounding of a half type
         if (o.grouped) o.step.group_lasso = lasso;
         x.tensors.push_back(make_tensor(o));
       }
@@ -235,6 +238,12 @@ std::vector<Case> small_cases() {
         add(text_of("cut, decoupled %d, momentum %g, nesterov %d", decoupled, momentum, nesterov),
             [=] { at_cut(Action::step, false, base); });
       }
+  base = {};
+  base.base = BaseKind::none;
+  for (const bool decoupled : {false, true}) {
+    base.decoupled = decoupled;
+    add(text_of("cut, the pull alone, decoupled %d", decoupled), [=] { at_cut(Action::step, false, base); });
+  }
   const auto of = [](const GroupView& v) {
     return text_of("%lld x %lld x %lld x %lld", (long long)v.batch, (long long)v.outer, (long long)v.groups,
                    (long long)v.inner);

@@ -69,7 +69,7 @@ definition::Step random_step(const TensorOptions& t, Action action, Profile prof
   o.momentum = pick({0, 1, 1}) ? uniform(0.5, 0.99) : 0;
   o.nesterov = o.momentum != 0 && integer(0, 1);
   o.dampening = o.momentum != 0 && !o.nesterov && integer(0, 2) == 0 ? uniform(0, 1) : 0;
-  if (action == Action::step && integer(0, 4) == 0) o.base = BaseKind::none;
+  if (action == Action::step && integer(0, 2) == 0) o.base = BaseKind::none;
   o.weight_decay = integer(0, 1) ? log_uniform(1e-5, 0.1) : 0;
   o.decoupled = integer(0, 1);
   o.maximize = integer(0, 3) == 0;
