@@ -34,6 +34,7 @@ struct ForThreads {
 template <class S, class Base, bool kHasState>
 constexpr int step_blocks() {
   constexpr bool kHalf = sizeof(S) == 2, kTwoArrays = Base::kStates > 0 || Base::kWritesGrad;
+  if (Base::kStates > 1) return sizeof(S) != 4 || kHasState ? 2 : 3;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 900)
   if (kHasState) return sizeof(S) == 8 ? 2 : 3;
 #else
@@ -63,8 +64,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) prox_kernel(const __grid
 }
 
 // Half types hold more than 40 registers from phase to phase; half of the threads still have 48 KB in flight.
+template <class S, class Base>
+constexpr int resident_blocks() {
+  if (Base::kStates > 1) return sizeof(S) == 4 ? 3 : 2;
+  return sizeof(S) == 2 ? 4 : kBlocks<S>;
+}
+
 template <class S, class Base, bool kStep>
-__global__ void __launch_bounds__(kThreads, sizeof(S) == 2 ? 4 : kBlocks<S>)
+__global__ void __launch_bounds__(kThreads, resident_blocks<S, Base>())
     resident_kernel(const __grid_constant__ Table table) {
   __shared__ ResidentShared<Opmath<S>> shared;
   resident_block<S, Base, kStep>(table, blockIdx.x, shared, ForThreads{});

@@ -45,15 +45,18 @@ double value_of(cuda::Launches& launches, std::vector<TensorArgs> tensors, Memor
   return value;
 }
 
+// States of the base that has most.
+constexpr int kMostOfBase = 3;
+
 // Where the arrays of a tensor are.
 struct Places {
-  char *w, *g, *base_state, *method_state, *cut, *norms;
+  char *w, *g, *base_states[kMostOfBase], *method_state, *cut, *norms;
 };
 
 // A tensor of any type, with guard elements around it.
 struct Tensor {
   TensorArgs args;
-  std::vector<char> w, g, base_state, method_state, cut, norms;
+  std::vector<char> w, g, base_states[kMostOfBase], method_state, cut, norms;
   int64_t at;
   bool norms_given = false;
 
@@ -85,15 +88,25 @@ struct Tensor {
       const Opmath<S> number = Opmath<S>(uniform(0, args.grouped ? 2 : 1));
       cut.resize(16);
       std::memcpy(cut.data(), &number, sizeof number);
-      for (auto* v : {&w, &g, &base_state, &method_state}) {
+      for (auto* v : {&w, &g, &method_state, &base_states[0], &base_states[1], &base_states[2]}) {
         v->resize(size_t(args.numel + 16) * sizeof(S));
         for (int64_t i = 0; i < args.numel + 16; ++i)
-          store(reinterpret_cast<S*>(v->data())[i], Opmath<S>(uniform(-1, 1)));
+          store(reinterpret_cast<S*>(v->data())[i], Opmath<S>(uniform(squares(v) ? 0.1 : -1, 1)));
       }
     });
   }
 
-  Places own() { return {w.data(), g.data(), base_state.data(), method_state.data(), cut.data(), norms.data()}; }
+  // Whether an array holds averages of squares.
+  bool squares(const std::vector<char>* v) const { return v == &base_states[1] || v == &base_states[2]; }
+
+  Places own() {
+    return {w.data(),
+            g.data(),
+            {base_states[0].data(), base_states[1].data(), base_states[2].data()},
+            method_state.data(),
+            cut.data(),
+            norms.data()};
+  }
 
   // Where the engine finds the arrays; the gradient is sometimes out of line.
   void aim(const Places& p) {
@@ -101,7 +114,7 @@ struct Tensor {
       using S = decltype(s);
       args.w = reinterpret_cast<S*>(p.w) + at;
       args.g = reinterpret_cast<S*>(p.g) + (args.numel % 4 == 0 ? 1 : at);
-      if (args.base.states > 0) args.state[0] = reinterpret_cast<S*>(p.base_state) + at;
+      for (int k = 0; k < args.base.states; ++k) args.state[k] = reinterpret_cast<S*>(p.base_states[k]) + at;
       if (args.method != Method::rvsm)
         args.state[args.base.states] = reinterpret_cast<S*>(p.method_state) + (args.numel % 7 == 0 ? 0 : at);
       args.cut = args.topk ? p.cut : nullptr;
@@ -118,7 +131,9 @@ void compare(const Tensor& got, const Tensor& want, const char* what, double loo
   const std::pair<const std::vector<char>*, const std::vector<char>*> pairs[] = {
       {&got.w, &want.w},
       {&got.g, &want.g},
-      {&got.base_state, &want.base_state},
+      {&got.base_states[0], &want.base_states[0]},
+      {&got.base_states[1], &want.base_states[1]},
+      {&got.base_states[2], &want.base_states[2]},
       {&got.method_state, &want.method_state}};
   for (const auto& [x, y] : pairs) {
     for (int64_t i = 0; i < got.args.numel + 16; ++i) {
@@ -147,8 +162,12 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
   std::vector<Places> places;
   for (int i = 0; i < count; ++i) {
     Tensor &x = got[size_t(i)], &y = want[size_t(i)];
-    places.push_back({memory.place(x.w), memory.place(x.g), memory.place(x.base_state), memory.place(x.method_state),
-                      memory.place(x.cut), memory.place(x.norms)});
+    places.push_back({memory.place(x.w),
+                      memory.place(x.g),
+                      {memory.place(x.base_states[0]), memory.place(x.base_states[1]), memory.place(x.base_states[2])},
+                      memory.place(x.method_state),
+                      memory.place(x.cut),
+                      memory.place(x.norms)});
     x.aim(places.back());
     y.aim(y.own());
     launches.tensors.push_back(x.args);
@@ -174,7 +193,7 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
       const Places& p = places[size_t(i)];
       memory.fetch(x.w, p.w);
       memory.fetch(x.g, p.g);
-      memory.fetch(x.base_state, p.base_state);
+      for (int k = 0; k < kMostOfBase; ++k) memory.fetch(x.base_states[k], p.base_states[k]);
       memory.fetch(x.method_state, p.method_state);
     }
   };
@@ -186,8 +205,8 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
     launches.run({}, {nullptr, placed + 1});
     fetch();
     for (size_t i = 0; i < got.size(); ++i)
-      CHECK(got[i].w == before[i].w && got[i].g == before[i].g && got[i].base_state == before[i].base_state &&
-                got[i].method_state == before[i].method_state,
+      CHECK(got[i].w == before[i].w && got[i].g == before[i].g && got[i].method_state == before[i].method_state &&
+                std::equal(got[i].base_states, got[i].base_states + kMostOfBase, before[i].base_states),
             "a step in spite of Inf");
     launches.run({}, {placed, placed + 2});
   } else {

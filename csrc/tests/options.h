@@ -1,4 +1,4 @@
-// What a step of SGD is asked for in the C++ tests, and its record: the tests' twin of method/step_options.py.
+// What a step is asked for in the C++ tests, and its record: the tests' twin of method/step_options.py.
 #pragma once
 
 #include <array>
@@ -25,6 +25,9 @@ struct Options {
   bool maximize = false;
   Method method = Method::rvsm;
   BaseKind base = BaseKind::sgd;
+  bool amsgrad = false;
+  double beta1 = 0.9, beta2 = 0.99, eps = 1e-8;
+  int count = 3;  // steps before this one, where it is not the first
 
   bool is_split() const { return penalty != Penalty::none && lam > 0 && beta > 0; }
   double strength(int64_t group_size) const { return group_scale ? lam * std::sqrt(double(group_size)) : lam; }
@@ -44,6 +47,17 @@ inline NumberRow record_of(const Options& o, int64_t group_size, bool fresh) {
   s[3] = o.group_lasso;
   if (o.base == BaseKind::none) return r;
   double* const b = s + kSplitNumbers;
+  if (o.base == BaseKind::adamw) {
+    const int step = fresh ? 1 : o.count + 1;
+    b[0] = 1 - o.lr * o.weight_decay;
+    b[1] = 1 - o.beta1;
+    b[2] = o.beta2;
+    b[3] = 1 - o.beta2;
+    b[4] = o.lr / (1 - std::pow(o.beta1, step));
+    b[5] = 1 / std::sqrt(1 - std::pow(o.beta2, step));
+    b[6] = o.eps;
+    return r;
+  }
   b[0] = o.weight_decay;
   b[1] = fresh ? 0 : o.momentum;
   b[2] = fresh ? 1 : 1 - o.dampening;
@@ -59,7 +73,8 @@ inline void apply(const Options& o, TensorArgs& args, bool fresh, std::deque<Num
   args.numbers = records.emplace_back(record_of(o, size, fresh)).data();
   const bool none = o.base == BaseKind::none;
   const bool in_gradient = (o.is_split() && !o.decoupled) || o.group_lasso != 0;
-  args.base = {o.base, uint8_t(!none && o.momentum != 0), none && in_gradient};
+  const bool adamw = o.base == BaseKind::adamw;
+  args.base = {o.base, uint8_t(adamw ? 2 + o.amsgrad : !none && o.momentum != 0), none && in_gradient};
   args.method = o.is_split() ? o.method : Method::rvsm;
   args.lasso = o.group_lasso != 0;
   args.lam = o.strength(size);
@@ -80,7 +95,8 @@ inline Options random_options(bool grouped) {
   o.maximize = integer(0, 1);
   o.group_lasso = grouped ? double(integer(0, 1)) * 0.1 : 0;
   o.group_scale = grouped && integer(0, 1);
-  o.base = integer(0, 4) == 0 ? BaseKind::none : BaseKind::sgd;
+  o.base = BaseKind(integer(0, 2));
+  o.amsgrad = integer(0, 1);
   return o;
 }
 

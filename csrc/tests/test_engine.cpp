@@ -52,12 +52,16 @@ std::vector<S> random_values(int64_t n) {
 // One tensor of a step, with guard elements around what may be written.
 template <class S>
 struct Tensor {
-  std::vector<S> w, g, m, x;
+  std::vector<S> w, g, m, x, v, largest;  // m, v, largest: the states of the base; x: that of the method
   int64_t at;
   std::shared_ptr<std::deque<NumberRow>> records = std::make_shared<std::deque<NumberRow>>();
 
   Tensor(int64_t n, int64_t shift)
-      : w(random_values<S>(n)), g(random_values<S>(n)), m(random_values<S>(n)), x(random_values<S>(n)), at(shift) {}
+      : w(random_values<S>(n)), g(random_values<S>(n)), m(random_values<S>(n)), x(random_values<S>(n)), at(shift) {
+    v = largest = random_values<S>(n);
+    for (auto* squares : {&v, &largest})
+      for (auto& y : *squares) store(y, std::fabs(load(y)) + Opmath<S>(0.1));
+  }
 
   TensorArgs args(int64_t n, const Options& o, const GroupView* view = nullptr) {
     TensorArgs r;
@@ -71,7 +75,8 @@ struct Tensor {
     r.w = w.data() + at;
     r.g = g.data() + at;
     apply(o, r, false, *records);
-    if (r.base.states > 0) r.state[0] = m.data() + at;
+    S* const of_base[] = {m.data() + at, v.data() + at, largest.data() + at};
+    for (int k = 0; k < r.base.states; ++k) r.state[k] = of_base[k];
     if (r.method != Method::rvsm) r.state[r.base.states] = x.data() + at;
     return r;
   }
@@ -79,7 +84,8 @@ struct Tensor {
     const auto equal = [](const std::vector<S>& a, const std::vector<S>& b) {
       return std::memcmp(a.data(), b.data(), a.size() * sizeof(S)) == 0;
     };
-    return equal(w, other.w) && equal(g, other.g) && equal(m, other.m) && equal(x, other.x);
+    return equal(w, other.w) && equal(g, other.g) && equal(m, other.m) && equal(x, other.x) && equal(v, other.v) &&
+           equal(largest, other.largest);
   }
 
   // The step of one element in plain code; `u` of what is thresholded.
@@ -87,8 +93,9 @@ struct Tensor {
   void step(int64_t i, const TensorArgs& args, Opmath<S> unit, const U& u) {
     using T = Opmath<S>;
     const size_t k = size_t(i + at);
-    T wi = load(w[k]), gi = load(g[k]), state[2] = {};
-    std::vector<S>* const states[] = {args.base.states > 0 ? &m : &x, &x};
+    T wi = load(w[k]), gi = load(g[k]), state[4] = {};
+    std::vector<S>* states[] = {&m, &v, &largest, &x};
+    states[args.base.states] = &x;
     for (int s = 0; s < args.states(); ++s) state[s] = load((*states[s])[k]);
     plain_step(wi, gi, state, unit, args, u);
     store(w[k], wi);

@@ -10,8 +10,25 @@ using Real = long double;
 namespace {
 
 struct State {
-  Real w, m;
+  Real w, m, v = 0, largest = 0;
 };
+
+// AdamW after the split, from its states.
+State expected_adamw(const Options& o, State s, Real grad, Real gap, Real unit, bool fresh) {
+  Real d = (o.maximize ? -grad : grad) + Real(o.group_lasso) * unit;
+  if (o.decoupled)
+    s.w -= Real(o.lr) * o.beta * gap;
+  else
+    d += Real(o.beta) * gap;
+  const int t = fresh ? 1 : o.count + 1;
+  s.w *= 1 - Real(o.lr) * o.weight_decay;
+  s.m = o.beta1 * s.m + (1 - Real(o.beta1)) * d;
+  s.v = o.beta2 * s.v + (1 - Real(o.beta2)) * d * d;
+  s.largest = std::max(s.largest, s.v);
+  const Real corrected = (o.amsgrad ? s.largest : s.v) / (1 - std::pow(Real(o.beta2), t));
+  s.w -= Real(o.lr) / (1 - std::pow(Real(o.beta1), t)) * s.m / (std::sqrt(corrected) + Real(o.eps));
+  return s;
+}
 
 State expected(const Options& o, Real w, Real m, Real grad, Real gap, Real unit, bool fresh) {
   Real g = o.maximize ? -grad : grad;
@@ -32,7 +49,7 @@ State expected(const Options& o, Real w, Real m, Real grad, Real gap, Real unit,
 
 template <class T>
 void compare(const Options& o, bool fresh) {
-  T w = T(uniform(-1, 1)), grad = T(uniform(-1, 1)), m[2] = {fresh ? T(0) : T(uniform(-1, 1))};
+  T w = T(uniform(-1, 1)), grad = T(uniform(-1, 1)), m[4] = {fresh ? T(0) : T(uniform(-1, 1))};
   const T u = T(uniform(-1, 1)), unit = T(uniform(-1, 1)), gap = w - u;
   std::deque<NumberRow> records;
   TensorArgs args;
@@ -46,10 +63,35 @@ void compare(const Options& o, bool fresh) {
         o.momentum, o.nesterov, fresh, double(w), want.w, double(m[0]), want.m);
 }
 
+template <class T>
+void compare_adamw(const Options& o, bool fresh) {
+  T w = T(uniform(-1, 1)), grad = T(uniform(-1, 1)), states[4] = {};
+  if (!fresh) {
+    states[0] = T(uniform(-1, 1));
+    states[1] = T(uniform(0.1, 1));
+    states[2] = T(uniform(0.1, 1));
+  }
+  const T u = T(uniform(-1, 1)), unit = T(uniform(-1, 1)), gap = w - u;
+  std::deque<NumberRow> records;
+  TensorArgs args;
+  apply(o, args, fresh, records);
+  const State before{w, states[0], states[1], states[2]}, want = expected_adamw(o, before, grad, gap, unit, fresh);
+  const Real d = Real(grad) + std::fabs(o.beta * gap) + std::fabs(o.group_lasso * unit);
+  plain_step(w, grad, states, unit, args, [&](T) { return u; });
+  // The first step divides by the size of a gradient whose terms cancel.
+  const Real small = fresh ? std::max<Real>(std::fabs(want.m) / (1 - Real(o.beta1)), Real(1e-6)) : 0.1;
+  const Real bound = 64 * std::numeric_limits<T>::epsilon() * (2 + 2 * Real(o.beta)) * (1 + (2 + std::fabs(d)) / small);
+  const auto near = [&](T x, Real y) { return std::fabs(Real(x) - y) <= bound; };
+  CHECK(near(w, want.w) && near(states[0], want.m) && near(states[1], want.v) &&
+            (!o.amsgrad || near(states[2], want.largest)),
+        "AdamW, decoupled %d amsgrad %d fresh %d: w %.17g want %.17Lg, exp_avg %.17g want %.17Lg", o.decoupled,
+        o.amsgrad, fresh, double(w), want.w, double(states[0]), want.m);
+}
+
 // The pull alone: no other term reaches the weights; what is coupled, and group lasso, ends in the gradient.
 template <class T>
 void compare_pull(const Options& o) {
-  T w = T(uniform(-1, 1)), grad = T(uniform(-1, 1)), none[2] = {};
+  T w = T(uniform(-1, 1)), grad = T(uniform(-1, 1)), none[4] = {};
   const T u = T(uniform(-1, 1)), unit = T(uniform(-1, 1)), gap = w - u;
   std::deque<NumberRow> records;
   TensorArgs args;
@@ -89,7 +131,11 @@ int main() {
     o.base = BaseKind::none;
     compare_pull<float>(o);
     compare_pull<double>(o);
-    cases += 4;
+    o.base = BaseKind::adamw;
+    o.amsgrad = integer(0, 1);
+    compare_adamw<float>(o, fresh);
+    compare_adamw<double>(o, fresh);
+    cases += 6;
   }
   // What a method pulls with, and its state from then on, by hand.
   double state = 0.25;

@@ -35,7 +35,7 @@ void engine_case(int count, Action action, int index, uint64_t seed);  // what t
 // Of all comparisons of a pass.
 struct Statistics {
   int64_t compared = 0, unlike_host = 0, near_cut = 0;
-  double worst[4][4] = {};  // error over its bound, by array, in the order of kArrayNames, and type
+  double worst[6][4] = {};  // error over its bound, by array, in the order of kArrayNames, and type
   double worst_from_host = 0;
   uint64_t digest = 0;  // of the bits of all results
   std::map<std::string, int64_t> tensors;
@@ -43,7 +43,8 @@ struct Statistics {
 extern Statistics statistics;
 
 constexpr const char* kDtypeNames[] = {"f32", "f64", "bf16", "f16"};
-constexpr const char* kArrayNames[] = {"w", "m", "kept", "g"};
+constexpr const char* kArrayNames[] = {"w", "m", "kept", "g", "v", "largest"};
+constexpr int kArrays = 6;
 
 // Whether cases run again in another order of threads. Mutants do without it.
 extern bool run_in_second_order;
@@ -92,25 +93,25 @@ double get(const char* from, size_t i) {
 
 // What is drawn for a tensor, or chosen by a case.
 struct TensorOptions : definition::Tensor {
-  bool wide = false;         // a half parameter whose gradient is float32: it is stepped as float32
-  Dtype noted = Dtype::f32;  // the type of the parameter
-  int64_t misalign[4] = {};  // elements behind a boundary, in the order of kArrayNames
-  double zeros = 0;          // share of the elements that are 0
-  bool zero_groups = false;  // every fifth group is 0
-  bool tie = false;          // top-k: the cut is the magnitude of an element
+  bool wide = false;               // a half parameter whose gradient is float32: it is stepped as float32
+  Dtype noted = Dtype::f32;        // the type of the parameter
+  int64_t misalign[kArrays] = {};  // elements behind a boundary, in the order of kArrayNames
+  double zeros = 0;                // share of the elements that are 0
+  bool zero_groups = false;        // every fifth group is 0
+  bool tie = false;                // top-k: the cut is the magnitude of an element
 };
 
 struct TensorCase {
   TensorOptions options;
   bool active = true;
   int32_t group = 0;
-  Array w, g, m, kept, cut;
+  Array w, g, m, kept, v, largest, cut;
   definition::Arrays numbers;  // what the arrays hold
   double cut_value = 0;
   std::string text;
   TensorArgs args;  // from Experiment::aim
 
-  Array* arrays[4] = {&w, &m, &kept, &g};  // in the order of kArrayNames
+  Array* arrays[kArrays] = {&w, &m, &kept, &g, &v, &largest};  // in the order of kArrayNames
 
   // Puts a number into an element of one of these.
   void set(int array, int64_t element, double value);
@@ -145,7 +146,7 @@ class Experiment {
   // After all tensors are made: aims the arguments at the arrays.
   void aim();
 
-  // All arrays after a run, four for each tensor in the order of kArrayNames, and the penalty's value.
+  // All arrays after a run, kArrays for each tensor in the order of kArrayNames, and the penalty's value.
   using Bytes = std::vector<std::vector<char>>;
   Bytes interpret() { return run(interpreted_kernels(), true); }
   Bytes on_host() { return run(cuda::host_kernels(), false); }

@@ -28,7 +28,10 @@ struct Step {
   double lr = 0, momentum = 0, dampening = 0, weight_decay = 0;
   bool group_scale = false, nesterov = false, decoupled = true, maximize = false;
   bool topk = false;   // l0 with a cut that comes with the step
-  bool first = false;  // the buffer of the momentum is new
+  bool first = false;  // the states of the base are new
+  bool amsgrad = false;
+  double beta1 = 0.9, beta2 = 0.99, eps = 1e-8;
+  int count = 3;  // steps before this one, where it is not the first
 
   bool has_momentum() const { return base == BaseKind::sgd && momentum != 0; }
   // The pull alone leaves its terms in the gradient to another optimizer.
@@ -109,11 +112,11 @@ inline Range shrink_within(const Tensor& t, Real r, bool exact, Real cut, Real e
 
 // The arrays of a tensor.
 struct Arrays {
-  std::vector<double> w, g, m, kept;
+  std::vector<double> w, g, m, kept, v, largest;  // m, v, largest: the states of the base
 };
 
 struct Element {
-  Real w, m, kept, g;
+  Real w, m, kept, g, v, largest;
 };
 
 // `scale`: what rounding errors are relative to.
@@ -123,11 +126,15 @@ struct Result {
 };
 
 // The step of an element whose u lies in a range. `unit`: w_G / ||w_G||; `grad`: the gradient after the scaling.
-inline Result step_element(const Tensor& t, const Element& before, Real grad, Range u, Real unit) {
+// `relative`: the error of the arithmetic, for AdamW.
+inline Result step_element(const Tensor& t, const Element& before, Real grad, Range u, Real unit, Real relative) {
   const Step& s = t.step;
   const bool split = t.penalty() != Penalty::none;
   const Real pull = split && s.decoupled ? Real(s.lr) * s.beta : 0, coupling = split && !s.decoupled ? s.beta : 0;
   const Real keep = s.first ? 0 : s.momentum, add = s.first ? 1 : 1 - s.dampening;
+  const int step = s.first ? 1 : s.count + 1;
+  const Real step_size = s.lr / (1 - std::pow(Real(s.beta1), step));
+  const Real correction = 1 / std::sqrt(1 - std::pow(Real(s.beta2), step));
   if (s.maximize) grad = -grad;
   const auto with = [&](Real ui) {
     Element e = before;
@@ -147,6 +154,14 @@ inline Result step_element(const Tensor& t, const Element& before, Real grad, Ra
       e.g = d;
       return e;
     }
+    if (s.base == BaseKind::adamw) {
+      e.w *= 1 - Real(s.lr) * s.weight_decay;
+      e.m = s.beta1 * e.m + (1 - Real(s.beta1)) * d;
+      e.v = s.beta2 * e.v + (1 - Real(s.beta2)) * d * d;
+      e.largest = std::max(e.largest, e.v);
+      e.w -= step_size * e.m / (std::sqrt(s.amsgrad ? e.largest : e.v) * correction + s.eps);
+      return e;
+    }
     d += s.weight_decay * e.w;
     if (s.momentum != 0) {
       e.m = keep * e.m + add * d;
@@ -157,15 +172,33 @@ inline Result step_element(const Tensor& t, const Element& before, Real grad, Ra
   };
   const Element x = with(u.low), y = with(u.high);
   Result r;
-  r.low = {std::min(x.w, y.w), std::min(x.m, y.m), std::min(x.kept, y.kept), std::min(x.g, y.g)};
-  r.high = {std::max(x.w, y.w), std::max(x.m, y.m), std::max(x.kept, y.kept), std::max(x.g, y.g)};
+  r.low = {std::min(x.w, y.w), std::min(x.m, y.m), std::min(x.kept, y.kept),
+           std::min(x.g, y.g), std::min(x.v, y.v), std::min(x.largest, y.largest)};
+  r.high = {std::max(x.w, y.w), std::max(x.m, y.m), std::max(x.kept, y.kept),
+            std::max(x.g, y.g), std::max(x.v, y.v), std::max(x.largest, y.largest)};
   r.u = u;
   const Real most = std::max(std::fabs(u.low), std::fabs(u.high));
   const Real weights = std::fabs(before.w) + most + (s.method == Method::rvsm ? 0 : std::fabs(before.kept));
+  if (s.base == BaseKind::adamw) {
+    // A quotient of two numbers with an error has no bound that is linear in it: the scale is that of the error itself.
+    const Real d = std::fabs(grad) + std::fabs(s.group_lasso * unit) + coupling * weights;
+    const Real m = std::fabs(before.m) + (1 - s.beta1) * d, v = s.beta2 * before.v + 3 * (1 - Real(s.beta2)) * d * d;
+    const Real largest = std::max(v, before.largest), used = s.amsgrad ? largest : v;
+    Real worst = 0;
+    for (const Element& e : {x, y}) {
+      const Real exact = s.amsgrad ? e.largest : e.v;
+      const Real least =
+          std::sqrt(std::max<Real>(0, exact - relative * used)) * correction * (1 - relative) + s.eps / 2;
+      const Real quotient = std::fabs(e.m) / (std::sqrt(exact) * correction + s.eps);
+      worst = std::max(worst, quotient + ((std::fabs(e.m) + relative * m) / least - quotient) / relative);
+    }
+    r.scale = {weights + step_size * worst, m, weights, 0, v, largest};
+    return r;
+  }
   Real d = std::fabs(grad) + std::fabs(s.group_lasso * unit) + (s.weight_decay + coupling) * weights;
   const Real direction = d, buffer = std::fabs(keep * before.m) + add * d;
   if (s.momentum != 0) d = s.nesterov ? d + s.momentum * buffer : buffer;
-  r.scale = {weights + s.lr * d, buffer, weights, direction};
+  r.scale = {weights + s.lr * d, buffer, weights, direction, 0, 0};
   return r;
 }
 
@@ -222,8 +255,10 @@ inline std::vector<Result> run(const Tensor& t, const Arrays& arrays, double cut
     const size_t q = t.grouped ? group_of(t.view, int64_t(i)) : i;
     const Real v = argument(i), length = lengths.empty() ? 0 : lengths[q].r;
     const Real grad = grad_scale == 0 ? Real(arrays.g[i]) : arrays.g[i] / Real(grad_scale);
-    results.push_back(step_element(t, {arrays.w[i], arrays.m[i], arrays.kept[i], arrays.g[i]}, grad,
-                                   {v * ratio[q].low, v * ratio[q].high}, length > 0 ? arrays.w[i] / length : 0));
+    results.push_back(
+        step_element(t, {arrays.w[i], arrays.m[i], arrays.kept[i], arrays.g[i], arrays.v[i], arrays.largest[i]}, grad,
+                     {v * ratio[q].low, v * ratio[q].high}, length > 0 ? arrays.w[i] / length : 0,
+                     t.dtype == Dtype::f64 ? 1e-15L : 6e-7L));
   }
   return results;
 }

@@ -16,7 +16,8 @@ bool run_in_second_order = true;
 void Experiment::aim() {
   for (auto& t : tensors) {
     for (Array* a : t->arrays) a->keep();
-    t->args = make_args(t->options, action_, {t->w.at, t->m.at, t->kept.at, t->g.at, t->cut.at}, with_source);
+    t->args = make_args(t->options, action_, {t->w.at, t->m.at, t->kept.at, t->g.at, t->v.at, t->largest.at, t->cut.at},
+                        with_source);
     t->args.active = t->active;
     t->args.group = t->group;
   }
@@ -45,6 +46,8 @@ void Experiment::register_memory() {
     const Memory::Access of_g = writes_grad ? Memory::read_write : Memory::read_only;
     if (at.g != nullptr) memory.add(at.g, t->g.bytes, "g" + name, of_g);
     if (at.m != nullptr) memory.add(at.m, t->m.bytes, "m" + name, Memory::read_write);
+    if (at.v != nullptr) memory.add(at.v, t->v.bytes, "v" + name, Memory::read_write);
+    if (at.largest != nullptr) memory.add(at.largest, t->largest.bytes, "largest" + name, Memory::read_write);
     if (at.kept != nullptr) memory.add(at.kept, t->kept.bytes, "kept" + name, Memory::read_write);
     if (at.cut != nullptr) memory.add(at.cut, t->cut.bytes, "cut" + name, Memory::read_only);
   }
@@ -111,7 +114,8 @@ struct Expected {
 // `exact`: of a prox whose u is 0 or the number itself, to the last bit.
 Expected expected(const definition::Result& r, int array, bool prox, bool exact, double read) {
   const auto of = [&](const definition::Element& e) {
-    return double(array == 0 ? e.w : array == 1 ? e.m : array == 2 ? e.kept : e.g);
+    const definition::Real all[] = {e.w, e.m, e.kept, e.g, e.v, e.largest};
+    return double(all[array]);
   };
   if (!prox) return {of(r.low), of(r.high), of(r.scale)};
   return {double(std::min(r.u.low, r.u.high)), double(std::max(r.u.low, r.u.high)), exact ? 0 : std::fabs(read)};
@@ -132,8 +136,8 @@ void Experiment::judge(Mode::Order second) {
 
 void Experiment::judge_classes() {
   const Bytes got = interpret(), host = on_host();
-  for (size_t i = 0; i < 4 * tensors.size(); ++i) {
-    const TensorCase& t = *tensors[i / 4];
+  for (size_t i = 0; i < kArrays * tensors.size(); ++i) {
+    const TensorCase& t = *tensors[i / kArrays];
     with_storage(t.options.dtype, [&](auto s) {
       using S = decltype(s);
       // Beside the largest finite number one rounding decides whether a result overflows.
@@ -145,7 +149,7 @@ void Experiment::judge_classes() {
         if (same || (std::fabs(x) > large && std::fabs(y) > large)) continue;
         const definition::Arrays& n = t.numbers;
         wrong(std::string("special ") + kDtypeNames[int(t.options.dtype)],
-              text_of("%s[%zu] is %.9g, host %.9g; w %.9g g %.9g m %.9g kept %.9g; ", kArrayNames[i % 4], e, x, y,
+              text_of("%s[%zu] is %.9g, host %.9g; w %.9g g %.9g m %.9g kept %.9g; ", kArrayNames[i % kArrays], e, x, y,
                       n.w[e], n.g[e], n.m[e], n.kept[e]) +
                   t.text);
       }
@@ -177,10 +181,14 @@ void Experiment::judge_tensor(size_t i, const Bytes& got, const Bytes& host) {
   const Addresses array = addresses_of(t.args);
   const bool prox = action_ == Action::prox;
   const bool idle = !t.active || o.numel() == 0 || found_inf == FoundInf::positive || action_ == Action::penalty;
-  const bool written[] = {!idle, !idle && array.m != nullptr, !idle && array.kept != nullptr,
-                          !idle && !prox && o.step.writes_grad()};
-  for (size_t k = 0; k < 4; ++k)
-    if (!written[k] && got[4 * i + k] != t.arrays[k]->before)
+  const bool written[] = {!idle,
+                          !idle && array.m != nullptr,
+                          !idle && array.kept != nullptr,
+                          !idle && !prox && o.step.writes_grad(),
+                          !idle && array.v != nullptr,
+                          !idle && array.largest != nullptr};
+  for (size_t k = 0; k < kArrays; ++k)
+    if (!written[k] && got[kArrays * i + k] != t.arrays[k]->before)
       wrong("untouched", std::string(kArrayNames[k]) + " was changed: " + t.text);
   if (idle) return;
   const std::string type = std::string(o.grouped ? "grouped " : "elements ") + kDtypeNames[int(o.dtype)];
@@ -191,9 +199,9 @@ void Experiment::judge_tensor(size_t i, const Bytes& got, const Bytes& host) {
   const auto want = definition::run(o, numbers, t.cut_value, grad_scale, error_at_cut(o.dtype));
   with_storage(o.dtype, [&](auto s) {
     using S = decltype(s);
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < kArrays; ++k) {
       if (!written[k]) continue;
-      const char *const at = got[4 * i + size_t(k)].data(), *const host_at = host[4 * i + size_t(k)].data();
+      const char *const at = got[kArrays * i + size_t(k)].data(), *const host_at = host[kArrays * i + size_t(k)].data();
       for (size_t e = 0; e < size_t(o.numel()); ++e) {
         const double x = get<S>(at, e), y = get<S>(host_at, e);
         const Expected d = expected(want[e], k, prox, exact, numbers.w[e]);

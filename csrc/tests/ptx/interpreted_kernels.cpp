@@ -34,6 +34,7 @@ std::string mangled(bool value) { return value ? "Lb1E" : "Lb0E"; }
 
 std::string mangled(const BaseKey& base) {
   if (base.kind == BaseKind::none) return "NS_6NoBaseI" + mangled(base.writes_grad) + "EE";
+  if (base.kind == BaseKind::adamw) return "NS_5AdamWI" + mangled(base.states > 2) + "EE";
   return "NS_3SgdI" + mangled(base.states > 0) + "EE";
 }
 
@@ -275,6 +276,11 @@ TensorArgs make_args(const definition::Tensor& t, Action action, const Addresses
   const bool step = action == Action::step;
   o.method = step ? s.method : Method::rvsm;
   o.base = s.base;
+  o.amsgrad = s.amsgrad;
+  o.beta1 = s.beta1;
+  o.beta2 = s.beta2;
+  o.eps = s.eps;
+  o.count = s.count;
   TensorArgs args;
   args.numel = t.numel();
   args.dtype = t.dtype;
@@ -285,14 +291,16 @@ TensorArgs make_args(const definition::Tensor& t, Action action, const Addresses
   args.g = step || (action == Action::prox && with_source) ? at.g : nullptr;
   if (!step) return args;
   args.topk = s.topk;
-  if (args.base.states > 0) args.state[0] = at.m;
+  void* const of_base[] = {at.m, at.v, at.largest};
+  for (int k = 0; k < args.base.states; ++k) args.state[k] = of_base[k];
   if (args.method != Method::rvsm) args.state[args.base.states] = at.kept;
   args.cut = args.topk ? at.cut : nullptr;
   return args;
 }
 
 Addresses addresses_of(const TensorArgs& args) {
-  return {args.w, args.base.states > 0 ? args.state[0] : nullptr, args.method_state(), args.g, args.cut};
+  const auto of_base = [&](int k) { return args.base.states > k ? args.state[k] : nullptr; };
+  return {args.w, of_base(0), args.method_state(), args.g, of_base(1), of_base(2), args.cut};
 }
 
 std::string name_of(const cuda::Key& key) {
@@ -300,7 +308,7 @@ std::string name_of(const cuda::Key& key) {
                                        "prox_resident", "step",         "prox",    "penalty"};
   std::string name = kNames[int(key.work)];
   if (key.work != cuda::Work::step && key.work != cuda::Work::step_resident) return name;
-  name += key.base.kind == BaseKind::none ? " none" : " sgd";
+  name += std::string(" ") + kBases[int(key.base.kind)].name;
   return name + " of " + std::to_string(states_of(key)) + " states";
 }
 

@@ -19,7 +19,7 @@ namespace rvsm::ptx {
 
 // Where the arrays of a tensor are.
 struct Addresses {
-  void *w, *m, *kept, *g;
+  void *w, *m, *kept, *g, *v, *largest;
   const void* cut;
 };
 

@@ -69,7 +69,10 @@ definition::Step random_step(const TensorOptions& t, Action action, Profile prof
   o.momentum = pick({0, 1, 1}) ? uniform(0.5, 0.99) : 0;
   o.nesterov = o.momentum != 0 && integer(0, 1);
   o.dampening = o.momentum != 0 && !o.nesterov && integer(0, 2) == 0 ? uniform(0, 1) : 0;
-  if (action == Action::step && integer(0, 2) == 0) o.base = BaseKind::none;
+  if (action == Action::step) o.base = BaseKind(integer(0, 2));
+  o.amsgrad = integer(0, 1);
+  o.beta1 = integer(0, 9) == 0 ? 0 : uniform(0.5, 0.99);
+  o.beta2 = uniform(0.5, 0.999);
   o.weight_decay = integer(0, 1) ? log_uniform(1e-5, 0.1) : 0;
   o.decoupled = integer(0, 1);
   o.maximize = integer(0, 3) == 0;
@@ -105,6 +108,11 @@ void fill_arrays(TensorCase& t, const TensorOptions& o) {
   make(t.g, t.numbers.g, o.misalign[3], 1, 0);
   make(t.m, t.numbers.m, o.misalign[1], o.step.first ? 0 : 1, 0);
   make(t.kept, t.numbers.kept, o.misalign[2], o.step.method == Method::admm ? 0.3 : 1, 0);
+  make(t.v, t.numbers.v, o.misalign[4], o.step.first ? 0 : 1, 0);
+  make(t.largest, t.numbers.largest, o.misalign[5], o.step.first ? 0 : 1, 0);
+  for (const int array : {4, 5})  // averages of squares
+    for (int64_t i = 0; i < numel; ++i)
+      t.set(array, i, std::fabs(array == 4 ? t.numbers.v[size_t(i)] : t.numbers.largest[size_t(i)]));
   for (int64_t i = 0; o.zero_groups && o.grouped && i < numel; ++i) {
     if (definition::group_of(o.view, i) % 5 != 1) continue;
     t.set(0, i, 0);
@@ -163,7 +171,7 @@ std::unique_ptr<TensorCase> make_tensor(const TensorOptions& o) {
 }
 
 void TensorCase::set(int array, int64_t element, double value) {
-  std::vector<double>* const all[] = {&numbers.w, &numbers.m, &numbers.kept, &numbers.g};
+  std::vector<double>* const all[] = {&numbers.w, &numbers.m, &numbers.kept, &numbers.g, &numbers.v, &numbers.largest};
   with_storage(options.dtype, [&](auto s) {
     using S = decltype(s);
     put<S>(arrays[array]->at, size_t(element), value);
