@@ -100,24 +100,24 @@ def _tl1_stationary(r: Array, t: REAL, b: REAL) -> Array:
 # ---- groups (2.2) ----------------------------------------------------------------------------------------------------
 
 
-def kept_dims(group_dim: GroupDim, ndim: int) -> set[int]:
+def group_dims(group_dim: GroupDim, ndim: int) -> set[int]:
     """The dimensions that index the groups, counted from the front."""
     assert group_dim is not None
     return {d % ndim for d in ([group_dim] if isinstance(group_dim, int) else group_dim)}
 
 
 def group_indices(shape: Sequence[int], group_dim: GroupDim) -> Iterator[tuple[Any, ...]]:
-    """The index of every group: a number for each kept dimension, everything for the others."""
-    kept = kept_dims(group_dim, len(shape))
-    yield from itertools.product(*(range(n) if d in kept else (slice(None),) for d, n in enumerate(shape)))
+    """The index of every group: a number for each dimension of group_dim, everything for the others."""
+    dims = group_dims(group_dim, len(shape))
+    yield from itertools.product(*(range(n) if d in dims else (slice(None),) for d, n in enumerate(shape)))
 
 
 def group_size(shape: Sequence[int], group_dim: GroupDim) -> int:
     """Elements of a group."""
     if group_dim is None:
         return 1
-    kept = kept_dims(group_dim, len(shape))
-    return math.prod(n for d, n in enumerate(shape) if d not in kept)
+    dims = group_dims(group_dim, len(shape))
+    return math.prod(n for d, n in enumerate(shape) if d not in dims)
 
 
 def magnitudes(w: Array, group_dim: GroupDim) -> Array:

@@ -335,7 +335,7 @@ def test_nan_stays_in_its_group(prox: Prox, penalty: str) -> None:
         u = prox(broken, penalty, 0.4, 1.0, group_dim)
         assert u[2, 1, 0, 2].isnan()
         mine = torch.zeros(5, 4, 3, 3, dtype=torch.bool)
-        mine[tuple(k if d in definition.kept_dims(group_dim, 4) else slice(None) for d, k in enumerate((2, 1)))] = True
+        mine[tuple(k if d in definition.group_dims(group_dim, 4) else slice(None) for d, k in enumerate((2, 1)))] = True
         assert torch.equal(bits(u)[~mine], bits(clean)[~mine])
 
 

@@ -155,7 +155,7 @@ def test_edits_of_lr_and_lam_compile_nothing() -> None:
 
 
 def test_group_view_is_that_of_cpp() -> None:
-    """Random shapes, layouts and kept dimensions: the same view, or refused by both."""
+    """Random shapes, layouts and group dimensions: the same view, or refused by both."""
     if native_engine.load_error is not None:
         pytest.skip(native_engine.load_error)
     draw, agreed, refused = random.Random(1), 0, 0

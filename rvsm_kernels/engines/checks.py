@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import DTYPES
-from ..method.groups import GroupDim, group_size, kept_dims, view_of
+from ..method.groups import GroupDim, group_dims, group_size, view_of
 from ..method.memory import kind_of, refuse
 from ..method.parameters import is_left_alone, param_name
 from ..method.step_options import StepOptions
@@ -28,7 +28,7 @@ def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         raise TypeError(f"RVSM does not support parameters of layout {p.layout} ({name})")
     if p.dtype not in DTYPES:
         raise TypeError(f"RVSM does not support parameters of dtype {p.dtype} ({name})")
-    kept_dims(group["group_dim"], p.dim(), name)
+    group_dims(group["group_dim"], p.dim(), name)
 
 
 def refuse_expanded(p: Tensor, name: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..method.bases import BASES
-from ..method.groups import GroupDim, kept_dims
+from ..method.groups import GroupDim, group_dims
 from ..method.penalties import PENALTIES
 from ..method.prox import PROX_NUMBERS
 from ..method.split import SPLIT_NUMBERS
@@ -153,7 +153,7 @@ def _probe() -> str | None:
 
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
     """Twin of :func:`rvsm_kernels.reference.prox`."""
-    return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, kept_dims(group_dim, w.dim()))
+    return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, group_dims(group_dim, w.dim()))
 
 
 class NativeEngine(Engine):

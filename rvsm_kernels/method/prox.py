@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import to_opmath
-from .groups import GroupDim, kept_dims, magnitudes
+from .groups import GroupDim, group_dims, magnitudes
 from .penalties import PENALTIES, shrink
 
 PROX_NUMBERS = ("penalty", "cut", "tau", "a", "rho", "edge")
@@ -67,8 +67,8 @@ def prox_derivative(w: Tensor, direction: Tensor, penalty: str, tau: float, a: f
         return (slope * dv).to(w.dtype)
     safe = torch.where(alive, r, 1)
     ratio = torch.where(alive, s, 0) / safe
-    group_dims = kept_dims(group_dim, w.dim()) or ()
-    reduced = [d for d in range(w.dim()) if d not in group_dims]
+    dims = group_dims(group_dim, w.dim()) or ()
+    reduced = [d for d in range(w.dim()) if d not in dims]
     along = (v * dv).sum(dim=reduced, keepdim=True) if reduced else v * dv
     dw = ratio * dv + torch.where(alive, slope - ratio, 0) * (along / safe) * (v / safe)
     return dw.to(w.dtype)
