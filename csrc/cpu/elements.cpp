@@ -208,7 +208,7 @@ void for_spans(const TensorArgs& args, const Block& block, const Prox<T>& prox, 
   const GroupView& v = args.view;
   const int64_t columns = v.groups * v.inner;
   const T* norms = static_cast<const T*>(args.factor_norms) + block.batch * v.groups;
-  const T* lengths = lasso ? norms + (args.planes() - 1) * v.count() : nullptr;
+  const T* lengths = lasso ? norms + (args.norm_rows() - 1) * v.count() : nullptr;
   const auto start = [&](int64_t o, int64_t c) { return (block.batch * v.outer + o) * columns + c; };
   if (v.inner >= kLong) {
     for (int64_t o = block.o0; o < block.o1; ++o) {

@@ -27,10 +27,11 @@ int64_t opmath_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
 int64_t norm_bytes(const TensorArgs& args) {
-  return args.grouped ? args.planes() * args.view.count() * opmath_size(args.dtype) : 0;
+  return args.grouped ? args.norm_rows() * args.view.count() * opmath_size(args.dtype) : 0;
 }
 int64_t partial_bytes(const TensorArgs& args) {
-  return args.grouped && args.parts > 1 ? args.planes() * args.parts * args.view.count() * int64_t(sizeof(double)) : 0;
+  return args.grouped && args.parts > 1 ? args.norm_rows() * args.parts * args.view.count() * int64_t(sizeof(double))
+                                        : 0;
 }
 
 }  // namespace

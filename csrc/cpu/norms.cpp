@@ -141,14 +141,14 @@ void block_squares(const Source all, const TensorArgs& args, const Block& block,
 }
 
 template <class Source>
-void plane_squares(const Source source, const TensorArgs& args, const Block& block, int64_t part, int plane) {
+void norm_row_squares(const Source source, const TensorArgs& args, const Block& block, int64_t part, int norm_row) {
   using T = Opmath<typename Source::S>;
   const int64_t groups = args.view.count(), first = block.batch * args.view.groups;
   if (args.parts > 1) {
-    double* sums = args.partials + (plane * args.parts + part) * groups + first;
+    double* sums = args.partials + (norm_row * args.parts + part) * groups + first;
     block_squares(source, args, block, [&](int64_t g, double sum) { sums[g] = sum; });
   } else {
-    T* norms = static_cast<T*>(args.factor_norms) + plane * groups + first;
+    T* norms = static_cast<T*>(args.factor_norms) + norm_row * groups + first;
     block_squares(source, args, block, [&](int64_t g, double sum) { norms[g] = T(std::sqrt(sum)); });
   }
 }
@@ -157,8 +157,8 @@ void plane_squares(const Source source, const TensorArgs& args, const Block& blo
 template <class T>
 void take_norms(const TensorArgs& args, int64_t from, int64_t to) {
   const int64_t groups = args.view.count();
-  for (int64_t plane = 0; plane < args.planes(); ++plane)
-    for (int64_t g = plane * groups + from; g < plane * groups + to; ++g)
+  for (int64_t norm_row = 0; norm_row < args.norm_rows(); ++norm_row)
+    for (int64_t g = norm_row * groups + from; g < norm_row * groups + to; ++g)
       static_cast<T*>(args.factor_norms)[g] = T(args.norms[g]);
 }
 
@@ -173,8 +173,9 @@ void squares(const TensorArgs& args, const Block& block, int64_t part) {
     }
     const Weights<S> weights{static_cast<const S*>(args.w)};
     const bool dual = args.method == Method::admm;
-    if (dual) plane_squares(WithDual<S>{weights.w, static_cast<const S*>(args.method_state())}, args, block, part, 0);
-    if (!dual || args.planes() == 2) plane_squares(weights, args, block, part, args.planes() - 1);
+    if (dual)
+      norm_row_squares(WithDual<S>{weights.w, static_cast<const S*>(args.method_state())}, args, block, part, 0);
+    if (!dual || args.norm_rows() == 2) norm_row_squares(weights, args, block, part, args.norm_rows() - 1);
   });
 }
 
@@ -183,12 +184,12 @@ void join(const TensorArgs& args) {
   with_storage(args.dtype, [&](auto s) {
     using T = Opmath<decltype(s)>;
     if (args.norms != nullptr) return take_norms<T>(args, 0, groups);
-    for (int64_t plane = 0; plane < args.planes(); ++plane) {
-      const double* partials = args.partials + plane * args.parts * groups;
+    for (int64_t norm_row = 0; norm_row < args.norm_rows(); ++norm_row) {
+      const double* partials = args.partials + norm_row * args.parts * groups;
       for (int64_t g = 0; g < groups; ++g) {
         double sum = 0;
         for (int64_t p = 0; p < args.parts; ++p) sum += partials[p * groups + g];
-        static_cast<T*>(args.factor_norms)[plane * groups + g] = T(std::sqrt(sum));
+        static_cast<T*>(args.factor_norms)[norm_row * groups + g] = T(std::sqrt(sum));
       }
     }
   });

@@ -80,7 +80,7 @@ int64_t Launches::scratch_bytes() const {
     if (!tensors[i].grouped || groups_[i].resident) continue;
     const int64_t factors = aligned(tensors[i].view.count() * element_size(opmath(tensors[i].dtype)));
     bytes += factors * (action_ != Action::penalty && groups_[i].lasso ? 2 : 1);
-    bytes += aligned(tensors[i].planes() * groups_[i].partials * int64_t(sizeof(double)));
+    bytes += aligned(tensors[i].norm_rows() * groups_[i].partials * int64_t(sizeof(double)));
   }
   return bytes;
 }
@@ -97,7 +97,7 @@ void Launches::set_scratch(void* memory) {
     const bool value = action_ == Action::penalty;
     g.ratio = value ? nullptr : take(factors);
     g.length = value || g.lasso ? take(factors) : nullptr;
-    g.parts = reinterpret_cast<double*>(take(tensors[i].planes() * g.partials * int64_t(sizeof(double))));
+    g.parts = reinterpret_cast<double*>(take(tensors[i].norm_rows() * g.partials * int64_t(sizeof(double))));
     g.pieces.clear();
     const int64_t size = element_size(opmath(tensors[i].dtype));
     for_pieces(v, limit_, [&](int64_t offset, const GroupView& piece, int64_t group) {
@@ -136,13 +136,13 @@ void* Launches::source(const TensorArgs& args) const {
 
 // One sum for each group and, where what is thresholded is not w, another for group lasso.
 void Launches::add_norms(const TensorArgs& args, const Groups& groups) {
-  for (int plane = 0; plane < args.planes(); ++plane) add_plane(args, groups, plane);
+  for (int row = 0; row < args.norm_rows(); ++row) add_norm_row(args, groups, row);
 }
 
-void Launches::add_plane(const TensorArgs& args, const Groups& groups, int plane) {
-  const bool dual = args.method == Method::admm && plane == 0;
+void Launches::add_norm_row(const TensorArgs& args, const Groups& groups, int norm_row) {
+  const bool dual = args.method == Method::admm && norm_row == 0;
   const bool on_boundary = begins_on_boundary(source(args)) && (!dual || begins_on_boundary(args.method_state()));
-  const bool lengths = plane == args.planes() - 1;
+  const bool lengths = norm_row == args.norm_rows() - 1;
   SumEntry sums = groups.layout(args.dtype).sums[on_boundary ? 0 : 1], factors = groups.factors;
   sums.x = source(args);
   sums.dual = dual ? args.method_state() : nullptr;
@@ -152,12 +152,12 @@ void Launches::add_plane(const TensorArgs& args, const Groups& groups, int plane
       s->cut = args.cut;
     else
       s->prox = prox_of<double>(args.numbers);
-    if (plane > 0) s->out = nullptr;
+    if (norm_row > 0) s->out = nullptr;
     if (!lengths) s->length = nullptr;
   }
   const bool made_elsewhere = args.norms != nullptr;
   if (!made_elsewhere) {
-    double* const parts = groups.parts + plane * groups.partials;
+    double* const parts = groups.parts + norm_row * groups.partials;
     if (sums.parts > 1) sums.out = parts;
     const Work work = args.method == Method::admm ? Work::dual_squares : Work::squares;
     sums_[{work, args.dtype, {}}].add(sums, args.view.batch, args.group);
@@ -165,7 +165,7 @@ void Launches::add_plane(const TensorArgs& args, const Groups& groups, int plane
     factors.x = parts;
     factors.outer = sums.parts;
   } else {
-    factors.x = args.norms + plane * args.view.count();
+    factors.x = args.norms + norm_row * args.view.count();
     factors.outer = 1;
     factors.are_norms = true;
   }

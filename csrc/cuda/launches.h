@@ -55,7 +55,7 @@ class Launches {
       FactorPlace factors;
     };
     std::vector<Piece> pieces;
-    int64_t partials = 0;  // numbers that the parts of a plane of norms need at most
+    int64_t partials = 0;  // sums of parts for one row of norms, at most
     bool lasso = false;
     char *ratio = nullptr, *length = nullptr;
     double* parts = nullptr;
@@ -72,7 +72,7 @@ class Launches {
   void add_pieces(const TensorArgs& args, const Groups& groups, TableBuilder& builder, void* source);
   void* source(const TensorArgs& args) const;
   void add_norms(const TensorArgs& args, const Groups& groups);
-  void add_plane(const TensorArgs& args, const Groups& groups, int plane);
+  void add_norm_row(const TensorArgs& args, const Groups& groups, int norm_row);
   void start(const Stream& stream, const Key& key, const void* table, const std::vector<int32_t>& groups);
 
   Action action_;

@@ -139,7 +139,7 @@ void Plan::find_beside(TensorArgs& args, const ParamSlot& slot) const {
   if (!slot.norms_given || !args.grouped) return;
   const at::Tensor& norms = found_tensor(inputs_.norms, slot.param, "norms");
   const bool right = norms.scalar_type() == at::kDouble && norms.is_contiguous() && norms.device() == slot.device &&
-                     norms.numel() == args.planes() * args.view.count();
+                     norms.numel() == args.norm_rows() * args.view.count();
   if (!right)
     py::module_::import("rvsm_kernels.engines.checks")
         .attr("check_norms")(norms, py::handle(slot.param), options_[slot.group].source);
