@@ -16,14 +16,14 @@ namespace {
 constexpr int64_t kSums = kStrip;
 // Independent sums that an instruction or two can take together.
 constexpr int kLanes = 16;
-// Rows that a strided sum takes together, and asks for in advance.
+// Rows that a strided sum takes together, and prefetches.
 constexpr int kAhead = 8;
-// Columns of those rows between two rounds of asking: the memory takes so many requests at a time.
+// Columns of those rows between two rounds of prefetching: the memory takes only so many requests at a time.
 constexpr int64_t kPiece = 64;
 
 // ---- sums of squares -------------------------------------------------------------------------------------------
 
-// What is summed: elements of w, or of w + dual as the step thresholds them. At an index in double precision.
+// What is summed: elements of w, or of w + dual as the step thresholds them. at(i): element i in double precision.
 template <class Storage>
 struct Weights {
   using S = Storage;
@@ -85,7 +85,7 @@ inline void add_squares(double* __restrict sums, const Source w, int64_t stride,
   }
 }
 
-// The processor's own prefetcher stops at the end of a row's piece: ask for the next one.
+// The processor prefetches up to the end of a piece of a row by itself, but not the piece in the next row.
 template <class S>
 inline void prefetch(const Weights<S> p, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(S);
