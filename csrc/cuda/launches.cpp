@@ -51,11 +51,11 @@ void Launches::divide(int64_t limit) {
     if (args.grouped) {
       Groups& g = groups_[i];
       const GroupView& v = args.view;
-      const int64_t own = element_size(args.dtype);
+      const int64_t stored = element_size(args.dtype);
       g.dtype = args.dtype;
-      g.resident = action_ != Action::penalty && is_resident(v, own) && args.method == Method::rvsm && !args.topk &&
+      g.resident = action_ != Action::penalty && is_resident(v, stored) && args.method == Method::rvsm && !args.topk &&
                    args.norms == nullptr;
-      for (auto& [layout, size] : {std::pair{&g.own, own}, std::pair{&g.wide, int64_t(sizeof(float))}}) {
+      for (auto& [layout, size] : {std::pair{&g.stored, stored}, std::pair{&g.widened, int64_t(sizeof(float))}}) {
         if (g.resident) layout->tiles = make_tiles(v, size);
         for (const bool misplaced : {false, true}) {
           SumEntry& e = layout->sums[misplaced];
@@ -69,7 +69,7 @@ void Launches::divide(int64_t limit) {
     }
     if (action_ == Action::penalty) blocks_ += ceil_div(numbers, kChunk<double>);  // no type has more chunks
   }
-  // Three launches are enough: sums, their parts and the step; or sums, resident groups and the step.
+  // At most three launches: sums, resident groups and the step, or sums, factors of sums of parts and the step.
   if (any_parts)
     for (Groups& g : groups_) g.resident = false;
 }
@@ -106,15 +106,15 @@ void Launches::set_scratch(void* memory) {
                           factor_place(piece, g.ratio + from, g.lasso ? g.length + from : nullptr)});
     });
     const Finish finish = value ? Finish::norms : Finish::factors;
-    for (Layout* layout : {&g.own, &g.wide}) {
+    for (Layout* layout : {&g.stored, &g.widened}) {
       for (SumEntry& e : layout->sums) {
         e.finish = uint16_t(e.parts == 1 ? finish : Finish::part);
         e.out = e.parts == 1 ? g.ratio : reinterpret_cast<char*>(g.parts);
         e.length = g.length;
       }
     }
-    // Sums of parts, or norms from elsewhere, are a matrix of parts x groups; how many parts is known when the tensor
-    // is.
+    // What factors are made of is a matrix of parts x groups: sums of parts, or norms from elsewhere (one part).
+    // add_norm_row() sets the number of parts, `outer`; 2 stands for it here, so that the rows are summed as a strip.
     g.factors = divide_sums({1, 2, v.count(), 1}, sizeof(double), true);
     g.factors.parts = 1;
     g.factors.finish = uint16_t(finish);
@@ -129,7 +129,7 @@ TableBuilder& Launches::tables(const Key& key) {
   return last_->second;
 }
 
-// Where the numbers of a tensor come from that its groups are made of, and a prox reads.
+// The elements that are thresholded and whose norms are taken: a prox may read them elsewhere than it writes u.
 void* Launches::source(const TensorArgs& args) const {
   return action_ == Action::prox && args.g != nullptr ? args.g : args.w;
 }
@@ -147,8 +147,8 @@ void Launches::add_norm_row(const TensorArgs& args, const Groups& groups, int no
   sums.x = source(args);
   sums.dual = dual ? args.method_state() : nullptr;
   for (SumEntry* s : {&sums, &factors}) {
-    s->by_data = args.cut != nullptr;
-    if (s->by_data)
+    s->reads_cut = args.cut != nullptr;
+    if (s->reads_cut)
       s->cut = args.cut;
     else
       s->prox = prox_of<double>(args.numbers);

@@ -39,16 +39,16 @@ class Launches {
   void run(const Stream& stream, const Scaling& scaling, double* total = nullptr);
 
  private:
-  // How one tensor in groups is summed, where its elements are of one type.
+  // How a tensor in groups is summed, for elements of a certain size.
   struct Layout {
-    Tiles tiles;       // of a resident one
-    SumEntry sums[2];  // of a tensor that begins on a 16-byte boundary, and of another
+    Tiles tiles;       // where it is resident
+    SumEntry sums[2];  // where it begins on a 16-byte boundary, and where it does not
   };
   struct Groups {
     Dtype dtype;
-    Layout own, wide;       // of that type, and of float32, in which a step with a wider gradient is done
-    bool resident = false;  // its blocks sum its groups themselves
-    SumEntry factors;       // makes factors of sums of parts, or of norms from elsewhere
+    Layout stored, widened;  // for that type, and for float32, in which a step with a wider gradient is done
+    bool resident = false;   // its blocks sum its groups themselves
+    SumEntry factors;        // makes factors of sums of parts, or of norms from elsewhere
     // Pieces of fewer than 2^31 elements; nearly always one.
     struct Piece {
       int64_t offset, numel;
@@ -60,7 +60,7 @@ class Launches {
     char *ratio = nullptr, *length = nullptr;
     double* parts = nullptr;
 
-    const Layout& layout(Dtype type) const { return type == dtype ? own : wide; }
+    const Layout& layout(Dtype type) const { return type == dtype ? stored : widened; }
   };
 
   TableBuilder& tables(const Key& key);

@@ -15,7 +15,7 @@ namespace rvsm::cuda {
 #define RVSM_UNROLL _Pragma("unroll")
 #define RVSM_NO_UNROLL _Pragma("unroll 1")
 #define RVSM_HD_MEMBER __host__ __device__ __forceinline__
-// The compiler moves no access to memory across it: fewer numbers are in registers at a time.
+// The compiler moves no access to memory across this line, so that fewer numbers are in registers at a time.
 #define RVSM_KEEP_ORDER() asm volatile("" ::: "memory")
 #else
 #define RVSM_UNROLL
@@ -80,9 +80,9 @@ inline Divider divider(int64_t d) {
   return r;
 }
 
-// How a tensor in groups finds the factors of the element at a place in memory: that of group
-// at / batch * groups + at % columns / inner, where batch is the size of a batch and columns is groups * inner. Its
-// elements are fewer than 2^31 (see for_pieces).
+// Where the factors of a tensor in groups are. The element at offset `at` has those of group
+// at / batch_size * groups + at % columns / inner, with columns = groups * inner and batch_size = outer * columns. For
+// tensors of fewer than 2^31 elements (see for_pieces).
 struct alignas(32) FactorPlace {
   const void* ratio;   // shrink(norm) / norm of each group
   const void* length;  // its norm, with group_lasso
@@ -108,13 +108,13 @@ inline FactorPlace factor_place(const GroupView& v, const void* ratio, const voi
           0};
 }
 
-// The numbers of a step, shared by all tensors that have them in common; a tensor with top-k has a record for itself. A
-// tensor in groups needs no numbers of a penalty, only whether there is one: its factors are made before.
+// The numbers of a step, shared by all tensors with the same numbers; a tensor with top-k has a record of its own.
+// Where a launch before this one makes the factors, only the name of the penalty is set in split.prox.
 template <class T, class Base>
 struct alignas(32) Record {
   Split<T> split;
   typename Base::template Numbers<T> base;
-  const void* cut;  // of top-k, in the type of the arithmetic; null: that of the prox
+  const void* cut;  // of top-k, in the type of the arithmetic; null: split.prox has the cut
   uint8_t method;   // Method
   bool lasso;
   typename Base::Switches switches;
