@@ -2,7 +2,7 @@
 //
 //   shrink(r) = argmin_{s >= 0} (s - r)^2 / 2 + tau * g(s)
 //
-// A penalty is added here, in types.h, method/penalties.py and engines/triton/penalty.py; no kernel is touched.
+// To add a penalty, see docs/architecture.md; no kernel is touched.
 #pragma once
 
 #include <cmath>

@@ -23,7 +23,7 @@ def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         ValueError: a ``group_dim`` that the tensor does not have.
     """
     if torch.nn.parameter.is_lazy(p) or is_left_alone(p):
-        return  # it has no shape and no gradient yet, or never will
+        return  # a lazy parameter has no shape yet; one that is left alone is never trained
     if p.layout != torch.strided:
         raise TypeError(f"RVSM does not support parameters of layout {p.layout} ({name})")
     if p.dtype not in DTYPES:

@@ -27,7 +27,7 @@ load_error: str | None = None
 """Why the compiled engine is missing, or None."""
 
 other_torch: str | None = None
-"""That the compiled module loads and works, but was built for another minor version of torch, or None."""
+"""A note that the compiled module was built for another minor version of torch, though it loads and works; or None."""
 
 _PACKAGE = Path(__file__).parents[1]
 _ISAS = ("base", "avx2", "avx512")

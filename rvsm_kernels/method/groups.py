@@ -102,10 +102,12 @@ def group_view(sizes: Sequence[int], strides: Sequence[int], group_dims: Sequenc
 
 
 def view_of(t: Tensor, group_dim: GroupDim) -> GroupView | None:
-    """The groups of a tensor, None for elements and for no elements; of one that is not dense those of a dense copy.
+    """The view of the groups of a tensor, or of its dense copy where it is not dense.
+
+    None for elementwise, and for a tensor without elements.
 
     Raises:
-        ValueError: they do not collapse in memory.
+        ValueError: the dimensions do not collapse in memory.
     """
     dims = group_dims(group_dim, t.dim())
     if dims is None or t.numel() == 0:
