@@ -1,4 +1,4 @@
-"""Every error of section 3: its type, what it names, and that nothing has changed when it is raised."""
+"""Every error: its type, what it names, and that nothing has changed when it is raised."""
 
 from __future__ import annotations
 

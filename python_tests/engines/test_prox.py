@@ -151,7 +151,7 @@ def test_dense_scan(prox: Prox, penalty: str, a: float, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("a", SHAPES_OF_TL1)
 def test_eight_ulp_away_from_the_critical_tau(prox: Prox, a: float) -> None:
-    """Design 2.1, flat: at least a factor of two away from the critical tau nothing near the cut is ill-conditioned."""
+    """SHRINK_ULPS holds everywhere: a factor of two or more away from the critical tau nothing is ill-conditioned."""
     rng = np.random.default_rng(3)
     for ratio in np.concatenate([10 ** rng.uniform(-4, np.log10(0.5), size=40), 10 ** rng.uniform(0.6, 4, size=20)]):
         tau = critical(a) * ratio
