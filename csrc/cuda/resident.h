@@ -18,7 +18,7 @@ struct alignas(32) Tiles {
 };
 static_assert(sizeof(Tiles) == 32);
 
-// A block sums the groups of its tile in so many rounds at most.
+// A block sums the groups of its tile in at most this many rounds.
 constexpr int kRounds = 4;
 
 // Numbers of a block that all of its threads share.

@@ -37,8 +37,8 @@ constexpr int64_t kChunk = int64_t(kThreads) * kVectors * kWidth<S>;
 
 // ---- the table: kernel parameters, so that no copy to the device stands before a launch -----------------------------
 
-// One tensor. Its chunks belong to the blocks from `first` up to the next entry's. The number of states is known to the
-// compiler, and the same for all tensors of a launch.
+// One tensor. Its chunks belong to the blocks from `first` up to the next entry's. The number of states is known at
+// compile time, and the same for all tensors of a launch.
 template <int kStates>
 struct TableEntry {
   void* w;
@@ -231,7 +231,8 @@ inline Chunks chunks_of(int64_t numel, const void* w, const void* const* others,
   return {uint32_t(chunks), uint16_t(rest | (vectors ? 0 : kScalar))};
 }
 
-// Elements below which a tensor in groups is one entry: index arithmetic in 32 bits costs a quarter.
+// A tensor in groups with fewer elements than this is one entry, a larger one several (for_pieces): index arithmetic in
+// 32 bits costs a quarter of that in 64 bits.
 constexpr int64_t kNarrow = int64_t(1) << 31;
 
 // Calls f(offset, view, group) for the pieces of a tensor in groups, each with fewer than `limit` elements: the view of

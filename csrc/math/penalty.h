@@ -91,7 +91,7 @@ RVSM_HD T tl1_shrink(T r, const Prox<T>& f) {
 
 // ---- every penalty ---------------------------------------------------------------------------------------------
 
-// shrink of a penalty that the compiler knows. Ties go to zero; NaN is not <= cut and so stays visible.
+// shrink of a penalty that is known at compile time. Ties go to zero; NaN is not <= cut and so stays visible.
 template <Penalty kPenalty, class T>
 RVSM_HD T shrink(T r, const Prox<T>& f) {
   if (kPenalty == Penalty::none) return r;
@@ -101,7 +101,7 @@ RVSM_HD T shrink(T r, const Prox<T>& f) {
   return r <= f.cut ? T(0) : s;
 }
 
-// g of a penalty that the compiler knows.
+// g of a penalty that is known at compile time.
 template <Penalty kPenalty, class T>
 RVSM_HD T value(T s, T a) {
   if (kPenalty == Penalty::l1) return s;

@@ -19,7 +19,7 @@ class GroupOptions {
   // Whether the tables that were made for these options fit the others: only numbers differ.
   bool has_the_tables_of(const GroupOptions& other) const;
 
-  // The record of a tensor whose groups have so many elements; the pointer is valid as long as these options are.
+  // The record of a tensor with groups of `group_size` elements; the pointer is valid as long as these options are.
   // `fresh`: the base's states hold zeros, this is the first step. Asks Python the first time.
   const double* numbers(int64_t group_size, bool fresh);
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...method.groups import GroupView
 
 NARROW = 1 << 31
-"""Elements below which a tensor in groups is one entry: index arithmetic is in 32 bits."""
+"""A tensor in groups with fewer elements is one entry, a larger one several: index arithmetic is in 32 bits."""
 FILL, FEWEST = 512, 32768
 """Programs that fill a device, and elements below which a program is not worth its start (``kFill``, ``kFewest``)."""
 SHORT_ROW = 64
@@ -119,7 +119,7 @@ def record_of(numbers: Sequence[float], double: bool, narrow: int) -> bytes:
 
     Args:
         double: opmath is float64, else float32.
-        narrow: so many of the numbers, the first, are in opmath; all others are in float64.
+        narrow: how many of the numbers, from the first on, are in opmath; the others are in float64.
     """
     code, limit = ("d", math.inf) if double else ("f", _LARGEST32)
     first = [math.copysign(math.inf, x) if abs(x) > limit else x for x in numbers[:narrow]]
@@ -129,7 +129,7 @@ def record_of(numbers: Sequence[float], double: bool, narrow: int) -> bytes:
 
 
 def record_words(numbers: int, double: bool, narrow: int) -> int:
-    """The length in int64 of a record of so many numbers."""
+    """The length of a record in int64; see :func:`record_of`."""
     return len(record_of([0.0] * numbers, double, narrow)) // 8
 
 
