@@ -71,7 +71,7 @@ struct Numbers {
 template <class Base, Method kMethod>
 constexpr int kStatesOf = Base::kStates + method_states(kMethod);
 
-// Arrays have at least one element.
+// A length for an array, which C++ does not allow to be 0.
 constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
 
 template <class Base, Method kMethod, class T, class Pull, class On>

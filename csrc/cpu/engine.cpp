@@ -42,7 +42,7 @@ void TaskList::add(int32_t tensor, Kind kind, const Block& block, int64_t part) 
 }
 
 // Every group is summed by one task, along its rows in order, so that no float is added in arrival order; only groups
-// too long for that are cut into parts, which join() adds up in order.
+// too long for that are divided into parts, which join() adds up in order.
 void TaskList::divide_reduction(int32_t index, int64_t threads) {
   const TensorArgs& args = tensors[index];
   const GroupView& v = args.view;

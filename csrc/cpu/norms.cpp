@@ -41,7 +41,7 @@ struct WithDual {
 };
 
 // sum + x^2 in double: squares of float are exact, and the rounding of a long sum stays far below the ulp of a float
-// norm. Because they are exact, a fused multiply-add gives the same bits where there is one.
+// norm. Because they are exact, a fused multiply-add, where the processor has it, gives the same bits.
 template <class S>
 inline double add_square(double sum, double x) {
 #ifdef __FMA__

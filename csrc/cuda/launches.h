@@ -10,14 +10,14 @@
 
 namespace rvsm::cuda {
 
-// A set of tensors on one device, for repeated runs. Elementwise: one launch per storage type, base and count of
-// states. Groups that are short and consecutive in memory: another. Other groups need one before the step, or two where
-// long groups are summed in parts.
+// A set of tensors on one device, for repeated runs. Tensors without groups take one launch per storage type, base and
+// count of states, and groups that are short and consecutive in memory another. For other groups one launch before the
+// step makes the factors, or two where long groups are summed in parts.
 class Launches {
  public:
   Launches(Action action, const Kernels& kernels) : action_(action), kernels_(kernels) {}
 
-  // A prox writes u of args.g, where there is one, else of args.w, to args.w.
+  // A prox writes to args.w: u of args.g where that is set, else u of args.w.
   std::vector<TensorArgs> tensors;
 
   // Take note of the tensors; again whenever a shape, type or grouping changes, group_lasso is switched on, or norms
@@ -84,7 +84,7 @@ class Launches {
   // By what they do; the order of keys is that of the launches.
   std::map<Key, SumBuilder> sums_;
   std::map<Key, TableBuilder> tables_;
-  std::pair<const Key, TableBuilder>* last_ = nullptr;  // the builder asked for last: nearly always the next one, too
+  std::pair<const Key, TableBuilder>* last_ = nullptr;  // the builder used last: the next tensor mostly needs it too
   SumBuilder total_;
 };
 

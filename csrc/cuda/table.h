@@ -157,7 +157,7 @@ RVSM_HD const TableEntry<kStates>* entries_of(const Table& t) {
 
 // ---- block -> (tensor, chunk) ---------------------------------------------------------------------------------------
 
-// Any struct with `first`, in rising order: the last one that starts at or before the block.
+// The index of the entry that a block works for. E: any struct with `first`; entries are in rising order of it.
 template <class E>
 RVSM_HD int find(const E* entries, int count, uint32_t block) {
   int low = 0, high = count - 1;

@@ -29,7 +29,7 @@ struct TensorArgs {
   BaseKey base;
   Method method = Method::rvsm;
   void* w = nullptr;
-  // Of a step the gradient, which some bases write to. Of a prox what is read in the place of w, or null.
+  // Of a step: the gradient, which some bases write to. Of a prox: what is read in the place of w, or null.
   void* g = nullptr;
   std::array<void*, kMostStates> state{};
   const void* cut = nullptr;        // top-k: in the type of the arithmetic, read when the step runs

@@ -37,7 +37,7 @@ void* address_in_kernel(const at::Tensor& t, size_t itemsize) {
 // Whether a tensor could stand in a step beside a parameter.
 bool has_values(const at::Tensor& t) { return t.layout() == at::kStrided && has_memory(t) && is_allocated(t); }
 
-// Several elements at one place in memory.
+// Whether several elements share a place in memory.
 bool is_expanded(at::IntArrayRef sizes, at::IntArrayRef strides) {
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] > 1 && strides[d] == 0) return true;

@@ -26,7 +26,7 @@ def _cbrt(x: float) -> float:
 def prox_numbers(penalty: str | None, tau: float, a: float) -> tuple[float, ...]:
     """(penalty, cut, tau, a, rho, edge) in double precision, the twin of ``make_prox`` in ``csrc/math/penalty.h``.
 
-    Without a penalty the cut is -1, which no magnitude is below. ``rho`` and ``edge`` are those of transformed l1.
+    Without a penalty the cut is -1, below every magnitude. ``rho`` and ``edge`` are those of transformed l1.
     """
     cut = -1.0 if penalty is None else PENALTIES[penalty].cut(tau, a)
     rho = _cbrt(6.75 * tau * a * (a + 1))
@@ -56,7 +56,7 @@ def prox_derivative(w: Tensor, direction: Tensor, penalty: str, tau: float, a: f
     """The derivative of :func:`prox` at w, applied to a direction; a new tensor like w.
 
     With r = |v| (or the group's norm) and s = shrink(r), u = v s / r and
-    du = (s / r) dv + (s' - s / r) v <v, dv> / r^2, a symmetric Jacobian. It is 0 on the cut, where there is none.
+    du = (s / r) dv + (s' - s / r) v <v, dv> / r^2, a symmetric Jacobian. On the cut, where it does not exist, it is 0.
     """
     v, dv = to_opmath(w), to_opmath(direction)
     r = magnitudes(v, group_dim)

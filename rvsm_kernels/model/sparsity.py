@@ -122,7 +122,7 @@ def is_all_zero(t: Tensor) -> bool:
     except (AssertionError, NotImplementedError, RuntimeError):
         if kind_of(t) is None:
             raise
-        return False  # without values, nobody can tell
+        return False  # a tensor without values, on the meta device for example
 
 
 def measure(name: str, u: Tensor, group_dim: GroupDim = None, left: str | None = None) -> SparsityRow:

@@ -36,7 +36,7 @@ class NewStates:
         return bool(self._new)
 
     def add_first_u(self, groups: Groups, options: Sequence[StepOptions]) -> None:
-        """The first u of every parameter that a method starts from u, and that has none.
+        """Make the first u of every parameter whose method starts from u, and that has no u yet.
 
         Args:
             options: of the groups.

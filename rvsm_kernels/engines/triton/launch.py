@@ -296,7 +296,7 @@ class Launch:
     # ---- the calls ---------------------------------------------------------------------------------------------------
 
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, *, captured: bool = False) -> None:
-        """Put the work on the current stream of the device, which is the current one.
+        """Put the work on the current stream of the device, which must be the current device.
 
         Args:
             captured: the stream is being captured into a graph, which needs this launch as long as it is replayed.
