@@ -22,7 +22,7 @@ class Base:
 
     Attributes:
         name: its name, for messages and tables.
-        number: the kernels' name of it.
+        number: its number in the kernels (``BaseKind`` in ``csrc/math/types.h``).
         options: those of a param group that the base reads.
         check: raises ValueError for options of a group that exclude each other.
         states: of a group, the names of the states that the base has in ``optimizer.state[p]``; zeros at first.
