@@ -174,7 +174,7 @@ class Case:
 
     @property
     def counted_bytes(self) -> int:
-        """What a step with momentum must move: read w, g, m; write w, m. u costs nothing, what a method keeps does."""
+        """What a step with momentum must move: w, g and m read, w and m written; a method's state read and written."""
         kept = 0 if self.method == "rvsm" else 2 * sum(spec.numel for spec in self.specs if spec.penalised)
         return self.itemsize * (5 * self.elements + kept)
 
@@ -183,8 +183,8 @@ class Case:
         """How many groups the penalised tensors have (0 for an elementwise case)."""
         if self.group_dim is None:
             return 0
-        kept = self.group_dim if isinstance(self.group_dim, tuple) else (self.group_dim,)
-        return sum(math.prod(spec.shape[d] for d in kept) for spec in self.specs if spec.penalised)
+        dims = self.group_dim if isinstance(self.group_dim, tuple) else (self.group_dim,)
+        return sum(math.prod(spec.shape[d] for d in dims) for spec in self.specs if spec.penalised)
 
 
 MATRIX = "5000x5000"

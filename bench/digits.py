@@ -145,7 +145,7 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer, data: Images) ->
 
 
 def train(method: Method, engine: str, seed: int, data: tuple[Images, Images], epochs: int, every: int = 1) -> Run:
-    """Train from scratch on the first part of the data; measure on the second, every so many epochs and at the end."""
+    """Train on the first part of the data from scratch; measure on the second every ``every`` epochs and at the end."""
     images, held_out = data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -22,7 +22,7 @@ from .config import ROOT
 from .problems import build
 
 RSS_RESOLUTION = 256 * 1024
-"""The resident set counts pages; the allocator's own and the threads' stacks come and go by this much."""
+"""Smaller differences mean nothing: pages of the allocator and of the threads' stacks come and go."""
 
 _STEPS = 3
 _WARM_UP = "512x512"  # large enough for every thread to start

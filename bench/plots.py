@@ -36,7 +36,7 @@ _SMALLEST = 8.5
 _BAR = 0.19
 """Inches from a bar to the next one."""
 _LINEAR_UP_TO = 3.0
-"""A CPU's caches are several times as fast as the memory that a large copy uses."""
+"""Shares above this need a logarithmic axis: a CPU's caches are several times as fast as the memory of a large copy."""
 
 
 def _caption(result: Result) -> str:

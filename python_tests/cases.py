@@ -63,16 +63,16 @@ class Layout:
 
 
 def collapses(shape: Sequence[int], order: Sequence[int], group_dim: definition.GroupDim) -> bool:
-    """Whether the kept dimensions are next to each other in memory (dimensions of size 1 lie anywhere).
+    """Whether the dimensions of group_dim are next to each other in memory (dimensions of size 1 lie anywhere).
 
     The kernels (0, 1) of a channels-last weight, which are not, must work too.
     """
     if group_dim is None:
         return True
-    kept = definition.kept_dims(group_dim, len(shape))
-    if kept == {0, 1} and tuple(order) == (0, *range(2, len(shape)), 1):
+    dims = definition.group_dims(group_dim, len(shape))
+    if dims == {0, 1} and tuple(order) == (0, *range(2, len(shape)), 1):
         return True
-    where = [k for k, d in enumerate(d for d in order if shape[d] != 1) if d in kept]
+    where = [k for k, d in enumerate(d for d in order if shape[d] != 1) if d in dims]
     return not where or where[-1] - where[0] + 1 == len(where)
 
 

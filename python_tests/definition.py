@@ -1,7 +1,7 @@
 """docs/method.md in numpy: the mathematics only, in the widest real there is, written to be read.
 
 Independent of the package: shrink is the minimiser of its objective (found by Newton's method from the right, where it
-cannot fail), groups are loops over indices, the step is the lines of section 2.3.
+cannot fail), groups are loops over indices, the step is the lines of section 3 of docs/method.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 GroupDim = int | Sequence[int] | None
 
 
-# ---- one scalar function per penalty (2.1) ---------------------------------------------------------------------------
+# ---- one scalar function per penalty (section 1) ---------------------------------------------------------------------
 
 
 def g(penalty: str | None, r: Array, a: float) -> Array:
@@ -97,27 +97,27 @@ def _tl1_stationary(r: Array, t: REAL, b: REAL) -> Array:
     raise AssertionError("Newton's method did not converge")
 
 
-# ---- groups (2.2) ----------------------------------------------------------------------------------------------------
+# ---- groups (section 2) ----------------------------------------------------------------------------------------------
 
 
-def kept_dims(group_dim: GroupDim, ndim: int) -> set[int]:
+def group_dims(group_dim: GroupDim, ndim: int) -> set[int]:
     """The dimensions that index the groups, counted from the front."""
     assert group_dim is not None
     return {d % ndim for d in ([group_dim] if isinstance(group_dim, int) else group_dim)}
 
 
 def group_indices(shape: Sequence[int], group_dim: GroupDim) -> Iterator[tuple[Any, ...]]:
-    """The index of every group: a number for each kept dimension, everything for the others."""
-    kept = kept_dims(group_dim, len(shape))
-    yield from itertools.product(*(range(n) if d in kept else (slice(None),) for d, n in enumerate(shape)))
+    """The index of every group: a number for each dimension of group_dim, everything for the others."""
+    dims = group_dims(group_dim, len(shape))
+    yield from itertools.product(*(range(n) if d in dims else (slice(None),) for d, n in enumerate(shape)))
 
 
 def group_size(shape: Sequence[int], group_dim: GroupDim) -> int:
     """Elements of a group."""
     if group_dim is None:
         return 1
-    kept = kept_dims(group_dim, len(shape))
-    return math.prod(n for d, n in enumerate(shape) if d not in kept)
+    dims = group_dims(group_dim, len(shape))
+    return math.prod(n for d, n in enumerate(shape) if d not in dims)
 
 
 def magnitudes(w: Array, group_dim: GroupDim) -> Array:
@@ -137,7 +137,7 @@ def over_groups(values: Array, group_dim: GroupDim) -> Array:
     return np.array([values[index].flat[0] for index in group_indices(values.shape, group_dim)], REAL)
 
 
-# ---- prox, penalty, step (2.3) ---------------------------------------------------------------------------------------
+# ---- prox, penalty, step (sections 1 and 3) --------------------------------------------------------------------------
 
 
 def step_tau(options: Mapping[str, Any], shape: Sequence[int]) -> REAL | None:
@@ -150,16 +150,17 @@ def step_tau(options: Mapping[str, Any], shape: Sequence[int]) -> REAL | None:
 def threshold(options: Mapping[str, Any], v: Array) -> tuple[str | None, REAL] | None:
     """The penalty and the tau that v is thresholded with; None where there is no splitting.
 
-    Top-k is l0 whose cut is the largest magnitude that goes; where that is 0, or all stay, u is v.
+    Top-k is l0 whose cut is the largest magnitude that is dropped; where that is 0, or nothing is dropped, u is v.
     """
     tau = step_tau(options, v.shape)
     if tau is None or options["penalty"] != "topk":
         return None if tau is None else (options["penalty"], tau)
     r = np.sort(over_groups(magnitudes(v, options["group_dim"]), options["group_dim"]))
-    goes = r.size - math.ceil(Fraction(str(options["density"])) * r.size)
-    if goes == 0 or r[goes - 1] == 0:
+    dropped = r.size - math.ceil(Fraction(str(options["density"])) * r.size)
+    if dropped == 0 or r[dropped - 1] == 0:
         return None, REAL(0)
-    return "l0", r[goes - 1] ** 2 / 2 * (1 + 8 * np.finfo(REAL).eps)  # a hair above: what ties with it goes too
+    # A few ulp above that magnitude, so that rounding cannot keep it; all that tie with it are dropped too.
+    return "l0", r[dropped - 1] ** 2 / 2 * (1 + 8 * np.finfo(REAL).eps)
 
 
 def strength(options: Mapping[str, Any], shape: Sequence[int]) -> REAL:
@@ -212,7 +213,7 @@ def split(
     u: Array | None = None,
     kept: Array | None = None,
 ) -> Split:
-    """The splitting of one parameter, line by line as section 2.3 has it; the step of the base follows.
+    """The splitting of one parameter, line by line as section 3 of docs/method.md has it; the step of the base follows.
 
     `u` replaces the prox where it is given. `kept`: u of the step before, or the dual.
     """
@@ -291,9 +292,7 @@ def sgd_step(made: Split, states: Mapping[str, Array], options: Mapping[str, Any
     return Step(w - lr * d, new, made.kept, scales)
 
 
-def adamw_step(
-    made: Split, states: Mapping[str, Array], options: Mapping[str, Any], count: int, share: REAL
-) -> Step:
+def adamw_step(made: Split, states: Mapping[str, Array], options: Mapping[str, Any], count: int, share: REAL) -> Step:
     """The step of torch.optim.AdamW after the splitting; missing moments begin with zeros.
 
     Args:

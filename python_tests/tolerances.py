@@ -17,7 +17,7 @@ ARITHMETIC = {
 once on store, so their bound is float32's before that one rounding; `bracket` does the rounding."""
 
 STEP = {np.float32: 1e-6, np.float64: 1e-14}
-"""Design 7, as a share of |w| + lr |d|: about 16 (45) roundings of half an ulp, a step has about ten.
+"""The error of a step as a share of |w| + lr |d|: about 16 (45) roundings of half an ulp, a step has about ten.
 
 |d| is taken as the sum of the absolute addends of d. Where they cancel, |d| can be any number of times smaller than
 the terms it comes from, and each of those has been rounded already: an error relative to the result is then not
@@ -25,11 +25,11 @@ reachable in any order of summation. The pull beta |w - u| counts as an addend f
 (with lr * beta > 1 it is larger than |w|), and so do w and u inside it, unless u is 0 or w, when w - u is exact."""
 
 SUPPORT_ULPS = 4
-"""Design 7: the supports of u are equal unless |r - cut| is within this many ulp. The cut is rounded to the type of
+"""The supports of u are equal unless |r - cut| is within this many ulp. The cut is rounded to the type of
 the arithmetic and so is a norm; inside the band both sides of the cut are right and both are accepted."""
 
 SHRINK_ULPS = 8
-"""Design 2.1: |error of shrink(r)| <= 8 ulp(r) in float32, away from the critical tau of tl1."""
+"""docs/method.md, section 1: |error of shrink(r)| <= 8 ulp(r) in float32, away from the critical tau of tl1."""
 
 NEAR_CRITICAL = 4.0
 """Near the critical tau of tl1 the derivative of shrink at the cut grows without bound, so that rounding r or tau
@@ -37,7 +37,7 @@ once moves u by any number of ulp. "Away" means a derivative of at most this; be
 8 ulp in r itself would do (a backward error), which is as much as a number format can promise."""
 
 FLOAT64_SHRINK_ULPS = 45
-"""Design 7 gives 1e-14 for float64 tensors: 45 ulp."""
+"""The same for float64: 1e-14, the bound of a step, is 45 ulp."""
 
 UNDERFLOW_ULPS = 4
 """Products below the smallest normal number are rounded to a multiple of the smallest subnormal: that many such

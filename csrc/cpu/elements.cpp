@@ -29,8 +29,8 @@ constexpr bool kIsHalf = sizeof(S) == 2;
 
 // ---- elements of one contiguous span ---------------------------------------------------------------------------
 
-// What an element needs to know of its group: u = w * ratio, w_G / ||w_G|| = w / length (a quotient: 1 / length of a
-// subnormal norm is Inf). Short groups have a factor per column, long ones the same factor for all.
+// The factors of an element's group: u = w * ratio, w_G / ||w_G|| = w / length (a quotient, because 1 / length of a
+// subnormal norm is Inf). GroupPull, for short groups, has a factor per column; LongGroupPull has the same for all.
 template <bool kHasLasso, class T>
 struct GroupPull {
   static constexpr bool kPull = true, kLasso = kHasLasso;
@@ -67,11 +67,11 @@ struct Numbers {
   typename Base::template Numbers<T> base;
 };
 
-// States of a step that the compiler knows: the base's, then the method's.
+// How many states a step has: the base's, then the method's.
 template <class Base, Method kMethod>
 constexpr int kStatesOf = Base::kStates + method_states(kMethod);
 
-// Arrays have at least one element.
+// A length for an array, which C++ does not allow to be 0.
 constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
 
 template <class Base, Method kMethod, class T, class Pull, class On>
@@ -142,8 +142,8 @@ void step_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Base
   }
 }
 
-// Calls f(on) with the switches of the base: constants for the method that most steps have; the others learn them when
-// they run, for there are many.
+// Calls f(on) with the switches of the base: compile-time constants for the method that most steps have, run-time
+// values for the others, so that fewer combinations are compiled.
 template <class Base, Method kMethod, class F>
 inline __attribute__((always_inline)) void with_switches(const TensorArgs& args, const F& f) {
   const double* const n = base_numbers(args.numbers);
@@ -208,7 +208,7 @@ void for_spans(const TensorArgs& args, const Block& block, const Prox<T>& prox, 
   const GroupView& v = args.view;
   const int64_t columns = v.groups * v.inner;
   const T* norms = static_cast<const T*>(args.factor_norms) + block.batch * v.groups;
-  const T* lengths = lasso ? norms + (args.planes() - 1) * v.count() : nullptr;
+  const T* lengths = lasso ? norms + (args.norm_rows() - 1) * v.count() : nullptr;
   const auto start = [&](int64_t o, int64_t c) { return (block.batch * v.outer + o) * columns + c; };
   if (v.inner >= kLong) {
     for (int64_t o = block.o0; o < block.o1; ++o) {
@@ -239,7 +239,7 @@ void for_spans(const TensorArgs& args, const Block& block, const Prox<T>& prox, 
   }
 }
 
-// ---- the entries of the table ----------------------------------------------------------------------------------
+// ---- the functions of ElementKernels ---------------------------------------------------------------------------
 
 template <class S, class Base, Method kMethod>
 void step_block(const TensorArgs& args, const Block& block, const Numbers<Base, Opmath<S>>& numbers) {
@@ -254,7 +254,7 @@ void step_block(const TensorArgs& args, const Block& block, const Numbers<Base, 
     }
     with_penalty(split.prox.penalty, [&](auto tag) {
       constexpr Penalty kPenalty = decltype(tag)::value;
-      // A method without a penalty has no state.
+      // Without a penalty the method is rvsm (StepOptions.method in Python).
       if constexpr (kMethod == Method::rvsm || kPenalty != Penalty::none)
         step_span<S, Base, kMethod>(args, block.c0, block.c1 - block.c0, numbers, ElementPull<kPenalty, T>{split.prox},
                                     on);
@@ -262,7 +262,7 @@ void step_block(const TensorArgs& args, const Block& block, const Numbers<Base, 
   });
 }
 
-// Apart from the others: a thousand tiny tensors notice every instruction.
+// A function of its own, so that the usual step stays short: with a thousand tiny tensors every instruction counts.
 template <class S, class Base>
 __attribute__((noinline)) void special_step(const TensorArgs& args, const Block& block,
                                             Numbers<Base, Opmath<S>> numbers) {

@@ -18,7 +18,7 @@ constexpr int64_t kFewRows = 16;
 constexpr int64_t kManyRows = 64;
 // A group with more elements than this is summed in parts.
 constexpr int64_t kPart = 131072;
-// Value of a tensor's counter when its norms are there.
+// Value of a tensor's counter (pending_) when its norms are there.
 constexpr int32_t kDone = -1;
 
 int64_t opmath_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
@@ -27,10 +27,11 @@ int64_t opmath_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
 int64_t norm_bytes(const TensorArgs& args) {
-  return args.grouped ? args.planes() * args.view.count() * opmath_size(args.dtype) : 0;
+  return args.grouped ? args.norm_rows() * args.view.count() * opmath_size(args.dtype) : 0;
 }
 int64_t partial_bytes(const TensorArgs& args) {
-  return args.grouped && args.parts > 1 ? args.planes() * args.parts * args.view.count() * int64_t(sizeof(double)) : 0;
+  return args.grouped && args.parts > 1 ? args.norm_rows() * args.parts * args.view.count() * int64_t(sizeof(double))
+                                        : 0;
 }
 
 }  // namespace
@@ -41,13 +42,13 @@ void TaskList::add(int32_t tensor, Kind kind, const Block& block, int64_t part) 
 }
 
 // Every group is summed by one task, along its rows in order, so that no float is added in arrival order; only groups
-// too long for that are cut into parts, which join() adds up in order.
+// too long for that are divided into parts, which join() adds up in order.
 void TaskList::divide_reduction(int32_t index, int64_t threads) {
   const TensorArgs& args = tensors[index];
   const GroupView& v = args.view;
   const int64_t columns = v.groups * v.inner;
   const bool by_rows = v.outer >= v.inner;
-  // Consecutive groups whose reduction is all that their application waits for.
+  // Groups that are consecutive in memory and summed by one task: the same task then applies their factors.
   const Kind kind = v.outer == 1 && args.parts == 1 && action_ != Action::penalty ? Kind::both : Kind::reduce;
   // Several rows: a width that gives each thread work, but no less than 1 KB of consecutive memory per row.
   int64_t width = v.outer == 1 ? kTask : std::clamp<int64_t>(columns / (2 * threads), 256, kStrip);
@@ -58,7 +59,7 @@ void TaskList::divide_reduction(int32_t index, int64_t threads) {
       for (int64_t p = 0; p < args.parts; ++p) {
         if (by_rows)
           add(index, kind, {b, v.outer * p / args.parts, v.outer * (p + 1) / args.parts, c, end}, p);
-        else  // one long group, or all of what is not cut
+        else  // a part of one long group, or a whole block where there are no parts
           add(index, kind, {b, 0, v.outer, c + (end - c) * p / args.parts, c + (end - c) * (p + 1) / args.parts}, p);
       }
     }
@@ -81,8 +82,8 @@ void TaskList::divide() {
   for (TensorArgs& args : tensors) {
     if (!args.grouped) args.view = {1, 1, args.numel, 1};
     const GroupView& v = args.view;
-    const bool cut = args.grouped && v.size() >= 2 * kPart;
-    args.parts = cut ? std::min(ceil_div(v.size(), kPart), std::max(v.outer, v.inner)) : 1;
+    const bool in_parts = args.grouped && v.size() >= 2 * kPart;
+    args.parts = in_parts ? std::min(ceil_div(v.size(), kPart), std::max(v.outer, v.inner)) : 1;
   }
 }
 
@@ -123,8 +124,9 @@ int64_t TaskList::workload() const {
   return elements;
 }
 
-// Tasks that wait for nobody go by the elements before them: each thread gets one stretch of memory. The tasks of a
-// tensor that is reduced first are dealt phase by phase, or one thread would wait while the other reduces.
+// The tasks of tensors without a reduction are dealt by the number of elements before them, so that each thread gets
+// one stretch of memory. Of a tensor that is reduced first, the reduce tasks are dealt to all threads and then the
+// apply tasks: else one thread would wait while another reduces.
 void TaskList::deal(int64_t threads) {
   lanes_.clear();
   for (int64_t t = 0; t < threads; ++t) lanes_.push_back(std::make_unique<Lane>());
@@ -165,7 +167,7 @@ void TaskList::work(int64_t begin, int64_t end) {
 void TaskList::drain(Lane& lane) {
   const int64_t count = int64_t(lane.tasks.size());
   for (;;) {
-    // Alone, without a locked instruction: it costs as much as a tiny task.
+    // A single thread needs no locked instruction, which costs as much as a tiny task.
     const int64_t i = lanes_.size() == 1 ? lane.next.load(std::memory_order_relaxed)
                                          : lane.next.fetch_add(1, std::memory_order_relaxed);
     if (lanes_.size() == 1) lane.next.store(i + 1, std::memory_order_relaxed);
@@ -174,7 +176,7 @@ void TaskList::drain(Lane& lane) {
   }
 }
 
-// Take one task that stands before `index`, from the front of any lane; false if all of those are taken.
+// Run one task that stands before `index`, from the front of any lane; false if all of those are taken.
 bool TaskList::help(int64_t index) {
   for (auto& lane : lanes_) {
     int64_t i = lane->next.load(std::memory_order_relaxed);

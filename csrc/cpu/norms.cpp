@@ -16,14 +16,14 @@ namespace {
 constexpr int64_t kSums = kStrip;
 // Independent sums that an instruction or two can take together.
 constexpr int kLanes = 16;
-// Rows that a strided sum takes together, and asks for in advance.
+// Rows that a strided sum takes together, and prefetches.
 constexpr int kAhead = 8;
-// Columns of those rows between two rounds of asking: the memory takes so many requests at a time.
+// Columns of those rows between two rounds of prefetching: the memory takes only so many requests at a time.
 constexpr int64_t kPiece = 64;
 
 // ---- sums of squares -------------------------------------------------------------------------------------------
 
-// What is summed: elements of w, or of w + dual as the step thresholds them. At an index in double precision.
+// What is summed: elements of w, or of w + dual as the step thresholds them. at(i): element i in double precision.
 template <class Storage>
 struct Weights {
   using S = Storage;
@@ -41,7 +41,7 @@ struct WithDual {
 };
 
 // sum + x^2 in double: squares of float are exact, and the rounding of a long sum stays far below the ulp of a float
-// norm. Because they are exact, a fused multiply-add gives the same bits where there is one.
+// norm. Because they are exact, a fused multiply-add, where the processor has it, gives the same bits.
 template <class S>
 inline double add_square(double sum, double x) {
 #ifdef __FMA__
@@ -85,7 +85,7 @@ inline void add_squares(double* __restrict sums, const Source w, int64_t stride,
   }
 }
 
-// The processor's own prefetcher stops at the end of a row's piece: ask for the next one.
+// The processor prefetches up to the end of a piece of a row by itself, but not the piece in the next row.
 template <class S>
 inline void prefetch(const Weights<S> p, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(S);
@@ -141,14 +141,14 @@ void block_squares(const Source all, const TensorArgs& args, const Block& block,
 }
 
 template <class Source>
-void plane_squares(const Source source, const TensorArgs& args, const Block& block, int64_t part, int plane) {
+void norm_row_squares(const Source source, const TensorArgs& args, const Block& block, int64_t part, int norm_row) {
   using T = Opmath<typename Source::S>;
   const int64_t groups = args.view.count(), first = block.batch * args.view.groups;
   if (args.parts > 1) {
-    double* sums = args.partials + (plane * args.parts + part) * groups + first;
+    double* sums = args.partials + (norm_row * args.parts + part) * groups + first;
     block_squares(source, args, block, [&](int64_t g, double sum) { sums[g] = sum; });
   } else {
-    T* norms = static_cast<T*>(args.factor_norms) + plane * groups + first;
+    T* norms = static_cast<T*>(args.factor_norms) + norm_row * groups + first;
     block_squares(source, args, block, [&](int64_t g, double sum) { norms[g] = T(std::sqrt(sum)); });
   }
 }
@@ -157,8 +157,8 @@ void plane_squares(const Source source, const TensorArgs& args, const Block& blo
 template <class T>
 void take_norms(const TensorArgs& args, int64_t from, int64_t to) {
   const int64_t groups = args.view.count();
-  for (int64_t plane = 0; plane < args.planes(); ++plane)
-    for (int64_t g = plane * groups + from; g < plane * groups + to; ++g)
+  for (int64_t norm_row = 0; norm_row < args.norm_rows(); ++norm_row)
+    for (int64_t g = norm_row * groups + from; g < norm_row * groups + to; ++g)
       static_cast<T*>(args.factor_norms)[g] = T(args.norms[g]);
 }
 
@@ -173,8 +173,9 @@ void squares(const TensorArgs& args, const Block& block, int64_t part) {
     }
     const Weights<S> weights{static_cast<const S*>(args.w)};
     const bool dual = args.method == Method::admm;
-    if (dual) plane_squares(WithDual<S>{weights.w, static_cast<const S*>(args.method_state())}, args, block, part, 0);
-    if (!dual || args.planes() == 2) plane_squares(weights, args, block, part, args.planes() - 1);
+    if (dual)
+      norm_row_squares(WithDual<S>{weights.w, static_cast<const S*>(args.method_state())}, args, block, part, 0);
+    if (!dual || args.norm_rows() == 2) norm_row_squares(weights, args, block, part, args.norm_rows() - 1);
   });
 }
 
@@ -183,12 +184,12 @@ void join(const TensorArgs& args) {
   with_storage(args.dtype, [&](auto s) {
     using T = Opmath<decltype(s)>;
     if (args.norms != nullptr) return take_norms<T>(args, 0, groups);
-    for (int64_t plane = 0; plane < args.planes(); ++plane) {
-      const double* partials = args.partials + plane * args.parts * groups;
+    for (int64_t norm_row = 0; norm_row < args.norm_rows(); ++norm_row) {
+      const double* partials = args.partials + norm_row * args.parts * groups;
       for (int64_t g = 0; g < groups; ++g) {
         double sum = 0;
         for (int64_t p = 0; p < args.parts; ++p) sum += partials[p * groups + g];
-        static_cast<T*>(args.factor_norms)[plane * groups + g] = T(std::sqrt(sum));
+        static_cast<T*>(args.factor_norms)[norm_row * groups + g] = T(std::sqrt(sum));
       }
     }
   });

@@ -99,7 +99,8 @@ class TableBuilder {
     return uint16_t(put(groups) | kGrouped);
   }
 
-  // Room for an entry and so many slots in the last table or a new one, and the slot of the record.
+  // Makes room for one more entry, its record and `slots` further slots, in the last table or in a new one. Returns the
+  // slot of the record; tensors with equal records share it.
   template <int kStates, class R>
   int reserve(const TensorArgs& args, const R& record, int slots = 0) {
     // A record with a cut is of one tensor.
@@ -176,9 +177,9 @@ class SumBuilder {
     }
     Launch<SumTable>& l = launches_[used_ - 1];
     SumTable& t = *l.table;
-    SumEntry& own = t.at[t.entries++];
-    own = entry;
-    own.first = t.blocks;
+    SumEntry& added = t.at[t.entries++];
+    added = entry;
+    added.first = t.blocks;
     t.blocks += uint32_t(batches * entry.tiles * entry.parts);
     l.note(group);
   }

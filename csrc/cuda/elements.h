@@ -16,10 +16,11 @@ struct alignas(16) Vector {
 
 // ---- u of one element -----------------------------------------------------------------------------------------------
 
-// pull.from(at) knows the elements from a place on: those of a vector, or one. Called with v, which is thresholded, and
-// w it gives u and w_G / ||w_G||.
+// A pull gives u and unit = w_G / ||w_G|| of an element. pull.from(at) is the pull of the elements from offset `at` on
+// (a vector, or a single element); its call (v, w, k, u, unit) writes u and unit of element at + k, where v is what the
+// method thresholds.
 
-// Without groups: the penalty is known to the compiler, so that a block decides once.
+// Without groups. The penalty is known at compile time, so that a block looks at it once, not for each element.
 template <Penalty kPenalty, class T>
 struct ElementPull {
   static constexpr bool kMayLasso = false;
@@ -47,7 +48,7 @@ struct GroupPull {
   }
 };
 
-// Calls f(record, pull) with what a slot of an entry asks for; a block decides once. kCut: a record may have a cut.
+// Calls f(record, pull) with the record and the pull that belong to an entry's slot. kCut: a record may have a cut.
 template <class T, class Base, bool kCut, class F>
 RVSM_HD void with_pull(const Table& t, uint16_t slot, const F& f) {
   if (slot & kGrouped) {
@@ -88,8 +89,8 @@ RVSM_HD T scale_of(const Table& t) {
   return t.grad_scale != nullptr ? reciprocal(T(*t.grad_scale)) : T(1);
 }
 
-// What is thresholded, and the gap, by a method that every thread of a block shares. A kernel without a state of a
-// method knows it: kHasState.
+// thresholded() and gap_of() for a method that is known only at run time, the same for all threads of a block.
+// kHasState: the method has a state; without one it can only be rvsm, and the branches are compiled away.
 template <bool kHasState, class T>
 RVSM_HD T run_thresholded(Method method, T w, T state) {
   return kHasState && method == Method::admm ? thresholded<Method::admm>(w, state) : w;
@@ -102,7 +103,7 @@ RVSM_HD T run_gap(Method method, T w, T v, T u, T& state) {
   return w - u;
 }
 
-// The thread's elements of a span. `pull` knows them by their distance from the span's begin, plus `first`.
+// One step of the thread's elements of a span. `first`: the offset of the span's begin, as `pull` counts.
 template <class S, class Base, bool kHasState, class T, class Entry, class Pull>
 RVSM_HD void step_elements(const Entry& e, const Record<T, Base>& record, const Span& span, int thread, T scale,
                            uint32_t first, const Pull& pull) {
@@ -117,7 +118,7 @@ RVSM_HD void step_elements(const Entry& e, const Record<T, Base>& record, const 
   S* state[kStates + 1];
   RVSM_UNROLL
   for (int s = 0; s < kStates; ++s) state[s] = static_cast<S*>(state_of(e, s)) + span.begin;
-  // si: the states of the element, with room for one of a method that has none.
+  // si: the states of the element; it has room for a method's state also where the method has none.
   const auto element = [&](T& wi, T& gi, T* si, const auto& at, uint32_t k) {
     T u, unit;
     T& of_method = si[Base::kStates];

@@ -28,9 +28,9 @@ struct ForThreads {
   }
 };
 
-// Of a step. A state more to read and to write: fewer threads have as many bytes in flight. Half types hold two
-// elements for every one of float32; where their states or the gradient are written, some compilers spill below these
-// numbers.
+// The same for a step. A method's state is one array more to read and to write, so that fewer threads have as many
+// bytes in flight. A vector of a half type has twice the elements of one of float32; where states or the gradient are
+// written, some compilers spill with more blocks than these.
 template <class S, class Base, bool kHasState>
 constexpr int step_blocks() {
   constexpr bool kHalf = sizeof(S) == 2, kTwoArrays = Base::kStates > 0 || Base::kWritesGrad;

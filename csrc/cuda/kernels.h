@@ -14,8 +14,8 @@ struct Stream {
   void* handle = nullptr;  // a cudaStream_t
 };
 
-// What a launch does, in the order in which the launches of a step follow each other: norms, then factors, then those
-// who read them.
+// What a launch does, in the order in which the launches of a step follow each other: norms, then factors, then the
+// kernels that read them.
 enum class Work : uint8_t {
   squares,        // a SumTable: squares of tensors of a type
   dual_squares,   // the same, entries may have a dual

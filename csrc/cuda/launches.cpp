@@ -51,11 +51,11 @@ void Launches::divide(int64_t limit) {
     if (args.grouped) {
       Groups& g = groups_[i];
       const GroupView& v = args.view;
-      const int64_t own = element_size(args.dtype);
+      const int64_t stored = element_size(args.dtype);
       g.dtype = args.dtype;
-      g.resident = action_ != Action::penalty && is_resident(v, own) && args.method == Method::rvsm && !args.topk &&
+      g.resident = action_ != Action::penalty && is_resident(v, stored) && args.method == Method::rvsm && !args.topk &&
                    args.norms == nullptr;
-      for (auto& [layout, size] : {std::pair{&g.own, own}, std::pair{&g.wide, int64_t(sizeof(float))}}) {
+      for (auto& [layout, size] : {std::pair{&g.stored, stored}, std::pair{&g.widened, int64_t(sizeof(float))}}) {
         if (g.resident) layout->tiles = make_tiles(v, size);
         for (const bool misplaced : {false, true}) {
           SumEntry& e = layout->sums[misplaced];
@@ -69,7 +69,7 @@ void Launches::divide(int64_t limit) {
     }
     if (action_ == Action::penalty) blocks_ += ceil_div(numbers, kChunk<double>);  // no type has more chunks
   }
-  // Three launches are enough: sums, their parts and the step; or sums, resident groups and the step.
+  // At most three launches: sums, resident groups and the step, or sums, factors of sums of parts and the step.
   if (any_parts)
     for (Groups& g : groups_) g.resident = false;
 }
@@ -80,7 +80,7 @@ int64_t Launches::scratch_bytes() const {
     if (!tensors[i].grouped || groups_[i].resident) continue;
     const int64_t factors = aligned(tensors[i].view.count() * element_size(opmath(tensors[i].dtype)));
     bytes += factors * (action_ != Action::penalty && groups_[i].lasso ? 2 : 1);
-    bytes += aligned(tensors[i].planes() * groups_[i].partials * int64_t(sizeof(double)));
+    bytes += aligned(tensors[i].norm_rows() * groups_[i].partials * int64_t(sizeof(double)));
   }
   return bytes;
 }
@@ -97,7 +97,7 @@ void Launches::set_scratch(void* memory) {
     const bool value = action_ == Action::penalty;
     g.ratio = value ? nullptr : take(factors);
     g.length = value || g.lasso ? take(factors) : nullptr;
-    g.parts = reinterpret_cast<double*>(take(tensors[i].planes() * g.partials * int64_t(sizeof(double))));
+    g.parts = reinterpret_cast<double*>(take(tensors[i].norm_rows() * g.partials * int64_t(sizeof(double))));
     g.pieces.clear();
     const int64_t size = element_size(opmath(tensors[i].dtype));
     for_pieces(v, limit_, [&](int64_t offset, const GroupView& piece, int64_t group) {
@@ -106,15 +106,15 @@ void Launches::set_scratch(void* memory) {
                           factor_place(piece, g.ratio + from, g.lasso ? g.length + from : nullptr)});
     });
     const Finish finish = value ? Finish::norms : Finish::factors;
-    for (Layout* layout : {&g.own, &g.wide}) {
+    for (Layout* layout : {&g.stored, &g.widened}) {
       for (SumEntry& e : layout->sums) {
         e.finish = uint16_t(e.parts == 1 ? finish : Finish::part);
         e.out = e.parts == 1 ? g.ratio : reinterpret_cast<char*>(g.parts);
         e.length = g.length;
       }
     }
-    // Sums of parts, or norms from elsewhere, are a matrix of parts x groups; how many parts is known when the tensor
-    // is.
+    // What factors are made of is a matrix of parts x groups: sums of parts, or norms from elsewhere (one part).
+    // add_norm_row() sets the number of parts, `outer`; 2 stands for it here, so that the rows are summed as a strip.
     g.factors = divide_sums({1, 2, v.count(), 1}, sizeof(double), true);
     g.factors.parts = 1;
     g.factors.finish = uint16_t(finish);
@@ -129,35 +129,35 @@ TableBuilder& Launches::tables(const Key& key) {
   return last_->second;
 }
 
-// Where the numbers of a tensor come from that its groups are made of, and a prox reads.
+// The elements that are thresholded and whose norms are taken: a prox may read them elsewhere than it writes u.
 void* Launches::source(const TensorArgs& args) const {
   return action_ == Action::prox && args.g != nullptr ? args.g : args.w;
 }
 
 // One sum for each group and, where what is thresholded is not w, another for group lasso.
 void Launches::add_norms(const TensorArgs& args, const Groups& groups) {
-  for (int plane = 0; plane < args.planes(); ++plane) add_plane(args, groups, plane);
+  for (int row = 0; row < args.norm_rows(); ++row) add_norm_row(args, groups, row);
 }
 
-void Launches::add_plane(const TensorArgs& args, const Groups& groups, int plane) {
-  const bool dual = args.method == Method::admm && plane == 0;
+void Launches::add_norm_row(const TensorArgs& args, const Groups& groups, int norm_row) {
+  const bool dual = args.method == Method::admm && norm_row == 0;
   const bool on_boundary = begins_on_boundary(source(args)) && (!dual || begins_on_boundary(args.method_state()));
-  const bool lengths = plane == args.planes() - 1;
+  const bool lengths = norm_row == args.norm_rows() - 1;
   SumEntry sums = groups.layout(args.dtype).sums[on_boundary ? 0 : 1], factors = groups.factors;
   sums.x = source(args);
   sums.dual = dual ? args.method_state() : nullptr;
   for (SumEntry* s : {&sums, &factors}) {
-    s->by_data = args.cut != nullptr;
-    if (s->by_data)
+    s->reads_cut = args.cut != nullptr;
+    if (s->reads_cut)
       s->cut = args.cut;
     else
       s->prox = prox_of<double>(args.numbers);
-    if (plane > 0) s->out = nullptr;
+    if (norm_row > 0) s->out = nullptr;
     if (!lengths) s->length = nullptr;
   }
   const bool made_elsewhere = args.norms != nullptr;
   if (!made_elsewhere) {
-    double* const parts = groups.parts + plane * groups.partials;
+    double* const parts = groups.parts + norm_row * groups.partials;
     if (sums.parts > 1) sums.out = parts;
     const Work work = args.method == Method::admm ? Work::dual_squares : Work::squares;
     sums_[{work, args.dtype, {}}].add(sums, args.view.batch, args.group);
@@ -165,7 +165,7 @@ void Launches::add_plane(const TensorArgs& args, const Groups& groups, int plane
     factors.x = parts;
     factors.outer = sums.parts;
   } else {
-    factors.x = args.norms + plane * args.view.count();
+    factors.x = args.norms + norm_row * args.view.count();
     factors.outer = 1;
     factors.are_norms = true;
   }

@@ -10,14 +10,14 @@
 
 namespace rvsm::cuda {
 
-// A set of tensors on one device, for repeated runs. Elementwise: one launch per storage type, base and count of
-// states. Groups that are short and consecutive in memory: another. Other groups need one before the step, or two where
-// long groups are summed in parts.
+// A set of tensors on one device, for repeated runs. Tensors without groups take one launch per storage type, base and
+// count of states, and groups that are short and consecutive in memory another. For other groups one launch before the
+// step makes the factors, or two where long groups are summed in parts.
 class Launches {
  public:
   Launches(Action action, const Kernels& kernels) : action_(action), kernels_(kernels) {}
 
-  // A prox writes u of args.g, where there is one, else of args.w, to args.w.
+  // A prox writes to args.w: u of args.g where that is set, else u of args.w.
   std::vector<TensorArgs> tensors;
 
   // Take note of the tensors; again whenever a shape, type or grouping changes, group_lasso is switched on, or norms
@@ -39,28 +39,28 @@ class Launches {
   void run(const Stream& stream, const Scaling& scaling, double* total = nullptr);
 
  private:
-  // How one tensor in groups is summed, where its elements are of one type.
+  // How a tensor in groups is summed, for elements of a certain size.
   struct Layout {
-    Tiles tiles;       // of a resident one
-    SumEntry sums[2];  // of a tensor that begins on a 16-byte boundary, and of another
+    Tiles tiles;       // where it is resident
+    SumEntry sums[2];  // where it begins on a 16-byte boundary, and where it does not
   };
   struct Groups {
     Dtype dtype;
-    Layout own, wide;       // of that type, and of float32, in which a step with a wider gradient is done
-    bool resident = false;  // its blocks sum its groups themselves
-    SumEntry factors;       // makes factors of sums of parts, or of norms from elsewhere
+    Layout stored, widened;  // for that type, and for float32, in which a step with a wider gradient is done
+    bool resident = false;   // its blocks sum its groups themselves
+    SumEntry factors;        // makes factors of sums of parts, or of norms from elsewhere
     // Pieces of fewer than 2^31 elements; nearly always one.
     struct Piece {
       int64_t offset, numel;
       FactorPlace factors;
     };
     std::vector<Piece> pieces;
-    int64_t partials = 0;  // numbers that the parts of a plane of norms need at most
+    int64_t partials = 0;  // sums of parts for one row of norms, at most
     bool lasso = false;
     char *ratio = nullptr, *length = nullptr;
     double* parts = nullptr;
 
-    const Layout& layout(Dtype type) const { return type == dtype ? own : wide; }
+    const Layout& layout(Dtype type) const { return type == dtype ? stored : widened; }
   };
 
   TableBuilder& tables(const Key& key);
@@ -72,7 +72,7 @@ class Launches {
   void add_pieces(const TensorArgs& args, const Groups& groups, TableBuilder& builder, void* source);
   void* source(const TensorArgs& args) const;
   void add_norms(const TensorArgs& args, const Groups& groups);
-  void add_plane(const TensorArgs& args, const Groups& groups, int plane);
+  void add_norm_row(const TensorArgs& args, const Groups& groups, int norm_row);
   void start(const Stream& stream, const Key& key, const void* table, const std::vector<int32_t>& groups);
 
   Action action_;
@@ -84,7 +84,7 @@ class Launches {
   // By what they do; the order of keys is that of the launches.
   std::map<Key, SumBuilder> sums_;
   std::map<Key, TableBuilder> tables_;
-  std::pair<const Key, TableBuilder>* last_ = nullptr;  // the builder asked for last: nearly always the next one, too
+  std::pair<const Key, TableBuilder>* last_ = nullptr;  // the builder used last: the next tensor mostly needs it too
   SumBuilder total_;
 };
 

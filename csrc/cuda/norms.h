@@ -28,17 +28,18 @@ struct alignas(16) SumEntry {
   const void* dual;  // added to x, or null
   void* out;         // sums (part, total), or the ratios (factors; null: only the lengths are wanted)
   void* length;
-  // are_norms: what is summed are norms already, of one part, not squares of them.
   union {
     Prox<double> prox;
-    const void* cut;  // by_data: of top-k, in the type of the factors
+    const void* cut;  // where reads_cut: the cut of top-k, in the type of the factors
   };
   int64_t outer, groups, inner, count;  // count: the groups of all batches
   uint32_t first;                       // its first block
   uint32_t tiles, parts;
   uint16_t tile;       // groups of a tile
   uint16_t lanes : 9;  // threads that share one row of a group (team) or of the tile (strip)
-  uint16_t strip : 1, vectors : 1, cut_rows : 1, finish : 2, by_data : 1, are_norms : 1;
+  // parts_are_rows: a part of a group is some of its rows, else a piece of each row. are_norms: x holds norms, not what
+  // they are made of.
+  uint16_t strip : 1, vectors : 1, parts_are_rows : 1, finish : 2, reads_cut : 1, are_norms : 1;
 };
 
 struct SumTable {
@@ -48,35 +49,35 @@ struct SumTable {
 };
 static_assert(sizeof(SumEntry) == 128 && sizeof(SumTable) <= 32764);
 
-// Where a block works: from element `begin` in so many rows, of so many groups from `group` on, and of each so many
-// consecutive elements.
+// The share of a block: `rows` rows from element `begin` on; in each row `groups` groups, the first of which has the
+// number `group`; of each group `length` consecutive elements.
 struct Tile {
   int64_t begin, group;
   int rows, groups, length;
   uint32_t part;
 };
 
-// kLoad: elements of an access, of which a cut along a row leaves whole ones.
+// kLoad: elements of an access. Where parts are pieces of rows, each piece is a whole number of accesses.
 template <int kLoad>
 RVSM_HD Tile tile_of(const SumEntry& e, uint32_t index) {
   const uint32_t part = index % e.parts, tile = index / e.parts % e.tiles, batch = index / e.parts / e.tiles;
   const int64_t first = int64_t(tile) * e.tile;
-  const int64_t pieces = e.cut_rows ? e.outer : e.inner / kLoad;
+  const int64_t pieces = e.parts_are_rows ? e.outer : e.inner / kLoad;
   const int64_t from = pieces * part / e.parts, count = pieces * (part + 1) / e.parts - from;
-  const int64_t row = batch * e.outer + (e.cut_rows ? from : 0);
+  const int64_t row = batch * e.outer + (e.parts_are_rows ? from : 0);
   Tile t;
-  t.begin = (row * e.groups + first) * e.inner + (e.cut_rows ? 0 : from * kLoad);
+  t.begin = (row * e.groups + first) * e.inner + (e.parts_are_rows ? 0 : from * kLoad);
   t.group = batch * e.groups + first;
-  t.rows = int(e.cut_rows ? count : e.outer);
+  t.rows = int(e.parts_are_rows ? count : e.outer);
   t.groups = int(first + e.tile < e.groups ? e.tile : e.groups - first);
-  t.length = int(e.cut_rows ? e.inner : count * kLoad);
+  t.length = int(e.parts_are_rows ? e.inner : count * kLoad);
   t.part = part;
   return t;
 }
 
 // ---- phase 1: every thread adds up its elements ---------------------------------------------------------------------
 
-// The sums of a block are a matrix: of rows x columns, to be added along the rows, then `inner` columns to a group.
+// The sums of a block are a matrix of rows x columns. First the rows are added up, then `inner` columns for each group.
 struct Matrix {
   int rows, columns, inner;
 };
@@ -92,8 +93,8 @@ RVSM_HD void add_to(double& sum, double x) {
   sum += kSquares ? x * x : x;
 }
 
-// A vector of kLoad elements at p: one access, or one element. Where there is a dual, it is added in the arithmetic
-// type, as the step does. `dual` is its distance from p in bytes, 0 where there is none; kDual: there may be one.
+// Adds kLoad elements at p to the sums, read by one access. A dual is added to them in the type of the arithmetic, as
+// the step does. `dual`: its distance from p in bytes, 0 where there is none; kDual: whether there may be a dual.
 template <int kLoad, bool kSquares, bool kDual, class S>
 RVSM_HD void add_vector(double* sums, const S* p, int64_t dual) {
   const S* const q = reinterpret_cast<const S*>(reinterpret_cast<const char*>(p) + dual);
@@ -121,24 +122,24 @@ template <int kLoad, bool kSquares, bool kDual, class S>
 RVSM_HD void sum_strip(const SumEntry& e, const Tile& t, const Matrix& m, int thread, double* sums) {
   const int lane = thread % e.lanes, row = thread / e.lanes, column = lane * kLoad;
   if (row >= m.rows) return;
-  double own[kLoad] = {};
+  double acc[kLoad] = {};
   if (column < t.groups * int(e.inner)) {
     const int64_t columns = e.groups * e.inner, step = columns * m.rows, dual = to_dual(e);
     const S* p = static_cast<const S*>(e.x) + t.begin + row * columns + column;
 #if defined(__CUDACC__)
 #pragma unroll(kLoad == 1 ? 4 : kLoad == 4 ? 2 : 1)
 #endif
-    for (int k = row; k < t.rows; k += m.rows, p += step) add_vector<kLoad, kSquares, kDual>(own, p, dual);
+    for (int k = row; k < t.rows; k += m.rows, p += step) add_vector<kLoad, kSquares, kDual>(acc, p, dual);
   }
   RVSM_UNROLL
-  for (int k = 0; k < kLoad; ++k) sums[row * m.columns + column + k] = own[k];
+  for (int k = 0; k < kLoad; ++k) sums[row * m.columns + column + k] = acc[k];
 }
 
 // Long rows: several threads to a group.
 template <int kLoad, bool kSquares, bool kDual, class S>
 RVSM_HD void sum_team(const SumEntry& e, const Tile& t, const Matrix& m, int thread, double* sums) {
   const int lane = thread % e.lanes, place = thread / e.lanes;
-  double own[kLoad] = {};
+  double acc[kLoad] = {};
   if (place < t.groups) {
     const int64_t columns = e.groups * e.inner, dual = to_dual(e);
     const S* p = static_cast<const S*>(e.x) + t.begin + place * e.inner;
@@ -147,12 +148,12 @@ RVSM_HD void sum_team(const SumEntry& e, const Tile& t, const Matrix& m, int thr
 #pragma unroll(kLoad == 1 ? 4 : 1)
 #endif
       for (int i = lane * kLoad; i < t.length; i += e.lanes * kLoad)
-        add_vector<kLoad, kSquares, kDual>(own, p + i, dual);
+        add_vector<kLoad, kSquares, kDual>(acc, p + i, dual);
     }
   }
   RVSM_UNROLL
-  for (int k = 1; k < kLoad; ++k) own[0] += own[k];
-  sums[lane * m.columns + place] = own[0];
+  for (int k = 1; k < kLoad; ++k) acc[0] += acc[k];
+  sums[lane * m.columns + place] = acc[0];
 }
 
 // ---- phase 2: the rows of the matrix become one ---------------------------------------------------------------------
@@ -181,7 +182,7 @@ RVSM_HD void finish_group(const SumEntry& e, uint32_t part, int64_t group, doubl
   const T norm = T(e.are_norms ? sum : std::sqrt(sum));
   if (finish == Finish::factors && e.out != nullptr) {
     const Prox<T> prox =
-        e.by_data ? Prox<T>{Penalty::l0, *static_cast<const T*>(e.cut), 0, 0, 0, 0} : narrow<T>(e.prox);
+        e.reads_cut ? Prox<T>{Penalty::l0, *static_cast<const T*>(e.cut), 0, 0, 0, 0} : narrow<T>(e.prox);
     static_cast<T*>(e.out)[group] = shrink_ratio(norm, prox);
   }
   if (e.length != nullptr) static_cast<T*>(e.length)[group] = finish == Finish::factors ? length_of(norm) : norm;
@@ -236,12 +237,12 @@ RVSM_HD void penalty_block(const Table& table, uint32_t block, double* sums, con
 
 // ---- host: how a tensor is divided ----------------------------------------------------------------------------------
 
-// Blocks that fill a device, or as many as leave each this many elements.
+// Blocks that fill a device. There are fewer where a block would have less than kFewest elements.
 constexpr int64_t kFill = 512;
 constexpr int64_t kFewest = 32768;
 // A row of a tile is at least so long: the unit of what memory hands out.
 constexpr int64_t kSector = 32;
-// Rows of fewer elements than this are shared by the threads that follow one another.
+// Where a row of a group has fewer elements than this, rows of several groups are summed together, as a strip.
 constexpr int64_t kShortRow = 64;
 
 // The largest power of two up to n, from 1 to kThreads.
@@ -251,8 +252,9 @@ inline int power_below(int64_t n) {
   return p;
 }
 
-// All of an entry but where it stands, what it reads and what becomes of its sums. `aligned`: the tensor begins on a
-// 16-byte boundary. Parts need memory, so tiles are made narrow first; only too few groups are cut into parts.
+// An entry with the fields that follow from the shape; the caller sets what is read and what becomes of the sums.
+// `aligned`: the tensor begins on a 16-byte boundary. Parts need memory: tiles are made narrow first, and groups have
+// parts only where there are still too few tiles.
 inline SumEntry divide_sums(const GroupView& v, int64_t element_size, bool aligned) {
   const int64_t whole = 16 / element_size, numel = v.count() * v.size();
   const int64_t wanted = std::clamp<int64_t>(numel / kFewest, 1, kFill);
@@ -274,14 +276,14 @@ inline SumEntry divide_sums(const GroupView& v, int64_t element_size, bool align
       units /= 2;
     e.lanes = uint16_t(units * unit / width);
     e.tile = uint16_t(units * unit / v.inner);
-    e.cut_rows = true;
+    e.parts_are_rows = true;
   } else {
     e.lanes = uint16_t(power_below(v.inner / (4 * width)));
     e.tile = uint16_t(kThreads / e.lanes);
-    e.cut_rows = v.outer > v.inner;
+    e.parts_are_rows = v.outer > v.inner;
   }
   e.tiles = uint32_t(ceil_div(v.groups, e.tile));
-  const int64_t pieces = e.cut_rows ? v.outer : v.inner / width;
+  const int64_t pieces = e.parts_are_rows ? v.outer : v.inner / width;
   const int64_t parts = ceil_div(wanted, e.tiles * v.batch);
   e.parts = uint32_t(std::clamp<int64_t>(parts, 1, std::max<int64_t>(pieces, 1)));
   return e;

@@ -1,6 +1,6 @@
-// Groups that are short and consecutive in memory: one block sums a few of them and then does their step, while they
-// are in its caches. So w is read from memory once, and no factor of a group goes to memory. For host and device, in
-// phases like norms.h.
+// Groups that are short and consecutive in memory ("resident"): one block sums a few of them and then does their step,
+// while they are in its caches. So w is read from memory once, and no factor of a group goes to memory. For host and
+// device, in phases like norms.h.
 #pragma once
 
 #include "norms.h"
@@ -18,7 +18,7 @@ struct alignas(32) Tiles {
 };
 static_assert(sizeof(Tiles) == 32);
 
-// Most groups of a tile that have one thread each.
+// A block sums the groups of its tile in at most this many rounds.
 constexpr int kRounds = 4;
 
 // Numbers of a block that all of its threads share.
@@ -57,15 +57,15 @@ RVSM_HD void sum_groups(const S* w, const Tiles& t, int groups, int thread, doub
   const int lane = thread % t.lanes, step = kThreads / t.lanes;
   RVSM_NO_UNROLL
   for (int group = thread / t.lanes; group < t.tile; group += step) {
-    double own[kLoad] = {};
+    double acc[kLoad] = {};
     if (group < groups) {
       RVSM_NO_UNROLL
       for (uint32_t i = uint32_t(lane) * kLoad; i < t.inner; i += uint32_t(t.lanes) * kLoad)
-        add_vector<kLoad, true, false>(own, w + uint32_t(group) * t.inner + i, 0);
+        add_vector<kLoad, true, false>(acc, w + uint32_t(group) * t.inner + i, 0);
     }
     RVSM_UNROLL
-    for (int k = 1; k < kLoad; ++k) own[0] += own[k];
-    sums[lane * t.tile + group] = own[0];
+    for (int k = 1; k < kLoad; ++k) acc[0] += acc[k];
+    sums[lane * t.tile + group] = acc[0];
   }
 }
 
@@ -120,7 +120,7 @@ constexpr int64_t kResident = 49152;
 // Elements of a block that are worth its start.
 constexpr int64_t kWorth = 4096;
 
-// Short enough, and made of whole vectors.
+// Whether groups are consecutive in memory, short enough, and made of whole vectors.
 inline bool is_resident(const GroupView& v, int64_t element_size) {
   const int64_t bytes = v.inner * element_size;
   return v.outer == 1 && bytes % 16 == 0 && bytes <= kResident && v.count() * v.inner < kNarrow;

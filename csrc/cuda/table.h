@@ -15,7 +15,7 @@ namespace rvsm::cuda {
 #define RVSM_UNROLL _Pragma("unroll")
 #define RVSM_NO_UNROLL _Pragma("unroll 1")
 #define RVSM_HD_MEMBER __host__ __device__ __forceinline__
-// The compiler moves no access to memory across it: fewer numbers are in registers at a time.
+// The compiler moves no access to memory across this line, so that fewer numbers are in registers at a time.
 #define RVSM_KEEP_ORDER() asm volatile("" ::: "memory")
 #else
 #define RVSM_UNROLL
@@ -37,8 +37,8 @@ constexpr int64_t kChunk = int64_t(kThreads) * kVectors * kWidth<S>;
 
 // ---- the table: kernel parameters, so that no copy to the device stands before a launch -----------------------------
 
-// One tensor. Its chunks belong to the blocks from `first` up to the next entry's. The number of states is known to the
-// compiler, and the same for all tensors of a launch.
+// One tensor. Its chunks belong to the blocks from `first` up to the next entry's. The number of states is known at
+// compile time, and the same for all tensors of a launch.
 template <int kStates>
 struct TableEntry {
   void* w;
@@ -80,9 +80,9 @@ inline Divider divider(int64_t d) {
   return r;
 }
 
-// How a tensor in groups finds the factors of the element at a place in memory: that of group
-// at / batch * groups + at % columns / inner, where batch is the size of a batch and columns is groups * inner. Its
-// elements are fewer than 2^31 (see for_pieces).
+// Where the factors of a tensor in groups are. The element at offset `at` has those of group
+// at / batch_size * groups + at % columns / inner, with columns = groups * inner and batch_size = outer * columns. For
+// tensors of fewer than 2^31 elements (see for_pieces).
 struct alignas(32) FactorPlace {
   const void* ratio;   // shrink(norm) / norm of each group
   const void* length;  // its norm, with group_lasso
@@ -108,13 +108,13 @@ inline FactorPlace factor_place(const GroupView& v, const void* ratio, const voi
           0};
 }
 
-// The numbers of a step, shared by all tensors that have them in common; a tensor with top-k has a record for itself. A
-// tensor in groups needs no numbers of a penalty, only whether there is one: its factors are made before.
+// The numbers of a step, shared by all tensors with the same numbers; a tensor with top-k has a record of its own.
+// Where a launch before this one makes the factors, only the name of the penalty is set in split.prox.
 template <class T, class Base>
 struct alignas(32) Record {
   Split<T> split;
   typename Base::template Numbers<T> base;
-  const void* cut;  // of top-k, in the type of the arithmetic; null: that of the prox
+  const void* cut;  // of top-k, in the type of the arithmetic; null: split.prox has the cut
   uint8_t method;   // Method
   bool lasso;
   typename Base::Switches switches;
@@ -157,7 +157,7 @@ RVSM_HD const TableEntry<kStates>* entries_of(const Table& t) {
 
 // ---- block -> (tensor, chunk) ---------------------------------------------------------------------------------------
 
-// Any struct with `first`, in rising order: the last one that starts at or before the block.
+// The index of the entry that a block works for. E: any struct with `first`; entries are in rising order of it.
 template <class E>
 RVSM_HD int find(const E* entries, int count, uint32_t block) {
   int low = 0, high = count - 1;
@@ -231,7 +231,8 @@ inline Chunks chunks_of(int64_t numel, const void* w, const void* const* others,
   return {uint32_t(chunks), uint16_t(rest | (vectors ? 0 : kScalar))};
 }
 
-// Elements below which a tensor in groups is one entry: index arithmetic in 32 bits costs a quarter.
+// A tensor in groups with fewer elements than this is one entry, a larger one several (for_pieces): index arithmetic in
+// 32 bits costs a quarter of that in 64 bits.
 constexpr int64_t kNarrow = int64_t(1) << 31;
 
 // Calls f(offset, view, group) for the pieces of a tensor in groups, each with fewer than `limit` elements: the view of

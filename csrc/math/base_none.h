@@ -5,8 +5,8 @@
 
 namespace rvsm {
 
-// kGradient: the split has terms in the gradient (a coupling, group lasso), so that the direction is written to it and
-// the weights stay as the pull has left them; else the gradient is not even read.
+// The weights stay as the pull has left them. kGradient: the split has terms in the gradient (a coupling, group lasso),
+// and the step writes the direction into the gradient; else the gradient is not even read.
 template <bool kGradient>
 struct NoBase {
   static constexpr BaseKind kKind = BaseKind::none;

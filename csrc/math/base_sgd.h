@@ -29,7 +29,7 @@ struct Sgd {
     return {T(n[0]), T(n[1]), T(n[2]), T(n[3]), T(n[4]), T(n[5])};
   }
 
-  // Switches that the compiler knows, and those of a kernel that learns them when it runs.
+  // Switches known at compile time, and switches known only at run time.
   template <bool kDecay, bool kNesterov>
   struct Known {
     static constexpr bool decay = kDecay, nesterov = kNesterov;
@@ -38,7 +38,7 @@ struct Sgd {
     bool decay, nesterov;
   };
 
-  // Of a record, as numbers().
+  // The switches that follow from the numbers of a base.
   RVSM_HD Switches switches(const double* n) { return {n[0] != 0, n[4] != 0}; }
 
   // Calls f(Known<...>{}).

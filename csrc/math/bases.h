@@ -10,7 +10,7 @@ namespace rvsm {
 // The base of a tensor as the kernels tell it apart.
 struct BaseKey {
   BaseKind kind = BaseKind::sgd;
-  uint8_t states = 0;  // that it has beside each weight
+  uint8_t states = 0;  // how many the base has beside each weight
   bool writes_grad = false;
 
   friend bool operator==(const BaseKey& a, const BaseKey& b) {

@@ -1,4 +1,4 @@
-"""Makes the coefficients of Tl1Fit in prox.h: ``python csrc/fit_tl1.py`` prints them (needs mpmath).
+"""Makes the coefficients of Tl1Fit in penalty.h: ``python csrc/math/fit_tl1.py`` prints them (needs mpmath).
 
 The function is H(p) = h(q) / q with q = 1 - p^2 and h(q) = 4/3 sin^2(asin(sqrt q) / 3), fitted on [0, 1] by a
 polynomial in p - 1/2 that is minimax in the relative error (Remez exchange).

@@ -7,7 +7,7 @@
 namespace rvsm {
 
 #if defined(__CUDACC__)
-// static, so that a member function is one too.
+// static, so that the member functions of a base belong to its type and need no object.
 #define RVSM_HD static __host__ __device__ __forceinline__
 #else
 // Internal linkage and always inlined: the CPU kernels compile these lines once per instruction set, and the linker
@@ -37,8 +37,8 @@ struct Prox {
 template <class T>
 struct Split {
   Prox<T> prox;
-  T grad;  // what the gradient is multiplied with: -1 under maximize, else 1; over grad_scale where the host knows it
-  T pull;  // the pull on the weights: lr * beta if decoupled, else 0
+  T grad;      // factor of the gradient: -1 under maximize, else 1; divided by grad_scale where the host knows it
+  T pull;      // the pull on the weights: lr * beta if decoupled, else 0
   T coupling;  // the pull in the gradient: 0 if decoupled, else beta
   T lasso;     // group_lasso
 };
@@ -48,7 +48,7 @@ RVSM_HD Prox<T> prox_of(const double* record) {
   return {Penalty(int32_t(record[0])), T(record[1]), T(record[2]), T(record[3]), T(record[4]), T(record[5])};
 }
 
-// `scale`: what the gradient is multiplied with besides, 1 / grad_scale or 1.
+// `scale`: TensorArgs::scale.
 template <class T>
 RVSM_HD Split<T> split_of(const double* record, double scale) {
   const double* s = record + kProxNumbers;

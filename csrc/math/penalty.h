@@ -2,7 +2,7 @@
 //
 //   shrink(r) = argmin_{s >= 0} (s - r)^2 / 2 + tau * g(s)
 //
-// A penalty is added here, in method/penalties.py and in engines/triton/penalty.py; no kernel is touched.
+// To add a penalty, see docs/architecture.md; no kernel is touched.
 #pragma once
 
 #include <cmath>
@@ -11,8 +11,8 @@
 
 namespace rvsm {
 
-// 1 / x and x / y to the last bit, nearly: the kernels of a GPU are compiled with divisions that are off by 2 ulp,
-// whose residual an fma gives exactly. Where x == y the quotient is 1.
+// 1 / x and x / y, nearly always rounded correctly. The kernels of a GPU are compiled with a division that may be off
+// by 2 ulp; an fma gives its residual exactly, and the residual corrects it. Where x == y the quotient is 1.
 template <class T>
 RVSM_HD T reciprocal(T x) {
   const T r = T(1) / x;
@@ -91,7 +91,7 @@ RVSM_HD T tl1_shrink(T r, const Prox<T>& f) {
 
 // ---- every penalty ---------------------------------------------------------------------------------------------
 
-// shrink of a penalty that the compiler knows. Ties go to zero; NaN is not <= cut and so stays visible.
+// shrink of a penalty that is known at compile time. Ties go to zero; NaN is not <= cut and so stays visible.
 template <Penalty kPenalty, class T>
 RVSM_HD T shrink(T r, const Prox<T>& f) {
   if (kPenalty == Penalty::none) return r;
@@ -101,7 +101,7 @@ RVSM_HD T shrink(T r, const Prox<T>& f) {
   return r <= f.cut ? T(0) : s;
 }
 
-// g of a penalty that the compiler knows.
+// g of a penalty that is known at compile time.
 template <Penalty kPenalty, class T>
 RVSM_HD T value(T s, T a) {
   if (kPenalty == Penalty::l1) return s;
@@ -181,7 +181,7 @@ RVSM_HD auto with_penalty(Penalty penalty, F&& f) {
   }
 }
 
-// The factor of a group whose penalty is known when it runs.
+// The factor of a group whose penalty is known only at run time.
 template <class T>
 RVSM_HD T shrink_ratio(T norm, const Prox<T>& f) {
   return with_penalty(f.penalty, [&](auto tag) { return shrink_ratio<decltype(tag)::value>(norm, f); });

@@ -14,9 +14,8 @@
 
 namespace rvsm {
 
-// What the split does, apart from its numbers. A kernel that knows it when it is compiled gives constants;
-// SplitSwitches is for one that knows it when it runs. Terms that are off are left out, not multiplied by 0, so that an
-// Inf ends where torch.optim would let it.
+// Which terms the split has: KnownSplit at compile time, SplitSwitches at run time. Terms that are off are left out,
+// not multiplied by 0, so that an Inf spreads no further than in torch.optim.
 template <bool kPull, bool kLasso>
 struct KnownSplit {
   static constexpr bool pull = kPull, lasso = kLasso;
@@ -67,8 +66,8 @@ RVSM_HD void with_method(Method method, const F& f) {
   }
 }
 
-// Moves w and makes the direction d for the base of the gradient in it. `gap` and `unit` = w_G / ||w_G|| are of the
-// weights that the forward pass used.
+// Pulls w, and turns d from the gradient into the direction for the base. `gap` and `unit` = w_G / ||w_G|| are those of
+// the weights that the forward pass used.
 template <class T, class Switches>
 RVSM_HD void split_step(T& w, T& d, T gap, T unit, const Split<T>& s, Switches on) {
   if (on.lasso) d = d + s.lasso * unit;

@@ -52,7 +52,7 @@ class CpuEngine final : public DeviceEngine {
   at::Tensor scratch_;
 };
 
-// ---- CUDA, or its lines on the host -------------------------------------------------------------------------------
+// ---- CUDA, or its kernels on the host -----------------------------------------------------------------------------
 
 class CudaEngine final : public DeviceEngine {
  public:
@@ -94,7 +94,7 @@ class CudaEngine final : public DeviceEngine {
   Action action_;
   cuda::Launches launches_;
   at::Tensor scratch_, total_;
-  c10::Stream home_{c10::Stream::DEFAULT, at::kCPU};
+  c10::Stream home_{c10::Stream::DEFAULT, at::kCPU};  // the stream that scratch_ was allocated on
 };
 
 }  // namespace

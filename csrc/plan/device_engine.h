@@ -30,8 +30,8 @@ class DeviceEngine {
   // Take note of the tensors and find scratch for them; again whenever a shape, type or grouping changes.
   virtual void divide() = 0;
 
-  // Do the work, or put it on the current stream of the device. Of `scaling` only an engine that reads it on the
-  // device takes notice; for another it is in TensorArgs::scale.
+  // Do the work, or put it on the current stream of the device. `scaling` is for engines with scales_on_device; the
+  // others read TensorArgs::scale.
   virtual void run(const Scaling& scaling = {}) = 0;
 
   // Action::penalty, after run(): a 0-dim float64 tensor on the device.
@@ -56,7 +56,7 @@ class DeviceEngines {
  public:
   explicit DeviceEngines(Action action) : action_(action) {}
 
-  // The number of a device's engine, which is made where there is none.
+  // The index of the engine of a device and turn; makes the engine where there is none.
   size_t of(at::Device device, size_t turn = 0);
   DeviceEngine& operator[](size_t i) const { return *engines_[i]; }
   auto begin() const { return engines_.begin(); }

@@ -16,12 +16,12 @@ class GroupOptions {
   GroupOptions() = default;
   explicit GroupOptions(const py::object& step_options);
 
-  // Whether a plan for one describes the other: only numbers differ.
+  // Whether the tables that were made for these options fit the others: only numbers differ.
   bool has_the_tables_of(const GroupOptions& other) const;
 
-  // The record of a tensor whose groups have so many elements; it stays where it is as long as these options do.
-  // `count`: how many steps the base's states have seen; without a counter 0 for none, 1 for any number. Asks Python
-  // the first time.
+  // The record of a tensor with groups of `group_size` elements; the pointer is valid as long as these options are, of
+  // those with a counter until forget_counts(). `count`: how many steps the base's states have seen; without a counter
+  // 0 for none, 1 for any number. Asks Python the first time.
   const double* numbers(int64_t group_size, int64_t count);
 
   // The arguments that follow from the options alone. `count` as above.
@@ -39,8 +39,8 @@ class GroupOptions {
   BaseKind base = BaseKind::sgd;
   Method method = Method::rvsm;
   bool split = false, topk = false, lasso = false, scaled = false, writes_grad = false;
-  bool starts_from_u = false;   // the method's state
-  Dims dims;                    // of the groups; nothing where norms do not matter
+  bool starts_from_u = false;   // the method's state begins with u, else with zeros
+  Dims dims;                    // group_dim; nullopt for elements, and where norms do not matter
   std::vector<py::str> states;  // names, the base's first
   size_t base_states = 0;
   py::object counter;   // the name of the tensor that counts the steps of a parameter, or None

@@ -13,10 +13,10 @@ namespace rvsm {
 
 namespace {
 
-// Threads of Python may run while this many elements are updated.
+// From this many elements on, other threads of Python may run during a step.
 constexpr int64_t kReleaseGil = 1 << 20;
 
-// What the plan does is no business of a dispatch mode, which might hand it tensors that have no memory.
+// Keeps dispatch modes out of what the plan does: a mode might hand it tensors that have no memory.
 class OutsideModes {
   c10::impl::ExcludeDispatchKeyGuard guard_{
       c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot})};
@@ -59,20 +59,20 @@ void Plan::read_inputs(const py::object& inputs) {
   }
 }
 
-// What must be known on the host before a step: by an engine that scales there, or of a grad_scale that is not the
-// float32 of GradScaler.
+// Reads grad_scale and found_inf where the host needs them: for engines that do not read them on the device, and a
+// grad_scale that has another type than GradScaler's float32, for all engines.
 void Plan::read_scaling() {
   Scaling& given = inputs_.scaling;
-  factors_.assign(engines_.size(), 1);
+  inverse_scales_.assign(engines_.size(), 1);
   skip_ = false;
   if (!given.grad_scale.defined() && !given.found_inf.defined()) return;
   bool on_host = false;
   for (const auto& engine : engines_) on_host |= !engine->scales_on_device;
-  const bool odd = given.grad_scale.defined() && given.grad_scale.scalar_type() != at::kFloat;
-  if (given.grad_scale.defined() && (on_host || odd)) {
-    const double factor = 1 / given.grad_scale.item<double>();
+  const bool other_type = given.grad_scale.defined() && given.grad_scale.scalar_type() != at::kFloat;
+  if (given.grad_scale.defined() && (on_host || other_type)) {
+    const double inverse = 1 / given.grad_scale.item<double>();
     for (size_t i = 0; i < engines_.size(); ++i)
-      if (odd || !engines_[i].scales_on_device) factors_[i] = factor;
+      if (other_type || !engines_[i].scales_on_device) inverse_scales_[i] = inverse;
   }
   if (given.found_inf.defined() && on_host) skip_ = given.found_inf.item<double>() > 0;
 }
@@ -86,7 +86,7 @@ Ready Plan::prepare_without_holding(const py::list& groups, const py::object& in
     bool ready = built_ || rebuild(groups);
     if (ready) read_scaling();
     if (ready && !refresh(groups)) {
-      // What the first walk has found is of other parameters, or of other layouts.
+      // The table describes other parameters or layouts: what this walk has found belongs to them.
       copies_.clear();
       new_states_.clear();
       ready = rebuild(groups);
@@ -98,11 +98,11 @@ Ready Plan::prepare_without_holding(const py::list& groups, const py::object& in
       drop();
       return answer;
     }
-    // An odd grad_scale is in the factors of all engines.
+    // A grad_scale of another type is in inverse_scales_ for all engines; none may apply it a second time.
     Scaling& given = inputs_.scaling;
     if (given.grad_scale.defined() && given.grad_scale.scalar_type() != at::kFloat) given.grad_scale = at::Tensor();
-    // Whether states appear is decided here, so that a first step waits for the device; no other does.
-    // A counter on the host needs the answer in every step.
+    // New states are put into optimizer.state only if the step happens. A first step waits here for found_inf; of the
+    // steps after it only those wait that are counted on the host.
     if ((!new_states_.empty() || counts_) && given.found_inf.defined() && !skip_)
       skip_ = given.found_inf.item<double>() > 0;
   } catch (...) {
@@ -219,7 +219,7 @@ void Plan::drop() {
   new_states_.clear();
   held_.clear();
   lacks_ = false;
-  if (inputs_.instead != nullptr)  // copies that are nobody's any more
+  if (inputs_.instead != nullptr)  // the slots hold copies that only this step needed
     for (ParamSlot& slot : slots_)
       for (PyObject*& state : slot.states) reset(state, nullptr);
   inputs_ = {};

@@ -45,7 +45,7 @@ struct ParamSlot {
   Dtype dtype = Dtype::f32;  // the same, as the kernels name it
   bool served = false;       // false: a parameter without a gradient that no engine of this build could step
   bool dense = true;
-  bool norms_given = false;  // its norms were made elsewhere, as the plan knows it
+  bool norms_given = false;  // its norms were made elsewhere when the table was made
 };
 
 class Plan {
@@ -61,9 +61,9 @@ class Plan {
   // The options of a group, again whenever one of them was edited.
   void set_options(size_t group, const py::object& step_options);
 
-  // Look at every parameter, gradient and state; throws before anything is changed. Ready::no: a parameter that has a
-  // gradient is none that this build has an engine for; Ready::lacks: a state is missing that does not begin with
-  // zeros. Where found_inf is above 0, launch() will leave everything as it is.
+  // Look at every parameter, gradient and state; throws before anything is changed. Ready::no: this build has no engine
+  // for a parameter that has a gradient. Ready::lacks: a state is missing that does not begin with zeros. Where
+  // found_inf is above 0, launch() will leave everything as it is.
   //
   // All memory that the step will touch is held until launch() or drop(), for in between other threads of Python may
   // take gradients and states away.
@@ -135,8 +135,8 @@ class Plan {
   std::vector<c10::Storage> held_;
   PyObject* inputs_object_ = nullptr;  // owned
   StepInputs inputs_;
-  int64_t most_work_ = 0;        // elements that the calling thread works on where every parameter has a gradient
-  std::vector<double> factors_;  // of each engine: 1 / grad_scale where its tensors carry it, else 1
+  int64_t most_work_ = 0;  // elements that the calling thread works on where every parameter has a gradient
+  std::vector<double> inverse_scales_;  // TensorArgs::scale of each engine
   bool skip_ = false;
   bool lacks_ = false;
   bool counts_ = false;  // whether any group counts its steps

@@ -12,9 +12,9 @@ namespace rvsm {
 
 namespace {
 
-// Whether two tensors agree in all that a kernel asks of them. The key set says layout and whether the values are
-// there (no lazy negation), so that one comparison stands for four questions; a thousand parameters ask them each
-// step.
+// Whether two tensors agree in all that matters to a kernel. The key set holds the layout, whether the tensor has
+// memory, and whether it is lazily negated or zero: one comparison for all of them, since this runs for every tensor in
+// every step.
 bool is_twin(const at::Tensor& t, const at::Tensor& w) {
   const c10::TensorImpl* x = t.unsafeGetTensorImpl();
   const c10::TensorImpl* y = w.unsafeGetTensorImpl();
@@ -22,9 +22,9 @@ bool is_twin(const at::Tensor& t, const at::Tensor& w) {
          equal(x->sizes(), y->sizes()) && equal(x->strides(), y->strides());
 }
 
-// Where a kernel finds a tensor's first element, or null where there is no memory: torch's data_ptr() without what
-// is_twin has answered, for it is asked of every tensor in every step. A copy on write becomes one where it is written.
-// is_allocated() looks closer.
+// Where a kernel finds a tensor's first element, or null where there is no memory: torch's data_ptr() without the
+// checks that is_twin has made, since this runs for every tensor in every step. A storage that is shared until it is
+// written (torch's copy on write) is copied here if the kernel writes. is_allocated() looks closer.
 template <bool kWrites>
 void* address_in_kernel(const at::Tensor& t, size_t itemsize) {
   const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
@@ -37,7 +37,7 @@ void* address_in_kernel(const at::Tensor& t, size_t itemsize) {
 // Whether a tensor could stand in a step beside a parameter.
 bool has_values(const at::Tensor& t) { return t.layout() == at::kStrided && has_memory(t) && is_allocated(t); }
 
-// Several elements at one place in memory.
+// Whether several elements share a place in memory.
 bool is_expanded(at::IntArrayRef sizes, at::IntArrayRef strides) {
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] > 1 && strides[d] == 0) return true;
@@ -53,7 +53,7 @@ const at::Tensor& found_tensor(PyObject* dict, PyObject* param, const char* what
 
 }  // namespace
 
-// The states of a parameter, by their names; returns false where one is missing. What is None is missing.
+// The states of a parameter, by their names; returns false where one is missing. A state that is None is missing.
 bool Plan::find_states(const GroupOptions& options, ParamSlot& slot) {
   PyObject* const instead = inputs_.instead == nullptr ? nullptr : get(inputs_.instead, slot.param);
   bool all = true;
@@ -104,8 +104,8 @@ bool Plan::fits(const ParamSlot& slot, size_t states) const {
   });
 }
 
-// Raise what a parameter, its groups, its gradient or its states deserve; every engine says it in the words of
-// checks.py.
+// Raise the error for a parameter whose groups, gradient or states cannot be stepped. The texts are those of checks.py,
+// the same for every engine.
 void Plan::refuse(const py::list& groups, const ParamSlot& slot) const {
   const py::object group = groups[slot.group], param = py::reinterpret_borrow<py::object>(slot.param);
   py::dict states;
@@ -155,7 +155,7 @@ void Plan::find_beside(TensorArgs& args, const ParamSlot& slot) const {
   if (!slot.norms_given || !args.grouped) return;
   const at::Tensor& norms = found_tensor(inputs_.norms, slot.param, "norms");
   const bool right = norms.scalar_type() == at::kDouble && norms.is_contiguous() && norms.device() == slot.device &&
-                     norms.numel() == args.planes() * args.view.count();
+                     norms.numel() == args.norm_rows() * args.view.count();
   if (!right)
     py::module_::import("rvsm_kernels.engines.checks")
         .attr("check_norms")(norms, py::handle(slot.param), options_[slot.group].source);
@@ -210,7 +210,7 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
   }
   if (args.topk || slot.norms_given) find_beside(args, slot);
   addresses_changed_ |= address != std::exchange(slot.address, address);
-  args.scale = factors_[slot.engine];
+  args.scale = inverse_scales_[slot.engine];
 }
 
 }  // namespace rvsm

@@ -1,4 +1,4 @@
-// The table of parameters of a plan: made once, and held against what a step brings.
+// The table of parameters of a plan: made once, and compared with what each step brings.
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <stdexcept>
@@ -25,7 +25,7 @@ const at::Tensor& Plan::tensor(const ParamSlot& slot) const { return THPVariable
 // A parameter that an engine serves, and its arguments there.
 void Plan::add_slot(const py::list& groups, ParamSlot& slot, PyObject* param, const at::Tensor& w) {
   slot.served = true;
-  slot.param = param;  // borrowed, until nothing can go wrong any more
+  slot.param = param;  // borrowed until the end of this function, which may throw before
   slot.address = address_of(w);
   slot.engine = engines_.of(w.device(), slot.turn);
   slot.device = w.device();
@@ -39,7 +39,7 @@ void Plan::add_slot(const py::list& groups, ParamSlot& slot, PyObject* param, co
   try {
     tensors.push_back(args_of(slot.dense ? w : at::empty_like(w), options.dims));
   } catch (const std::invalid_argument&) {
-    no_groups_.insert(slots_.size());  // of no weight until the parameter has a gradient
+    no_groups_.insert(slots_.size());  // an error only if the parameter gets a gradient
     tensors.emplace_back();
   }
   TensorArgs& args = tensors.back();

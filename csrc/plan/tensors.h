@@ -11,7 +11,7 @@
 
 namespace rvsm {
 
-using Dims = std::optional<std::vector<int64_t>>;  // group_dim: nothing is elementwise
+using Dims = std::optional<std::vector<int64_t>>;  // group_dim; nullopt is elementwise
 
 // Whether kernels exist for the type.
 bool is_supported(at::ScalarType type);

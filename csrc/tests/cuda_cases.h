@@ -80,7 +80,7 @@ struct Tensor {
     args.topk = methods && o.is_split() && o.penalty == Penalty::l0 && integer(0, 1);
     args.active = integer(0, 9) != 0 && args.numel > 0;
     norms_given = methods && args.grouped && integer(0, 3) == 0;
-    norms.resize(size_t(args.planes() * args.view.count()) * sizeof(double));
+    norms.resize(size_t(args.norm_rows() * args.view.count()) * sizeof(double));
     for (size_t i = 0; i < norms.size() / sizeof(double); ++i)
       reinterpret_cast<double*>(norms.data())[i] = integer(0, 9) == 0 ? 0 : uniform(0, 2);
     with_storage(args.dtype, [&](auto s) {

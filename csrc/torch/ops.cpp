@@ -57,7 +57,7 @@ std::vector<std::vector<size_t>> by_turn(at::TensorList tensors) {
   return places;
 }
 
-// Arguments with their records, which stay where they are.
+// Makes arguments and keeps their records, to which the arguments point.
 class ArgsList {
  public:
   ArgsList(const PenaltyOptions& options, const OptionalDims& group_dim)
@@ -152,8 +152,8 @@ at::Tensor penalty_value(at::TensorList params, Names penalty, double lam, doubl
   return total;
 }
 
-// What tracing needs to know: shapes and types. A list that mixes meta tensors with others comes here too, and would be
-// left undone without a word.
+// Tracing needs shapes and types only. torch also comes here with a list that mixes meta tensors with others, and
+// nothing would be done with the others: that is an error.
 void check_meta(at::TensorList tensors) {
   for (const at::Tensor& t : tensors)
     TORCH_CHECK_TYPE(t.is_meta(), "rvsm_kernels does not support meta tensors beside tensors on ", t.device());

@@ -1,4 +1,4 @@
-"""Every error of section 3: its type, what it names, and that nothing has changed when it is raised."""
+"""Every error: its type, what it names, and that nothing has changed when it is raised."""
 
 from __future__ import annotations
 
@@ -371,7 +371,7 @@ def scattered(shape: tuple[int, ...], channels_last: bool) -> nn.Parameter:
 
 
 @pytest.mark.parametrize(("shape", "group_dim", "channels_last"), SCATTERED)
-def test_kept_dimensions_that_do_not_collapse(
+def test_group_dims_that_do_not_collapse(
     native: str, shape: tuple[int, ...], group_dim: tuple[int, ...], channels_last: bool
 ) -> None:
     """ValueError, before anything is touched, and what to do about it."""

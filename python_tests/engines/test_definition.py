@@ -73,7 +73,10 @@ def run(case: Case, engine: str) -> None:
         checked_step(optimizer, f"step {k} of {case}, engine {engine}")
         check_foreign(built, foreign)
     # Zeros that AdamW's first step has moved by the same amount are nearly ties, between which a norm cannot choose.
-    ties = any(is_adamw(g.options) and g.options["penalty"] == "topk" and g.options["group_dim"] is not None for g in case.groups)
+    ties = any(
+        is_adamw(g.options) and g.options["penalty"] == "topk" and g.options["group_dim"] is not None
+        for g in case.groups
+    )
     # Moments of float16 overflow, as torch's do.
     if not ties and all(bool(torch.isfinite(b.param).all()) for b in built):
         check_reading(optimizer, f"{case}, engine {engine}")

@@ -1,4 +1,4 @@
-"""The identities of section 2.3: what the step is in terms of torch.optim.SGD, and one engine in terms of another."""
+"""What the step is in terms of torch.optim.SGD (docs/method.md, section 3), and one engine in terms of another."""
 
 from __future__ import annotations
 

@@ -362,7 +362,7 @@ def test_topk_keeps_so_many(engine: str, density: float, group_dim: Any) -> None
 
 @quick_in_all
 def test_topk_where_magnitudes_tie(engine: str) -> None:
-    """What ties with the largest magnitude that goes, goes with it; zeros are no survivors."""
+    """All magnitudes that tie with the largest one that is dropped are dropped too; a zero does not survive either."""
     w = torch.tensor([3.0, -2.0, 2.0, 2.0, 1.0, 0.0])
     for density, want in (
         (1 / 6, [3, 0, 0, 0, 0, 0]),

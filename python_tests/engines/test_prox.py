@@ -151,7 +151,7 @@ def test_dense_scan(prox: Prox, penalty: str, a: float, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("a", SHAPES_OF_TL1)
 def test_eight_ulp_away_from_the_critical_tau(prox: Prox, a: float) -> None:
-    """Design 2.1, flat: at least a factor of two away from the critical tau nothing near the cut is ill-conditioned."""
+    """SHRINK_ULPS holds everywhere: a factor of two or more away from the critical tau nothing is ill-conditioned."""
     rng = np.random.default_rng(3)
     for ratio in np.concatenate([10 ** rng.uniform(-4, np.log10(0.5), size=40), 10 ** rng.uniform(0.6, 4, size=20)]):
         tau = critical(a) * ratio
@@ -335,7 +335,7 @@ def test_nan_stays_in_its_group(prox: Prox, penalty: str) -> None:
         u = prox(broken, penalty, 0.4, 1.0, group_dim)
         assert u[2, 1, 0, 2].isnan()
         mine = torch.zeros(5, 4, 3, 3, dtype=torch.bool)
-        mine[tuple(k if d in definition.kept_dims(group_dim, 4) else slice(None) for d, k in enumerate((2, 1)))] = True
+        mine[tuple(k if d in definition.group_dims(group_dim, 4) else slice(None) for d, k in enumerate((2, 1)))] = True
         assert torch.equal(bits(u)[~mine], bits(clean)[~mine])
 
 

@@ -155,7 +155,7 @@ def test_edits_of_lr_and_lam_compile_nothing() -> None:
 
 
 def test_group_view_is_that_of_cpp() -> None:
-    """Random shapes, layouts and kept dimensions: the same view, or refused by both."""
+    """Random shapes, layouts and group dimensions: the same view, or refused by both."""
     if native_engine.load_error is not None:
         pytest.skip(native_engine.load_error)
     draw, agreed, refused = random.Random(1), 0, 0
@@ -164,15 +164,15 @@ def test_group_view_is_that_of_cpp() -> None:
         shape = [draw.choice((1, 2, 3, 5)) for _ in range(n)]
         order = draw.sample(range(n), n)
         w = torch.empty([shape[d] for d in order]).permute([order.index(d) for d in range(n)])
-        kept = draw.sample(range(n), draw.randint(0, n))
+        dims = draw.sample(range(n), draw.randint(0, n))
         try:
-            want = native_engine._C.group_view(list(w.shape), list(w.stride()), kept)
+            want = native_engine._C.group_view(list(w.shape), list(w.stride()), dims)
         except ValueError:
             with pytest.raises(ValueError, match="collapse"):
-                group_view(w.shape, w.stride(), kept)
+                group_view(w.shape, w.stride(), dims)
             refused += 1
             continue
-        assert tuple(group_view(w.shape, w.stride(), kept)) == tuple(want), (shape, order, kept)
+        assert tuple(group_view(w.shape, w.stride(), dims)) == tuple(want), (shape, order, dims)
         agreed += 1
     assert agreed > 500 and refused > 50
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import DTYPES
-from ..method.groups import GroupDim, group_size, kept_dims, view_of
+from ..method.groups import GroupDim, group_dims, group_size, view_of
 from ..method.memory import kind_of, refuse
 from ..method.options import shown
 from ..method.parameters import is_left_alone, param_name
@@ -24,12 +24,12 @@ def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         ValueError: a ``group_dim`` that the tensor does not have.
     """
     if torch.nn.parameter.is_lazy(p) or is_left_alone(p):
-        return  # it has no shape and no gradient yet, or never will
+        return  # a lazy parameter has no shape yet; one that is left alone is never trained
     if p.layout != torch.strided:
         raise TypeError(f"RVSM does not support parameters of layout {p.layout} ({name})")
     if p.dtype not in DTYPES:
         raise TypeError(f"RVSM does not support parameters of dtype {p.dtype} ({name})")
-    kept_dims(group["group_dim"], p.dim(), name)
+    group_dims(group["group_dim"], p.dim(), name)
 
 
 def refuse_expanded(p: Tensor, name: str) -> None:

@@ -33,7 +33,7 @@ class StepInputs:
             holds its value when the step is launched, not yet when it is prepared.
         norms: norms of groups that were made elsewhere (on another rank, over several tensors): float64, one number
             for each group in the order of its group view (batch * groups + group), on the parameter's device; with
-            ADMM and a group lasso two rows, of w + dual and of w. The engine sums what is missing here itself.
+            ADMM and a group lasso two rows, of w + dual and of w. Norms that are missing here the engine sums itself.
         changed: the places of the groups whose options are new since the last step that this engine prepared; None for
             all of them.
     """
@@ -59,7 +59,7 @@ class Ready(enum.IntEnum):
     """What :meth:`Engine.prepare` answers."""
 
     NO = 0
-    """A parameter that has a gradient is none that this engine serves."""
+    """The engine does not serve a parameter that has a gradient."""
     YES = 1
     """The step can be launched."""
     LACKS = 2
@@ -94,7 +94,7 @@ class Engine(ABC):
         """Forget what was prepared and let go of its tensors."""
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:  # noqa: B027 - most need none
-        """Raise ValueError if the groups of a parameter are none that this engine can reduce."""
+        """Raise ValueError if this engine cannot sum over the groups of a parameter."""
 
     @abstractmethod
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:

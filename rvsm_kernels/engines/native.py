@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..method.bases import BASES
-from ..method.groups import GroupDim, kept_dims
+from ..method.groups import GroupDim, group_dims
 from ..method.penalties import PENALTIES
 from ..method.prox import PROX_NUMBERS
 from ..method.split import SPLIT_NUMBERS
@@ -27,7 +27,7 @@ load_error: str | None = None
 """Why the compiled engine is missing, or None."""
 
 other_torch: str | None = None
-"""That the compiled module loads and works, but was built for another minor version of torch, or None."""
+"""A note that the compiled module was built for another minor version of torch, though it loads and works; or None."""
 
 _PACKAGE = Path(__file__).parents[1]
 _ISAS = ("base", "avx2", "avx512")
@@ -153,7 +153,7 @@ def _probe() -> str | None:
 
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
     """Twin of :func:`rvsm_kernels.reference.prox`."""
-    return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, kept_dims(group_dim, w.dim()))
+    return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, group_dims(group_dim, w.dim()))
 
 
 class NativeEngine(Engine):

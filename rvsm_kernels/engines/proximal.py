@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..method import prox as plain
 from ..method.dtypes import DTYPES
-from ..method.groups import GroupDim, kept_dims
+from ..method.groups import GroupDim, group_dims
 from ..method.memory import named, serves_ops
 from ..method.penalties import PENALTIES
 from . import native
@@ -79,7 +79,7 @@ def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: 
         raise ValueError(f"Invalid a value: {a}")
     if w.dtype not in DTYPES or w.layout != torch.strided:
         raise TypeError(f"prox does not support {w.layout} tensors of dtype {w.dtype}")
-    kept_dims(group_dim, w.dim())
+    group_dims(group_dim, w.dim())
     if penalty is None or tau == 0 or w.numel() == 0:
         return w.clone()
     if torch.is_grad_enabled() and w.requires_grad:

@@ -59,7 +59,7 @@ def _norms(
 
     Args:
         v: the weights, or weights + dual, in the type of the arithmetic.
-        row: which row of norms that were made elsewhere is of v; the last one may be of both.
+        row: the row of v among norms that were made elsewhere. Where there is one row only, it is that of v.
     """
     dims = options.values["group_dim"]
     norms = []
@@ -98,18 +98,18 @@ def _step(
         norms = _norms(params, w, options, inputs, row=1)
         unit = [x / torch.where(r == 0, torch.ones_like(r), r) for x, r in zip(w, norms, strict=True)]
     if options.split:
-        memory = [] if method.state is None else _or_zeros(params, states, method.state)
-        before = [to_opmath(x) for x in memory]
+        method_states = [] if method.state is None else _or_zeros(params, states, method.state)
+        before = [to_opmath(x) for x in method_states]
         v = list(torch._foreach_add(w, before)) if method.adds_state else w
         norms = _norms(params, v, options, inputs, row=0)
         if options.topk:
             u = [keep_above(x, r, inputs.cuts[p]) for x, r, p in zip(v, norms, params, strict=True)]
         else:
             taus = [strength(values, x.shape) / beta for x in v]
-            of = zip(v, norms, taus, strict=True)
-            u = [threshold(x, r, values["penalty"], tau, values["a"], dims) for x, r, tau in of]
+            of_each = zip(v, norms, taus, strict=True)
+            u = [threshold(x, r, values["penalty"], tau, values["a"], dims) for x, r, tau in of_each]
         gap, after = method.gap(w, v, u, before)
-        for x, new_x in zip(memory, after, strict=True):
+        for x, new_x in zip(method_states, after, strict=True):
             x.copy_(new_x)
         if values["decoupled"]:
             torch._foreach_add_(w, gap, alpha=-lr * beta)
@@ -136,7 +136,7 @@ def _step(
             elif state.dtype != value.dtype:  # else the step was in place
                 state.copy_(value)
     if options.split and method.state is not None:
-        for p, of_p, used in zip(params, states, memory, strict=True):
+        for p, of_p, used in zip(params, states, method_states, strict=True):
             if of_p[method.state] is None:
                 of_p[method.state] = inputs.states[p][method.state] = used
 

@@ -59,7 +59,7 @@ def _missing_compiler() -> str | None:
         return None if found else "install gcc or clang, or set CC"
     if not named.strip():
         return "CC is set but empty; unset it, or set it to a C compiler"
-    # Whether the words after the first count, Triton knows.
+    # CC may be a path with blanks or a program with its arguments. Triton decides; here either will do.
     found = shutil.which(named) or shutil.which(named.split()[0])
     return None if found else f"CC is {named!r}, and there is no such program; unset it, or set it to a C compiler"
 
@@ -118,7 +118,7 @@ def engine_name_for(requested: str | None, device_type: str) -> str:
     """
     _check_name(requested)
     table = engines()
-    # In Triton's interpreter the CPU is served for tests, where they ask for it.
+    # Triton serves the CPU only in its interpreter, which is slow: for tests, which ask for it by name.
     wanted = [name for name in NAMES if (name, device_type) != ("triton", "cpu")] if requested is None else [requested]
     for name in wanted:
         state = table[name].get(device_type, table[name].get("any", f"does not serve {device_type} tensors"))

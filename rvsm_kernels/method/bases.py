@@ -34,7 +34,7 @@ class Base:
 
     Attributes:
         name: its name, for messages and tables.
-        number: the kernels' name of it.
+        number: its number in the kernels (``BaseKind`` in ``csrc/math/types.h``).
         torch_name: the optimizer of torch.optim whose step it is, for messages; None if there is none.
         options: those of a param group that the base reads.
         more_options: those that only optimizers over this base have, beside the splitting's.

@@ -30,7 +30,7 @@ def as_dims(group_dim: GroupDim) -> tuple[int, ...] | None:
     return tuple(dims)
 
 
-def kept_dims(group_dim: GroupDim, ndim: int, name: str = "the tensor") -> tuple[int, ...] | None:
+def group_dims(group_dim: GroupDim, ndim: int, name: str = "the tensor") -> tuple[int, ...] | None:
     """``group_dim`` as a sorted tuple of dimensions in [0, ndim), or None for elementwise.
 
     Raises:
@@ -57,7 +57,7 @@ def kept_dims(group_dim: GroupDim, ndim: int, name: str = "the tensor") -> tuple
 
 def group_size(shape: torch.Size, group_dim: GroupDim) -> int:
     """The number of elements of one group (1 for elementwise)."""
-    dims = kept_dims(group_dim, len(shape))
+    dims = group_dims(group_dim, len(shape))
     return 1 if dims is None else math.prod(n for d, n in enumerate(shape) if d not in dims)
 
 
@@ -102,12 +102,14 @@ def group_view(sizes: Sequence[int], strides: Sequence[int], group_dims: Sequenc
 
 
 def view_of(t: Tensor, group_dim: GroupDim) -> GroupView | None:
-    """The groups of a tensor, None for elements and for no elements; of one that is not dense those of a dense copy.
+    """The view of the groups of a tensor, or of its dense copy where it is not dense.
+
+    None for elementwise, and for a tensor without elements.
 
     Raises:
-        ValueError: they do not collapse in memory.
+        ValueError: the dimensions do not collapse in memory.
     """
-    dims = kept_dims(group_dim, t.dim())
+    dims = group_dims(group_dim, t.dim())
     if dims is None or t.numel() == 0:
         return None
     return group_view(t.shape, (t if is_dense(t) else torch.empty_like(t, device="meta")).stride(), dims)
@@ -119,7 +121,7 @@ def magnitudes(w: Tensor, group_dim: GroupDim) -> Tensor:
     Norms of float32 are summed in float64 and rounded once: a float32 sum over a large group is off by more than
     the few ulp that may decide whether the group lives.
     """
-    dims = kept_dims(group_dim, w.dim())
+    dims = group_dims(group_dim, w.dim())
     if dims is None:
         return w.abs()
     reduced = [d for d in range(w.dim()) if d not in dims]
@@ -137,7 +139,7 @@ def from_memory_order(norms: Tensor, w: Tensor, group_dim: GroupDim) -> Tensor:
         norms: float64, one number for each group in the order of the :class:`GroupView` (batch * groups + group).
         w: the tensor whose groups they are of.
     """
-    dims = kept_dims(group_dim, w.dim()) or ()
+    dims = group_dims(group_dim, w.dim()) or ()
     strides = (w if is_dense(w) else torch.empty_like(w, device="meta")).stride()
     in_memory = sorted(dims, key=lambda d: -strides[d])
     by_dim = norms.reshape([w.shape[d] for d in in_memory]).permute([in_memory.index(d) for d in dims])

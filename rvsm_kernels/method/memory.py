@@ -90,7 +90,7 @@ def turns_of(tensors: Sequence[Tensor]) -> list[int]:
 
     Returns:
         0 for the first, 1 for those that share memory with one of them, ...: the twin of ``turns_of`` in
-        ``csrc/torch``. A tensor without memory shares it with no other object.
+        ``csrc/plan/tensors.cpp``. A tensor without memory shares it with no other object.
     """
     ranges = []
     for i, t in enumerate(tensors):
@@ -130,7 +130,7 @@ def named(error: Exception, t: Tensor, name: str) -> Exception:
 
 
 def whole(t: Tensor) -> Tensor:
-    """All of a tensor: what lies on other ranks of a DTensor too. Every rank must ask."""
+    """The whole of a tensor; of a DTensor also what lies on other ranks, so that every rank must call this."""
     gather: Callable[[], Tensor] | None = getattr(t, "full_tensor", None)
     return t if gather is None else gather()
 

@@ -17,7 +17,7 @@ class Method:
 
     Attributes:
         name: as in a param group.
-        number: the kernels' name of it.
+        number: its number in the kernels (``Method`` in ``csrc/math/types.h``).
         state: the name of its state in ``optimizer.state[p]``, None where it has none.
         starts_from_u: the state begins with u of the first weights; else it begins with zeros.
         adds_state: what is thresholded is w + state; else it is w.

@@ -24,9 +24,9 @@ class Option:
 
     Attributes:
         name: its key in the group and its keyword in a constructor.
-        default: what it is where nobody gives it.
+        default: its value where none is given.
         check: raises for a value that the option cannot have, in torch.optim's wording; given (name, value). None for
-            a switch, of which every value is true or false.
+            a switch: any value counts as true or false.
         doc: what it means, in a sentence.
     """
 
@@ -71,7 +71,7 @@ def _number(what: str, *, above: float | None = None, most: float = math.inf) ->
 
 
 def _any_finite(what: str) -> Callable[[str, Any], None]:
-    """A check for a finite number of any sign; a tensor is none."""
+    """A check for a finite number of any sign; a tensor is refused."""
 
     def check(name: str, value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):

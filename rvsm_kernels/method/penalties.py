@@ -5,8 +5,7 @@ A penalty is g(r) for r >= 0. Its prox with step tau is
     shrink(r) = argmin_{s >= 0}  (s - r)^2 / 2 + tau * g(s),
 
 which is 0 for r <= cut and a smooth function above. The same shrink serves elementwise penalties
-(r = |w_i|) and group penalties (r = ||w_G||_2). A penalty is added here and in ``csrc/math/penalty.h``; no kernel
-is touched.
+(r = |w_i|) and group penalties (r = ||w_G||_2). To add a penalty, see docs/architecture.md; no kernel is touched.
 """
 
 from __future__ import annotations

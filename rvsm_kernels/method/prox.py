@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import to_opmath
-from .groups import GroupDim, kept_dims, magnitudes
+from .groups import GroupDim, group_dims, magnitudes
 from .penalties import PENALTIES, shrink
 
 PROX_NUMBERS = ("penalty", "cut", "tau", "a", "rho", "edge")
@@ -26,7 +26,7 @@ def _cbrt(x: float) -> float:
 def prox_numbers(penalty: str | None, tau: float, a: float) -> tuple[float, ...]:
     """(penalty, cut, tau, a, rho, edge) in double precision, the twin of ``make_prox`` in ``csrc/math/penalty.h``.
 
-    Without a penalty the cut is -1, which no magnitude is below. ``rho`` and ``edge`` are those of transformed l1.
+    Without a penalty the cut is -1, below every magnitude. ``rho`` and ``edge`` are those of transformed l1.
     """
     cut = -1.0 if penalty is None else PENALTIES[penalty].cut(tau, a)
     rho = _cbrt(6.75 * tau * a * (a + 1))
@@ -56,7 +56,7 @@ def prox_derivative(w: Tensor, direction: Tensor, penalty: str, tau: float, a: f
     """The derivative of :func:`prox` at w, applied to a direction; a new tensor like w.
 
     With r = |v| (or the group's norm) and s = shrink(r), u = v s / r and
-    du = (s / r) dv + (s' - s / r) v <v, dv> / r^2, a symmetric Jacobian. It is 0 on the cut, where there is none.
+    du = (s / r) dv + (s' - s / r) v <v, dv> / r^2, a symmetric Jacobian. On the cut, where it does not exist, it is 0.
     """
     v, dv = to_opmath(w), to_opmath(direction)
     r = magnitudes(v, group_dim)
@@ -67,8 +67,8 @@ def prox_derivative(w: Tensor, direction: Tensor, penalty: str, tau: float, a: f
         return (slope * dv).to(w.dtype)
     safe = torch.where(alive, r, 1)
     ratio = torch.where(alive, s, 0) / safe
-    group_dims = kept_dims(group_dim, w.dim()) or ()
-    reduced = [d for d in range(w.dim()) if d not in group_dims]
+    dims = group_dims(group_dim, w.dim()) or ()
+    reduced = [d for d in range(w.dim()) if d not in dims]
     along = (v * dv).sum(dim=reduced, keepdim=True) if reduced else v * dv
     dw = ratio * dv + torch.where(alive, slope - ratio, 0) * (along / safe) * (v / safe)
     return dw.to(w.dtype)

@@ -44,7 +44,8 @@ def cut_of(v: Tensor, density: float, group_dim: GroupDim = None) -> Tensor:
         return low
     high = torch.kthvalue(r, dropped + 1).values
     middle = low + (high - low) / 2
-    return torch.where(high.isfinite() & (middle < high), middle, low)  # between neighbours it is one of them
+    # The middle of two neighbouring floats may be rounded up to high.
+    return torch.where(high.isfinite() & (middle < high), middle, low)
 
 
 def keep_above(v: Tensor, r: Tensor, cut: Tensor) -> Tensor:

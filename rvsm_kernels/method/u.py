@@ -37,7 +37,7 @@ def u_of(
 
 
 def value_of(w: Tensor, u: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """lam P(u) + beta/2 ||w - u||^2, 0-dim float64. P of top-k is 0 where no more survive than may."""
+    """lam P(u) + beta/2 ||w - u||^2, 0-dim float64. P of top-k is 0: u never keeps too many."""
     value = float(group["beta"]) / 2 * (w.double() - u.double()).square().sum()
     if is_topk(group):
         return value

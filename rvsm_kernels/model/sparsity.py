@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..method.groups import GroupDim, kept_dims, magnitudes
+from ..method.groups import GroupDim, group_dims, magnitudes
 from ..method.memory import kind_of, whole
 from .param_groups import counted_weights
 
@@ -122,7 +122,7 @@ def is_all_zero(t: Tensor) -> bool:
     except (AssertionError, NotImplementedError, RuntimeError):
         if kind_of(t) is None:
             raise
-        return False  # without values, nobody can tell
+        return False  # a tensor without values, on the meta device for example
 
 
 def measure(name: str, u: Tensor, group_dim: GroupDim = None, left: str | None = None) -> SparsityRow:
@@ -131,7 +131,7 @@ def measure(name: str, u: Tensor, group_dim: GroupDim = None, left: str | None =
     zeros = u.numel() - int(torch.count_nonzero(u))
     if group_dim is None:
         return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zeros, u.numel(), left)
-    kept_dims(group_dim, u.dim(), name)  # an error names the parameter
+    group_dims(group_dim, u.dim(), name)  # an error names the parameter
     norms = magnitudes(u if u.is_floating_point() else u.float(), group_dim)
     return SparsityRow(name, tuple(u.shape), zeros, u.numel(), int((norms < ZERO_NORM).sum()), norms.numel(), left)
 

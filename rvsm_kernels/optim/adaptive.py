@@ -1,4 +1,4 @@
-"""Algorithm 2 of arXiv 1812.05719: gradient descent that thresholds only when the largest elements become others."""
+"""Algorithm 2 of arXiv 1812.05719: gradient descent that thresholds only when the set of largest elements changes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .split_optimizer import SplitOptimizer
 
 
 class AdaptiveHardThreshold(SplitOptimizer):
-    """Algorithm 2 of arXiv 1812.05719: w <- w - lr grad, and w <- H_s(w) only when its support becomes another.
+    """Algorithm 2 of arXiv 1812.05719: w <- w - lr grad, and w <- H_s(w) only when the support of H_s(w) changes.
 
     H_s keeps the s = ceil(density * n) elements (or groups) of largest magnitude of each tensor; where the smallest of
     them ties with the largest magnitude that is zeroed, all that tie are zeroed. The support of H_s(w) before the step
-    is held against that after it; where they are the same nothing is zeroed, so that the gradient can bring new
+    is compared with that after it; where they are the same nothing is zeroed, so that the gradient can bring new
     elements up. The paper begins with a sparse w: call ``sparsify_()`` first. At the end ``sparsify_()`` gives H_s(w)
     for good, as ``sparse_weights()`` does for a while.
 

@@ -100,7 +100,7 @@ def of_group(index: int, group: Mapping[str, Any], explicit: Collection[str]) ->
         return
 
     def given(key: str, beside: str) -> bool:
-        """Whether the group, or else the same call that gave the option beside it, gave an option."""
+        """False where the group sets ``beside`` itself, and has ``key`` from defaults that may be for other groups."""
         return key in explicit or beside not in explicit
 
     if group["density"] is not None and penalty != "topk" and given("density", "penalty"):

@@ -48,7 +48,7 @@ class ChosenEngines:
 
         Raises:
             TypeError: a parameter without memory of its own, and a named engine that needs it.
-            RuntimeError: a named engine in code that is being traced, which would not see what it does.
+            RuntimeError: a named engine in code that is being traced: the tracer would not see what the engine does.
         """
         engine = self._name_for(p, name)
         if engine not in self._engines:

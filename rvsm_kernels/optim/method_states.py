@@ -35,15 +35,15 @@ class NewStates:
     def __bool__(self) -> bool:
         return bool(self._new)
 
-    def add_first_u(self, groups: Groups, of: Sequence[StepOptions]) -> None:
-        """The first u of every parameter that a method starts from u, and that has none.
+    def add_first_u(self, groups: Groups, options: Sequence[StepOptions]) -> None:
+        """Make the first u of every parameter whose method starts from u, and that has no u yet.
 
         Args:
-            of: the options of the groups.
+            options: of the groups.
         """
-        for i, (group, options) in enumerate(zip(groups, of, strict=True)):
-            key = options.method.state
-            if key is not None and options.method.starts_from_u:
+        for i, (group, step) in enumerate(zip(groups, options, strict=True)):
+            key = step.method.state
+            if key is not None and step.method.starts_from_u:
                 for j, p in with_gradient(group):
                     if self._inputs.state_of(p, key) is None:
                         u = self._first_u(p, group, param_name(group, i, j))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .split_optimizer import SplitOptimizer
 
 
-class Share(NamedTuple):
+class SplitParams(NamedTuple):
     """Parameters of one split group that one engine serves, and their names."""
 
     group: Group
@@ -73,7 +73,7 @@ class SparseView:
 
     # ---- which parameters have a u -----------------------------------------------------------------------------------
 
-    def _split_params(self, frozen: bool) -> list[Share]:
+    def _split_params(self, frozen: bool) -> list[SplitParams]:
         """The parameters of split groups, each once, by group and engine; all of them checked.
 
         Args:
@@ -81,13 +81,13 @@ class SparseView:
         """
         with self._optimizer._lock:
             self._optimizer._check_options()
-        shares: list[Share] = []
+        parts: list[SplitParams] = []
         seen: set[Any] = set()
         skipped = 0
         for i, group in enumerate(self._optimizer.param_groups):
             if not is_split(group):
                 continue
-            by_engine: dict[str, Share] = {}
+            by_engine: dict[str, SplitParams] = {}
             for j, p in enumerate(group["params"]):
                 if is_lazy(p) or is_left_alone(p) or p.numel() == 0:
                     continue
@@ -100,16 +100,16 @@ class SparseView:
                 if key not in seen:  # u of u is another tensor: the same memory must not be thresholded twice
                     seen.add(key)
                     engine = self._engine_of(p, name)
-                    share = by_engine.setdefault(engine.name, Share(group, engine, [], []))
-                    share.params.append(p)
-                    share.names.append(name)
-            shares += by_engine.values()
-        if skipped and not shares:
+                    part = by_engine.setdefault(engine.name, SplitParams(group, engine, [], []))
+                    part.params.append(p)
+                    part.names.append(name)
+            parts += by_engine.values()
+        if skipped and not parts:
             warn(
                 f"all {skipped} penalised parameters are frozen (requires_grad=False), and so they are left as they"
                 " are; give frozen=True to take them too"
             )
-        return shares
+        return parts
 
     def _engine_of(self, w: Tensor, name: str) -> Engine:
         return self._optimizer._engines.engine_of(w, name)
@@ -173,13 +173,13 @@ class SparseView:
     def put_u(self, frozen: bool) -> None:
         """Put u into the parameters; :meth:`give_back` undoes it, also where this was interrupted."""
         with self._optimizer._lock:
-            shares = self._split_params(frozen)
-            dense = {p: p.detach().clone() for share in shares for p in share.params}
-            self._dense_marks = {p for share in shares for p in share.params if self._is_u(p, share.group)}
+            parts = self._split_params(frozen)
+            dense = {p: p.detach().clone() for part in parts for p in part.params}
+            self._dense_marks = {p for part in parts for p in part.params if self._is_u(p, part.group)}
             self._dense = dense
-            for share in shares:
-                self._write_u([p for p in share.params if p not in self._dense_marks], share.group, share.engine)
-            self._warn_of_dead(shares, "sparse_weights()")
+            for part in parts:
+                self._write_u([p for p in part.params if p not in self._dense_marks], part.group, part.engine)
+            self._warn_of_dead(parts, "sparse_weights()")
 
     @torch.no_grad()
     def give_back(self) -> None:
@@ -204,26 +204,26 @@ class SparseView:
         self.refuse_while_open("sparsify_()")
         optimizer = self._optimizer
         with optimizer._lock:
-            shares = self._split_params(frozen)
-            for share in shares:
-                group = share.group
-                params = [p for p in share.params if not self._is_u(p, group)]
+            parts = self._split_params(frozen)
+            for part in parts:
+                group = part.group
+                params = [p for p in part.params if not self._is_u(p, group)]
                 duals = [(p, dual) for p in params if (dual := self._dual(p, group)) is not None]
                 before = [thresholded(p.detach(), dual) for p, dual in duals]
-                self._write_u(params, group, share.engine)
+                self._write_u(params, group, part.engine)
                 for (p, dual), v in zip(duals, before, strict=True):
                     dual.copy_(v - to_opmath(p.detach()))
                 for p in params:
                     self._marks[p] = marks.of(p, group, self._dual(p, group))
-            self._warn_of_dead(shares, "sparsify_()")
+            self._warn_of_dead(parts, "sparsify_()")
             here = {id(p) for group in optimizer.param_groups for p in group["params"]}
             self._marks = {p: mark for p, mark in self._marks.items() if id(p) in here}
 
-    def _warn_of_dead(self, shares: Sequence[Share], where: str) -> None:
+    def _warn_of_dead(self, parts: Sequence[SplitParams], where: str) -> None:
         """Warn once of each layer whose u is all zero: it computes a constant."""
         dead = []
-        for share in shares:
-            for p, name in zip(share.params, share.names, strict=True):
+        for part in parts:
+            for p, name in zip(part.params, part.names, strict=True):
                 if p.dim() >= 2 and is_all_zero(p):
                     dead.append(name)
                 else:
@@ -242,11 +242,11 @@ class SparseView:
     def penalty_value(self) -> Tensor:
         """See :meth:`SplitOptimizer.penalty_value`."""
         total: Tensor | None = None
-        for share in self._split_params(frozen=True):
+        for part in self._split_params(frozen=True):
             try:
-                value = self._value_of(share.params, share.group, share.engine)
+                value = self._value_of(part.params, part.group, part.engine)
             except (AssertionError, NotImplementedError, RuntimeError) as error:
-                raise named(error, share.params[0], share.names[0]) from error
+                raise named(error, part.params[0], part.names[0]) from error
             total = value if total is None else total + value.to(total.device)
         if total is None:
             params = (p for group in self._optimizer.param_groups for p in group["params"])

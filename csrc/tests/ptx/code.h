@@ -100,7 +100,7 @@ enum class Op : uint8_t {
   leave,
 };
 
-// The last six are true where an operand is NaN.
+// The last seven are true where an operand is NaN.
 enum class Comparison : uint8_t {
   equal,
   not_equal,
@@ -114,6 +114,7 @@ enum class Comparison : uint8_t {
   less_equal_or_nan,
   greater_or_nan,
   greater_equal_or_nan,
+  any_nan,
 };
 
 // Registers are numbers into those of a thread; constants stand behind the registers.

@@ -100,6 +100,7 @@ const std::unordered_map<std::string, Comparison>& comparisons() {
       {"leu", C::less_equal_or_nan},
       {"gtu", C::greater_or_nan},
       {"geu", C::greater_equal_or_nan},
+      {"nan", C::any_nan},
   };
   return known;
 }

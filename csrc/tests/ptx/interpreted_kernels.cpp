@@ -111,7 +111,7 @@ std::vector<bool> filled(const cuda::Key&, const SumTable& t) {
     const size_t entry = offsetof(SumTable, at) + sizeof(cuda::SumEntry) * i;
     fill(entry, sizeof(cuda::SumEntry), true);
     const size_t cut = entry + offsetof(cuda::SumEntry, cut);
-    if (t.at[i].by_data) fill(cut + sizeof(void*), sizeof(Prox<double>) - sizeof(void*), false);
+    if (t.at[i].reads_cut) fill(cut + sizeof(void*), sizeof(Prox<double>) - sizeof(void*), false);
   }
   return bytes;
 }

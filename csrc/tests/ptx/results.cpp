@@ -34,8 +34,10 @@ bool holds(Comparison c, T a, T b) {
       return !(a > b);
     case Comparison::greater_or_nan:
       return !(a <= b);
-    default:
+    case Comparison::greater_equal_or_nan:
       return !(a < b);
+    default:
+      return a != a || b != b;
   }
 }
 

@@ -170,7 +170,7 @@ void pull_alone(Dtype dtype, bool decoupled) {
   for (const GroupView& view : views)
     for (const Method method : {Method::rvsm, Method::delayed, Method::admm})
       // The factors of groups hide the penalty from the step; single elements have no group lasso.
-      for (const auto [penalty, lasso] :
+      for (const auto& [penalty, lasso] :
            {std::pair{Penalty::l1, 0.0}, {view.size() > 1 ? Penalty::l1 : Penalty::l0, 0.25}, {Penalty::tl1, 0.0}}) {
         TensorOptions o;
         o.dtype = o.noted = dtype;

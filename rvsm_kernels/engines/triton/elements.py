@@ -32,7 +32,7 @@ RATIO = tl.constexpr(4)  # addresses of the factors of its groups
 LENGTH = tl.constexpr(5)
 COLUMNS = tl.constexpr(6)  # groups * inner
 GROUPS = tl.constexpr(7)
-BY_COLUMNS = tl.constexpr(8)  # dividers: factor, and the shift above it
+BY_COLUMNS = tl.constexpr(8)  # dividers (``divider`` of ``table.py``)
 BY_INNER = tl.constexpr(9)
 BY_BATCH = tl.constexpr(10)
 CUT = tl.constexpr(11)  # address of the cut of top-k, or 0
@@ -155,7 +155,7 @@ def write(p, x, mask, WHOLE: tl.constexpr):
 
 @triton.jit
 def addresses_of_states(address, shift, STATES: tl.constexpr):
-    """The states of an entry, as many bytes further on."""
+    """The addresses of the states of an entry, each ``shift`` bytes further on."""
     states = ()
     for k in tl.static_range(STATES):
         states = states + (tl.load(address + STATE + k) + shift,)  # type: ignore  # noqa: RUF005 - Triton reads no star
@@ -225,18 +225,18 @@ def step_kernel(
     # Where all tensors of the entry are equally far from a boundary of 16 bytes, blocks begin on such boundaries. The
     # elements from the first boundary to the tensor are masked.
     lead = lead_of(w, S)
-    even = lead == lead  # true, as a value of the run
+    aligned = lead == lead  # true, as a value at run time
     if reads_gradient(BASE, WRITES_GRADIENT):
-        even = even & (lead == lead_of(g, S))
+        aligned = aligned & (lead == lead_of(g, S))
     for k in tl.static_range(STATES):
-        even = even & (lead == lead_of(tl.load(address + STATE + k), S))
-    place, begin, end = span_of(entry, tl.where(even, lead, 0), BLOCK)
+        aligned = aligned & (lead == lead_of(tl.load(address + STATE + k), S))
+    place, begin, end = span_of(entry, tl.where(aligned, lead, 0), BLOCK)
     size: tl.constexpr = S.primitive_bitwidth // 8
     shift = (place - begin) * size
     one = tl.full((), 1.0, T)
     scale = tl.div_rn(one, tl.load(grad_scale)) if T.primitive_bitwidth == 32 else one / tl.load(grad_scale)
     states = addresses_of_states(address, shift, STATES)
-    if even & (place >= begin) & (place + BLOCK <= end):
+    if aligned & (place >= begin) & (place + BLOCK <= end):
         wg = as_pointers((w + shift, g + shift), S, 2, True)
         step_elements(
             entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, True), place, begin, end, scale,
@@ -270,11 +270,11 @@ def prox_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.cons
     entry, address, numbers = entry_of(addresses, entries, records, owners, 0, T)
     u, w = tl.load(address + W), tl.load(address + G)
     lead = lead_of(u, S)
-    even = lead == lead_of(w, S)
-    place, begin, end = span_of(entry, tl.where(even, lead, 0), BLOCK)
+    aligned = lead == lead_of(w, S)
+    place, begin, end = span_of(entry, tl.where(aligned, lead, 0), BLOCK)
     size: tl.constexpr = S.primitive_bitwidth // 8
     shift = (place - begin) * size
-    if even & (place >= begin) & (place + BLOCK <= end):
+    if aligned & (place >= begin) & (place + BLOCK <= end):
         up, wp = (u + shift).to(tl.pointer_type(S)), (w + shift).to(tl.pointer_type(S))
         prox_elements(entry, numbers, tl.multiple_of(up, 16), tl.multiple_of(wp, 16), place, begin, end, T, BLOCK, True)
     else:

@@ -55,8 +55,8 @@ class TritonEngine(Engine):
             self._forget()
             raise
         self._structures = structures
-        # Whether states appear is decided here, so that a first step waits for the device; so does every step of a base
-        # that counts steps on the host.
+        # New states are put into optimizer.state only if the step happens. A first step waits here for found_inf; of the
+        # steps after it only those wait that are counted on the host.
         if (self._table.new_states or self._table.counters) and inputs.found_inf is not None:
             self._skip = inputs.found_inf.item() > 0
         return Ready.YES
@@ -94,19 +94,19 @@ class TritonEngine(Engine):
 
     def _run_turn(self, turn: int, inputs: StepInputs) -> None:
         """The launches of the parameters that have their turn, and the copies that these need."""
-        for staged, _, of in self._table.copies:
-            if of == turn:
+        for staged, _, its_turn in self._table.copies:
+            if its_turn == turn:
                 staged.load()
-        for launch, of, *_ in self._table.launches:
-            if of != turn:
+        for launch, its_turn, *_ in self._table.launches:
+            if its_turn != turn:
                 continue
             with on_device(launch.device):
                 captured = capturing(launch.device)
                 launch.run(*self._scaling_on(launch.device, launch.opmath, inputs), captured=captured)
             if captured:
                 self._captured.append(launch)
-        for staged, writes, of in self._table.copies:
-            if of == turn and writes:
+        for staged, writes, its_turn in self._table.copies:
+            if its_turn == turn and writes:
                 staged.store()
 
     def _scaling_on(self, device: torch.device, opmath: torch.dtype, inputs: StepInputs) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ class Call:
         are whole allocations, and no kernel looks at the alignment of other tensors.
 
         Args:
-            dtypes: of the tensors that are others from call to call; what was compiled for them is found again.
+            dtypes: those of the arguments that are other tensors in each call; what was compiled depends on them.
         """
         compiled = self._compiled.get(dtypes)
         if compiled is not None:
@@ -157,8 +157,8 @@ class Launch:
         # lam and beta of a penalty's value are in float64.
         numbers = {"step": self.kind.numbers, "prox": _PROX, "penalty": _PROX + 2}[self.action]
         self.width = _ADDRESSES + self.kind.states
-        self.form = double, numbers if double or self.action != "penalty" else numbers - 2
-        words = record_words(numbers, *self.form)
+        self.record_format = double, numbers if double or self.action != "penalty" else numbers - 2
+        words = record_words(numbers, *self.record_format)
         self.keys = {key: at * words for at, key in enumerate(dict.fromkeys(args.key for args in self.tensors))}
         self.grouped = any(args.view is not None for args in self.tensors)
         self.block = block_of(self.dtype, self.grouped or self.action == "prox")
@@ -175,7 +175,8 @@ class Launch:
             if self.action == "penalty":
                 assert length is not None
                 self.norms.append((length, args))
-                self._add(0, 0, k, NO_GROUPS, blocks, width)  # for its address
+                # An entry without elements: the sums read the tensor's address from it.
+                self._add(0, 0, k, NO_GROUPS, blocks, width)
                 continue
             for offset, piece, group in pieces(args.view):
                 skip = group * self.opmath.itemsize
@@ -193,7 +194,7 @@ class Launch:
             if sum(counts):
                 self.calls[name] = Call(entries, counts, self.device)
         self.addresses, self.records = Table(self.device), Table(self.device)
-        self.home = stream_of(self.device)
+        self.home = stream_of(self.device)  # the scratch was allocated on it
         self.whole = all(source == (k, 0) for k, source in enumerate(self.sources))
         self.totals = torch.empty(sum(blocks) * (self.action == "penalty"), dtype=torch.float64, device=self.device)
 
@@ -276,7 +277,7 @@ class Launch:
         v = args.view
         assert v is not None
         count, value = v.batch * v.groups, self.action == "penalty"
-        shape = [v.outer, v.groups, v.inner, count, d.tile, d.tiles, parts, int(d.cut_rows), d.shape, int(value)]
+        shape = [v.outer, v.groups, v.inner, count, d.tile, d.tiles, parts, int(d.parts_are_rows), d.shape, int(value)]
         return [self.keys[args.key], *factors, partials, *shape]
 
     # ---- what changes from step to step ------------------------------------------------------------------------------
@@ -290,12 +291,12 @@ class Launch:
 
     def set(self, numbers: Mapping[tuple[Any, ...], Sequence[float]]) -> None:
         """The numbers of each key."""
-        self.records.data = b"".join(record_of(numbers[key], *self.form) for key in self.keys)
+        self.records.data = b"".join(record_of(numbers[key], *self.record_format) for key in self.keys)
 
     # ---- the calls ---------------------------------------------------------------------------------------------------
 
     def run(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, *, captured: bool = False) -> None:
-        """Put the work on the current stream of the device, which is the current one.
+        """Put the work on the current stream of the device, which must be the current device.
 
         Args:
             captured: the stream is being captured into a graph, which needs this launch as long as it is replayed.

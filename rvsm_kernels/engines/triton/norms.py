@@ -28,7 +28,7 @@ COUNT = tl.constexpr(9)  # groups of all batches
 TILE = tl.constexpr(10)  # groups of a program
 TILES = tl.constexpr(11)
 PARTS = tl.constexpr(12)
-CUT_ROWS = tl.constexpr(13)  # parts are rows of a group, else pieces of its rows
+PARTS_ARE_ROWS = tl.constexpr(13)  # a part is some rows of a group, else a piece of each row
 SHAPE = tl.constexpr(14)  # of a tile
 BARE_NORMS = tl.constexpr(15)  # LENGTH gets 0 for the zero group, not 1
 DUAL = tl.constexpr(16)  # the place, among the addresses, of what is added to the source, or -1
@@ -150,11 +150,11 @@ def sum_tile(
     """One tile of a shape. Where every row begins on a boundary of 16 bytes, accesses are as wide."""
     if SHAPE_OF == STRIP:
         length = groups * inner
-        even = (address % 16 == 0) & (columns % W == 0) & (length % W == 0)
+        aligned = (address % 16 == 0) & (columns % W == 0) & (length % W == 0)
     else:
-        even = (address % 16 == 0) & (columns % W == 0) & (length % W == 0) & (inner % W == 0)
-    even = even & (dual % 16 == 0)
-    if even:
+        aligned = (address % 16 == 0) & (columns % W == 0) & (length % W == 0) & (inner % W == 0)
+    aligned = aligned & (dual % 16 == 0)
+    if aligned:
         y = tl.multiple_of(dual.to(tl.pointer_type(S)), 16)
         x = tl.multiple_of(address.to(tl.pointer_type(S)), 16)
         wide = inner if SHAPE_OF == STRIP else multiple(inner, W)
@@ -199,15 +199,15 @@ def sum_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.const
     whole = index // narrow
     part, batch = (index - whole * narrow).to(tl.int64), whole // wide
     first = (whole - batch * wide).to(tl.int64) * tile
-    cut_rows = tl.load(entry + CUT_ROWS) != 0
+    parts_are_rows = tl.load(entry + PARTS_ARE_ROWS) != 0
     W: tl.constexpr = 128 // S.primitive_bitwidth
-    pieces = tl.where(cut_rows, outer, tl.cdiv(inner, W))
+    pieces = tl.where(parts_are_rows, outer, tl.cdiv(inner, W))
     start = pieces * part // parts
     count = pieces * (part + 1) // parts - start
-    row = batch * outer + tl.where(cut_rows, start, 0)
-    skip = tl.where(cut_rows, 0, start * W)
-    rows = tl.where(cut_rows, count, outer)
-    length = tl.where(cut_rows, inner, tl.minimum(count * W, inner - skip))
+    row = batch * outer + tl.where(parts_are_rows, start, 0)
+    skip = tl.where(parts_are_rows, 0, start * W)
+    rows = tl.where(parts_are_rows, count, outer)
+    length = tl.where(parts_are_rows, inner, tl.minimum(count * W, inner - skip))
     groups = tl.minimum(tile, all_groups - first)
     columns = all_groups * inner
     size: tl.constexpr = S.primitive_bitwidth // 8

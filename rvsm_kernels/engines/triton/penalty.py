@@ -2,8 +2,8 @@
 
     shrink(r) = argmin_{s >= 0} (s - r)^2 / 2 + tau * g(s)
 
-A penalty is added here, in ``method/penalties.py`` and in ``csrc/math/penalty.h``; no kernel is touched. Functions of a
-block have the names and the argument order of their twins.
+To add a penalty, see docs/architecture.md; no kernel is touched. Functions of a block have the names and the argument
+order of their twins.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Prox(NamedTuple):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x to the last bit, nearly: the division of a GPU is off by 2 ulp, whose residual an fma gives exactly."""
+    """1 / x, nearly always rounded correctly: a GPU's division may be off by 2 ulp, and an fma corrects it."""
     r = 1.0 / x
     if x.dtype == tl.float32:
         r = tl.fma(r, tl.fma(-x, r, 1.0), r)
@@ -96,7 +96,7 @@ def shrink(r, f: Prox, WITH_TL1: tl.constexpr):
     WITH_TL1: whether transformed l1 may come; its code needs registers.
     """
     s = r - tl.where(f.penalty == L1, f.tau, 0.0)
-    if WITH_TL1:  # noqa: SIM102 - one is of the compiler, one of the run
+    if WITH_TL1:  # noqa: SIM102 - one is known at compile time, one at run time
         if f.penalty == TL1:
             s = tl1_shrink(r, f)
     return tl.where(r <= f.cut, 0.0, s)

@@ -53,10 +53,10 @@ def gap_of(w, v, u, state, METHOD: tl.constexpr):
 
 @triton.jit
 def split_step(w, d, gap, unit, f: Prox, s: Split):
-    """Moves w and makes the direction for the base of the gradient d; returns both.
+    """Pulls w, and turns d from the gradient into the direction for the base; returns both.
 
     ``gap`` and ``unit`` = w_G / ||w_G|| are of the weights that the forward pass used. Terms that are off are left out,
-    not multiplied by 0, so that an Inf ends where torch.optim would let it.
+    not multiplied by 0, so that an Inf spreads no further than in torch.optim.
     """
     on = f.penalty != NONE
     d = tl.where(s.lasso != 0, d + s.lasso * unit, d)

@@ -114,7 +114,7 @@ class StepTable:
             state = inputs.states
             if not (_same(list(state), self._state_keys) and _same(list(state.values()), self._state_values)):
                 return False
-            states = [of.get(name) for of, name in self._state_places]
+            states = [of_p.get(name) for of_p, name in self._state_places]
             if not _same(states, self._states) or not self._read_counts():
                 return False
             tensors += self._states

@@ -18,9 +18,9 @@ from torch import Tensor
 from ...method.groups import GroupView
 
 NARROW = 1 << 31
-"""Elements below which a tensor in groups is one entry: index arithmetic is in 32 bits."""
+"""A tensor in groups with fewer elements is one entry, a larger one several: index arithmetic is in 32 bits."""
 FILL, FEWEST = 512, 32768
-"""Programs that fill a device, or as many as leave each so many elements (``kFill``, ``kFewest``)."""
+"""Programs that fill a device, and elements below which a program is not worth its start (``kFill``, ``kFewest``)."""
 SHORT_ROW = 64
 """Elements of a row of a group below which rows of several groups are summed as one strip."""
 STRIP, SHORT, TEAM, LONG = range(4)
@@ -84,13 +84,13 @@ class Division:
     tile: int
     tiles: int
     parts: int
-    cut_rows: bool
+    parts_are_rows: bool
     shape: int
     blocks: int
 
 
 def divide_sums(v: GroupView, width: int) -> Division:
-    """Tiles first; only too few groups are cut into parts, which need memory.
+    """Tiles are made narrow first; groups have parts, which need memory, only where there are still too few tiles.
 
     Args:
         width: elements of 16 bytes.
@@ -105,13 +105,13 @@ def divide_sums(v: GroupView, width: int) -> Division:
         units = max(1, min(STRIP_COLUMNS // unit, -(-row // unit)))
         while units > 1 and units // 2 * unit >= 2 * width and -(-row // (units * unit)) * batch < wanted:
             units //= 2
-        tile, shape, cut_rows = units * unit // inner, STRIP, True
+        tile, shape, parts_are_rows = units * unit // inner, STRIP, True
     else:
         shape = LONG if inner >= 2048 else TEAM if inner >= SHORT_ROW else SHORT
-        tile, cut_rows = TILE_GROUPS[shape], outer > inner
+        tile, parts_are_rows = TILE_GROUPS[shape], outer > inner
     tiles = -(-groups // tile)
-    parts = min(max(-(-wanted // (tiles * batch)), 1), outer if cut_rows else -(-inner // width))
-    return Division(tile, tiles, parts, cut_rows, shape, tiles * parts * batch)
+    parts = min(max(-(-wanted // (tiles * batch)), 1), outer if parts_are_rows else -(-inner // width))
+    return Division(tile, tiles, parts, parts_are_rows, shape, tiles * parts * batch)
 
 
 def record_of(numbers: Sequence[float], double: bool, narrow: int) -> bytes:
@@ -119,7 +119,7 @@ def record_of(numbers: Sequence[float], double: bool, narrow: int) -> bytes:
 
     Args:
         double: opmath is float64, else float32.
-        narrow: so many of the numbers, the first, are in opmath; all others are in float64.
+        narrow: how many of the numbers, from the first on, are in opmath; the others are in float64.
     """
     code, limit = ("d", math.inf) if double else ("f", _LARGEST32)
     first = [math.copysign(math.inf, x) if abs(x) > limit else x for x in numbers[:narrow]]
@@ -129,7 +129,7 @@ def record_of(numbers: Sequence[float], double: bool, narrow: int) -> bytes:
 
 
 def record_words(numbers: int, double: bool, narrow: int) -> int:
-    """The length in int64 of a record of so many numbers."""
+    """The length of a record in int64; see :func:`record_of`."""
     return len(record_of([0.0] * numbers, double, narrow)) // 8
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...method.groups import GroupDim, kept_dims, view_of
+from ...method.groups import GroupDim, group_dims, view_of
 from ...method.prox import prox_numbers
 from ...method.split import strength
 from .launch import Launch, TensorArgs
@@ -95,5 +95,5 @@ def _(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: list[int]
 
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
     """Twin of :func:`rvsm_kernels.reference.prox`, an op of its own under torch.compile."""
-    dims = kept_dims(group_dim, w.dim())
+    dims = group_dims(group_dim, w.dim())
     return _prox(w, penalty, float(tau), float(a), None if dims is None else list(dims))
