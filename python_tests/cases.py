@@ -108,7 +108,7 @@ class Case:
     found_inf: float | None
 
 
-# ---- the same case over another base -----------------------------------------------------------------------------------
+# ---- the same case over another base ---------------------------------------------------------------------------------
 
 
 def over_adamw(case: Case) -> Case:

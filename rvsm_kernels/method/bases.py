@@ -165,13 +165,16 @@ def _adamw_step(
     w: list[Tensor], g: list[Tensor], states: Sequence[State], group: Mapping[str, Any], counts: Sequence[int]
 ) -> None:
     """torch's functional AdamW in its foreach form."""
+    moments: list[list[Tensor]] = []
     for state in states:
-        state[:] = [torch.zeros_like(x) if s is None else s for s, x in zip(state, w, strict=True)]
+        moments.append([torch.zeros_like(x) if s is None else s for s, x in zip(state, w, strict=True)])
+        state[:] = moments[-1]
     adamw(
         w,
         g,
-        *states[:2],  # type: ignore[arg-type]
-        states[2] if group["amsgrad"] else [],  # type: ignore[arg-type]
+        moments[0],
+        moments[1],
+        moments[2] if group["amsgrad"] else [],
         [torch.tensor(float(count)) for count in counts],
         foreach=True,
         amsgrad=bool(group["amsgrad"]),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..method.bases import Base
-from ..method.options import OPTION_NAMES, may_differ, names_of, snapshot
+from ..method.options import may_differ, names_of, snapshot
 
 _PLACES = ("params", "param_names", "param_order")
 _ADVICE = (
@@ -187,8 +187,8 @@ def to_torch_state_dict(optimizer: Any, model: nn.Module) -> dict[str, Any]:
     state = {}
     for k, p in enumerate(model.parameters()):
         of_p = optimizer.state.get(p, {})
-        names = (*base.states(options), base.counter)
-        found = {name: of_p[name] for name in names if of_p.get(name) is not None}
+        kept = (*base.states(options), base.counter)
+        found = {key: of_p[key] for key in kept if of_p.get(key) is not None}
         if found:
             state[k] = found
     beside = {"foreach": None, "differentiable": False, "fused": None}

@@ -65,7 +65,8 @@ class Far {
   void place_arrays() {
     for (Pages<char>& p : arrays_) p = Pages<char>(bytes_ + 4096);
     const auto at = [&](int i) { return arrays_[i].data() + size_t(o_.misalign) * size_; };
-    const TensorArgs args = make_args(tensor_, o_.action, {at(0), at(1), at(2), at(3), nullptr}, false);
+    const TensorArgs args =
+        make_args(tensor_, o_.action, {at(0), at(1), at(2), at(3), nullptr, nullptr, nullptr}, false);
     at_ = addresses_of(args);
     job_.tensors.push_back(args);
     job_.divide();

@@ -193,6 +193,35 @@ void pull_alone(Dtype dtype, bool decoupled) {
   x.judge(Mode::reverse);
 }
 
+// Every base, in groups that are summed by the step's blocks and by a launch before, and in single elements.
+void of_base(Dtype dtype, definition::Step base, bool decoupled) {
+  generator().seed(7);
+  Experiment x(Action::step);
+  const GroupView views[] = {{1, 1, 4, 64}, {1, 1, 3, 37}, {1, 7, 5, 3}, {}};
+  for (const GroupView& view : views)
+    for (const Method method : {Method::rvsm, Method::admm})
+      for (const double lasso : {0.0, 0.25}) {
+        TensorOptions o;
+        o.dtype = o.noted = dtype;
+        o.grouped = view.size() > 1;
+        o.view = view;
+        o.single = kHeadBodyTail;
+        o.step = base;
+        o.step.penalty = Penalty::l1;
+        o.step.method = method;
+        o.step.decoupled = decoupled;
+        o.step.beta = 0.5;
+        o.step.lam = 0.1 * std::sqrt(double(view.size()));
+        o.step.lr = 0.25;
+        o.step.weight_decay = 0.125;
+        if (o.grouped) o.step.group_lasso = lasso;
+        x.tensors.push_back(make_tensor(o));
+      }
+  x.aim();
+  machine.mode = {Mode::shuffled, Mode::any, Mode::some, 1};
+  x.judge(Mode::reverse);
+}
+
 // Inf and NaN pass through where a term that would make NaN of them is off.
 void beside_terms_off(bool grouped, double momentum, double decay) {
   generator().seed(2);
@@ -263,6 +292,15 @@ std::vector<Case> small_cases() {
     for (const bool decoupled : {false, true})
       add(text_of("pull alone of %s, decoupled %d", kDtypeNames[int(dtype)], decoupled),
           [=] { pull_alone(dtype, decoupled); });
+  definition::Step bases[4];
+  bases[1].momentum = 0.5;
+  bases[2].base = bases[3].base = BaseKind::adamw;
+  bases[3].amsgrad = true;
+  for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16})
+    for (int i = 0; i < 4; ++i)
+      for (const bool decoupled : {false, true})
+        add(text_of("base %d of %s, decoupled %d", i, kDtypeNames[int(dtype)], decoupled),
+            [=] { of_base(dtype, bases[i], decoupled); });
   for (const bool grouped : {false, true})
     for (const double momentum : {0.0, 0.5})
       for (const double decay : {0.0, 0.125})

@@ -55,8 +55,8 @@ class TritonEngine(Engine):
             self._forget()
             raise
         self._structures = structures
-        # New states are put into optimizer.state only if the step happens. A first step waits here for found_inf; of the
-        # steps after it only those wait that are counted on the host.
+        # New states are put into optimizer.state only if the step happens. A first step waits here for found_inf; of
+        # the steps after it only those wait that are counted on the host.
         if (self._table.new_states or self._table.counters) and inputs.found_inf is not None:
             self._skip = inputs.found_inf.item() > 0
         return Ready.YES
