@@ -122,6 +122,7 @@ _ARGUMENTS = {"f": "float", "d": "double", "N4rvsm8BFloat16E": "BFloat16", "N4rv
 _ARGUMENTS |= {"NS_8BFloat16E": "BFloat16", "NS_7Float16E": "Float16", "Lb0E": "false", "Lb1E": "true"}
 _ARGUMENTS |= {"NS_3SgdILb0EEE": "Sgd<0>", "NS_3SgdILb1EEE": "Sgd<1>"}  # the bases, by their template argument
 _ARGUMENTS |= {"NS_6NoBaseILb0EEE": "NoBase<0>", "NS_6NoBaseILb1EEE": "NoBase<1>"}
+_ARGUMENTS |= {"NS_5AdamWILb0EEE": "AdamW<0>", "NS_5AdamWILb1EEE": "AdamW<1>"}
 _ARGUMENT = re.compile("|".join(sorted(map(re.escape, _ARGUMENTS), key=len, reverse=True)))
 
 

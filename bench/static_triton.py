@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from rvsm_kernels.engines.triton import elements, norms
 from rvsm_kernels.engines.triton.launch import STORAGE, block_of, options_for
 from rvsm_kernels.engines.triton.table import FACTOR_TILE, PARTS_AT_ONCE
-from rvsm_kernels.method.bases import NONE, SGD
+from rvsm_kernels.method.bases import ADAMW, NONE, SGD
 from rvsm_kernels.method.dtypes import opmath_type
 
 from .static import tool
@@ -54,6 +54,10 @@ def steps() -> Iterator[tuple[dict[str, Any], int]]:
         kind = {"BASE": NONE.number, "WRITES_GRADIENT": writes, "WITH_TL1": True, "WITH_GROUPS": True, "METHOD": method}
         states = int(method > 0)
         yield {**kind, "STATES": states}, 2 + 2 * writes + 2 * states
+    for moments, groups, method in itertools.product((2, 3), (False, True), (0, 2)):
+        kind = {"BASE": ADAMW.number, "WRITES_GRADIENT": False, "WITH_TL1": True, "WITH_GROUPS": groups}
+        states = moments + (method > 0)
+        yield {**kind, "METHOD": method, "STATES": states}, 3 + 2 * states
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:

@@ -162,15 +162,9 @@ def test_edits_are_checked_before_an_engine_steps(engine: str, row: str, stepped
     edited(engine, row, stepped)
 
 
-@pytest.mark.parametrize("name", ["RVSMAdamW", "RVSMWrapper"])
-def test_reserved_classes(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=name):
-        getattr(rk, name)(two(), lr=0.1)
-
-
-def test_reserved_reference_class() -> None:
-    with pytest.raises(NotImplementedError, match="RVSMAdamW"):
-        rk.reference.RVSMAdamW(two())
+def test_reserved_class() -> None:
+    with pytest.raises(NotImplementedError, match="RVSMWrapper"):
+        rk.RVSMWrapper(two(), lr=0.1)
 
 
 def test_unknown_arguments() -> None:

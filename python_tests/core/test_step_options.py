@@ -14,7 +14,7 @@ import rvsm_kernels as rk
 from rvsm_kernels.engines import native
 from rvsm_kernels.engines.interface import StepInputs
 from rvsm_kernels.engines.reference import ReferenceEngine
-from rvsm_kernels.method.bases import NONE, SGD
+from rvsm_kernels.method.bases import ADAMW, BASES, NONE, SGD
 from rvsm_kernels.method.options import OPTIONS
 from rvsm_kernels.method.penalties import PENALTIES
 from rvsm_kernels.method.step_options import StepOptions
@@ -34,21 +34,21 @@ def test_numbers(decoupled: bool) -> None:
     rho = math.pow(6.75 * tau * 3.0 * 4.0, 1 / 3)
     prox = (3.0, PENALTIES["tl1"].cut(tau, 3.0), tau, 3.0, rho, rho - 3.0)
     split = (-1.0, 2.0, 0.0, 0.0625) if decoupled else (-1.0, 0.0, 4.0, 0.0625)
-    assert options.numbers(9, False) == pytest.approx((*prox, *split, 0.125, 0.75, 0.75, 0.75, 0.0, 0.5), rel=1e-15)
-    assert options.numbers(9, True)[10:] == (0.125, 0.0, 1.0, 0.75, 0.0, 0.5)
-    assert options.numbers(1, False)[2] == 0.5
+    assert options.numbers(9, 1) == pytest.approx((*prox, *split, 0.125, 0.75, 0.75, 0.75, 0.0, 0.5), rel=1e-15)
+    assert options.numbers(9, 0)[10:] == (0.125, 0.0, 1.0, 0.75, 0.0, 0.5)
+    assert options.numbers(1, 1)[2] == 0.5
 
 
 @pytest.mark.parametrize("off", [{"penalty": None}, {"lam": 0.0}, {"beta": 0.0}])
 def test_numbers_without_a_splitting(off: dict[str, Any]) -> None:
     options = told(**{"penalty": "l1", "lam": 1.0, "beta": 1.0, "a": 2.0, "method": "admm", "group_dim": 0, **off})
-    assert options.numbers(5, False)[:10] == (0.0, -1.0, 0.0, 2.0, 0.0, -2.0, 1.0, 0.0, 0.0, 0.0)
+    assert options.numbers(5, 1)[:10] == (0.0, -1.0, 0.0, 2.0, 0.0, -2.0, 1.0, 0.0, 0.0, 0.0)
     assert not options.split and options.method.name == "rvsm" and options.states == () and options.dims is None
 
 
 def test_top_k_thresholds_as_l0() -> None:
     options = told(penalty="topk", density=0.5, lam=2.0, beta=1.0)
-    assert options.topk and options.numbers(1, False)[:2] == (2.0, 2.0)
+    assert options.topk and options.numbers(1, 1)[:2] == (2.0, 2.0)
 
 
 def test_states() -> None:
@@ -94,8 +94,11 @@ def test_the_compiled_module_counts_alike() -> None:
     """Numbers pass between Python and C++ by their order alone."""
     if native.load_error is not None:
         pytest.skip(native.load_error)
-    lengths = {"prox": 6, "split": 4, "sgd": len(told().numbers(1, False)) - 10, "none": len(NONE.number_names)}
-    assert native._C.numbers == lengths and tuple(PENALTIES) == native._C.penalties
+    lengths = {"prox": 6, "split": 4, "sgd": len(told().numbers(1, 1)) - 10, "none": len(NONE.number_names)}
+    lengths |= {"adamw": len(ADAMW.number_names)}
+    assert list(native._C.numbers.items()) == list(lengths.items())
+    assert [base.number for base in BASES.values()] == [0, 1, 2]
+    assert tuple(PENALTIES) == native._C.penalties
 
 
 # ---- who is told, and when -------------------------------------------------------------------------------------------
