@@ -178,8 +178,8 @@ void Plan::count_steps() {
       continue;
     }
     const at::Tensor& counter = THPVariable_Unpack(slot.counter);
-    if (is_float_on_cpu(counter)) {
-      ++*counter.mutable_data_ptr<float>();
+    if (float* const count = float_on_cpu(counter)) {
+      ++*count;
       bump_version(counter);
     } else {
       counter.add_(1);

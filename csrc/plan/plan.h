@@ -105,7 +105,7 @@ class Plan {
   // slot.cpp: one parameter of a step.
   void prepare_slot(const py::list& groups, ParamSlot& slot);
   bool find_states(const GroupOptions& options, ParamSlot& slot);
-  int64_t find_count(const py::list& groups, const GroupOptions& options, ParamSlot& slot);
+  int64_t count_of(const py::list& groups, const ParamSlot& slot) const;
   void find_beside(TensorArgs& args, const ParamSlot& slot) const;
   bool fits(const ParamSlot& slot, size_t states) const;
   void refuse(const py::list& groups, const ParamSlot& slot) const;

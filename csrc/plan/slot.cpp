@@ -53,37 +53,38 @@ const at::Tensor& found_tensor(PyObject* dict, PyObject* param, const char* what
 
 }  // namespace
 
-// The states of a parameter, by their names; returns false where one is missing. A state that is None is missing.
+// The states of a parameter and its counter, by their names; returns false where a state is missing. What is None is
+// missing.
 bool Plan::find_states(const GroupOptions& options, ParamSlot& slot) {
+  const size_t states = options.states.size(), wanted = states + options.counts;
+  std::array<PyObject*, kMostStates + 1> found = {};
+  const auto name_of = [&](size_t k) { return k < states ? options.states[k].ptr() : options.counter.ptr(); };
+  // One walk through the dict, whose names are mostly the same objects, is shorter than a lookup of each name.
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; slot.dict != nullptr && PyDict_Next(slot.dict, &at, &key, &value);)
+    for (size_t k = 0; k < wanted; ++k)
+      if (key == name_of(k)) found[k] = value;
   PyObject* const instead = inputs_.instead == nullptr ? nullptr : get(inputs_.instead, slot.param);
   bool all = true;
-  for (size_t k = 0; k < options.states.size(); ++k) {
-    PyObject *found = nullptr, *key = nullptr, *name = options.states[k].ptr();
-    if (instead != nullptr) found = get(instead, name);
-    // The first state is mostly the first of the dict: looking there saves a lookup.
-    Py_ssize_t at = 0;
-    if (found == nullptr && slot.dict != nullptr &&
-        !(k == 0 && PyDict_Next(slot.dict, &at, &key, &found) && key == name))
-      found = get(slot.dict, name);
-    if (found == Py_None) found = nullptr;
-    all = all && found != nullptr;
-    if (found != slot.states[k]) reset(slot.states[k], found);
+  for (size_t k = 0; k < wanted; ++k) {
+    if (instead != nullptr)
+      if (PyObject* const replaced = get(instead, name_of(k)); replaced != nullptr) found[k] = replaced;
+    if (found[k] == nullptr && slot.dict != nullptr) found[k] = get(slot.dict, name_of(k));
+    if (found[k] == Py_None) found[k] = nullptr;
+    all = all && (found[k] != nullptr || k == states);
+    PyObject*& held = k < states ? slot.states[k] : slot.counter;
+    if (found[k] != held) reset(held, found[k]);
   }
   return all;
 }
 
 // How many steps the states of a parameter have seen, by its counter. A counter on a device is waited for.
-int64_t Plan::find_count(const py::list& groups, const GroupOptions& options, ParamSlot& slot) {
-  PyObject* const instead = inputs_.instead == nullptr ? nullptr : get(inputs_.instead, slot.param);
-  PyObject* found = instead == nullptr ? nullptr : get(instead, options.counter.ptr());
-  if (found == nullptr && slot.dict != nullptr) found = get(slot.dict, options.counter.ptr());
-  if (found == Py_None) found = nullptr;
-  if (found != slot.counter) reset(slot.counter, found);
-  if (found == nullptr) return 0;
-  if (!THPVariable_Check(found)) refuse(groups, slot);
-  const at::Tensor& counter = THPVariable_Unpack(found);
+int64_t Plan::count_of(const py::list& groups, const ParamSlot& slot) const {
+  if (slot.counter == nullptr) return 0;
+  if (!THPVariable_Check(slot.counter)) refuse(groups, slot);
+  const at::Tensor& counter = THPVariable_Unpack(slot.counter);
+  if (const float* const count = float_on_cpu(counter)) return int64_t(*count);
   if (counter.numel() != 1 || !counter.is_floating_point()) refuse(groups, slot);
-  if (is_float_on_cpu(counter)) return int64_t(*counter.const_data_ptr<float>());
   return int64_t(counter.item<double>());
 }
 
@@ -199,7 +200,7 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
   if (!args.active) return;
   for (size_t k = 0; k < states; ++k) lacks_ |= slot.states[k] == nullptr && !options.begins_with_zeros(k);
   if (lacks_) return;
-  const int64_t count = options.counts ? find_count(groups, options, slot) : int64_t(!fresh);
+  const int64_t count = options.counts ? count_of(groups, slot) : int64_t(!fresh);
   if (count != slot.count || options.counts) {
     options.apply(args, count);
     slot.count = count;

@@ -72,10 +72,9 @@ class Staged {
 // where a dimension does not exist or where they do not collapse.
 TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim);
 
-// Whether the host can read and write a 1-element tensor without asking torch.
-inline bool is_float_on_cpu(const at::Tensor& tensor) {
-  return tensor.is_cpu() && tensor.scalar_type() == at::kFloat && has_memory(tensor) && is_allocated(tensor);
-}
+// The number in a 1-element float32 tensor of the CPU, null for any other tensor. A thousand parameters ask in each
+// step.
+float* float_on_cpu(const at::Tensor& tensor);
 
 // Mark a tensor as written, for autograd's check of saved tensors.
 void bump_version(const at::Tensor& tensor);
