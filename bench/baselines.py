@@ -1,7 +1,7 @@
 """The contenders: the engines under test and what they are measured against.
 
 A contender is a function of a problem that gives a step: ``contender(problem)()``. All of them do the same step
-where they can: SGD with momentum and weight decay, the penalised tensors pulled towards u first.
+where they can: SGD with momentum and weight decay, or AdamW, the penalised tensors pulled towards u first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import rvsm_kernels as rk
 
-from .problems import BETA, CUT, LR, MOMENTUM, SGD_OPTIONS, WEIGHT_DECAY, A, Problem, strength
+from .problems import ADAMW_OPTIONS, BETA, CUT, LR, MOMENTUM, SGD_OPTIONS, WEIGHT_DECAY, A, Problem, strength
 from .timing import Step
 
 ENGINES = ("native", "triton")
@@ -31,15 +31,23 @@ class Unavailable(Exception):
 
 def _engine(name: str) -> Callable[[Problem], Step]:
     def make(problem: Problem) -> Step:
-        optimizer = rk.RVSM(problem.groups(problem.parameters()), **SGD_OPTIONS, engine=name)
-        return optimizer.step
+        groups = problem.groups(problem.parameters())
+        if problem.case.base == "adamw":
+            return rk.RVSMAdamW(groups, **ADAMW_OPTIONS, engine=name).step
+        return rk.RVSM(groups, **SGD_OPTIONS, engine=name).step
 
     return make
 
 
+def _needs_sgd(problem: Problem) -> None:
+    """Raise Unavailable for a case over another base."""
+    if problem.case.base != "sgd":
+        raise Unavailable(f"the baseline is one of SGD, the case of {problem.case.base}")
+
+
 def reference(problem: Problem) -> Step:
     """The vectorised step in plain PyTorch: the baseline of the quoted speed-up."""
-    return rk.reference.RVSM(problem.groups(problem.parameters()), **SGD_OPTIONS).step
+    return _engine("reference")(problem)
 
 
 def _compute(t: Tensor) -> Tensor:
@@ -49,6 +57,7 @@ def _compute(t: Tensor) -> Tensor:
 
 def compiled(problem: Problem) -> Step:
     """The reference's arithmetic over lists of tensors, under torch.compile."""
+    _needs_sgd(problem)
     case = problem.case
     if case.group_dim is not None:
         raise Unavailable("the compiled baseline is elementwise")
@@ -81,11 +90,19 @@ def compiled(problem: Problem) -> Step:
 
 def fused_sgd(problem: Problem) -> Step:
     """torch.optim.SGD(fused=True): the price of the dense step."""
+    _needs_sgd(problem)
     params = problem.parameters()
     if params[0].dtype in (torch.bfloat16, torch.float16) and not _fused_sgd_updates(params[0]):
         # pytorch#191763: its time would be that of doing nothing.
         raise Unavailable(f"torch's fused SGD leaves {params[0].dtype} weights on the {problem.device} unchanged")
     return torch.optim.SGD(params, **SGD_OPTIONS, fused=True).step
+
+
+def fused_adamw(problem: Problem) -> Step:
+    """torch.optim.AdamW(fused=True): the price of the dense step over AdamW."""
+    if problem.case.base != "adamw":
+        raise Unavailable(f"the baseline is one of AdamW, the case of {problem.case.base}")
+    return torch.optim.AdamW(problem.parameters(), **ADAMW_OPTIONS, fused=True).step
 
 
 def _fused_sgd_updates(like: Tensor) -> bool:
@@ -98,6 +115,7 @@ def _fused_sgd_updates(like: Tensor) -> bool:
 
 def foreach_sgd(problem: Problem) -> Step:
     """torch.optim.SGD(foreach=True)."""
+    _needs_sgd(problem)
     return torch.optim.SGD(problem.parameters(), **SGD_OPTIONS, foreach=True).step
 
 
@@ -148,6 +166,7 @@ class ChannelLoop(torch.optim.SGD):
 
 def channel_loop(problem: Problem) -> Step:
     """:class:`ChannelLoop` over a problem with a group penalty."""
+    _needs_sgd(problem)
     return ChannelLoop(problem.groups(problem.parameters()), **SGD_OPTIONS).step
 
 
@@ -156,6 +175,7 @@ def pat(problem: Problem) -> Step:
 
     Its base optimizer is the fused SGD, the kindest choice.
     """
+    _needs_sgd(problem)
     case = problem.case
     if case.penalty != "l1":
         raise Unavailable("torchao.prototype.pat has the lasso and the group lasso only")
@@ -204,6 +224,7 @@ CONTENDERS: dict[str, Callable[[Problem], Step]] = {
     "compiled": compiled,
     "fused_sgd": fused_sgd,
     "foreach_sgd": foreach_sgd,
+    "fused_adamw": fused_adamw,
     "channel_loop": channel_loop,
     "pat": pat,
 }
@@ -215,6 +236,7 @@ LABELS = {
     "compiled": "reference under torch.compile",
     "fused_sgd": "torch.optim.SGD(fused=True)",
     "foreach_sgd": "torch.optim.SGD(foreach=True)",
+    "fused_adamw": "torch.optim.AdamW(fused=True)",
     "channel_loop": "channel-by-channel loop",
     "pat": "torchao PAT",
 }

@@ -152,13 +152,15 @@ class Case:
     group_dim: GroupDim = None
     dtype: str = "float32"
     method: str = "rvsm"
+    base: str = "sgd"
 
     @property
     def name(self) -> str:
         group = "" if self.group_dim is None else f", group_dim {self.group_dim}"
         dtype = "" if self.dtype == "float32" else f", {self.dtype}"
         method = "" if self.method == "rvsm" else f", {self.method}"
-        return f"{self.shape} {self.penalty}{group}{dtype}{method}"
+        base = "" if self.base == "sgd" else f", {self.base}"
+        return f"{self.shape} {self.penalty}{group}{dtype}{method}{base}"
 
     @property
     def specs(self) -> Specs:
@@ -174,9 +176,10 @@ class Case:
 
     @property
     def counted_bytes(self) -> int:
-        """What a step with momentum must move: w, g and m read, w and m written; a method's state read and written."""
+        """What a step must move: w and g read, w written; each state of the base and the method read and written."""
         kept = 0 if self.method == "rvsm" else 2 * sum(spec.numel for spec in self.specs if spec.penalised)
-        return self.itemsize * (5 * self.elements + kept)
+        states = {"sgd": 1, "adamw": 2}[self.base]  # with momentum; without amsgrad
+        return self.itemsize * ((3 + 2 * states) * self.elements + kept)
 
     @property
     def groups(self) -> int:

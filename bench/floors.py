@@ -182,6 +182,7 @@ def memory(case: Case) -> Measure:
 
 
 _OVER_SGD = "time over torch.optim.SGD(fused=True)"
+_OVER_ADAMW = "AdamW, l0: time over torch.optim.AdamW(fused=True)"
 
 
 def _cpu() -> list[Floor]:
@@ -199,6 +200,12 @@ def _cpu() -> list[Floor]:
         at_least(big, "l0: speed-up over the PyTorch reference", 10.0, speed_up),
         at_most("CPU, ResNet-20-shaped (65 tensors)", _OVER_SGD, 0.5, resnet),
         at_most("CPU, 1,000 one-element parameters", "step()", 100.0, host_us(Case("1000 of 1")), "us"),
+    ]
+    large, resnet_20, tiny = (Case(shape, base="adamw") for shape in ("25M", "ResNet-20", "1000 of 1"))
+    floors += [
+        at_most(big, _OVER_ADAMW, 1.0, over(large, "fused_adamw")),
+        at_most("CPU, ResNet-20-shaped (65 tensors)", _OVER_ADAMW, 0.5, over(resnet_20, "fused_adamw")),
+        at_most("CPU, 1,000 one-element parameters", "AdamW: step()", 130.0, host_us(tiny), "us"),
     ]
     return floors
 

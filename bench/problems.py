@@ -12,6 +12,7 @@ from .cases import Case
 
 LR, MOMENTUM, WEIGHT_DECAY, BETA, A = 1e-3, 0.9, 5e-4, 8e-2, 1.0
 SGD_OPTIONS: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+ADAMW_OPTIONS: dict[str, Any] = {"lr": LR, "weight_decay": WEIGHT_DECAY}
 CUT = 0.05
 """Weights (or group norms) at or below this go to zero in u."""
 

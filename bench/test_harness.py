@@ -66,6 +66,7 @@ SAME_STEP = [
     *((name, case) for name in ENGINES for case in (Case("ResNet-20"), Case("ResNet-20", "l0", 1), Case("1K", "tl1"))),
     *(("channel_loop", Case("30x40x3x3", penalty, dim)) for penalty in ("l0", "l1", "tl1") for dim in (0, 1)),
     ("compiled", Case("1K", "tl1")),
+    *((name, Case("ResNet-20", base="adamw")) for name in ENGINES),
 ]
 
 
@@ -79,6 +80,7 @@ def test_contenders_do_the_step_of_the_reference(name: str, case: Case, monkeypa
     # The benchmark's own lr would hide a wrong pull.
     monkeypatch.setattr(baselines, "LR", 0.1)
     monkeypatch.setitem(baselines.SGD_OPTIONS, "lr", 0.1)
+    monkeypatch.setitem(baselines.ADAMW_OPTIONS, "lr", 0.01)
     before = build(case, "cpu").weights
 
     def after(contender: str) -> list[torch.Tensor]:
@@ -97,6 +99,14 @@ def test_contenders_do_the_step_of_the_reference(name: str, case: Case, monkeypa
         assert not torch.equal(p, start)
         # Float32 sums in another order; a wrong pull would show at 1e-4.
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_baselines_belong_to_a_base() -> None:
+    """Nothing is measured against the step of another base."""
+    for base, other in (("sgd", "fused_adamw"), ("adamw", "fused_sgd"), ("adamw", "foreach_sgd"), ("adamw", "pat")):
+        with pytest.raises(Unavailable, match=f"case of {base}"):
+            CONTENDERS[other](build(Case("1K", base=base), "cpu"))
+    assert Case("1K", base="adamw").counted_bytes == 28_000 and Case("1K").counted_bytes == 20_000
 
 
 def test_turns_meet_in_every_round_of_the_slower() -> None:
