@@ -165,25 +165,22 @@ void Plan::put_new_states() {
   }
 }
 
-// Count one step more of every parameter that was stepped.
-void Plan::count_steps() {
-  for (ParamSlot& slot : slots_) {
-    const GroupOptions& options = options_[slot.group];
-    if (!options.counts || !slot.served || !slot.args->active) continue;
-    if (slot.counter == nullptr) {
-      // In the type and place that torch gives it.
-      const auto made = py::reinterpret_steal<py::object>(THPVariable_Wrap(at::ones({}, at::kFloat)));
-      if (PyDict_SetItem(state_dict_of(slot), options.counter.ptr(), made.ptr()) != 0) throw py::error_already_set();
-      reset(slot.counter, made.ptr());
-      continue;
-    }
-    const at::Tensor& counter = THPVariable_Unpack(slot.counter);
-    if (float* const count = float_on_cpu(counter)) {
-      ++*count;
-      bump_version(counter);
-    } else {
-      counter.add_(1);
-    }
+// Count one step more of a parameter that was stepped.
+void Plan::count_step(ParamSlot& slot) {
+  if (slot.counter == nullptr) {
+    // In the type and place that torch gives it.
+    const auto made = py::reinterpret_steal<py::object>(THPVariable_Wrap(at::ones({}, at::kFloat)));
+    PyObject* const name = options_[slot.group].counter.ptr();
+    if (PyDict_SetItem(state_dict_of(slot), name, made.ptr()) != 0) throw py::error_already_set();
+    reset(slot.counter, made.ptr());
+    return;
+  }
+  const at::Tensor& counter = THPVariable_Unpack(slot.counter);
+  if (float* const count = float_on_cpu(counter, slot.keys)) {
+    ++*count;
+    bump_version(counter);
+  } else {
+    counter.add_(1);
   }
 }
 
@@ -203,11 +200,11 @@ void Plan::launch() {
     for (auto& copy : copies_)
       if (copy.turn == turn && copy.writes) copy.staged.store();
   }
-  if (counts_) count_steps();
-  for (const ParamSlot& slot : slots_) {
+  for (ParamSlot& slot : slots_) {
     if (!slot.served || !slot.args->active) continue;
     bump_version(tensor(slot));
     if (slot.args->base.writes_grad) bump_version(tensor(slot).grad());
+    if (options_[slot.group].counts) count_step(slot);
     const size_t states = options_[slot.group].states.size();
     for (size_t k = 0; k < states; ++k)
       if (slot.states[k] != nullptr) bump_version(THPVariable_Unpack(slot.states[k]));

@@ -90,7 +90,7 @@ class Plan {
   void hold();
   void run_engines(size_t turn);
   void put_new_states();
-  void count_steps();
+  void count_step(ParamSlot& slot);
   PyObject* state_dict_of(ParamSlot& slot);
 
   // table.cpp: the table of parameters.

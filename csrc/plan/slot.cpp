@@ -61,9 +61,14 @@ bool Plan::find_states(const GroupOptions& options, ParamSlot& slot) {
   const auto name_of = [&](size_t k) { return k < states ? options.states[k].ptr() : options.counter.ptr(); };
   // One walk through the dict, whose names are mostly the same objects, is shorter than a lookup of each name.
   PyObject *key, *value;
-  for (Py_ssize_t at = 0; slot.dict != nullptr && PyDict_Next(slot.dict, &at, &key, &value);)
-    for (size_t k = 0; k < wanted; ++k)
-      if (key == name_of(k)) found[k] = value;
+  size_t missing = slot.dict == nullptr ? 0 : wanted;
+  for (Py_ssize_t at = 0; missing > 0 && PyDict_Next(slot.dict, &at, &key, &value);) {
+    for (size_t k = 0; k < wanted; ++k) {
+      if (key != name_of(k)) continue;
+      found[k] = value;
+      --missing;
+    }
+  }
   PyObject* const instead = inputs_.instead == nullptr ? nullptr : get(inputs_.instead, slot.param);
   bool all = true;
   for (size_t k = 0; k < wanted; ++k) {
@@ -83,7 +88,7 @@ int64_t Plan::count_of(const py::list& groups, const ParamSlot& slot) const {
   if (slot.counter == nullptr) return 0;
   if (!THPVariable_Check(slot.counter)) refuse(groups, slot);
   const at::Tensor& counter = THPVariable_Unpack(slot.counter);
-  if (const float* const count = float_on_cpu(counter)) return int64_t(*count);
+  if (const float* const count = float_on_cpu(counter, slot.keys)) return int64_t(*count);
   if (counter.numel() != 1 || !counter.is_floating_point()) refuse(groups, slot);
   return int64_t(counter.item<double>());
 }
@@ -201,10 +206,11 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
   for (size_t k = 0; k < states; ++k) lacks_ |= slot.states[k] == nullptr && !options.begins_with_zeros(k);
   if (lacks_) return;
   const int64_t count = options.counts ? count_of(groups, slot) : int64_t(!fresh);
-  if (count != slot.count || options.counts) {
+  if (options.counts)
+    args.numbers = options.numbers(args.grouped ? args.view.size() : 1, count);
+  else if (count != slot.count)
     options.apply(args, count);
-    slot.count = count;
-  }
+  slot.count = count;
   if (!usual || !all_there) {
     address = address_of(w);
     stage(slot);

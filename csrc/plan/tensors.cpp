@@ -43,17 +43,6 @@ bool is_allocated(const at::Tensor& tensor) {
   return tensor.has_storage() && bytes <= tensor.storage().nbytes();
 }
 
-float* float_on_cpu(const at::Tensor& tensor) {
-  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  constexpr c10::DispatchKeySet lazy({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
-  if (!impl->is_cpu() || impl->dtype() != caffe2::TypeMeta::Make<float>() || impl->numel() != 1) return nullptr;
-  if (!has_memory(tensor) || impl->key_set().has_any(lazy)) return nullptr;
-  const c10::Storage& storage = impl->unsafe_storage();
-  const int64_t at = impl->storage_offset();
-  if (!storage || storage.nbytes() < size_t(at + 1) * sizeof(float)) return nullptr;
-  return static_cast<float*>(storage.mutable_data()) + at;
-}
-
 const void* address_of(const at::Tensor& tensor) {
   const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   if (!impl->has_storage()) return nullptr;

@@ -73,8 +73,15 @@ class Staged {
 TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim);
 
 // The number in a 1-element float32 tensor of the CPU, null for any other tensor. A thousand parameters ask in each
-// step.
-float* float_on_cpu(const at::Tensor& tensor);
+// step. `keys`: those of a tensor that holds its values in memory of its own.
+inline float* float_on_cpu(const at::Tensor& tensor, c10::DispatchKeySet keys) {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (impl->key_set() != keys || !impl->is_cpu() || impl->dtype() != caffe2::TypeMeta::Make<float>()) return nullptr;
+  const c10::Storage& storage = impl->unsafe_storage();
+  const int64_t at = impl->storage_offset();
+  if (impl->numel() != 1 || !storage || storage.nbytes() < size_t(at + 1) * sizeof(float)) return nullptr;
+  return static_cast<float*>(storage.mutable_data()) + at;
+}
 
 // Mark a tensor as written, for autograd's check of saved tensors.
 void bump_version(const at::Tensor& tensor);
