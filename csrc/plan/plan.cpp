@@ -168,12 +168,17 @@ void Plan::put_new_states() {
 // Count one step more of a parameter that was stepped.
 void Plan::count_step(ParamSlot& slot) {
   if (slot.counter == nullptr) {
-    // In the type and place that torch gives it.
-    const auto made = py::reinterpret_steal<py::object>(THPVariable_Wrap(at::ones({}, at::kFloat)));
     PyObject* const name = options_[slot.group].counter.ptr();
-    if (PyDict_SetItem(state_dict_of(slot), name, made.ptr()) != 0) throw py::error_already_set();
-    reset(slot.counter, made.ptr());
-    return;
+    PyObject* const dict = state_dict_of(slot);
+    // An earlier occurrence of the parameter may have made it.
+    if (PyObject* const found = slot.repeats > 0 ? get(dict, name) : nullptr; found != nullptr) {
+      reset(slot.counter, found);
+    } else {
+      // In the type and place that torch gives it.
+      const auto made = py::reinterpret_steal<py::object>(THPVariable_Wrap(at::zeros({}, at::kFloat)));
+      if (PyDict_SetItem(dict, name, made.ptr()) != 0) throw py::error_already_set();
+      reset(slot.counter, made.ptr());
+    }
   }
   const at::Tensor& counter = THPVariable_Unpack(slot.counter);
   if (float* const count = float_on_cpu(counter, slot.keys)) {

@@ -35,6 +35,7 @@ struct ParamSlot {
   size_t group = 0;
   size_t index = 0;
   size_t turn = 0;                // when it is stepped: after those that share its memory and stand before it
+  int64_t repeats = 0;            // how many slots before it have the same parameter
   size_t engine = 0;              // of its device and turn
   TensorArgs* args = nullptr;     // in that engine; null where `served` is false
   const void* address = nullptr;  // of its memory, as last seen
@@ -109,6 +110,7 @@ class Plan {
   void find_beside(TensorArgs& args, const ParamSlot& slot) const;
   bool fits(const ParamSlot& slot, size_t states) const;
   void refuse(const py::list& groups, const ParamSlot& slot) const;
+  at::Tensor made_before(const ParamSlot& slot, size_t state) const;
   void stage(ParamSlot& slot);
 
   std::vector<GroupOptions> options_;

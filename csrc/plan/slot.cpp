@@ -126,6 +126,16 @@ void Plan::refuse(const py::list& groups, const ParamSlot& slot) const {
   throw std::runtime_error(name.cast<std::string>() + " cannot be stepped, for a reason that no check names");
 }
 
+// The new state that an earlier occurrence of a parameter has in this step; undefined where there is none. Only a base
+// that counts its steps goes on from it, as torch.optim.AdamW does: torch.optim.SGD begins a buffer for each
+// occurrence.
+at::Tensor Plan::made_before(const ParamSlot& slot, size_t state) const {
+  if (slot.repeats == 0 || !options_[slot.group].counts) return at::Tensor();
+  for (const NewState& made : new_states_)
+    if (slots_[made.slot].param == slot.param && made.state == state) return made.tensor;
+  return at::Tensor();
+}
+
 // The pointers of an unusual parameter: states that are missing, tensors that do not lie in memory as the kernels need
 // them.
 void Plan::stage(ParamSlot& slot) {
@@ -145,9 +155,12 @@ void Plan::stage(ParamSlot& slot) {
     at::Tensor state = slot.states[k] == nullptr ? at::Tensor() : THPVariable_Unpack(slot.states[k]);
     if (!state.defined() || state.scalar_type() != slot.type) {
       // The first step, or a parameter that was moved to another dtype: its states follow it.
-      at::Tensor made = at::zeros_like(dense, slot.type);
-      if (state.defined()) made.copy_(state);
-      new_states_.push_back({size_t(&slot - slots_.data()), k, made});
+      at::Tensor made = made_before(slot, k);
+      if (!made.defined()) {
+        made = at::zeros_like(dense, slot.type);
+        if (state.defined()) made.copy_(state);
+        new_states_.push_back({size_t(&slot - slots_.data()), k, made});
+      }
       state = made;
     }
     args.state[k] = dense_of(Staged(state, dense), true).mutable_data_ptr();
@@ -205,7 +218,8 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
   if (!args.active) return;
   for (size_t k = 0; k < states; ++k) lacks_ |= slot.states[k] == nullptr && !options.begins_with_zeros(k);
   if (lacks_) return;
-  const int64_t count = options.counts ? count_of(groups, slot) : int64_t(!fresh);
+  // A parameter that occurs twice has been stepped once more when its second turn comes.
+  const int64_t count = options.counts ? count_of(groups, slot) + slot.repeats : int64_t(!fresh);
   if (options.counts)
     args.numbers = options.numbers(args.grouped ? args.view.size() : 1, count);
   else if (count != slot.count)

@@ -1,6 +1,7 @@
 // The table of parameters of a plan: made once, and compared with what each step brings.
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <map>
 #include <stdexcept>
 
 #include "plan.h"
@@ -83,6 +84,10 @@ bool Plan::rebuild(const py::list& groups) {
         reset(slot.param, p);
       slots_.push_back(std::move(slot));
     }
+  }
+  if (engines_.turns() > 1) {
+    std::map<PyObject*, int64_t> seen;
+    for (ParamSlot& slot : slots_) slot.repeats = seen[slot.param]++;
   }
   std::vector<size_t> next(engines_.size());
   for (ParamSlot& slot : slots_)

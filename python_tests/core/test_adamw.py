@@ -192,6 +192,26 @@ def test_a_count_that_is_none(engine: str, on_cpu: None, wrong: Any) -> None:
     assert all(same_bits(p.detach(), w) for p, w in zip(ours, before, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_parameter_that_occurs_twice_counts_twice(engine: str, on_cpu: None, amsgrad: bool) -> None:
+    """One update after the other, as torch.optim.AdamW(foreach=False) does them."""
+    gen = torch.Generator().manual_seed(3)
+    ours = [nn.Parameter(torch.randn(40, generator=gen)), nn.Parameter(torch.ones(3))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    optimizer = rk.RVSMAdamW([ours[0], ours[1], ours[0]], lr=0.1, amsgrad=amsgrad, penalty=None, engine=engine)
+    torchs = torch.optim.AdamW([theirs[0], theirs[1], theirs[0]], lr=0.1, amsgrad=amsgrad, foreach=False)
+    for k in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=gen)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        torchs.step()
+        assert [float(optimizer.state[p]["step"]) for p in ours] == [2.0 * (k + 1), k + 1.0]
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_lr_0_moves_no_weight(engine: str, on_cpu: None) -> None:
     ours = params_of(torch.float32)
     optimizer = rk.RVSMAdamW(ours, lr=0.0, **SPLIT, engine=engine)

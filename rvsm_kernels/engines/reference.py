@@ -180,6 +180,8 @@ class ReferenceEngine(Engine):
             states = {p: _find_states(p, options, inputs) for _, p in with_gradient(group)}
             for params in _batches(group):
                 try:
+                    if options.counter is not None:  # of a parameter that occurs twice, as its last turn has left them
+                        states = {p: _find_states(p, options, inputs) for p in params}
                     counts = counts_of(params, options, inputs)
                     _step(params, [states[p] for p in params], counts, options, inputs)
                     advance(params, options, inputs)

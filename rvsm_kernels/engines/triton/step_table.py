@@ -86,6 +86,8 @@ class StepTable:
         self._counter_places: list[tuple[Any, str]] = []
         self._cohorts: list[tuple[int, int]] = []  # the group of each counter, and its count when the table was made
         self._counts: dict[tuple[int, int], int] = {}  # of each cohort, now
+        self._any_shared = False  # whether some parameters share memory
+        self._repeats: list[int] = []  # how often the parameter of each counter occurs before
         self._with_cut: list[Tensor] = []  # the parameters that move and have top-k
         self._cuts_and_norms: list[Any] = []  # whose addresses stand in the tables
         self._guards: Any = None
@@ -137,8 +139,8 @@ class StepTable:
         if not _same(counters, self.counters):
             return False
         counts: dict[tuple[int, int], int] = {}
-        for cohort, counter in zip(self._cohorts, self.counters, strict=True):
-            count = int(counter)
+        for cohort, counter, repeats in zip(self._cohorts, self.counters, self._repeats, strict=True):
+            count = int(counter) + repeats
             if counts.setdefault(cohort, count) != count:
                 return False
         self._counts = counts
@@ -205,6 +207,7 @@ class StepTable:
         tl1 = set()  # the kinds that need the code of transformed l1
         weights, gradients, states = [], [], []
         self.turns = turns_of([slot.p for slot in slots])
+        self._any_shared = any(self.turns)
         for k, slot in enumerate(slots):
             p, options, turn = slot.p, slot.options, self.turns[k]
             grad = p.grad
@@ -220,7 +223,7 @@ class StepTable:
             started = self._count(slot)
             for name, state, places in zip(options.states, slot.states, states_of_params, strict=True):
                 places.append(len(self._states))
-                self._states.append(self._new_state(p, name, state, w))
+                self._states.append(self._new_state(p, name, state, w, options.counter is not None))
                 states.append(self._stage(self._states[-1], dtype, w, True, turn).data_ptr())
             size = slot.view.outer * slot.view.inner if slot.view is not None and options.scaled else 1
             cut = inputs.cuts[p].data_ptr() if options.topk else 0
@@ -250,19 +253,35 @@ class StepTable:
         name, counter = slot.options.counter, slot.counter
         if name is None:
             return int(all(state is not None for state in slot.states[: slot.options.base_states]))
+        if counter is None and self._any_shared:
+            counter = self._made_before(slot.p, name)
         if counter is None:
             counter = torch.zeros((), dtype=torch.float32)
             self.new_states.append((slot.p, name, counter))
-        count = int(counter)
+        # A parameter that occurs twice has been stepped once more when its second turn comes.
+        self._repeats.append(sum(counter is other for other in self.counters) if self._any_shared else 0)
+        count = int(counter) + self._repeats[-1]
         self.counters.append(counter)
         self._cohorts.append((slot.group, count))
         self._counts[slot.group, count] = count
         return count
 
-    def _new_state(self, p: Tensor, name: str, state: Tensor | None, w: Tensor) -> Tensor:
-        """A state as the step needs it: where it is missing zeros; of another dtype, its conversion."""
+    def _made_before(self, p: Tensor, name: str) -> Tensor | None:
+        """The new state that an earlier occurrence of a parameter has in this step."""
+        return next((made for q, key, made in self.new_states if q is p and key == name), None)
+
+    def _new_state(self, p: Tensor, name: str, state: Tensor | None, w: Tensor, counts: bool) -> Tensor:
+        """A state as the step needs it: where it is missing zeros; of another dtype, its conversion.
+
+        Args:
+            counts: the base counts its steps: a second occurrence of a parameter goes on from the first one's state,
+                as in torch.optim.AdamW; torch.optim.SGD begins a buffer for each occurrence.
+        """
         if state is not None and state.dtype == p.dtype:
             return state
+        made = self._made_before(p, name) if counts and self._any_shared else None
+        if made is not None:
+            return made
         new = torch.zeros_like(w, dtype=p.dtype)
         if state is not None:
             new.copy_(state)
