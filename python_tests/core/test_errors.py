@@ -162,11 +162,6 @@ def test_edits_are_checked_before_an_engine_steps(engine: str, row: str, stepped
     edited(engine, row, stepped)
 
 
-def test_reserved_class() -> None:
-    with pytest.raises(NotImplementedError, match="RVSMWrapper"):
-        rk.RVSMWrapper(two(), lr=0.1)
-
-
 def test_unknown_arguments() -> None:
     with pytest.raises(TypeError, match="eps"):
         rk.RVSM(two(), eps=1.0)

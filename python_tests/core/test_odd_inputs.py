@@ -93,7 +93,8 @@ ODD: list[tuple[str, str]] = [
         "rk.RVSMAdamW(params).load_state_dict(torch.optim.Adam(params, weight_decay=0.1).state_dict())",
         "torch.optim.Adam, whose weight decay",
     ),
-    ("rk.RVSMWrapper(torch.optim.SGD(params))", "not in this version"),
+    ("rk.RVSMWrapper(params)", "is no torch optimizer"),
+    ("rk.RVSMWrapper(torch.optim.SGD(params), lr=0.1)", "no option 'lr'"),
     # models
     ("rk.param_groups(model.parameters())", "takes a module.*generator"),
     ("rk.param_groups(params)", "takes a module.*list"),

@@ -77,7 +77,8 @@ def test_a_pull_does_not_read_the_gradient(engine: str) -> None:
 
 
 def test_the_gradient_holds_the_terms_of_the_splitting(engine: str) -> None:
-    """Sign, scale, group lasso and coupling; the weights stay."""
+    """Scale, group lasso and coupling, these with the other sign under maximize: who takes it turns it around. The
+    weights stay."""
     p, q = twins()
     scale = torch.tensor(4.0)
     options = {**NUMBERS, "group_dim": 1, "decoupled": False, "group_lasso": 0.75, "maximize": True}
@@ -88,7 +89,7 @@ def test_the_gradient_holds_the_terms_of_the_splitting(engine: str) -> None:
     w = q.detach()
     unit = w / w.square().sum(dim=(0, 2), keepdim=True).sqrt()
     gap = w - rk.reference.prox(w, "l0", 0.04, group_dim=1)
-    torch.testing.assert_close(p.grad, -q.grad / scale + 0.75 * unit + 0.5 * gap)
+    torch.testing.assert_close(p.grad, q.grad / scale - 0.75 * unit - 0.5 * gap)
     optimizer.found_inf = torch.tensor(1.0)
     before = p.grad.clone()  # type: ignore[union-attr]
     optimizer.step()

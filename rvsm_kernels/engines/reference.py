@@ -91,7 +91,8 @@ def _step(
     g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
     if inputs.grad_scale is not None:
         g = [x * inputs.grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
-    if values["maximize"]:
+    sign = -1.0 if options.turns_terms else 1.0
+    if values["maximize"] and not options.turns_terms:
         g = list(torch._foreach_neg(g))
 
     if options.lasso:
@@ -114,9 +115,9 @@ def _step(
         if values["decoupled"]:
             torch._foreach_add_(w, gap, alpha=-lr * beta)
         else:
-            g = list(torch._foreach_add(g, gap, alpha=beta))
+            g = list(torch._foreach_add(g, gap, alpha=sign * beta))
     if options.lasso:
-        g = list(torch._foreach_add(g, unit, alpha=float(values["group_lasso"])))
+        g = list(torch._foreach_add(g, unit, alpha=sign * float(values["group_lasso"])))
 
     names = options.states[: options.base_states]
     stored = [[of_p[name] for of_p in states] for name in names]

@@ -84,6 +84,11 @@ class StepOptions:
         )
 
     @property
+    def turns_terms(self) -> bool:
+        """Whether the step's own terms in ``p.grad`` change their sign: the optimizer that takes it turns it around."""
+        return self.base.writes_gradient and bool(self.values["maximize"])
+
+    @property
     def norm_rows(self) -> int:
         """The norms that each group needs: of what is thresholded and, where that is not w, of w for a group lasso."""
         return 2 if self.method.adds_state and self.lasso else 1
@@ -101,4 +106,8 @@ class StepOptions:
             penalty = "l0" if self.topk else values["penalty"]  # top-k thresholds as l0 does, at another cut
             tau = strength_of_size(values, size) / float(values["beta"])
         prox = prox_numbers(penalty, tau, a)
-        return (*prox, *split_numbers(values, self.split), *self.base.numbers(values, count))
+        split = split_numbers(values, self.split)
+        if self.turns_terms:
+            sign, pull, coupling, lasso = split
+            split = -sign, pull, -coupling, -lasso
+        return (*prox, *split, *self.base.numbers(values, count))

@@ -126,7 +126,7 @@ class SparseView:
 
     def _dual(self, p: Tensor, group: Mapping[str, Any]) -> Any:
         """The dual of a parameter, None where there is none or it does not matter."""
-        method, states = METHODS[group["method"]], self._optimizer.state
+        method, states = METHODS[group["method"]], self._optimizer._states
         return states[p].get(method.state) if method.adds_state and p in states else None
 
     def _is_u(self, p: Tensor, group: Mapping[str, Any]) -> bool:

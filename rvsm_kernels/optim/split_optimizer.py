@@ -90,6 +90,11 @@ class SplitOptimizer(Optimizer):
         self._has_obsolete_states = True  # the state may hold what no method has any more
         self._summarize()
 
+    @property
+    def _states(self) -> Any:
+        """Where the engines find the states, by parameter and name."""
+        return self.state
+
     # ---- options -----------------------------------------------------------------------------------------------------
 
     def _validate(self, group: Mapping[str, Any]) -> None:
@@ -178,7 +183,7 @@ class SplitOptimizer(Optimizer):
         self._check_options()
         # What a GradScaler hands over is there or not; asking by attribute would raise each time.
         scaling = self.__dict__
-        inputs = StepInputs(scaling.get("grad_scale"), scaling.get("found_inf"), self._options, self.state)
+        inputs = StepInputs(scaling.get("grad_scale"), scaling.get("found_inf"), self._options, self._states)
         if not self._step_at_once(inputs):
             self._step_in_parts(inputs)
         if self._any_unit_norm:
@@ -227,7 +232,7 @@ class SplitOptimizer(Optimizer):
                 return
             states.put()
             if self._has_obsolete_states:
-                method_states.drop_obsolete(groups, self.state)
+                method_states.drop_obsolete(groups, self._states)
                 self._has_obsolete_states = False
             if self._any_topk:
                 self._cuts.select(groups, options, lambda p: inputs.state_of(p, "dual"))
@@ -338,18 +343,22 @@ class SplitOptimizer(Optimizer):
         A parameter that is in training, but not yet with its method (which was edited after the last step), gets what
         the next step would begin with.
         """
+        self._complete_states()
+        return super().state_dict()
+
+    def _complete_states(self) -> None:
+        """The states that the next step would begin with, of parameters whose method was edited after the last one."""
         for i, group in enumerate(self.param_groups):
             make_plain(group, self._option_names)
             key = state_name(group)
             for j, p in enumerate(group["params"]):
-                states = self.state.get(p)
+                states = self._states.get(p)
                 if key is not None and states and states.get(key) is None and not is_lazy(p) and not is_left_alone(p):
                     w, name = self._view.weights_of(p).detach(), param_name(group, i, j)
                     # Where u cannot be made the next step will say so; saving must not.
                     with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, TypeError):
                         starts_from_u = METHODS[group["method"]].starts_from_u
                         states[key] = self._view.first_u(w, group, name) if starts_from_u else torch.zeros_like(p)
-        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of the torch.optim optimizer that it replaces.
