@@ -10,22 +10,22 @@ from .penalty import quotient
 
 @triton.jit
 def adamw_step(w, states, d, numbers, STATES: tl.constexpr):
-    """w <- w * keep - step_size * m / (sqrt(v) * correction + eps); returns the new w and the states.
+    """w <- keep * w - step_size * m / (sqrt(v) * correction + eps); returns the new w and the states.
+
+    In another order of these lines some variants spill on sm_90 (``python -m bench.static_triton``).
 
     Args:
         states: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
         numbers: address of (keep, add, keep_sq, add_sq, step_size, correction, eps).
         STATES: 3 with amsgrad, else 2.
     """
-    w = w * tl.load(numbers)
     m = states[0] + tl.load(numbers + 1) * (d - states[0])
     v = tl.load(numbers + 2) * states[1] + tl.load(numbers + 3) * (d * d)
     if STATES > 2:
-        # As torch.maximum: a NaN stays.
-        largest = tl.where((states[2] > v) | (states[2] != states[2]), states[2], v)
+        largest = tl.maximum(states[2], v, propagate_nan=tl.PropagateNan.ALL)  # as torch.maximum: a NaN stays
         states = (m, v, largest)
         v = largest
     else:
         states = (m, v)
     denominator = tl.sqrt(v) * tl.load(numbers + 5) + tl.load(numbers + 6)
-    return w - tl.load(numbers + 4) * quotient(m, denominator), states
+    return tl.load(numbers) * w - quotient(tl.load(numbers + 4) * m, denominator), states
