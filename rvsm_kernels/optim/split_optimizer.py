@@ -101,6 +101,13 @@ class SplitOptimizer(Optimizer):
         """Check every option of a param group; see :func:`rvsm_kernels.method.bases.validate`."""
         validate(group, self._base)
 
+    def _check_new_group(self, i: int, group: dict[str, Any]) -> None:
+        """Check the options and the parameters of a group that is added or loaded; its numbers become Python's own."""
+        make_plain(group, self._option_names)
+        self._validate(group)
+        for j, p in enumerate(group["params"]):
+            validate_param(p, group, param_name(group, i, j))
+
     def _step_options(self, group: Mapping[str, Any]) -> StepOptions:
         """What the engines are told of a param group."""
         return StepOptions.of(group, self._base)
@@ -327,10 +334,7 @@ class SplitOptimizer(Optimizer):
         if order is not None and len(order) == len(group["params"]):
             group["param_order"] = order
         try:
-            make_plain(group, self._option_names)
-            self._validate(group)
-            for j, p in enumerate(group["params"]):
-                validate_param(p, group, param_name(group, index, j))
+            self._check_new_group(index, group)
         except Exception:
             self.param_groups.pop()
             raise
@@ -404,10 +408,7 @@ class SplitOptimizer(Optimizer):
                 for key in (*self._option_names, "param_order"):
                     if key in group:
                         loaded.setdefault(key, group[key])
-                make_plain(loaded, self._option_names)
-                self._validate(loaded)
-                for j, p in enumerate(loaded["params"]):
-                    validate_param(p, loaded, param_name(loaded, i, j))
+                self._check_new_group(i, loaded)
             method_states.check_loaded(state["param_groups"], state["state"])
         super().__setstate__(state)
         if not loading:

@@ -95,12 +95,6 @@ class RVSMWrapper(SplitOptimizer):
         for i, group in enumerate(self.param_groups):
             advice.of_group(i, group, explicit[i])
 
-    def _check_new_group(self, i: int, group: dict[str, Any]) -> None:
-        make_plain(group, self._option_names)
-        self._validate(group)
-        for j, p in enumerate(group["params"]):
-            validate_param(p, group, param_name(group, i, j))
-
     # ---- shared with the optimizer -----------------------------------------------------------------------------------
 
     @property
