@@ -5,16 +5,14 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../math/storage.h"
 #include "engine.h"
 #include "isa.h"
+#include "tiles.h"
 
 namespace rvsm::cpu {
 
 namespace {
 
-// Storage types are converted in tiles that stay in the first-level cache.
-constexpr int64_t kTile = 512;
 // Columns whose factors are held at a time: long pieces of consecutive memory, and still in the cache.
 constexpr int64_t kSpan = kColumns;
 // Elements behind the factors that may be written (see spread).
@@ -103,20 +101,38 @@ inline void prox_loop(T* __restrict w, int64_t n, const Pull pull) {
   for (int64_t i = 0; i < n; ++i) w[i] = pull.u(w[i], i);
 }
 
-template <class S, class T>
-inline void load_tile(T* __restrict to, const S* __restrict from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
-}
-
-template <class S, class T>
-inline void store_tile(S* __restrict to, const T* __restrict from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
-}
+// Stands for the storage type of a tensor whose arrays have the types of TensorArgs::precision, found out tile by tile.
+struct Mixed {};
 
 // Elements [at, at + n) of a tensor.
+template <class Base, Method kMethod, class Pull, class On>
+void mixed_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Base, float>& numbers, const Pull& pull,
+                const On& on) {
+  constexpr int kStates = kStatesOf<Base, kMethod>;
+  const Precision& p = args.precision;
+  float wt[kTile], gt[kTile], st[at_least_one(kStates)][kTile];
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t m = std::min(kTile, n - i), from = at + i;
+    float* const w = tile_of(args.w, args.dtype, from, wt);
+    float* const g = Base::kReadsGrad ? tile_of(args.g, p.grad, from, gt) : gt;
+    float* states[at_least_one(kStates)];
+    for (int k = 0; k < kStates; ++k) {
+      states[k] = tile_of(args.state[k], p.states[k], from, st[k]);
+      if (states[k] == st[k]) load_plane(st[k], args.state[k], p.states[k], from, m);
+    }
+    if (w == wt) load_weights(wt, args, from, m);
+    if (Base::kReadsGrad && g == gt) load_plane(gt, args.g, p.grad, from, m);
+    step_loop<Base, kMethod>(w, g, states, m, numbers, pull.at(i), on);
+    if (w == wt) store_weights(args, wt, from, m);
+    if (Base::kWritesGrad && g == gt) store_plane(args.g, gt, p.grad, from, m);
+    for (int k = 0; k < kStates; ++k)
+      if (states[k] == st[k]) store_plane(args.state[k], st[k], p.states[k], from, m);
+  }
+}
+
 template <class S, class Base, Method kMethod, class Pull, class On>
-void step_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Base, Opmath<S>>& numbers, const Pull& pull,
-               const On& on) {
+void plain_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Base, Opmath<S>>& numbers,
+                const Pull& pull, const On& on) {
   using T = Opmath<S>;
   constexpr int kStates = kStatesOf<Base, kMethod>;
   S* const w = static_cast<S*>(args.w) + at;
@@ -140,6 +156,15 @@ void step_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Base
   } else {
     step_loop<Base, kMethod>(w, g, states, n, numbers, pull, on);
   }
+}
+
+template <class S, class Base, Method kMethod, class Pull, class On>
+inline void step_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Base, Opmath<S>>& numbers,
+                      const Pull& pull, const On& on) {
+  if constexpr (std::is_same_v<S, Mixed>)
+    mixed_span<Base, kMethod>(args, at, n, numbers, pull, on);
+  else
+    plain_span<S, Base, kMethod>(args, at, n, numbers, pull, on);
 }
 
 // Calls f(on) with the switches of the base: compile-time constants for the method that most steps have, run-time
@@ -321,6 +346,7 @@ double run_penalty(const TensorArgs& args, const Block& block) {
 }
 
 void step(const TensorArgs& args, const Block& block) {
+  if (args.precision.mixed) return run_step<Mixed>(args, block);
   with_storage(args.dtype, [&](auto s) { run_step<decltype(s)>(args, block); });
 }
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../math/storage.h"
+#include "../math/precision.h"
 #include "engine.h"
 #include "isa.h"
 
@@ -23,20 +23,34 @@ constexpr int64_t kPiece = 64;
 
 // ---- sums of squares -------------------------------------------------------------------------------------------
 
-// What is summed: elements of w, or of w + dual as the step thresholds them. at(i): element i in double precision.
+// What is summed: elements of w, or of w + dual as the step thresholds them. value(i): element i in the type of the
+// arithmetic, at(i): in double precision. S: a type with that arithmetic.
 template <class Storage>
 struct Weights {
   using S = Storage;
   const S* w;
-  double at(int64_t i) const { return double(load(w[i])); }
+  Opmath<S> value(int64_t i) const { return load(w[i]); }
+  double at(int64_t i) const { return double(value(i)); }
   Weights operator+(int64_t n) const { return {w + n}; }
 };
 
-template <class Storage>
+// The float32 weights behind a parameter of a half type.
+template <class Half, class Rest>
+struct Joined {
+  using S = float;
+  const Half* param;
+  const Rest* rest;
+  float value(int64_t i) const { return rvsm::join(param[i], rest[i]); }
+  double at(int64_t i) const { return double(value(i)); }
+  Joined operator+(int64_t n) const { return {param + n, rest + n}; }
+};
+
+template <class Source, class Storage>
 struct WithDual {
-  using S = Storage;
-  const S *w, *dual;
-  double at(int64_t i) const { return double(load(w[i]) + load(dual[i])); }
+  using S = typename Source::S;
+  Source w;
+  const Storage* dual;
+  double at(int64_t i) const { return double(w.value(i) + load(dual[i])); }
   WithDual operator+(int64_t n) const { return {w + n, dual + n}; }
 };
 
@@ -92,9 +106,16 @@ inline void prefetch(const Weights<S> p, int64_t n) {
   for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p.w + i);
 }
 
-template <class S>
-inline void prefetch(const WithDual<S> p, int64_t n) {
-  prefetch(Weights<S>{p.w}, n);
+template <class Half, class Rest>
+inline void prefetch(const Joined<Half, Rest> p, int64_t n) {
+  prefetch(Weights<Half>{p.param}, n);
+  constexpr int64_t kLine = 64 / sizeof(Rest);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p.rest + i);
+}
+
+template <class Source, class S>
+inline void prefetch(const WithDual<Source, S> p, int64_t n) {
+  prefetch(p.w, n);
   prefetch(Weights<S>{p.dual}, n);
 }
 
@@ -171,11 +192,24 @@ void squares(const TensorArgs& args, const Block& block, int64_t part) {
         take_norms<Opmath<S>>(args, first + block.c0 / args.view.inner, first + ceil_div(block.c1, args.view.inner));
       return;  // in parts: join() takes them
     }
-    const Weights<S> weights{static_cast<const S*>(args.w)};
-    const bool dual = args.method == Method::admm;
-    if (dual)
-      norm_row_squares(WithDual<S>{weights.w, static_cast<const S*>(args.method_state())}, args, block, part, 0);
-    if (!dual || args.norm_rows() == 2) norm_row_squares(weights, args, block, part, args.norm_rows() - 1);
+    // A dual has the type of the weights: float32 where these stand behind the parameter.
+    const auto sum = [&](const auto& weights) {
+      using D = typename std::decay_t<decltype(weights)>::S;
+      const bool dual = args.method == Method::admm;
+      if (dual)
+        norm_row_squares(
+            WithDual<std::decay_t<decltype(weights)>, D>{weights, static_cast<const D*>(args.method_state())}, args,
+            block, part, 0);
+      if (!dual || args.norm_rows() == 2) norm_row_squares(weights, args, block, part, args.norm_rows() - 1);
+    };
+    const S* const w = static_cast<const S*>(args.w);
+    if constexpr (std::is_same_v<S, BFloat16>)
+      if (args.precision.master == Master::low)
+        return sum(Joined<S, int16_t>{w, static_cast<const int16_t*>(args.master_state())});
+    if constexpr (std::is_same_v<S, Float16>)
+      if (args.precision.master == Master::whole)
+        return sum(Joined<S, float>{w, static_cast<const float*>(args.master_state())});
+    sum(Weights<S>{w});
   });
 }
 

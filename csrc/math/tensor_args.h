@@ -4,6 +4,7 @@
 #include <array>
 
 #include "bases.h"
+#include "precision.h"
 #include "split.h"
 
 namespace rvsm {
@@ -14,6 +15,17 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Room for the states of a tensor: the base's come first, then the method's, then those of its precision.
 constexpr int kMostStates = 6;
+
+// The types that the arrays of a tensor are stored in where they differ from that of the weights, and how the weights
+// are written. The arithmetic is in float32 then.
+struct Precision {
+  bool mixed = false;   // false: all arrays have the type of the weights, and nothing else of this struct is read
+  bool rounds = false;  // stochastically
+  Master master = Master::none;
+  Dtype grad = Dtype::f32;
+  std::array<Dtype, kMostStates> states{};  // the base's and the method's
+  RandomKey random;
+};
 
 // First the shape of the tensor, then what changes from run to run.
 struct TensorArgs {
@@ -35,11 +47,14 @@ struct TensorArgs {
   const void* cut = nullptr;        // top-k: in the type of the arithmetic, read when the step runs
   const double* norms = nullptr;    // norms made elsewhere, norm_rows x one per group; null: made here
   const double* numbers = nullptr;  // the record of its group, see numbers.h
-  double scale = 1;                 // 1 / grad_scale where the host knows it, else 1
-  double lam = 0;                   // for the penalty's value: already times sqrt(group size) with group_scale
+  Precision precision;
+  double scale = 1;  // 1 / grad_scale where the host knows it, else 1
+  double lam = 0;    // for the penalty's value: already times sqrt(group size) with group_scale
   double beta = 0;
 
   int states() const { return base.states + method_states(method); }
+  // The rest of the weights, where there is a master.
+  void* master_state() const { return state[states()]; }
   // The state of the method, null without one.
   void* method_state() const { return method == Method::rvsm ? nullptr : state[base.states]; }
   // How many norms each group needs: that of what is thresholded and, where that is not w, that of w for group lasso.

@@ -44,10 +44,15 @@ class DeviceEngine {
   const at::Device device;
   const bool scales_on_device;  // grad_scale and found_inf are read by the kernels
   const bool takes_source;      // a prox may read from TensorArgs::g
+  const bool takes_mixed;       // TensorArgs::precision is read; else all arrays of a tensor must have one type
 
  protected:
   DeviceEngine(std::vector<TensorArgs>& tensors, at::Device device, bool on_device)
-      : tensors(tensors), device(device), scales_on_device(on_device), takes_source(on_device) {}
+      : tensors(tensors),
+        device(device),
+        scales_on_device(on_device),
+        takes_source(on_device),
+        takes_mixed(!on_device) {}
 };
 
 // One engine per device and turn. Tensors that share memory have different turns, and a turn begins when the one before

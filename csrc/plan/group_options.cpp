@@ -1,6 +1,8 @@
 #include "group_options.h"
 
 #include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 
 #include <stdexcept>
 
@@ -29,22 +31,38 @@ GroupOptions::GroupOptions(const py::object& o) : source(o) {
   scaled = o.attr("scaled").cast<bool>();
   dims = o.attr("dims").cast<Dims>();
   base_states = o.attr("base_states").cast<size_t>();
-  for (const py::handle& name : o.attr("states")) states.push_back(interned(name));
+  states = py::len(o.attr("states"));
   counter = o.attr("counter");
-  counts = !counter.is_none();
-  if (counts) counter = interned(counter);
-  if (states.size() > kMostStates) throw std::runtime_error("a tensor with more states than a kernel takes");
+  has_counter = !counter.is_none();
+  if (has_counter) counter = interned(counter);
+  counts = o.attr("counts").cast<bool>();
+  precision = o.attr("precision");
+  has_master = o.attr("master").cast<bool>();
+  seed = o.attr("seed").cast<uint64_t>();
+}
+
+const Stored& GroupOptions::stored(at::ScalarType type) {
+  std::optional<Stored>& known = stored_[size_t(dtype_of(type))];
+  if (known) return *known;
+  Stored made;
+  const auto dtype = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(torch::getTHPDtype(type)));
+  const py::dict types = source.attr("states_of")(dtype);
+  for (const auto& [name, state_type] : types) {
+    made.states.push_back({interned(name), reinterpret_cast<THPDtype*>(state_type.ptr())->scalar_type});
+    made.mixed |= made.states.back().type != type;
+  }
+  if (made.states.size() > kMostStates) throw std::runtime_error("a tensor with more states than a kernel takes");
+  if (made.states.size() > states) made.master = type == at::kHalf ? Master::whole : Master::low;
+  made.rounds = source.attr("rounds")(dtype).cast<bool>();
+  made.mixed |= made.rounds;
+  known = std::move(made);
+  return *known;
 }
 
 bool GroupOptions::has_the_tables_of(const GroupOptions& o) const {
-  const auto same_names = [&] {
-    for (size_t k = 0; k < states.size(); ++k)
-      if (states[k].ptr() != o.states[k].ptr()) return false;
-    return true;
-  };
   return base == o.base && method == o.method && split == o.split && topk == o.topk && lasso == o.lasso &&
-         writes_grad == o.writes_grad && dims == o.dims && base_states == o.base_states &&
-         states.size() == o.states.size() && same_names();
+         writes_grad == o.writes_grad && dims == o.dims && base_states == o.base_states && states == o.states &&
+         has_counter == o.has_counter && precision.equal(o.precision);
 }
 
 const double* GroupOptions::numbers(int64_t group_size, int64_t count) {

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <map>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -10,6 +11,18 @@
 #include "tensors.h"
 
 namespace rvsm {
+
+// What is stored of a parameter of one type beside its gradient.
+struct Stored {
+  struct State {
+    py::str name;
+    at::ScalarType type;
+  };
+  std::vector<State> states;  // the base's, the method's, that of a master
+  Master master = Master::none;
+  bool rounds = false;  // the parameter is rounded stochastically
+  bool mixed = false;   // the arrays have several types, or something else than the rounding to nearest is needed
+};
 
 class GroupOptions {
  public:
@@ -31,7 +44,10 @@ class GroupOptions {
   void forget_counts();
 
   // Whether a state that is missing can begin with zeros; else only the optimizer can make it.
-  bool begins_with_zeros(size_t k) const { return k < base_states || !starts_from_u; }
+  bool begins_with_zeros(size_t k) const { return k != base_states || !starts_from_u; }
+
+  // Of a parameter of a supported type; asks Python the first time.
+  const Stored& stored(at::ScalarType type);
 
   int traverse(visitproc visit, void* arg) const;
 
@@ -39,13 +55,16 @@ class GroupOptions {
   BaseKind base = BaseKind::sgd;
   Method method = Method::rvsm;
   bool split = false, topk = false, lasso = false, scaled = false, writes_grad = false;
-  bool starts_from_u = false;   // the method's state begins with u, else with zeros
-  Dims dims;                    // group_dim; nullopt for elements, and where norms do not matter
-  std::vector<py::str> states;  // names, the base's first
-  size_t base_states = 0;
-  py::object counter;   // the name of the tensor that counts the steps of a parameter, or None
-  bool counts = false;  // whether there is one
-  bool changed = true;  // not in the arguments of the tensors yet
+  bool starts_from_u = false;          // the method's state begins with u, else with zeros
+  Dims dims;                           // group_dim; nullopt for elements, and where norms do not matter
+  size_t base_states = 0, states = 0;  // how many states the base has, and the base and the method together
+  py::object counter;                  // the name of the tensor that counts the steps of a parameter, or None
+  bool has_counter = false;
+  bool has_master = false;  // parameters of a half type have one
+  bool counts = false;      // whether the numbers follow from the count
+  bool changed = true;      // not in the arguments of the tensors yet
+  py::object precision;     // what decides about stored()
+  uint64_t seed = 0;        // of stochastic rounding
 
  private:
   using Record = std::array<double, kMostNumbers>;
@@ -53,6 +72,7 @@ class GroupOptions {
   // The last one that was asked for: most tensors of a group share it.
   std::pair<int64_t, int64_t> last_key_;
   const double* last_ = nullptr;
+  std::array<std::optional<Stored>, 4> stored_;  // by Dtype
 };
 
 }  // namespace rvsm

@@ -88,6 +88,7 @@ Ready Plan::prepare_without_holding(const py::list& groups, const py::object& in
     if (ready && !refresh(groups)) {
       // The table describes other parameters or layouts: what this walk has found belongs to them.
       copies_.clear();
+      weights_.clear();
       new_states_.clear();
       ready = rebuild(groups);
       if (ready) read_scaling();
@@ -139,6 +140,29 @@ void Plan::hold() {
   }
 }
 
+void Plan::load_copies(size_t turn) {
+  for (auto& copy : copies_)
+    if (copy.turn == turn) copy.staged.load();
+  for (const WeightsCopy& copy : weights_)
+    if (copy.turn == turn)
+      copy.dense.copy_(py::module_::import("rvsm_kernels.method.precision")
+                           .attr("join")(copy.param.detach(), copy.master)
+                           .cast<at::Tensor>());
+}
+
+void Plan::store_copies(size_t turn) {
+  for (auto& copy : copies_)
+    if (copy.turn == turn && copy.writes) copy.staged.store();
+  for (const WeightsCopy& copy : weights_) {
+    if (copy.turn != turn) continue;
+    const py::module_ precision = py::module_::import("rvsm_kernels.method.precision");
+    if (copy.stored->rounds)
+      precision.attr("store_rounded")(copy.param, copy.dense, copy.random.seed, copy.random.step);
+    else
+      precision.attr("store")(copy.param, copy.dense, copy.master);
+  }
+}
+
 void Plan::run_engines(size_t turn) {
   if (most_work_ < kReleaseGil || engines_.workload() < kReleaseGil) return engines_.run(inputs_.scaling, turn);
   if (held_.empty()) hold();
@@ -159,7 +183,7 @@ void Plan::put_new_states() {
   for (NewState& made : new_states_) {
     ParamSlot& slot = slots_[made.slot];
     const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
-    PyObject* name = options_[slot.group].states[made.state].ptr();
+    PyObject* name = options_[slot.group].stored(slot.type).states[made.state].name.ptr();
     if (PyDict_SetItem(state_dict_of(slot), name, wrapped.ptr()) != 0) throw py::error_already_set();
     reset(slot.states[made.state], wrapped.ptr());
   }
@@ -199,25 +223,23 @@ void Plan::launch() {
   if (skip_) return;
   put_new_states();
   for (size_t turn = 0; turn < engines_.turns(); ++turn) {
-    for (auto& copy : copies_)
-      if (copy.turn == turn) copy.staged.load();
+    load_copies(turn);
     run_engines(turn);
-    for (auto& copy : copies_)
-      if (copy.turn == turn && copy.writes) copy.staged.store();
+    store_copies(turn);
   }
   for (ParamSlot& slot : slots_) {
     if (!slot.served || !slot.args->active) continue;
     bump_version(tensor(slot));
     if (slot.args->base.writes_grad) bump_version(tensor(slot).grad());
-    if (options_[slot.group].counts) count_step(slot);
-    const size_t states = options_[slot.group].states.size();
-    for (size_t k = 0; k < states; ++k)
+    if (options_[slot.group].has_counter) count_step(slot);
+    for (size_t k = 0; k < kMostStates; ++k)
       if (slot.states[k] != nullptr) bump_version(THPVariable_Unpack(slot.states[k]));
   }
 }
 
 void Plan::drop() {
   copies_.clear();
+  weights_.clear();
   new_states_.clear();
   held_.clear();
   lacks_ = false;

@@ -89,6 +89,8 @@ class Plan {
   void read_scaling();
   Ready prepare_without_holding(const py::list& groups, const py::object& inputs);
   void hold();
+  void load_copies(size_t turn);
+  void store_copies(size_t turn);
   void run_engines(size_t turn);
   void put_new_states();
   void count_step(ParamSlot& slot);
@@ -105,13 +107,15 @@ class Plan {
 
   // slot.cpp: one parameter of a step.
   void prepare_slot(const py::list& groups, ParamSlot& slot);
-  bool find_states(const GroupOptions& options, ParamSlot& slot);
-  int64_t count_of(const py::list& groups, const ParamSlot& slot) const;
+  bool find_states(const GroupOptions& options, const Stored& stored, ParamSlot& slot);
+  int64_t count_of(const py::list& groups, const ParamSlot& slot);
   void find_beside(TensorArgs& args, const ParamSlot& slot) const;
-  bool fits(const ParamSlot& slot, size_t states) const;
-  void refuse(const py::list& groups, const ParamSlot& slot) const;
+  bool fits(const ParamSlot& slot, const Stored& stored) const;
+  void refuse(const py::list& groups, const ParamSlot& slot);
   at::Tensor made_before(const ParamSlot& slot, size_t state) const;
   void stage(ParamSlot& slot);
+  at::Tensor state_of(const ParamSlot& slot, size_t k, const at::Tensor& like);
+  void set_precision(ParamSlot& slot);
 
   std::vector<GroupOptions> options_;
   std::vector<ParamSlot> slots_;
@@ -128,11 +132,19 @@ class Plan {
     bool writes;
     size_t turn;
   };
+  // The weights of a parameter in the type of the arithmetic, where an engine cannot read or round them itself.
+  struct WeightsCopy {
+    at::Tensor param, master, dense;  // master: undefined where there is none
+    const Stored* stored;
+    RandomKey random;
+    size_t turn;
+  };
   struct NewState {
     size_t slot, state;
     at::Tensor tensor;
   };
   std::vector<Copy> copies_;
+  std::vector<WeightsCopy> weights_;
   std::vector<NewState> new_states_;
   std::vector<c10::Storage> held_;
   PyObject* inputs_object_ = nullptr;  // owned

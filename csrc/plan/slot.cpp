@@ -12,13 +12,13 @@ namespace rvsm {
 
 namespace {
 
-// Whether two tensors agree in all that matters to a kernel. The key set holds the layout, whether the tensor has
-// memory, and whether it is lazily negated or zero: one comparison for all of them, since this runs for every tensor in
-// every step.
-bool is_twin(const at::Tensor& t, const at::Tensor& w) {
+// Whether a tensor of a type agrees with a parameter in all else that matters to a kernel. The key set holds the
+// layout, whether the tensor has memory, and whether it is lazily negated or zero: one comparison for all of them,
+// since this runs for every tensor in every step.
+bool is_twin(const at::Tensor& t, const at::Tensor& w, at::ScalarType type) {
   const c10::TensorImpl* x = t.unsafeGetTensorImpl();
   const c10::TensorImpl* y = w.unsafeGetTensorImpl();
-  return x->key_set() == y->key_set() && x->device() == y->device() && x->dtype() == y->dtype() &&
+  return x->key_set() == y->key_set() && x->device() == y->device() && x->dtype().toScalarType() == type &&
          equal(x->sizes(), y->sizes()) && equal(x->strides(), y->strides());
 }
 
@@ -55,10 +55,10 @@ const at::Tensor& found_tensor(PyObject* dict, PyObject* param, const char* what
 
 // The states of a parameter and its counter, by their names; returns false where a state is missing. What is None is
 // missing.
-bool Plan::find_states(const GroupOptions& options, ParamSlot& slot) {
-  const size_t states = options.states.size(), wanted = states + options.counts;
+bool Plan::find_states(const GroupOptions& options, const Stored& stored, ParamSlot& slot) {
+  const size_t states = stored.states.size(), wanted = states + options.has_counter;
   std::array<PyObject*, kMostStates + 1> found = {};
-  const auto name_of = [&](size_t k) { return k < states ? options.states[k].ptr() : options.counter.ptr(); };
+  const auto name_of = [&](size_t k) { return k < states ? stored.states[k].name.ptr() : options.counter.ptr(); };
   // One walk through the dict, whose names are mostly the same objects, is shorter than a lookup of each name.
   PyObject *key, *value;
   size_t missing = slot.dict == nullptr ? 0 : wanted;
@@ -84,7 +84,7 @@ bool Plan::find_states(const GroupOptions& options, ParamSlot& slot) {
 }
 
 // How many steps the states of a parameter have seen, by its counter. A counter on a device is waited for.
-int64_t Plan::count_of(const py::list& groups, const ParamSlot& slot) const {
+int64_t Plan::count_of(const py::list& groups, const ParamSlot& slot) {
   if (slot.counter == nullptr) return 0;
   if (!THPVariable_Check(slot.counter)) refuse(groups, slot);
   const at::Tensor& counter = THPVariable_Unpack(slot.counter);
@@ -94,7 +94,7 @@ int64_t Plan::count_of(const py::list& groups, const ParamSlot& slot) const {
 }
 
 // What the kernels can work on, perhaps after a copy; everything else is for refuse().
-bool Plan::fits(const ParamSlot& slot, size_t states) const {
+bool Plan::fits(const ParamSlot& slot, const Stored& stored) const {
   const at::Tensor& w = tensor(slot);
   const at::Tensor& g = w.grad();
   const auto fits_beside = [&](const at::Tensor& t) {
@@ -102,22 +102,27 @@ bool Plan::fits(const ParamSlot& slot, size_t states) const {
   };
   if (!has_values(w) || !fits_beside(g) || g.is_complex()) return false;
   if (w.numel() > 0 && is_expanded(slot.sizes, slot.strides)) return false;
-  return std::all_of(slot.states.begin(), slot.states.begin() + states, [&](PyObject* state) {
-    if (state == nullptr) return true;
-    if (!THPVariable_Check(state)) return false;
-    const at::Tensor& t = THPVariable_Unpack(state);
-    return fits_beside(t) && t.is_floating_point() && (t.numel() == 0 || !is_expanded(t.sizes(), t.strides()));
-  });
+  for (size_t k = 0; k < stored.states.size(); ++k) {
+    if (slot.states[k] == nullptr) continue;
+    if (!THPVariable_Check(slot.states[k])) return false;
+    const at::Tensor& t = THPVariable_Unpack(slot.states[k]);
+    const bool right_type = stored.states[k].type == at::kShort ? t.scalar_type() == at::kShort : t.is_floating_point();
+    if (!fits_beside(t) || !right_type || (t.numel() > 0 && is_expanded(t.sizes(), t.strides()))) return false;
+  }
+  return true;
 }
 
 // Raise the error for a parameter whose groups, gradient or states cannot be stepped. The texts are those of checks.py,
 // the same for every engine.
-void Plan::refuse(const py::list& groups, const ParamSlot& slot) const {
+void Plan::refuse(const py::list& groups, const ParamSlot& slot) {
   const py::object group = groups[slot.group], param = py::reinterpret_borrow<py::object>(slot.param);
   py::dict states;
-  const auto& names = options_[slot.group].states;
-  for (size_t k = 0; k < names.size(); ++k)
-    states[names[k]] = slot.states[k] == nullptr ? py::none() : py::reinterpret_borrow<py::object>(slot.states[k]);
+  if (is_supported(slot.type)) {
+    const auto& known = options_[slot.group].stored(slot.type).states;
+    for (size_t k = 0; k < known.size(); ++k)
+      states[known[k].name] =
+          slot.states[k] == nullptr ? py::none() : py::reinterpret_borrow<py::object>(slot.states[k]);
+  }
   const py::module_ checks = py::module_::import("rvsm_kernels.engines.checks");
   const py::object counter = slot.counter == nullptr ? py::none() : py::reinterpret_borrow<py::object>(slot.counter);
   checks.attr("check_entry")(param, group, slot.group, slot.index, states, counter);
@@ -136,10 +141,41 @@ at::Tensor Plan::made_before(const ParamSlot& slot, size_t state) const {
   return at::Tensor();
 }
 
+// A state as a step needs it: where it is missing zeros; where the parameter was moved to another dtype, or an option
+// asks for another one, its conversion.
+at::Tensor Plan::state_of(const ParamSlot& slot, size_t k, const at::Tensor& like) {
+  const at::ScalarType type = options_[slot.group].stored(slot.type).states[k].type;
+  const at::Tensor found = slot.states[k] == nullptr ? at::Tensor() : THPVariable_Unpack(slot.states[k]);
+  if (found.defined() && found.scalar_type() == type) return found;
+  at::Tensor made = made_before(slot, k);
+  if (made.defined()) return made;
+  made = at::zeros_like(like, type);
+  if (found.defined()) made.copy_(found);
+  new_states_.push_back({size_t(&slot - slots_.data()), k, made});
+  return made;
+}
+
+// What the options and the type of a parameter say of its precision.
+void Plan::set_precision(ParamSlot& slot) {
+  GroupOptions& options = options_[slot.group];
+  const Stored& stored = options.stored(slot.type);
+  Precision& precision = slot.args->precision;
+  precision = {};
+  if (!stored.mixed) return;
+  precision.rounds = stored.rounds;
+  precision.master = stored.master;
+  precision.grad = slot.dtype;
+  for (size_t k = 0; k < options.states; ++k) precision.states[k] = dtype_of(stored.states[k].type);
+  precision.random.seed = options.seed;
+  precision.mixed = slot.type != at::kDouble && engines_[slot.engine].takes_mixed;
+}
+
 // The pointers of an unusual parameter: states that are missing, tensors that do not lie in memory as the kernels need
 // them.
 void Plan::stage(ParamSlot& slot) {
   TensorArgs& args = *slot.args;
+  GroupOptions& options = options_[slot.group];
+  const Stored& stored = options.stored(slot.type);
   const auto dense_of = [&](Staged staged, bool writes) {
     at::Tensor dense = staged.dense();
     if (staged.is_copy()) copies_.push_back({std::move(staged), writes, slot.turn});
@@ -147,24 +183,33 @@ void Plan::stage(ParamSlot& slot) {
   };
   const at::Tensor& w = tensor(slot);
   const at::Tensor& g = w.grad();
-  const at::Tensor dense = dense_of(Staged(w, step_type(slot.type, g.scalar_type())), true);
+  if (args.precision.mixed) {
+    const at::Tensor dense = dense_of(Staged(w, slot.type), true);
+    args.dtype = slot.dtype;
+    args.w = dense.mutable_data_ptr();
+    const bool has_float = is_supported(g.scalar_type()) && g.scalar_type() != at::kDouble;
+    const at::ScalarType type = has_float ? g.scalar_type() : at::kFloat;
+    args.precision.grad = dtype_of(type);
+    args.g = const_cast<void*>(dense_of(Staged(g, dense, type), args.base.writes_grad).const_data_ptr());
+    for (size_t k = 0; k < stored.states.size(); ++k)
+      args.state[k] = dense_of(Staged(state_of(slot, k, dense), dense, stored.states[k].type), true).mutable_data_ptr();
+    return;
+  }
+  const bool joins = stored.master != Master::none || stored.rounds;
+  at::Tensor dense;
+  if (joins) {
+    const at::Tensor master = stored.master == Master::none ? at::Tensor() : state_of(slot, options.states, w);
+    dense = at::empty_like(w, at::kFloat);
+    weights_.push_back({w, master, dense, &stored, args.precision.random, slot.turn});
+  } else {
+    const at::ScalarType mixed_type = slot.type == at::kDouble ? at::kDouble : at::kFloat;
+    dense = dense_of(Staged(w, stored.mixed ? mixed_type : step_type(slot.type, g.scalar_type())), true);
+  }
   args.dtype = dtype_of(dense.scalar_type());
   args.w = dense.mutable_data_ptr();
   args.g = const_cast<void*>(dense_of(Staged(g, dense), args.base.writes_grad).const_data_ptr());
-  for (size_t k = 0; k < options_[slot.group].states.size(); ++k) {
-    at::Tensor state = slot.states[k] == nullptr ? at::Tensor() : THPVariable_Unpack(slot.states[k]);
-    if (!state.defined() || state.scalar_type() != slot.type) {
-      // The first step, or a parameter that was moved to another dtype: its states follow it.
-      at::Tensor made = made_before(slot, k);
-      if (!made.defined()) {
-        made = at::zeros_like(dense, slot.type);
-        if (state.defined()) made.copy_(state);
-        new_states_.push_back({size_t(&slot - slots_.data()), k, made});
-      }
-      state = made;
-    }
-    args.state[k] = dense_of(Staged(state, dense), true).mutable_data_ptr();
-  }
+  for (size_t k = 0; k < options.states; ++k)
+    args.state[k] = dense_of(Staged(state_of(slot, k, dense), dense), true).mutable_data_ptr();
 }
 
 // What stands beside the states: the cut of top-k, and norms that were made elsewhere.
@@ -188,16 +233,17 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
   args.active = g.defined() && args.numel > 0;
   if (!g.defined()) return;
   GroupOptions& options = options_[slot.group];
-  const size_t states = options.states.size();
-  const bool all_there = states == 0 || find_states(options, slot);
-  bool usual = slot.dense && no_groups_.empty() && is_twin(g, w);
+  const Stored& stored = options.stored(slot.type);
+  const size_t states = stored.states.size();
+  const bool all_there = (states == 0 && !options.has_counter) || find_states(options, stored, slot);
+  bool usual = slot.dense && no_groups_.empty() && is_twin(g, w, slot.type) && stored.mixed == args.precision.mixed;
   bool fresh = false;
   for (size_t k = 0; k < states; ++k) {
     PyObject* state = slot.states[k];
     if (state == nullptr)
       fresh |= k < options.base_states;
     else
-      usual = usual && THPVariable_Check(state) && is_twin(THPVariable_Unpack(state), w);
+      usual = usual && THPVariable_Check(state) && is_twin(THPVariable_Unpack(state), w, stored.states[k].type);
   }
   const void* address = nullptr;
   if (usual && args.active) {
@@ -206,25 +252,29 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
     args.g = options.writes_grad ? address_in_kernel<true>(g, itemsize) : address_in_kernel<false>(g, itemsize);
     args.dtype = slot.dtype;
     usual = args.w != nullptr && args.g != nullptr;
+    args.precision.grad = slot.dtype;
     for (size_t k = 0; k < states && usual && all_there; ++k) {
-      args.state[k] = address_in_kernel<true>(THPVariable_Unpack(slot.states[k]), itemsize);
+      const size_t size = stored.mixed ? c10::elementSize(stored.states[k].type) : itemsize;
+      args.state[k] = address_in_kernel<true>(THPVariable_Unpack(slot.states[k]), size);
       usual = args.state[k] != nullptr;
     }
   }
   if (!usual) {
     const bool has_groups = no_groups_.count(size_t(&slot - slots_.data())) == 0;
-    if (!has_groups || !fits(slot, states)) refuse(groups, slot);
+    if (!has_groups || !fits(slot, stored)) refuse(groups, slot);
   }
   if (!args.active) return;
   for (size_t k = 0; k < states; ++k) lacks_ |= slot.states[k] == nullptr && !options.begins_with_zeros(k);
   if (lacks_) return;
   // A parameter that occurs twice has been stepped once more when its second turn comes.
-  const int64_t count = options.counts ? count_of(groups, slot) + slot.repeats : int64_t(!fresh);
+  const int64_t steps = options.has_counter ? count_of(groups, slot) + slot.repeats : 0;
+  const int64_t count = options.counts ? steps : int64_t(!fresh);
   if (options.counts)
     args.numbers = options.numbers(args.grouped ? args.view.size() : 1, count);
   else if (count != slot.count)
     options.apply(args, count);
   slot.count = count;
+  args.precision.random.step = uint32_t(steps);
   if (!usual || !all_there) {
     address = address_of(w);
     stage(slot);

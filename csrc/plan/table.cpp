@@ -50,6 +50,8 @@ void Plan::add_slot(const py::list& groups, ParamSlot& slot, PyObject* param, co
   if (slot.norms_given) args.norms = &kElsewhere;
   options.apply(args, slot.count);
   slot.dtype = args.dtype;
+  slot.args = &args;  // until the table is whole
+  set_precision(slot);
   Py_INCREF(param);
 }
 
@@ -134,13 +136,16 @@ bool Plan::refresh(const py::list& groups) {
   counts_ = false;
   for (GroupOptions& options : options_) {
     if (options.counts) options.forget_counts();
-    any_states |= !options.states.empty();
-    counts_ |= options.counts;
+    any_states |= options.states > 0 || options.has_counter || options.has_master;
+    counts_ |= options.has_counter;
     any_changed |= options.changed;
   }
   if (any_changed) {
-    for (const ParamSlot& slot : slots_)
-      if (slot.served && options_.at(slot.group).changed) options_[slot.group].apply(*slot.args, slot.count);
+    for (ParamSlot& slot : slots_)
+      if (slot.served && options_.at(slot.group).changed) {
+        options_[slot.group].apply(*slot.args, slot.count);
+        set_precision(slot);
+      }
     for (GroupOptions& options : options_) options.changed = false;
   }
   if (any_states) find_dicts();

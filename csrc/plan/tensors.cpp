@@ -93,10 +93,11 @@ bool same_layout(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef str
 // A lazily conjugated, negated or zero tensor does not hold its values.
 static bool is_plain(const at::Tensor& t) { return !t.is_neg() && !t._is_zerotensor(); }
 
-Staged::Staged(const at::Tensor& tensor, const at::Tensor& like) : tensor_(tensor), dense_(tensor) {
-  const bool fits = tensor.scalar_type() == like.scalar_type() && is_plain(tensor) &&
-                    same_layout(tensor, like.sizes(), like.strides());
-  if (!fits) dense_ = at::empty_strided(like.sizes(), like.strides(), like.options());
+Staged::Staged(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType type)
+    : tensor_(tensor), dense_(tensor) {
+  const bool fits =
+      tensor.scalar_type() == type && is_plain(tensor) && same_layout(tensor, like.sizes(), like.strides());
+  if (!fits) dense_ = at::empty_strided(like.sizes(), like.strides(), like.options().dtype(type));
 }
 
 Staged::Staged(const at::Tensor& tensor, at::ScalarType type) : tensor_(tensor), dense_(tensor) {

@@ -53,7 +53,9 @@ bool same_layout(const at::Tensor& x, at::IntArrayRef sizes, at::IntArrayRef str
 class Staged {
  public:
   // `like` gives the layout to have; it must be dense.
-  Staged(const at::Tensor& tensor, const at::Tensor& like);
+  Staged(const at::Tensor& tensor, const at::Tensor& like) : Staged(tensor, like, like.scalar_type()) {}
+  // The same in another type.
+  Staged(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType type);
   // Dense in its own order, in the given type.
   Staged(const at::Tensor& tensor, at::ScalarType type);
 

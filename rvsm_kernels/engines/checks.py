@@ -54,7 +54,8 @@ def check_state(state: Any, p: Tensor, name: str, key: str) -> None:
         key: the state's.
     """
     fits = isinstance(state, Tensor) and state.shape == p.shape and state.device == p.device
-    if not fits or not state.is_floating_point() or state.layout != torch.strided:
+    right_type = fits and (state.dtype == torch.int16 if key == "low" else state.is_floating_point())
+    if not right_type or state.layout != torch.strided:
         what = f"{state.dtype} {list(state.shape)} on {state.device}" if isinstance(state, Tensor) else repr(state)
         raise RuntimeError(
             f"the {key} of {name} is {what}, the parameter {p.dtype} {list(p.shape)} on {p.device}; delete it from the"

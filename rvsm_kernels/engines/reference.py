@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import to_opmath
+from ..method.precision import MASTER_STATES, has_master, join, new_master, store, store_rounded
 from ..method.groups import from_memory_order, magnitudes
 from ..method.memory import kind_of, named, turns_of, whole
 from ..method.parameters import param_name, with_gradient
@@ -45,11 +46,24 @@ def _batches(group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
 
 def _find_states(p: Tensor, options: StepOptions, inputs: StepInputs) -> States:
     """The states of a parameter; one of another dtype is replaced by its conversion."""
-    states: States = {name: inputs.state_of(p, name) for name in options.states}
+    types = options.states_of(p.dtype)
+    states: States = {name: inputs.state_of(p, name) for name in types}
     for name, state in states.items():
-        if state is not None and state.dtype != p.dtype:
-            states[name] = inputs.states[p][name] = state.to(p.dtype)
+        if state is not None and state.dtype != types[name]:
+            states[name] = inputs.states[p][name] = state.to(types[name])
     return states
+
+
+def _find_masters(params: Sequence[Tensor], states: Sequence[States], options: StepOptions) -> list[Tensor | None]:
+    """The state behind each half-type parameter with master weights, None for the others; zeros where it is missing."""
+    masters: list[Tensor | None] = []
+    for p, of_p in zip(params, states, strict=True):
+        if has_master(options.values, p.dtype):
+            found = of_p[MASTER_STATES[p.dtype][0]]
+            masters.append(new_master(p) if found is None else found)
+        else:
+            masters.append(None)
+    return masters
 
 
 def _norms(
@@ -87,7 +101,8 @@ def _step(
     """
     values, method = options.values, options.method
     lr, beta, dims = values["lr"], values["beta"], values["group_dim"]
-    w = [to_opmath(p.detach()) for p in params]
+    masters = _find_masters(params, states, options)
+    w = [join(p.detach(), master) for p, master in zip(params, masters, strict=True)]
     g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
     if inputs.grad_scale is not None:
         g = [x * inputs.grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
@@ -99,7 +114,7 @@ def _step(
         norms = _norms(params, w, options, inputs, row=1)
         unit = [x / torch.where(r == 0, torch.ones_like(r), r) for x, r in zip(w, norms, strict=True)]
     if options.split:
-        method_states = [] if method.state is None else _or_zeros(params, states, method.state)
+        method_states = [] if method.state is None else _or_zeros(params, states, method.state, options)
         before = [to_opmath(x) for x in method_states]
         v = list(torch._foreach_add(w, before)) if method.adds_state else w
         norms = _norms(params, v, options, inputs, row=0)
@@ -121,20 +136,24 @@ def _step(
 
     names = options.states[: options.base_states]
     stored = [[of_p[name] for of_p in states] for name in names]
-    computed = [[x if x is None else to_opmath(x) for x in state] for state in stored]
+    computed = [[s if s is None else s.to(x.dtype) for s, x in zip(state, w, strict=True)] for state in stored]
     options.base.step(w, g, computed, values, counts)
 
-    for p, x, d in zip(params, w, g, strict=True):
-        if x.dtype != p.dtype:  # else x is p: the step was in place
-            p.copy_(x)
+    for p, x, d, master, steps in zip(params, w, g, masters, counts, strict=True):
+        if options.rounds(p.dtype):
+            store_rounded(p, x, values["seed"], steps)
+        elif x.dtype != p.dtype:  # else x is p: the step was in place
+            store(p, x, master)
+        if master is not None:
+            inputs.states[p][MASTER_STATES[p.dtype][0]] = master
         if options.writes_gradient and p.grad is not None:
             p.grad.copy_(d)
     for name, old, new in zip(names, stored, computed, strict=True):
         for p, state, value in zip(params, old, new, strict=True):
             assert value is not None  # the base has filled it in
             if state is None:
-                inputs.states[p][name] = torch.empty_like(p).copy_(value)
-            elif state.dtype != value.dtype:  # else the step was in place
+                inputs.states[p][name] = torch.empty_like(p, dtype=options.states_of(p.dtype)[name]).copy_(value)
+            elif state is not value:  # else the step was in place
                 state.copy_(value)
     if options.split and method.state is not None:
         for p, of_p, used in zip(params, states, method_states, strict=True):
@@ -142,10 +161,13 @@ def _step(
                 of_p[method.state] = inputs.states[p][method.state] = used
 
 
-def _or_zeros(params: Sequence[Tensor], states: Sequence[States], name: str) -> list[Tensor]:
+def _or_zeros(params: Sequence[Tensor], states: Sequence[States], name: str, options: StepOptions) -> list[Tensor]:
     """One state of some parameters, zeros where it is missing."""
     found = [of_p[name] for of_p in states]
-    return [torch.zeros_like(p) if x is None else x for p, x in zip(params, found, strict=True)]
+    return [
+        torch.zeros_like(p, dtype=options.states_of(p.dtype)[name]) if x is None else x
+        for p, x in zip(params, found, strict=True)
+    ]
 
 
 class ReferenceEngine(Engine):
@@ -159,7 +181,7 @@ class ReferenceEngine(Engine):
         for i, (group, options) in enumerate(zip(groups, inputs.options, strict=True)):
             for j, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    states = {name: inputs.state_of(p, name) for name in options.states}
+                    states = {name: inputs.state_of(p, name) for name in options.states_of(p.dtype)}
                     counter = None if options.counter is None else inputs.state_of(p, options.counter)
                     check_entry(p, group, i, j, states, counter)
                     if p in inputs.norms and options.dims is not None and p.numel() > 0:

@@ -15,6 +15,7 @@ from torch.optim.sgd import sgd
 from .options import (
     ADAMW_OPTIONS,
     LR,
+    PRECISION_OPTIONS,
     SGD_OPTIONS,
     SPLIT_OPTIONS,
     UNIT_NORM,
@@ -121,7 +122,7 @@ SGD = Base(
     numbers=_sgd_numbers,
     step=_sgd_step,
     torch_name="torch.optim.SGD",
-    more_options=(UNIT_NORM,),
+    more_options=(UNIT_NORM, *PRECISION_OPTIONS),
 )
 
 
@@ -197,6 +198,7 @@ ADAMW = Base(
     numbers=_adamw_numbers,
     step=_adamw_step,
     torch_name="torch.optim.AdamW",
+    more_options=PRECISION_OPTIONS,
     counter="step",
 )
 

@@ -14,6 +14,7 @@ import torch
 from .groups import as_dims
 from .methods import METHODS
 from .penalties import PENALTIES
+from .precision import STATE_TYPES
 
 PENALTY_NAMES = (*PENALTIES, "topk")
 
@@ -92,6 +93,14 @@ def _betas(name: str, value: Any) -> None:
             raise ValueError(f"Invalid beta parameter at index {index}: {number}")
 
 
+def _seed(name: str, value: Any) -> None:
+    """A check for the key of a generator."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"Invalid {name} value: {shown(value)} (an integer is needed)")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"Invalid {name} value: {value}")
+
+
 def _optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
     """The check of an option that may also be None."""
     return lambda name, value: None if value is None else check(name, value)
@@ -157,7 +166,15 @@ SPLIT_OPTIONS = (
 
 UNIT_NORM = Option("unit_norm", False, None, "w <- w / ||w|| of each whole tensor at the end of the step")
 
-OPTIONS = (*SGD_OPTIONS, *SPLIT_OPTIONS, UNIT_NORM)
+PRECISION_OPTIONS = (
+    Option("master_weights", False, None, "float32 weights behind parameters of a half type"),
+    Option("rounding", "nearest", _choice(("nearest", "stochastic")), "of a half-type parameter without a master"),
+    Option("seed", 0, _seed, "of the random bits of rounding, an integer >= 0"),
+    Option("state_dtype", None, _choice(tuple(STATE_TYPES), or_none=True), "of the base's states; None: as torch"),
+)
+"""What weights and states are stored in; see :mod:`rvsm_kernels.method.precision`."""
+
+OPTIONS = (*SGD_OPTIONS, *SPLIT_OPTIONS, UNIT_NORM, *PRECISION_OPTIONS)
 """Every option of :class:`rvsm_kernels.RVSM`: each key of a param group that its step reads, ``params`` aside."""
 
 

@@ -13,6 +13,7 @@ from .dtypes import opmath_type, to_opmath
 from .groups import GroupDim, magnitudes
 from .memory import kind_of, turns_of, whole
 from .parameters import with_gradient
+from .precision import Stored, join, master_name
 from .step_options import StepOptions
 
 _BELOW_1 = 1 - 2**-50  # a density of 0.1 keeps 3 of 30, though 0.1 * 30 is above 3 in floating point
@@ -80,17 +81,21 @@ class Cuts:
         self,
         groups: Sequence[Mapping[str, Any]],
         options: Sequence[StepOptions],
-        dual_of: Callable[[Tensor], Tensor | None],
+        state_of: Callable[[Tensor, str], Tensor | None],
     ) -> None:
         """Fill the cuts from the weights of this step.
 
         Args:
-            dual_of: the dual of a parameter whose method adds it, None where it is still zero.
+            state_of: a state of a parameter by its name, None where it is missing.
         """
         for group, step in zip(groups, options, strict=True):
             if step.topk:
                 for _, p in with_gradient(group):
-                    v = thresholded(p.detach(), dual_of(p) if step.method.adds_state else None)
+                    master, dual = (
+                        None if name is None else state_of(p, name)
+                        for name in (master_name(step.values, p.dtype), step.method.state)
+                    )
+                    v = thresholded(join(p.detach(), master), dual if step.method.adds_state else None)
                     self._cut[p].copy_(cut_of(v, step.values["density"], step.values["group_dim"]))
 
 
@@ -104,14 +109,15 @@ def _can_hold_cut(cut: Tensor, p: Tensor) -> bool:
     return writable and kind_of(cut) is None and cut.device == p.device and cut.dtype == opmath_type(p.dtype)
 
 
-def normalize_(params: Sequence[Tensor], found_inf: Tensor | None) -> None:
+def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None) -> None:
     """w <- w / ||w||_2 of each whole tensor; a zero tensor stays zero, and so does everything after a found_inf."""
+    params = [t.p for t in tensors]
     turns = turns_of(params)
     kinds = [(turn, p.device, p.dtype, kind_of(p)) for turn, p in zip(turns, params, strict=True)]
     for kind in sorted(dict.fromkeys(kinds), key=lambda kind: kind[0]):
         device = kind[1]
-        members = [p for p, other in zip(params, kinds, strict=True) if other == kind]
-        ws = [to_opmath(p.detach()) for p in members]
+        members = [t for t, other in zip(tensors, kinds, strict=True) if other == kind]
+        ws = [t.load() for t in members]
         # ||w|| = largest * ||w / largest||, whose squares neither overflow nor vanish.
         largest = torch.stack(torch._foreach_norm(ws, torch.inf)).double()
         largest = torch.where(largest == 0, 1.0, largest)
@@ -125,6 +131,5 @@ def normalize_(params: Sequence[Tensor], found_inf: Tensor | None) -> None:
         once = norms.to(ws[0].dtype).isfinite() & (norms >= torch.finfo(ws[0].dtype).tiny)
         for factors in (torch.where(once, norms, largest), torch.where(once, 1.0, rest)):
             torch._foreach_div_(ws, list(factors.unbind()))
-        for p, w in zip(members, ws, strict=True):
-            if w.dtype != p.dtype:  # else the division was in place
-                p.copy_(w)
+        for t, w in zip(members, ws, strict=True):
+            t.store(w)

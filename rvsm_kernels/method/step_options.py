@@ -6,12 +6,14 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .bases import Base
 from .groups import as_dims
 from .methods import METHODS, Method
 from .options import PLAIN_TYPES
+from .precision import MASTER_STATES, STATE_TYPES, has_master, is_stochastic
 from .prox import prox_numbers
 from .split import is_split, split_numbers, strength_of_size
 
@@ -32,7 +34,12 @@ class StepOptions:
         scaled: whether the numbers differ by the size of the groups.
         states: the names of the states, the base's first, then the method's.
         base_states: how many of them are the base's.
-        counter: the name of the tensor that counts the steps of a parameter, None where the base counts none.
+        counter: the name of the tensor that counts the steps of a parameter, None where neither the base nor a
+            stochastic rounding needs one.
+        counts: whether the numbers of the base follow from the count.
+        mixed: whether a tensor of a step may have another storage type than its parameter, or the step rounds
+            stochastically.
+        precision: what decides about that.
         writes_gradient: the step writes to ``p.grad``: the base leaves the gradient to another optimizer, and the
             splitting has terms in it.
         structure: what of all this decides about tables and launches, rather than about numbers.
@@ -49,7 +56,10 @@ class StepOptions:
     states: tuple[str, ...]
     base_states: int
     counter: str | None
+    counts: bool
+    mixed: bool
     writes_gradient: bool
+    precision: Hashable
     structure: Hashable
 
     @classmethod
@@ -66,6 +76,8 @@ class StepOptions:
         base_states = base.states(values)
         states = base_states if method.state is None else (*base_states, method.state)
         scaled = bool(values["group_scale"])
+        stochastic = values.get("rounding") == "stochastic" and not values["master_weights"]
+        precision = bool(values.get("master_weights")), stochastic, values.get("state_dtype")
         writes_gradient = base.writes_gradient and (lasso or (split and not values["decoupled"]))
         return cls(
             values=values,
@@ -78,10 +90,38 @@ class StepOptions:
             scaled=scaled,
             states=states,
             base_states=len(base_states),
-            counter=base.counter,
+            counter="step" if base.counter is None and stochastic else base.counter,
+            counts=base.counter is not None,
+            mixed=any(precision),
+            precision=precision,
             writes_gradient=writes_gradient,
-            structure=(base.name, method.name, penalty, dims, lasso, scaled, states, writes_gradient),
+            structure=(base.name, method.name, penalty, dims, lasso, scaled, states, writes_gradient, precision),
         )
+
+    def states_of(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The names and types of the states of a parameter of a dtype: the base's, the method's, that of its master."""
+        master = has_master(self.values, dtype)
+        usual = torch.float32 if master else dtype
+        base_type = STATE_TYPES.get(self.values.get("state_dtype") or "", usual)
+        types = {name: base_type if k < self.base_states else usual for k, name in enumerate(self.states)}
+        if master:
+            name, master_type = MASTER_STATES[dtype]
+            types[name] = master_type
+        return types
+
+    @property
+    def master(self) -> bool:
+        """Whether parameters of a half type have float32 weights behind them."""
+        return bool(self.values.get("master_weights"))
+
+    @property
+    def seed(self) -> int:
+        """The key of the random bits of stochastic rounding."""
+        return int(self.values.get("seed", 0))
+
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether a step rounds a parameter of a dtype stochastically."""
+        return is_stochastic(self.values, dtype)
 
     @property
     def turns_terms(self) -> bool:

@@ -71,6 +71,9 @@ class AdaptiveHardThreshold(SplitOptimizer):
         if group["penalty"] not in (None, "topk"):
             raise ValueError(f"Invalid penalty: {group['penalty']!r}: AdaptiveHardThreshold knows 'topk' and None")
 
+        if group["master_weights"] or group["rounding"] != "nearest":
+            raise ValueError("AdaptiveHardThreshold has neither master_weights nor another rounding than 'nearest'")
+
     def _step_options(self, group: Mapping[str, Any]) -> StepOptions:
         """The step of the algorithm is a plain one: top-k says only what u is."""
         return super()._step_options({**group, "penalty": None})

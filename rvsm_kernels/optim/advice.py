@@ -69,14 +69,16 @@ class PullRates:
 
 
 def _warn_of_half_types(index: int, group: Mapping[str, Any], lr: float, beta: float) -> None:
+    if group.get("master_weights") or group.get("rounding") == "stochastic":
+        return
     for dtype in sorted({p.dtype for p in group["params"] if p.dtype in STALL}, key=str):
         limit = STALL[dtype]
         if lr * beta < limit:
             warn(
                 f"group {index}: lr * beta = {lr:g} * {beta:g} = {lr * beta:.3g} is below {limit:.3g} = half the"
                 f" spacing of {str(dtype).removeprefix('torch.')} numbers: the pull is rounded away for many weights,"
-                f" which then never become sparse. Take a beta of at least {limit / lr:.3g}, or keep these weights in"
-                " float32"
+                f" which then never become sparse. Take a beta of at least {limit / lr:.3g}, or master_weights=True,"
+                " or rounding='stochastic'"
             )
 
 

@@ -12,6 +12,7 @@ from ..engines.checks import check_state
 from ..engines.interface import StepInputs
 from ..method.methods import STATES
 from ..method.parameters import param_name, with_gradient
+from ..method.precision import MASTER_STATES, master_name
 from ..method.split import state_name
 from ..method.step_options import StepOptions
 
@@ -67,9 +68,9 @@ class NewStates:
                     check_state(state, p, name, key)
                 else:
                     starts_from_u = options.method.starts_from_u
-                    state = self._first_u(p, group, name) if starts_from_u else torch.zeros_like(p)
+                    state = self._first_u(p, group, name) if starts_from_u else zeros_for(p, options, key)
                     self._new[p] = key, state
-                self._instead[p] = {key: state.to(p.dtype, copy=True)}
+                self._instead[p] = {key: state.to(options.states_of(p.dtype)[key], copy=True)}
 
     def put(self) -> None:
         """Put the new states into ``optimizer.state``."""
@@ -77,14 +78,22 @@ class NewStates:
             self._inputs.states[p][key] = state
 
 
+def zeros_for(p: Tensor, options: StepOptions, name: str) -> Tensor:
+    """A state that begins with zeros, in its type and the parameter's layout."""
+    return torch.zeros_like(p, dtype=options.states_of(p.dtype)[name])
+
+
+_MASTERS = tuple(name for name, _ in MASTER_STATES.values())
+
+
 def drop_obsolete(groups: Groups, states: MutableMapping[Tensor, Any]) -> None:
-    """Forget the states that no method has any more: they would be stale if the splitting were switched on again."""
+    """Forget states that no method and no master has any more: they would be stale if it were switched on again."""
     for group in groups:
         name = state_name(group)
         for p in group["params"]:
             of_p = states.get(p)
-            for key in STATES:
-                if of_p and key in of_p and key != name:
+            for key in (*STATES, *_MASTERS):
+                if of_p and key in of_p and key not in (name, master_name(group, p.dtype)):
                     del of_p[key]
 
 

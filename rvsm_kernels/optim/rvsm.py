@@ -58,6 +58,18 @@ class RVSM(SplitOptimizer):
             v = w + y, u = prox(v), y = v - u, p = w - u + y. The state of a method is dropped when the splitting or
             the method is switched off, and begins anew.
         unit_norm: w <- w / ||w||_2 of each whole tensor at the end of the step; a zero tensor stays zero.
+        master_weights: float32 weights behind parameters of a half type, which else lose every change below half a
+            unit in their last place. They follow a float32 run that is given the same gradients bit for bit: the base's
+            and the method's states are float32 too. A bfloat16 parameter holds their upper half (rounded half away from
+            zero), the int16 state ``low`` the rest; a float16 parameter has the float32 state ``master``. u is that of
+            these weights. Of a parameter that was edited by hand, a bfloat16 one within half a unit in the last place,
+            the weights are what it holds.
+        rounding: ``"stochastic"``: a half-type parameter without a master is rounded up or down with the probabilities
+            that make it unbiased. The random bits (Philox4x32-10) follow from the seed, the parameter's step and the
+            element's place in memory alone: a run is reproducible and resumes bit for bit. The state ``step`` counts.
+        seed: of those bits, an integer >= 0.
+        state_dtype: what the base's states are stored in: None (the parameter's dtype, as torch; float32 beside a
+            master), ``"float32"`` or ``"bfloat16"``.
         amp_scaling: True: a GradScaler hands its scale to the step, which unscales in the same pass (``p.grad`` stays
             scaled: call ``scaler.unscale_(optimizer)`` to log or clip its norm). False: it unscales before the step, as
             for ``SGD(fused=False)``; Lightning and Fabric ask for it when they clip float16 gradients.
@@ -103,6 +115,10 @@ class RVSM(SplitOptimizer):
         method: str = "rvsm",
         unit_norm: bool = False,
         maximize: bool = False,
+        master_weights: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
+        state_dtype: str | None = None,
         amp_scaling: bool = True,
         engine: str | None = None,
     ) -> None:

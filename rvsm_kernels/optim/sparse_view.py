@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 from ..engines.checks import check_state, refuse_expanded
 from ..engines.interface import Engine, Group
 from ..method import u as more_than_prox
-from ..method.dtypes import to_opmath
 from ..method.memory import kind_of, named, refuse, whole
 from ..method.methods import METHODS
 from ..method.parameters import is_left_alone, param_name
+from ..method.precision import MASTER_STATES, as_parameter, has_master, join, master_of, new_master, store
 from ..method.selection import thresholded
 from ..method.split import is_split
 from ..method.warn import some, warn
@@ -67,9 +67,15 @@ class SparseView:
         if self._dense is not None:
             raise RuntimeError(f"{what} inside sparse_weights(): the parameters hold u, not the weights")
 
-    def weights_of(self, p: Tensor) -> Tensor:
-        """The weights of a parameter, also while it holds u."""
-        return p if self._dense is None else self._dense.get(p, p)
+    def _master(self, p: Tensor, group: Mapping[str, Any]) -> Tensor | None:
+        """The state that holds the rest of a parameter's weights, None where there is none."""
+        states = self._optimizer._states
+        return master_of(p, group, states[p]) if p in states else None
+
+    def _weights(self, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """The weights of a parameter, also while it holds u: float32 where it has a master, else in its own type."""
+        w = (p if self._dense is None else self._dense.get(p, p)).detach()
+        return join(w, self._master(p, group)) if has_master(group, p.dtype) else w
 
     # ---- which parameters have a u -----------------------------------------------------------------------------------
 
@@ -123,6 +129,9 @@ class SparseView:
         dual = self._dual(p, group)
         if dual is not None:
             check_state(dual, w, name, "dual")
+        master = self._master(p, group)
+        if master is not None:
+            check_state(master, p, name, MASTER_STATES[p.dtype][0])
 
     def _dual(self, p: Tensor, group: Mapping[str, Any]) -> Any:
         """The dual of a parameter, None where there is none or it does not matter."""
@@ -144,11 +153,12 @@ class SparseView:
     # ---- u of tensors ------------------------------------------------------------------------------------------------
 
     def first_u(self, p: Tensor, group: Mapping[str, Any], name: str) -> Tensor:
-        """u of the weights of a parameter that has none in its state yet, in the parameter's type and layout."""
+        """u of the weights of a parameter that has none in its state yet, in the type of its weights and its layout."""
         refuse_expanded(p, name)
         engine = self._engine_of(p, name)
         engine.check(p, group, name)
-        return torch.empty_like(p).copy_(self._u_of(p, p, group, engine))
+        dtype = torch.float32 if has_master(group, p.dtype) else p.dtype
+        return torch.empty_like(p, dtype=dtype).copy_(self._u_of(p, self._weights(p, group), group, engine))
 
     def _u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
         """u of a parameter with these weights, as a new tensor; in the type of the weights or of the arithmetic."""
@@ -158,14 +168,26 @@ class SparseView:
         engine.prox_([u], group)
         return u
 
-    def _write_u(self, params: Sequence[Tensor], group: Group, engine: Engine) -> None:
-        """w <- u in place."""
-        if more_than_prox.is_more_than_prox(group):
-            for p in params:
-                p.copy_(self._u_of(p, p, group, engine))
-        elif params:
-            # detach(): another thread may give a parameter other data meanwhile.
-            engine.prox_([p.detach() for p in params], group)
+    def _write_u(self, params: Sequence[Tensor], group: Group, engine: Engine, for_good: bool) -> None:
+        """w <- u in place.
+
+        Args:
+            for_good: also what a master remembers of w.
+        """
+        plain = []
+        for p in params:
+            if not has_master(group, p.dtype) and not more_than_prox.is_more_than_prox(group):
+                plain.append(p.detach())  # another thread may give a parameter other data meanwhile
+                continue
+            u = self._u_of(p, self._weights(p, group), group, engine)
+            if for_good and has_master(group, p.dtype):
+                name, states = MASTER_STATES[p.dtype][0], self._optimizer._states[p]
+                states[name] = states[name] if states.get(name) is not None else new_master(p)
+                store(p, u, states[name])
+            else:
+                p.copy_(as_parameter(u, p.dtype, group))
+        if plain:
+            engine.prox_(plain, group)
 
     # ---- for a while -------------------------------------------------------------------------------------------------
 
@@ -178,7 +200,8 @@ class SparseView:
             self._dense_marks = {p for part in parts for p in part.params if self._is_u(p, part.group)}
             self._dense = dense
             for part in parts:
-                self._write_u([p for p in part.params if p not in self._dense_marks], part.group, part.engine)
+                params = [p for p in part.params if p not in self._dense_marks]
+                self._write_u(params, part.group, part.engine, for_good=False)
             self._warn_of_dead(parts, "sparse_weights()")
 
     @torch.no_grad()
@@ -209,10 +232,10 @@ class SparseView:
                 group = part.group
                 params = [p for p in part.params if not self._is_u(p, group)]
                 duals = [(p, dual) for p in params if (dual := self._dual(p, group)) is not None]
-                before = [thresholded(p.detach(), dual) for p, dual in duals]
-                self._write_u(params, group, part.engine)
+                before = [thresholded(self._weights(p, group), dual) for p, dual in duals]
+                self._write_u(params, group, part.engine, for_good=True)
                 for (p, dual), v in zip(duals, before, strict=True):
-                    dual.copy_(v - to_opmath(p.detach()))
+                    dual.copy_(v - thresholded(self._weights(p, group), None))
                 for p in params:
                     self._marks[p] = marks.of(p, group, self._dual(p, group))
             self._warn_of_dead(parts, "sparsify_()")
@@ -261,10 +284,10 @@ class SparseView:
         plain = [] if more else [p for p in params if p not in already_u]
         total = torch.zeros((), dtype=torch.float64, device=params[0].device)
         if plain:
-            total = total + engine.penalty_value([self.weights_of(p).detach() for p in plain], group).to(total.device)
+            total = total + engine.penalty_value([self._weights(p, group) for p in plain], group).to(total.device)
         for p in params:
             if p in already_u or more:
-                w = self.weights_of(p).detach()
+                w = self._weights(p, group)
                 u = w if p in already_u else self._u_of(p, w, group, engine)
                 total = total + more_than_prox.value_of(whole(w), whole(u), group).to(total.device)
         return total
@@ -282,7 +305,7 @@ class SparseView:
                 name = param_name(group, i, j)
                 if is_lazy(p) or is_left_alone(p):
                     continue
-                w = self.weights_of(p).detach()
+                w = self._weights(p, group)
                 try:
                     u = w
                     if is_split(group) and w.numel() > 0 and p.requires_grad and not self._is_u(p, group):

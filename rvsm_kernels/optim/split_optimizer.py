@@ -24,6 +24,7 @@ from ..method.bases import Base, validate
 from ..method.methods import METHODS
 from ..method.options import make_plain, may_differ, names_of, shown, snapshot
 from ..method.parameters import is_left_alone, param_name, with_gradient
+from ..method.precision import Stored
 from ..method.selection import Cuts, normalize_
 from ..method.split import state_name
 from ..method.step_options import StepOptions
@@ -144,7 +145,7 @@ class SplitOptimizer(Optimizer):
         if old is None or old.values != new.values:
             self._options[i : i + 1] = [new]
             self._changed.add(i)
-            self._has_obsolete_states |= old is None or old.method is not new.method
+            self._has_obsolete_states |= old is None or old.structure != new.structure
         self._seen[i] = snapshot(self._read_options(group))
         self._pull_rates.watch(i, group)
 
@@ -196,7 +197,8 @@ class SplitOptimizer(Optimizer):
         if self._any_unit_norm:
             for group, options in zip(self.param_groups, self._options, strict=True):
                 if options.values["unit_norm"] and options.values["lr"] != 0:
-                    normalize_([p for _, p in with_gradient(group)], inputs.found_inf)
+                    moved = [Stored.of(p, group, self._states.get(p)) for _, p in with_gradient(group)]
+                    normalize_(moved, inputs.found_inf)
 
     def _step_at_once(self, inputs: StepInputs) -> bool:
         """The usual step: one call of the engine that served the last step. False where that was not possible."""
@@ -242,7 +244,7 @@ class SplitOptimizer(Optimizer):
                 method_states.drop_obsolete(groups, self._states)
                 self._has_obsolete_states = False
             if self._any_topk:
-                self._cuts.select(groups, options, lambda p: inputs.state_of(p, "dual"))
+                self._cuts.select(groups, options, inputs.state_of)
             self._run(engines)
         finally:
             for engine in engines:
@@ -358,11 +360,12 @@ class SplitOptimizer(Optimizer):
             for j, p in enumerate(group["params"]):
                 states = self._states.get(p)
                 if key is not None and states and states.get(key) is None and not is_lazy(p) and not is_left_alone(p):
-                    w, name = self._view.weights_of(p).detach(), param_name(group, i, j)
                     # Where u cannot be made the next step will say so; saving must not.
                     with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, TypeError):
-                        starts_from_u = METHODS[group["method"]].starts_from_u
-                        states[key] = self._view.first_u(w, group, name) if starts_from_u else torch.zeros_like(p)
+                        if METHODS[group["method"]].starts_from_u:
+                            states[key] = self._view.first_u(p, group, param_name(group, i, j))
+                        else:
+                            states[key] = method_states.zeros_for(p, self._step_options(group), key)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of the torch.optim optimizer that it replaces.
@@ -385,16 +388,33 @@ class SplitOptimizer(Optimizer):
         with self._lock:
             self._has_obsolete_states = True
             # A hook may unpack what it is given, so groups are mapped after the hooks, by the last of them.
-            last = self.register_load_state_dict_pre_hook(
-                lambda optimizer, state: checkpoint.regrouped(
-                    state, optimizer.param_groups, self._base, type(self).__name__
-                )
-            )
+            loaded: dict[str, Any] = {}
+
+            def map_groups(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+                mapped = checkpoint.regrouped(state, optimizer.param_groups, self._base, type(self).__name__)
+                loaded.update(state if mapped is None else mapped)
+                return loaded
+
+            last = self.register_load_state_dict_pre_hook(map_groups)
             try:
                 super().load_state_dict(state_dict)  # runs the hooks, then hands the groups to __setstate__
             finally:
                 last.remove()
             self._seen = []
+            self._take_types(loaded)
+
+    def _take_types(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the states whose type is not that of their parameter once more: torch has cast all of them to that."""
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            options = self._step_options(group)
+            if not options.mixed:
+                continue
+            for key, p in zip(saved["params"], group["params"], strict=True):
+                states = state_dict["state"].get(key) or {}
+                for name, dtype in options.states_of(p.dtype).items():
+                    value = states.get(name)
+                    if isinstance(value, Tensor) and name in self.state[p] and dtype != p.dtype:
+                        self.state[p][name] = value.detach().to(p.device, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._view.is_open:

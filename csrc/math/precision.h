@@ -1,0 +1,93 @@
+// Half types that learn: float32 weights behind a half-type parameter, and stochastic rounding. The twin of
+// method/precision.py, bit for bit. Without torch, for host and device; integer arithmetic that vectorises.
+#pragma once
+
+#include <cmath>
+
+#include "storage.h"
+
+namespace rvsm {
+
+// What stands behind a half-type parameter: nothing, the rest of its bits (bfloat16), or the whole weight (float16).
+enum class Master : uint8_t { none, low, whole };
+
+// ---- the weights behind a parameter ---------------------------------------------------------------------------------
+
+// What the master says is taken only as far as the parameter rounds to it, so that an edit of the parameter counts: a
+// magnitude of 0 or of infinity has nothing on its far side.
+RVSM_HD float join(BFloat16 high, int16_t low) {
+  const uint32_t magnitude = high.bits & 0x7fffu, sign = uint32_t(high.bits & 0x8000u) << 16;
+  int32_t rest = low;
+  rest = magnitude == 0 && rest < 0 ? 0 : rest;
+  rest = magnitude == 0x7f80u && rest > 0 ? 0 : rest;
+  const uint32_t bits = (magnitude << 16) + uint32_t(rest);
+  return float_of(magnitude > 0x7f80u ? 0x7fc00000u : bits | sign);
+}
+
+RVSM_HD float join(Float16 param, float master) {
+  Float16 rounded;
+  store(rounded, master);
+  return rounded.bits == param.bits ? master : load(param);
+}
+
+// The parameter is w rounded half away from zero, so that the difference of the magnitudes' bits always fits an int16
+// and the pair is exact. A NaN becomes the canonical one: a carry cannot make an infinity or a zero of it.
+RVSM_HD void split(BFloat16& high, int16_t& low, float w) {
+  const uint32_t bits = bits_of(w), magnitude = bits & 0x7fffffffu;
+  const uint32_t rounded = (magnitude + 0x8000u) >> 16;
+  const bool nan = magnitude > 0x7f800000u;
+  high.bits = uint16_t(nan ? 0x7fc0u : rounded | (bits >> 16 & 0x8000u));
+  low = int16_t(nan ? 0 : int32_t(magnitude) - int32_t(rounded << 16));
+}
+
+RVSM_HD void split(Float16& param, float& master, float w) {
+  store(param, w);
+  master = w;
+}
+
+// ---- stochastic rounding
+// ---------------------------------------------------------------------------------------------
+
+// `random`: 16 random bits. What is above the largest number of the type is rounded to nearest.
+RVSM_HD void store_rounded(BFloat16& to, float w, uint32_t random) {
+  const uint32_t bits = bits_of(w), magnitude = bits & 0x7fffffffu;
+  BFloat16 nearest;
+  store(nearest, w);
+  const uint32_t rounded = (magnitude + random) >> 16 | (bits >> 16 & 0x8000u);
+  to.bits = magnitude <= 0x7f7f0000u ? uint16_t(rounded) : nearest.bits;
+}
+
+RVSM_HD void store_rounded(Float16& to, float w, uint32_t random) {
+  const uint32_t bits = bits_of(w), magnitude = bits & 0x7fffffffu;
+  Float16 nearest;
+  store(nearest, w);
+  const uint32_t normal = (magnitude - (112u << 23) + (random >> 3)) >> 13;
+  // Below 2^-14: multiples of the smallest number, 2^-24. The product is exact, and so is the fraction.
+  const float scaled = magnitude < (113u << 23) ? std::fabs(w) * 16777216.0f : 0.0f;
+  const int32_t whole = int32_t(scaled);
+  const uint32_t tiny = uint32_t(whole) + uint32_t(float(random) + 0.5f < (scaled - float(whole)) * 65536.0f);
+  const uint32_t rounded = (magnitude < (113u << 23) ? tiny : normal) | (bits >> 16 & 0x8000u);
+  to.bits = magnitude <= 0x477fe000u ? uint16_t(rounded) : nearest.bits;
+}
+
+// The key and the part of the counter that all elements of a step share.
+struct RandomKey {
+  uint64_t seed = 0;
+  uint32_t step = 0;
+};
+
+// A round of Philox4x32 (Salmon et al., SC 2011).
+RVSM_HD void philox_round(uint32_t& x0, uint32_t& x1, uint32_t& x2, uint32_t& x3, uint32_t key0, uint32_t key1) {
+  const uint64_t a = uint64_t(x0) * 0xd2511f53u, b = uint64_t(x2) * 0xcd9e8d57u;
+  x0 = uint32_t(b >> 32) ^ x1 ^ key0;
+  x1 = uint32_t(b);
+  x2 = uint32_t(a >> 32) ^ x3 ^ key1;
+  x3 = uint32_t(a);
+}
+
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxKey0 = 0x9e3779b9u, kPhiloxKey1 = 0xbb67ae85u;
+// A call gives 128 bits: 16 for each of eight elements.
+constexpr int kElementsOfCall = 8;
+
+}  // namespace rvsm
