@@ -2,10 +2,9 @@
 // elements.cpp, so compiled once per instruction set.
 #pragma once
 
-#include <cstring>
-
 #include "../math/precision.h"
 #include "engine.h"
+#include "philox.h"
 
 namespace rvsm::cpu {
 
@@ -47,36 +46,8 @@ inline void split_tile(Half* __restrict param, Rest* __restrict rest, const floa
   for (int64_t i = 0; i < n; ++i) split(param[i], rest[i], from[i]);
 }
 
-// Calls of Philox that an instruction or two can take together.
-constexpr int kCalls = 16;
-// Random bits of a tile, which may begin and end within a call.
+// Elements whose random bits are made for a tile, which may begin and end within a call.
 constexpr int64_t kRandom = kTile + (kCalls + 1) * kElementsOfCall;
-
-// The random bits of the elements of calls [first, first + calls); up to kCalls - 1 calls behind them are made too.
-inline void random_tile(uint32_t* __restrict to, uint64_t first, int64_t calls, const RandomKey key) {
-  for (int64_t c = 0; c < calls; c += kCalls) {
-    uint32_t x0[kCalls], x1[kCalls], x2[kCalls], x3[kCalls];
-    for (int k = 0; k < kCalls; ++k) {
-      const uint64_t call = first + uint64_t(c) + uint64_t(k);
-      x0[k] = uint32_t(call);
-      x1[k] = uint32_t(call >> 32);
-      x2[k] = key.step;
-      x3[k] = 0;
-    }
-    uint32_t key0 = uint32_t(key.seed), key1 = uint32_t(key.seed >> 32);
-    for (int r = 0; r < kPhiloxRounds; ++r) {
-      for (int k = 0; k < kCalls; ++k) philox_round(x0[k], x1[k], x2[k], x3[k], key0, key1);
-      key0 += kPhiloxKey0;
-      key1 += kPhiloxKey1;
-    }
-    for (int k = 0; k < kCalls; ++k) {
-      to[4 * (c + k)] = x0[k];
-      to[4 * (c + k) + 1] = x1[k];
-      to[4 * (c + k) + 2] = x2[k];
-      to[4 * (c + k) + 3] = x3[k];
-    }
-  }
-}
 
 template <class Half>
 inline void round_tile(Half* __restrict to, const float* __restrict from, const uint16_t* __restrict random,
@@ -101,15 +72,21 @@ __attribute__((noinline)) void store_weights(const TensorArgs& args, const float
   if (precision.master == Master::whole)
     return split_tile(static_cast<Float16*>(args.w) + at, static_cast<float*>(args.master_state()) + at, from, n);
   if (!precision.rounds) return store_plane(args.w, from, args.dtype, at, n);
-  uint32_t words[kRandom / 2];
-  const int64_t skip = at % kElementsOfCall;
-  random_tile(words, uint64_t(at / kElementsOfCall), ceil_div(skip + n, kElementsOfCall), precision.random);
   uint16_t random[kRandom];
-  std::memcpy(random, words, sizeof random);
+  const int64_t skip = at % kElementsOfCall;
+  random_bits(reinterpret_cast<char*>(random), uint64_t(at / kElementsOfCall), ceil_div(skip + n, kElementsOfCall),
+              precision.random);
   if (args.dtype == Dtype::bf16)
     round_tile(static_cast<BFloat16*>(args.w) + at, from, random + skip, n);
   else
     round_tile(static_cast<Float16*>(args.w) + at, from, random + skip, n);
+}
+
+// Ask for a tile of an array: the processor does not see that it follows while it converts another.
+inline void prefetch_plane(const void* memory, Dtype dtype, int64_t at) {
+  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
+  const char* const begin = static_cast<const char*>(memory) + at * size;
+  for (int64_t byte = 0; byte < kTile * size; byte += 64) __builtin_prefetch(begin + byte);
 }
 
 // The tile of an array: its own memory where that is float32, else `tile`.

@@ -51,23 +51,28 @@ RVSM_HD void split(Float16& param, float& master, float w) {
 // `random`: 16 random bits. What is above the largest number of the type is rounded to nearest.
 RVSM_HD void store_rounded(BFloat16& to, float w, uint32_t random) {
   const uint32_t bits = bits_of(w), magnitude = bits & 0x7fffffffu;
-  BFloat16 nearest;
-  store(nearest, w);
-  const uint32_t rounded = (magnitude + random) >> 16 | (bits >> 16 & 0x8000u);
-  to.bits = magnitude <= 0x7f7f0000u ? uint16_t(rounded) : nearest.bits;
+  const uint32_t above = magnitude > 0x7f800000u ? 0x7fc0u : (magnitude < 0x7f7f8000u ? 0x7f7fu : 0x7f80u);
+  const uint32_t rounded = magnitude <= 0x7f7f0000u ? (magnitude + random) >> 16 : above;
+  to.bits = uint16_t(rounded | (bits >> 16 & 0x8000u));
 }
 
 RVSM_HD void store_rounded(Float16& to, float w, uint32_t random) {
   const uint32_t bits = bits_of(w), magnitude = bits & 0x7fffffffu;
-  Float16 nearest;
-  store(nearest, w);
+  // Selected by masks: compilers make branches of comparisons here, and the loop is not vectorised then.
+  const uint32_t is_tiny = uint32_t(int32_t(magnitude - (113u << 23)) >> 31);
+  const uint32_t in_range = uint32_t(int32_t(magnitude - 0x477fe001u) >> 31);
+  const uint32_t is_finite = uint32_t(int32_t(magnitude - 0x477ff000u) >> 31);
+  const uint32_t is_nan = uint32_t(int32_t(0x7f800000u - magnitude) >> 31);
   const uint32_t normal = (magnitude - (112u << 23) + (random >> 3)) >> 13;
   // Below 2^-14: multiples of the smallest number, 2^-24. The product is exact, and so is the fraction.
-  const float scaled = magnitude < (113u << 23) ? std::fabs(w) * 16777216.0f : 0.0f;
+  const float scaled = float_of(magnitude & is_tiny) * 16777216.0f;
   const int32_t whole = int32_t(scaled);
-  const uint32_t tiny = uint32_t(whole) + uint32_t(float(random) + 0.5f < (scaled - float(whole)) * 65536.0f);
-  const uint32_t rounded = (magnitude < (113u << 23) ? tiny : normal) | (bits >> 16 & 0x8000u);
-  to.bits = magnitude <= 0x477fe000u ? uint16_t(rounded) : nearest.bits;
+  const float fraction = (scaled - float(whole)) * 65536.0f;
+  // Up where the random number is below the fraction: where the difference has a sign.
+  const uint32_t tiny = uint32_t(whole) + (bits_of(float(int32_t(random)) + 0.5f - fraction) >> 31);
+  const uint32_t below = (tiny & is_tiny) | (normal & ~is_tiny);
+  const uint32_t above = (0x7bffu & is_finite) | (0x7c00u & ~is_finite) | (0x0200u & is_nan);
+  to.bits = uint16_t((below & in_range) | (above & ~in_range) | (bits >> 16 & 0x8000u));
 }
 
 // The key and the part of the counter that all elements of a step share.
@@ -76,17 +81,20 @@ struct RandomKey {
   uint32_t step = 0;
 };
 
-// A round of Philox4x32 (Salmon et al., SC 2011).
+// Philox4x32-7 (Salmon et al., SC 2011): seven rounds are the fewest that pass the tests of that paper.
+constexpr int kPhiloxRounds = 7;
+constexpr uint32_t kPhiloxFactor0 = 0xd2511f53u, kPhiloxFactor1 = 0xcd9e8d57u;
+constexpr uint32_t kPhiloxKey0 = 0x9e3779b9u, kPhiloxKey1 = 0xbb67ae85u;
+
+// One round.
 RVSM_HD void philox_round(uint32_t& x0, uint32_t& x1, uint32_t& x2, uint32_t& x3, uint32_t key0, uint32_t key1) {
-  const uint64_t a = uint64_t(x0) * 0xd2511f53u, b = uint64_t(x2) * 0xcd9e8d57u;
+  const uint64_t a = uint64_t(x0) * kPhiloxFactor0, b = uint64_t(x2) * kPhiloxFactor1;
   x0 = uint32_t(b >> 32) ^ x1 ^ key0;
   x1 = uint32_t(b);
   x2 = uint32_t(a >> 32) ^ x3 ^ key1;
   x3 = uint32_t(a);
 }
 
-constexpr int kPhiloxRounds = 10;
-constexpr uint32_t kPhiloxKey0 = 0x9e3779b9u, kPhiloxKey1 = 0xbb67ae85u;
 // A call gives 128 bits: 16 for each of eight elements.
 constexpr int kElementsOfCall = 8;
 

@@ -65,7 +65,7 @@ class RVSM(SplitOptimizer):
             these weights. Of a parameter that was edited by hand, a bfloat16 one within half a unit in the last place,
             the weights are what it holds.
         rounding: ``"stochastic"``: a half-type parameter without a master is rounded up or down with the probabilities
-            that make it unbiased. The random bits (Philox4x32-10) follow from the seed, the parameter's step and the
+            that make it unbiased. The random bits (Philox4x32-7) follow from the seed, the parameter's step and the
             element's place in memory alone: a run is reproducible and resumes bit for bit. The state ``step`` counts.
         seed: of those bits, an integer >= 0.
         state_dtype: what the base's states are stored in: None (the parameter's dtype, as torch; float32 beside a

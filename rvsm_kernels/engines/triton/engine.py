@@ -68,7 +68,7 @@ class TritonEngine(Engine):
         if slots is None:
             return Ready.NO
         for slot in slots:
-            if slot.options.method.starts_from_u and slot.states[-1] is None:
+            if slot.options.method.starts_from_u and slot.states[slot.options.base_states] is None:
                 return Ready.LACKS
         self._table.build(slots, inputs)
         self._table.set_numbers(inputs.options)

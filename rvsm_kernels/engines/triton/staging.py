@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...method.groups import is_dense
+from ...method.precision import join, store, store_rounded
 
 
 @contextlib.contextmanager
@@ -61,3 +62,28 @@ class Staged:
         """Bring the copy back."""
         if self.is_copy:
             self.tensor.copy_(self.dense)
+
+
+class StagedWeights:
+    """The weights of a half-type parameter as float32, where they stand behind it or are rounded stochastically.
+
+    Args:
+        p: the parameter.
+        master: the state behind it, or None.
+        random: (seed, step) of the rounding, None for the nearest.
+    """
+
+    def __init__(self, p: Tensor, master: Tensor | None, random: tuple[int, int] | None) -> None:
+        self._p, self._master, self._random = p, master, random
+        self.dense = torch.empty_like(p, dtype=torch.float32)
+
+    def load(self) -> None:
+        """Fill the copy."""
+        self.dense.copy_(join(self._p, self._master))
+
+    def store(self) -> None:
+        """Bring the copy back."""
+        if self._random is None:
+            store(self._p, self.dense, self._master)
+        else:
+            store_rounded(self._p, self.dense, *self._random)

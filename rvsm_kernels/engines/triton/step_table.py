@@ -13,11 +13,12 @@ from ...method.dtypes import HALF_TYPES
 from ...method.groups import GroupView, view_of
 from ...method.memory import kind_of, turns_of
 from ...method.parameters import param_name
+from ...method.precision import has_master
 from ...method.step_options import StepOptions
 from ..checks import check_entry, check_groups, check_norms
 from ..interface import Group, StepInputs
 from .launch import Launch, StepKind, TensorArgs
-from .staging import Staged
+from .staging import Staged, StagedWeights
 
 try:  # one call compares types, dtypes, devices, sizes and strides of all tensors
     from torch._C._dynamo import guards as _guards
@@ -70,7 +71,7 @@ class StepTable:
 
     def __init__(self) -> None:
         self.launches: list[LaunchPart] = []
-        self.copies: list[tuple[Staged, bool, int]] = []
+        self.copies: list[tuple[Staged | StagedWeights, bool, int]] = []
         self.new_states: list[tuple[Tensor, str, Tensor]] = []
         self.changed: list[Tensor] = []
         self.turns: list[int] = []
@@ -185,7 +186,7 @@ class StepTable:
                 if moves:
                     if p.device.type not in served or kind_of(p) is not None:
                         return None
-                    states = {name: inputs.state_of(p, name) for name in options.states}
+                    states = {name: inputs.state_of(p, name) for name in options.states_of(p.dtype)}
                     counter = None if options.counter is None else inputs.state_of(p, options.counter)
                     check_entry(p, group, i, j, states, counter)
                     moves = p.numel() > 0
@@ -206,25 +207,37 @@ class StepTable:
         kinds: dict[tuple[Any, ...], tuple[list[TensorArgs], list[int], list[list[int]]]] = {}
         tl1 = set()  # the kinds that need the code of transformed l1
         weights, gradients, states = [], [], []
+        masters: list[Tensor] = []
         self.turns = turns_of([slot.p for slot in slots])
         self._any_shared = any(self.turns)
         for k, slot in enumerate(slots):
             p, options, turn = slot.p, slot.options, self.turns[k]
             grad = p.grad
             assert grad is not None
-            dtype = torch.float32 if p.dtype in HALF_TYPES and grad.dtype != p.dtype else p.dtype
-            w = self._stage(p, dtype, None, True, turn)
+            started, steps = self._count(slot)
+            types = list(options.states_of(p.dtype).values())
+            own_states = self._states_of(slot, types)
+            mixed = options.rounds(p.dtype) or any(t != p.dtype for t in types)
+            dtype = torch.float32 if p.dtype in HALF_TYPES and (mixed or grad.dtype != p.dtype) else p.dtype
+            if mixed and (options.rounds(p.dtype) or has_master(options.values, p.dtype)):
+                master = own_states[-1] if has_master(options.values, p.dtype) else None
+                random = (options.seed, steps) if options.rounds(p.dtype) else None
+                weights_copy = StagedWeights(p.detach(), master, random)
+                self.copies.append((weights_copy, True, turn))
+                w = weights_copy.dense
+            else:
+                w = self._stage(p, dtype, None, True, turn)
             g = self._stage(grad, dtype, w, options.writes_gradient, turn)
             weights.append(w.data_ptr())
             gradients.append(g.data_ptr())
             count = len(options.states)
             kind = turn, p.device, dtype, count, options.base.number, options.method.number, options.writes_gradient
             args, params, states_of_params = kinds.setdefault(kind, ([], [], [[] for _ in range(count)]))
-            started = self._count(slot)
-            for name, state, places in zip(options.states, slot.states, states_of_params, strict=True):
+            for state, places in zip(own_states[:count], states_of_params, strict=True):
                 places.append(len(self._states))
-                self._states.append(self._new_state(p, name, state, w, options.counter is not None))
-                states.append(self._stage(self._states[-1], dtype, w, True, turn).data_ptr())
+                self._states.append(state)
+                states.append(self._stage(state, dtype, w, True, turn).data_ptr())
+            masters += own_states[count:]
             size = slot.view.outer * slot.view.inner if slot.view is not None and options.scaled else 1
             cut = inputs.cuts[p].data_ptr() if options.topk else 0
             norms = inputs.norms[p].data_ptr() if slot.view is not None and p in inputs.norms else 0
@@ -243,16 +256,17 @@ class StepTable:
         for part in self.launches:
             for tensor in part.launch.tensors:  # the tensors are found by address from now on
                 tensor.w = tensor.g = None  # type: ignore[assignment]
-        written = [slot.p for slot in slots] + self._states
+        written = [slot.p for slot in slots] + self._states + masters
         written += [slot.p.grad for slot in slots if slot.options.writes_gradient and slot.p.grad is not None]
         self.changed = [t for t in written if not t.is_inference()]
         self._remember(slots, inputs)
 
-    def _count(self, slot: ParamSlot) -> int:
-        """How many steps the states of a parameter have seen, as :meth:`StepOptions.numbers` takes it."""
+    def _count(self, slot: ParamSlot) -> tuple[int, int]:
+        """How many steps the states have seen, as :meth:`StepOptions.numbers` takes it, and the parameter's counter."""
         name, counter = slot.options.counter, slot.counter
+        begun = int(all(state is not None for state in slot.states[: slot.options.base_states]))
         if name is None:
-            return int(all(state is not None for state in slot.states[: slot.options.base_states]))
+            return begun, 0
         if counter is None and self._any_shared:
             counter = self._made_before(slot.p, name)
         if counter is None:
@@ -264,25 +278,31 @@ class StepTable:
         self.counters.append(counter)
         self._cohorts.append((slot.group, count))
         self._counts[slot.group, count] = count
-        return count
+        return (count if slot.options.counts else begun), count
 
     def _made_before(self, p: Tensor, name: str) -> Tensor | None:
         """The new state that an earlier occurrence of a parameter has in this step."""
         return next((made for q, key, made in self.new_states if q is p and key == name), None)
 
-    def _new_state(self, p: Tensor, name: str, state: Tensor | None, w: Tensor, counts: bool) -> Tensor:
-        """A state as the step needs it: where it is missing zeros; of another dtype, its conversion.
+    def _states_of(self, slot: ParamSlot, types: Sequence[torch.dtype]) -> list[Tensor]:
+        """The states of a parameter as the step needs them."""
+        names = slot.options.states_of(slot.p.dtype)
+        of_each = zip(names, slot.states, types, strict=True)
+        return [self._new_state(slot.p, name, state, dtype, slot.options.counts) for name, state, dtype in of_each]
+
+    def _new_state(self, p: Tensor, name: str, state: Tensor | None, dtype: torch.dtype, counts: bool) -> Tensor:
+        """A state in the type that it is stored in: where it is missing zeros; of another dtype, its conversion.
 
         Args:
             counts: the base counts its steps: a second occurrence of a parameter goes on from the first one's state,
                 as in torch.optim.AdamW; torch.optim.SGD begins a buffer for each occurrence.
         """
-        if state is not None and state.dtype == p.dtype:
+        if state is not None and state.dtype == dtype:
             return state
         made = self._made_before(p, name) if counts and self._any_shared else None
         if made is not None:
             return made
-        new = torch.zeros_like(w, dtype=p.dtype)
+        new = torch.zeros_like(p, dtype=dtype)
         if state is not None:
             new.copy_(state)
         self.new_states.append((p, name, new))
