@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import to_opmath
-from ..method.precision import MASTER_STATES, has_master, join, new_master, store, store_rounded
 from ..method.groups import from_memory_order, magnitudes
 from ..method.memory import kind_of, named, turns_of, whole
 from ..method.parameters import param_name, with_gradient
 from ..method.penalties import PENALTIES
+from ..method.precision import MASTER_STATES, has_master, join, new_master, store, store_rounded
 from ..method.prox import prox, threshold
 from ..method.selection import keep_above
 from ..method.split import strength

@@ -414,7 +414,7 @@ class SplitOptimizer(Optimizer):
                 for name, dtype in options.states_of(p.dtype).items():
                     value = states.get(name)
                     if isinstance(value, Tensor) and name in self.state[p] and dtype != p.dtype:
-                        self.state[p][name] = value.detach().to(p.device, dtype)
+                        self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._view.is_open:
