@@ -97,7 +97,7 @@ def _seed(name: str, value: Any) -> None:
     """A check for the key of a generator."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"Invalid {name} value: {shown(value)} (an integer is needed)")
-    if not 0 <= value < 2**63:
+    if not 0 <= int(value) < 2**63:
         raise ValueError(f"Invalid {name} value: {value}")
 
 
