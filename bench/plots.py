@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import train
+from . import digits_task, text_task
 from .baselines import LABELS
 from .markdown import count, device_name, group_label
 from .results import Result, Row, digest
@@ -176,6 +176,7 @@ def share_over_size(result: Result, path: Path) -> bool:
 PLOTS: dict[str, Callable[[Result, Path], bool]] = {
     "speedup": speed_up_bars,
     "bandwidth": share_over_size,
-    "train": train.plot,
+    "train": digits_task.plot,
+    "text": text_task.plot,
 }
 """Plot to the function that draws it from a result into a file and returns whether there was anything to draw."""

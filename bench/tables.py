@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import train
+from . import digits_task, text_task
 from .baselines import LABELS
 from .floors import number
 from .markdown import NOT_MEASURED, count, duration, group_label, microseconds, stamp, table
@@ -187,5 +187,5 @@ def floors(result: Result) -> str:
     return table(["where and what", "floor", "measured", ""], rows) + note + "\n\n" + stamp(result)
 
 
-KINDS = {"throughput": throughput, "host": host, "memory": memory, "floors": floors, "train": train.table}
+KINDS = {"throughput": throughput, "host": host, "memory": memory, "floors": floors, "train": digits_task.table, "text": text_task.table}
 """The function of every result file; also blocks of a README, beside ``headline`` and ``overview``."""

@@ -18,7 +18,7 @@ import torch
 
 import rvsm_kernels as rk
 
-from . import baselines, cases, cli, gpu_check, markdown, report, results, timing, train
+from . import baselines, cases, cli, gpu_check, markdown, report, results, timing, train, training
 from .baselines import CONTENDERS, Unavailable, without_paths
 from .cases import Case
 from .config import RESULTS, ROOT, SMOKE, Config, MissingPackage, available_engines
@@ -344,30 +344,42 @@ def test_a_report_needs_no_matplotlib(
 # ---- the order of a run, and how it ends -----------------------------------------------------------------------------
 
 
-def test_a_quick_run_trains_each_method_once() -> None:
+@pytest.mark.parametrize("task", train.TASKS.values(), ids=train.TASKS)
+def test_a_quick_run_trains_each_method_once(task: training.Task) -> None:
     both = ("reference", "native")
-    assert [(seed, engine) for seed, _, engine in train.runs("quick", both)] == [(0, "native")] * len(train.METHODS)
-    assert len(train.runs("full", both)) == 6 * len(train.METHODS)
-    assert {engine for _, _, engine in train.runs("smoke", both)} == set(both)
-    assert cli._EVERYTHING[0] == "train"
+    quick = training.runs(task, "quick", both)
+    assert [(seed, engine) for seed, _, engine in quick] == [(0, "native")] * len(task.methods)
+    assert len(training.runs(task, "full", both)) == 6 * len(task.methods)
+    assert {engine for _, _, engine in training.runs(task, "smoke", both)} == set(both)
+    assert task.methods[0].dense and not any(method.dense for method in task.methods[1:])
 
 
-def test_the_recorded_command_makes_the_committed_training() -> None:
+def test_the_tasks_come_first() -> None:
+    assert cli._EVERYTHING[:2] == ("train", "text")
+    assert {name: task.kind for name, task in train.TASKS.items()} == cli._TASKS
+    assert {"train", "text"} <= cli._MEASURES.keys() & report._SOURCES.keys() & report._PLOTS.keys()
+
+
+@pytest.mark.parametrize("task", train.TASKS.values(), ids=train.TASKS)
+def test_the_recorded_command_makes_the_committed_training(task: training.Task) -> None:
     """The command beside the table asks today for the trainings that the table has."""
-    result = json.loads((RESULTS / "train.json").read_text(encoding="utf-8"))
+    result = json.loads((RESULTS / f"{task.kind}.json").read_text(encoding="utf-8"))
     arguments = cli._parser().parse_args(result["command"].split()[3:])
-    assert arguments.command == "train"
-    asked = [(seed, method.name, engine) for seed, method, engine in train.runs(arguments.effort.name, train.ENGINES)]
+    assert arguments.command == "train" and train.TASKS[arguments.task] is task
+    runs = training.runs(task, arguments.effort.name, training.ENGINES)
+    asked = [(seed, method.name, engine) for seed, method, engine in runs]
     assert sorted(asked) == sorted((row["seed"], row["method"], row["engine"]) for row in result["rows"])
 
 
-def test_the_table_of_one_seed_says_so() -> None:
-    result = json.loads((RESULTS / "train.json").read_text(encoding="utf-8"))
-    whole = train.table(result)
+@pytest.mark.parametrize("task", train.TASKS.values(), ids=train.TASKS)
+def test_the_table_of_one_seed_says_so(task: training.Task) -> None:
+    result = json.loads((RESULTS / f"{task.kind}.json").read_text(encoding="utf-8"))
+    whole = task.table(result)
     assert "3 seeds: mean" in whole and "over all engines and seeds" in whole and "One seed" not in whole
     result["rows"] = [row for row in result["rows"] if row["seed"] == 0 and row["engine"] == "native"]
-    short = train.table(result)
+    short = task.table(result)
     assert "\n1 seed. " in short and "*One seed: " in short and "over all engines" not in short
+    assert f"train{' --task text' if task.kind == 'text' else ''} --full`" in short
 
 
 def _floor_row(measure: str, passed: bool | None) -> results.Row:
