@@ -418,6 +418,7 @@ def test_the_tables_keep_the_bases_apart(tmp_path: Path) -> None:
     headers = [line for line in whole.splitlines() if line.startswith("| case")]
     dense = ["SGD(fused=True)", "AdamW(fused=True)", "AdamW(fused=True)", "`w.mul_(c)`"]
     assert len(headers) == 4 and all(words in header for words, header in zip(dense, headers, strict=True))
+    assert whole.count("\n| GPT-2 small") == 4, "a case stands in one table"
     assert "DeepSpeed" not in whole, "a baseline that was measured nowhere has a column"
     plots = pytest.importorskip("bench.plots")
     assert [plots._tick_label(row) for row in rows[:2]] == [

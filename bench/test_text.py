@@ -156,6 +156,9 @@ def test_a_smoke_run_ends_in_a_report(tmp_path: Path, capsys: pytest.CaptureFixt
     table = report.render(tmp_path, "text")
     assert all(f"| {method.label} | " in table for method in text_task.METHODS)
     assert "bits per byte" in table and "Against dense AdamW" in table and result["text"]["source"] in table
+    for kept in (1, 3):  # interrupted: the dense trainings alone, then with one sparse
+        short = text_task.table({**result, "rows": result["rows"][:kept]})
+        assert short.count("| dense AdamW |") == min(kept, 2) and short.count("- RVSMAdamW") == max(0, kept - 2)
     pytest.importorskip("matplotlib")
     assert "text.png" in report.draw(tmp_path)
 

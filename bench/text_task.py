@@ -75,10 +75,10 @@ def _outcome(row: Run) -> str:
 
 def _against_dense(result: Result) -> list[str]:
     """One line per sparse method: what its zeros cost."""
-    dense = statistics.fmean(last(rows_of(result, "dense"), "bits_w"))
+    dense = last(rows_of(result, "dense"), "bits_w")
     lines = []
     for method, rows in sparse_results(result):
-        more = statistics.fmean(last(rows, "bits_u")) / dense - 1
+        more = statistics.fmean(last(rows, "bits_u")) / statistics.fmean(dense) - 1
         zeros, neurons = (statistics.fmean(last(rows, key)) for key in ("zeros", "zero_neurons"))
         needs = f"u needs {abs(more):.1%} {'more' if more > 0 else 'fewer'} bits per byte"
         lines.append(
