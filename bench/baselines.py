@@ -1,7 +1,8 @@
 """The contenders: the engines under test and what they are measured against.
 
 A contender is a function of a problem that gives a step: ``contender(problem)()``. All of them do the same step
-where they can: SGD with momentum and weight decay, or AdamW, the penalised tensors pulled towards u first.
+where they can: SGD with momentum and weight decay, or AdamW, the penalised tensors pulled towards u first. The base of
+a case says which (:data:`bench.cases.BASES`).
 """
 
 from __future__ import annotations
@@ -29,20 +30,35 @@ class Unavailable(Exception):
     """A baseline that this machine or this case does not have; the message is the reason."""
 
 
+class DoesNothing(torch.optim.Optimizer):
+    """An optimizer whose step changes nothing: a wrapper around it does the pull alone."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": LR})
+
+    def step(self, closure: Any = None) -> None:
+        """Nothing."""
+
+
+_OPTIMIZERS: dict[str, Callable[[Any, str], torch.optim.Optimizer]] = {
+    "sgd": lambda groups, engine: rk.RVSM(groups, **SGD_OPTIONS, engine=engine),
+    "adamw": lambda groups, engine: rk.RVSMAdamW(groups, **ADAMW_OPTIONS, engine=engine),
+    "wrapper": lambda groups, engine: rk.RVSMWrapper(
+        torch.optim.AdamW(groups, **ADAMW_OPTIONS, fused=True), engine=engine
+    ),
+    "pull": lambda groups, engine: rk.RVSMWrapper(DoesNothing(groups), engine=engine),
+}
+"""Base of a case to (param groups, engine) -> the optimizer under test."""
+
+
 def _engine(name: str) -> Callable[[Problem], Step]:
-    def make(problem: Problem) -> Step:
-        groups = problem.groups(problem.parameters())
-        if problem.case.base == "adamw":
-            return rk.RVSMAdamW(groups, **ADAMW_OPTIONS, engine=name).step
-        return rk.RVSM(groups, **SGD_OPTIONS, engine=name).step
-
-    return make
+    return lambda problem: _OPTIMIZERS[problem.case.base](problem.groups(problem.parameters()), name).step
 
 
-def _needs_sgd(problem: Problem) -> None:
+def _needs(problem: Problem, *bases: str) -> None:
     """Raise Unavailable for a case over another base."""
-    if problem.case.base != "sgd":
-        raise Unavailable(f"the baseline is one of SGD, the case of {problem.case.base}")
+    if problem.case.base not in bases:
+        raise Unavailable(f"the baseline is one of {' and '.join(bases)}, the case of {problem.case.base}")
 
 
 def reference(problem: Problem) -> Step:
@@ -57,7 +73,7 @@ def _compute(t: Tensor) -> Tensor:
 
 def compiled(problem: Problem) -> Step:
     """The reference's arithmetic over lists of tensors, under torch.compile."""
-    _needs_sgd(problem)
+    _needs(problem, "sgd")
     case = problem.case
     if case.group_dim is not None:
         raise Unavailable("the compiled baseline is elementwise")
@@ -90,7 +106,7 @@ def compiled(problem: Problem) -> Step:
 
 def fused_sgd(problem: Problem) -> Step:
     """torch.optim.SGD(fused=True): the price of the dense step."""
-    _needs_sgd(problem)
+    _needs(problem, "sgd")
     params = problem.parameters()
     if params[0].dtype in (torch.bfloat16, torch.float16) and not _fused_sgd_updates(params[0]):
         # pytorch#191763: its time would be that of doing nothing.
@@ -100,9 +116,32 @@ def fused_sgd(problem: Problem) -> Step:
 
 def fused_adamw(problem: Problem) -> Step:
     """torch.optim.AdamW(fused=True): the price of the dense step over AdamW."""
-    if problem.case.base != "adamw":
-        raise Unavailable(f"the baseline is one of AdamW, the case of {problem.case.base}")
+    _needs(problem, "adamw", "wrapper")
     return torch.optim.AdamW(problem.parameters(), **ADAMW_OPTIONS, fused=True).step
+
+
+def cpu_adam(problem: Problem) -> Step:
+    """DeepSpeed's CPUAdam, a dense AdamW step in C++ with AVX, where it is installed."""
+    _needs(problem, "adamw")
+    if problem.device != "cpu":
+        raise Unavailable("DeepSpeed's CPUAdam is for weights on the CPU")
+    try:
+        adam = importlib.import_module("deepspeed.ops.adam")
+    except ImportError as error:
+        raise Unavailable(f"deepspeed could not be imported: {error}") from error
+    return adam.DeepSpeedCPUAdam(problem.parameters(), **ADAMW_OPTIONS, adamw_mode=True).step
+
+
+def scaled(problem: Problem) -> Step:
+    """``w.mul_(c)`` of every penalised tensor: reads and writes what the pull reads and writes."""
+    _needs(problem, "pull")
+    weights = [p.detach() for p in problem.divided(problem.parameters())[0]]
+
+    def call() -> None:
+        for w in weights:
+            w.mul_(1 - LR * BETA)
+
+    return call
 
 
 def _fused_sgd_updates(like: Tensor) -> bool:
@@ -115,7 +154,7 @@ def _fused_sgd_updates(like: Tensor) -> bool:
 
 def foreach_sgd(problem: Problem) -> Step:
     """torch.optim.SGD(foreach=True)."""
-    _needs_sgd(problem)
+    _needs(problem, "sgd")
     return torch.optim.SGD(problem.parameters(), **SGD_OPTIONS, foreach=True).step
 
 
@@ -166,16 +205,16 @@ class ChannelLoop(torch.optim.SGD):
 
 def channel_loop(problem: Problem) -> Step:
     """:class:`ChannelLoop` over a problem with a group penalty."""
-    _needs_sgd(problem)
+    _needs(problem, "sgd")
     return ChannelLoop(problem.groups(problem.parameters()), **SGD_OPTIONS).step
 
 
 def pat(problem: Problem) -> Step:
-    """torchao.prototype.pat: a proximal map after each SGD step; not the same method, but the nearest peer.
+    """torchao.prototype.pat: a proximal map after each step; not the same method, but the nearest peer.
 
-    Its base optimizer is the fused SGD, the kindest choice.
+    Its base optimizer is torch's fused one, the kindest choice.
     """
-    _needs_sgd(problem)
+    _needs(problem, "sgd", "adamw")
     case = problem.case
     if case.penalty != "l1":
         raise Unavailable("torchao.prototype.pat has the lasso and the group lasso only")
@@ -186,7 +225,11 @@ def pat(problem: Problem) -> Step:
     prox = "ProxLasso" if case.group_dim is None else "ProxGroupLasso"
     groups: list[dict[str, Any]] = [{"params": penalised, "prox_type": prox, "group_type": grouper}]
     groups += [{"params": dense}] if dense else []
-    base = torch.optim.SGD(groups, **SGD_OPTIONS, fused=True)
+    base: torch.optim.Optimizer
+    if case.base == "adamw":
+        base = torch.optim.AdamW(groups, **ADAMW_OPTIONS, fused=True)
+    else:
+        base = torch.optim.SGD(groups, **SGD_OPTIONS, fused=True)
     # Its threshold is reg_lambda * sqrt(group size) * (the sum of the learning rates so far): this stays below the
     # weights over the thousands of steps of a benchmark.
     first = penalised[0]
@@ -225,6 +268,8 @@ CONTENDERS: dict[str, Callable[[Problem], Step]] = {
     "fused_sgd": fused_sgd,
     "foreach_sgd": foreach_sgd,
     "fused_adamw": fused_adamw,
+    "cpu_adam": cpu_adam,
+    "scaled": scaled,
     "channel_loop": channel_loop,
     "pat": pat,
 }
@@ -237,6 +282,8 @@ LABELS = {
     "fused_sgd": "torch.optim.SGD(fused=True)",
     "foreach_sgd": "torch.optim.SGD(foreach=True)",
     "fused_adamw": "torch.optim.AdamW(fused=True)",
+    "cpu_adam": "DeepSpeed CPUAdam",
+    "scaled": "`w.mul_(c)`",
     "channel_loop": "channel-by-channel loop",
     "pat": "torchao PAT",
 }

@@ -143,6 +143,32 @@ def specs(shape: str) -> Specs:
         raise ValueError(f"unknown shape {shape!r}") from None
 
 
+class Base(NamedTuple):
+    """What follows the pull in a step.
+
+    Attributes:
+        label: its words in the name of a case.
+        states: tensors beside every parameter: the momentum; the two moments.
+        moved: elements that a step must read and write for every parameter: w and g read, w written, each state
+            read and written.
+        pulled: the same for every penalised parameter, in a pass of its own: w read, w written.
+    """
+
+    label: str
+    states: int
+    moved: int
+    pulled: int
+
+
+BASES = {
+    "sgd": Base("", 1, 5, 0),
+    "adamw": Base("adamw", 2, 7, 0),
+    "wrapper": Base("RVSMWrapper around adamw", 2, 7, 2),
+    "pull": Base("pull alone", 0, 0, 2),
+}
+"""RVSM; RVSMAdamW; RVSMWrapper around torch's fused AdamW; RVSMWrapper around an optimizer that does nothing."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One thing to measure."""
@@ -159,7 +185,7 @@ class Case:
         group = "" if self.group_dim is None else f", group_dim {self.group_dim}"
         dtype = "" if self.dtype == "float32" else f", {self.dtype}"
         method = "" if self.method == "rvsm" else f", {self.method}"
-        base = "" if self.base == "sgd" else f", {self.base}"
+        base = "" if self.base == "sgd" else f", {BASES[self.base].label}"
         return f"{self.shape} {self.penalty}{group}{dtype}{method}{base}"
 
     @property
@@ -176,10 +202,10 @@ class Case:
 
     @property
     def counted_bytes(self) -> int:
-        """What a step must move: w and g read, w written; each state of the base and the method read and written."""
-        kept = 0 if self.method == "rvsm" else 2 * sum(spec.numel for spec in self.specs if spec.penalised)
-        states = {"sgd": 1, "adamw": 2}[self.base]  # with momentum; without amsgrad
-        return self.itemsize * ((3 + 2 * states) * self.elements + kept)
+        """What a step must move, those of the base and the state of the method, which is read and written."""
+        base, penalised = BASES[self.base], sum(spec.numel for spec in self.specs if spec.penalised)
+        kept = 0 if self.method == "rvsm" else 2
+        return self.itemsize * (base.moved * self.elements + (base.pulled + kept) * penalised)
 
     @property
     def groups(self) -> int:
@@ -197,7 +223,17 @@ CONV = "2048x1360x3x3"
 _PENALTIES = ("l0", "l1", "tl1")
 _MODEL_VARIANTS = (("l0", None), ("l1", None), ("tl1", None), ("l0", 1), ("l0", 0))
 
-SMOKE_CASES = (Case("1K"), Case("1M"), Case("ResNet-20"), Case("ResNet-20", "l0", 1), Case("300x300", "l1", 0))
+SMOKE_CASES = (
+    Case("1K"),
+    Case("1M"),
+    Case("ResNet-20"),
+    Case("ResNet-20", "l0", 1),
+    Case("300x300", "l1", 0),
+    Case("ResNet-20", base="adamw"),
+    Case("300x300", "l1", 0, base="adamw"),
+    Case("1M", base="wrapper"),
+    Case("1M", base="pull"),
+)
 
 QUICK_CASES = (
     *(Case(shape) for shape in SINGLE if shape != "100M"),
@@ -217,6 +253,18 @@ QUICK_CASES = (
     Case("ResNet-50"),
     Case("GPT-2 small"),
     Case("1000 of 1"),
+    Case("25M", base="adamw"),
+    Case("25M", "l1", base="adamw"),
+    Case(MATRIX, "l0", 1, base="adamw"),
+    Case(MATRIX, "l0", 0, base="adamw"),
+    Case(MATRIX, "l1", 0, base="adamw"),
+    Case("ResNet-20", base="adamw"),
+    Case("GPT-2 small", base="adamw"),
+    Case("1000 of 1", base="adamw"),
+    Case("25M", base="wrapper"),
+    Case("GPT-2 small", base="wrapper"),
+    Case("25M", base="pull"),
+    Case("GPT-2 small", base="pull"),
 )
 
 FULL_CASES = (
@@ -227,6 +275,12 @@ FULL_CASES = (
     *(Case(MATRIX, "l0", dim, method="admm") for dim in (0, 1)),
     *(Case(model, penalty, dim) for model in MODELS for penalty, dim in _MODEL_VARIANTS),
     Case("1000 of 1"),
+    *(Case("25M", penalty, base="adamw") for penalty in _PENALTIES),
+    *(Case(shape, penalty, dim, base="adamw") for shape in (MATRIX, CONV) for penalty in _PENALTIES for dim in (0, 1)),
+    *(Case(model, penalty, dim, base="adamw") for model in MODELS for penalty, dim in _MODEL_VARIANTS),
+    Case("1000 of 1", base="adamw"),
+    *(Case(shape, base=base) for base in ("wrapper", "pull") for shape in ("25M", "ResNet-20", "GPT-2 small")),
+    *(Case(MATRIX, "l0", dim, base=base) for base in ("wrapper", "pull") for dim in (0, 1)),
 )
 
 HOST_COUNTS = (1, 10, 62, 65, 161, 1000)

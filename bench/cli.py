@@ -15,21 +15,23 @@ from .baselines import ENGINES
 from .config import FULL, QUICK, RESULTS, ROOT, SMOKE, Config, MissingPackage, available_engines, missing_engines, shown
 
 _MEASURES: dict[str, Callable[[Config], object]] = {
-    "train": train.run,
+    "train": train.digits,
+    "text": train.text,
     "throughput": throughput.run,
     "host": host.run,
     "memory": memory.run,
     "floors": floors.run,
     "static": static.run,
 }
-"""Command to function. A function that judges returns False where its verdict is bad."""
+"""Measure to function; a measure is a command, or a task of ``train``. A function that judges returns False where its
+verdict is bad."""
 
-_EVERYTHING = ("train", "throughput", "host", "memory", "floors")
+_EVERYTHING = ("train", "text", "throughput", "host", "memory", "floors")
 """What a run without a command measures, in this order: the main job first, because its table is what most people want
 to see."""
 
 _COMMANDS = {
-    "train": "training a small model dense and with each penalty; --full: three seeds, and the reference engine too",
+    "train": "training a small model dense and sparse; --full: three seeds, and the reference engine too",
     "throughput": "time, GB/s and share of the copy bandwidth of a step, against every baseline",
     "host": "microseconds of step() by number of parameters",
     "memory": "peak bytes beyond torch.optim.SGD's",
@@ -37,6 +39,9 @@ _COMMANDS = {
     "static": "registers, spills and widths of access of every CUDA kernel; needs no GPU",
     "report": "Markdown tables and plots from the JSON",
 }
+
+_TASKS = {"digits": "train", "text": "text"}
+"""A value of ``train --task`` to its measure, whose name its result file has too."""
 
 _KNOWN_ENGINES = (*ENGINES, "reference")
 
@@ -79,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text, parents=[common])
+        if name == "train":
+            sub.add_argument("--task", choices=tuple(_TASKS), default="digits", help="default: digits")
         if name == "report":
             sub.add_argument("--from", dest="source", type=_folder, metavar="DIR", help="results (default: as --out)")
             goal = sub.add_mutually_exclusive_group()
@@ -143,7 +150,9 @@ def _config(arguments: argparse.Namespace) -> Config:
     if "threads" in given:
         torch.set_num_threads(arguments.threads)
     effort = given.get("effort", QUICK)
-    words = ["python -m bench", arguments.command or "", f"--{effort.name}", f"--device {device}"]
+    words = ["python -m bench", arguments.command or ""]
+    words += [f"--task {arguments.task}"] if given.get("task", "digits") != "digits" else []
+    words += [f"--{effort.name}", f"--device {device}"]
     words += [f"--engines {arguments.engines}"] if "engines" in given else []
     words += [f"--threads {arguments.threads}"] if "threads" in given else []
     return Config(
@@ -206,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command is None:
             return _everything(config)
-        return 1 if _MEASURES[arguments.command](config) is False else 0
+        measure = _TASKS[arguments.task] if arguments.command == "train" else arguments.command
+        return 1 if _MEASURES[measure](config) is False else 0
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was measured is in {shown(config.out)}", file=sys.stderr)
         return 130

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +12,14 @@ from torch import Tensor, nn
 
 import rvsm_kernels as rk
 
+from .training import Method, Run, Stopwatch
+
 SPLIT_SEED = 0
 TEST_SHARE = 0.25
 VALIDATION_SHARE = 0.2
 BATCH = 64
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-
-Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -94,28 +92,6 @@ def accuracy(model: nn.Module, data: Images) -> float:
     return right
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to train: a name and, unless it is dense, what :func:`rvsm_kernels.param_groups` is told."""
-
-    name: str
-    label: str
-    lr: float
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def dense(self) -> bool:
-        return not self.options
-
-    @property
-    def setting(self) -> str:
-        """The setting in words, without what the label says."""
-        told = ("penalty", "structure", "a")
-        options = {key: value for key, value in self.options.items() if key not in told}
-        words = [f"{key} {value if isinstance(value, bool) else f'{value:.3g}'}" for key, value in options.items()]
-        return ", ".join([f"lr {self.lr:g}", *words])
-
-
 def optimizer_for(method: Method, model: nn.Module, engine: str) -> torch.optim.Optimizer:
     """The optimizer of a run; dense SGD's two "engines" are torch's own two ways to step."""
     base: dict[str, Any] = {"lr": method.lr, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "nesterov": True}
@@ -154,24 +130,14 @@ def train(method: Method, engine: str, seed: int, data: tuple[Images, Images], e
     optimizer = optimizer_for(method, model, engine)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     loss_of = nn.CrossEntropyLoss()
-    steps: list[float] = []
+    watch = Stopwatch()
     curve = []
     for epoch in range(1, epochs + 1):
         for x, y in images.batches(BATCH, order):
             optimizer.zero_grad()
             loss_of(model(x), y).backward()
-            start = time.perf_counter()
-            optimizer.step()
-            steps.append(time.perf_counter() - start)
+            watch.step(optimizer)
         scheduler.step()
         if epoch % every == 0 or epoch == epochs:
             curve.append({"epoch": epoch, **measure(model, optimizer, held_out)})
-    return {
-        "method": method.name,
-        "engine": engine,
-        "seed": seed,
-        "steps": len(steps),
-        "step_s": sum(steps),
-        "step_median_s": statistics.median(steps),
-        "curve": curve,
-    }
+    return {"method": method.name, "engine": engine, "seed": seed, **watch.times(), "curve": curve}

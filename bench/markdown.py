@@ -40,10 +40,13 @@ def stamp(result: Result) -> str:
 
 
 def spread(
-    values: Sequence[float], places: int = 1, middle: Callable[[Sequence[float]], float] = statistics.fmean
+    values: Sequence[float],
+    places: int = 1,
+    middle: Callable[[Sequence[float]], float] = statistics.fmean,
+    scale: float = 100,
 ) -> str:
-    """Mean (or another middle) and, in brackets, the least and the greatest, in percent."""
-    low, mid, high = (f"{100 * v:.{places}f}" for v in (min(values), middle(values), max(values)))
+    """Mean (or another middle) and, in brackets, the least and the greatest; in percent unless told otherwise."""
+    low, mid, high = (f"{scale * v:.{places}f}" for v in (min(values), middle(values), max(values)))
     return mid if low == high else f"{mid} ({low}–{high})"
 
 

@@ -12,11 +12,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import train
+from . import digits_task, text_task
 from .baselines import LABELS
 from .markdown import count, device_name, group_label
 from .results import Result, Row, digest
-from .tables import overview_rows
+from .tables import base_of, overview_rows
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = {
@@ -25,6 +25,8 @@ COLOURS = {
     "reference": "#7F7F7F",
     "compiled": "#56B4E9",
     "fused_sgd": "#0072B2",
+    "fused_adamw": "#117733",
+    "cpu_adam": "#F0E442",
     "channel_loop": "#000000",
     "pat": "#CC79A7",
 }
@@ -81,7 +83,8 @@ def _tick_label(row: Row) -> str:
     vector = row["tensors"] == 1 and "x" not in row["shape"]
     shape = f"{count(row['elements'])} weights" if vector else row["shape"]
     groups = group_label(row["group_dim"]).partition(" (")[0]
-    return f"{shape.replace('x', ' × ')}\n{row['penalty']}, {groups}"
+    base = {"sgd": "", "adamw": ", AdamW"}.get(base_of(row), f", {base_of(row)}")
+    return f"{shape.replace('x', ' × ')}{base}\n{row['penalty']}, {groups}"
 
 
 def speed_up_bars(result: Result, path: Path) -> bool:
@@ -131,7 +134,7 @@ def speed_up_bars(result: Result, path: Path) -> bool:
         frameon=False,
     )
     for label in legend.get_texts():
-        if label.get_text() == LABELS["fused_sgd"]:
+        if label.get_text() in (LABELS["fused_sgd"], LABELS["fused_adamw"], LABELS["cpu_adam"]):
             label.set_text(f"{label.get_text()}, dense")
     _finish(figure, axes, result, path)
     return True
@@ -145,7 +148,7 @@ def share_over_size(result: Result, path: Path) -> bool:
         if "skipped" not in row
         and row["tensors"] == 1
         and row.get("method", "rvsm") == "rvsm"
-        and (row["penalty"], row["group_dim"], row["dtype"]) == ("l0", None, "float32")
+        and (row["penalty"], row["group_dim"], row["dtype"], base_of(row)) == ("l0", None, "float32", "sgd")
     ]
     rows.sort(key=lambda row: row["elements"])
     if len(rows) < 2:
@@ -176,6 +179,7 @@ def share_over_size(result: Result, path: Path) -> bool:
 PLOTS: dict[str, Callable[[Result, Path], bool]] = {
     "speedup": speed_up_bars,
     "bandwidth": share_over_size,
-    "train": train.plot,
+    "train": digits_task.plot,
+    "text": text_task.plot,
 }
 """Plot to the function that draws it from a result into a file and returns whether there was anything to draw."""

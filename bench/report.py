@@ -25,6 +25,7 @@ _SOURCES: dict[str, tuple[str, Callable[[Result], str]]] = {
 _SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "overview": ("Overview", ("speedup",)),
     "train": ("The main job: handwritten digits", ("train",)),
+    "text": ("A language model: a transformer over bytes (`--task text`)", ("text",)),
     "throughput": ("Speed", ("bandwidth",)),
     "floors": ("The floors that the project holds itself to (`python -m bench floors`)", ()),
     "host": ("Host time", ()),
@@ -32,8 +33,12 @@ _SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Block name to (title, plots under its table): the sections of report.md."""
 
-_PLOTS = {"speedup": "throughput", "bandwidth": "throughput", "train": "train"}
+_PLOTS = {"speedup": "throughput", "bandwidth": "throughput", "train": "train", "text": "text"}
 """Plot to the result file that it is drawn from."""
+
+
+_COMMANDS = {"text": "train --task text"}
+"""Result file to the command that makes it, where the two names differ."""
 
 
 def _result(folder: Path, kind: str, use: Callable[[Result], Any]) -> Any:
@@ -50,7 +55,9 @@ def _result(folder: Path, kind: str, use: Callable[[Result], Any]) -> Any:
         return use(result)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{shown(path)} is no result of python -m bench {kind} ({what})") from error
+        raise ValueError(
+            f"{shown(path)} is no result of python -m bench {_COMMANDS.get(kind, kind)} ({what})"
+        ) from error
 
 
 def render(folder: Path, name: str) -> str:

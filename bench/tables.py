@@ -4,34 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import train
+from . import digits_task, text_task
 from .baselines import LABELS
+from .cases import BASES
 from .floors import number
 from .markdown import NOT_MEASURED, count, duration, group_label, microseconds, stamp, table
 from .results import Result, Row
+from .throughput import BASELINES
 
-_OVERVIEW = (
-    ("25M", "l0", None),
-    ("25M", "l1", None),
-    ("25M", "tl1", None),
-    ("5000x5000", "l0", 1),
-    ("ResNet-20", "l0", None),
-    ("ResNet-18", "l0", None),
-    ("ResNet-18", "l0", 1),
-    ("ResNet-50", "l0", None),
-    ("GPT-2 small", "l0", None),
+_Chosen = tuple[str, str, int | None, str]
+"""(shape, penalty, group_dim, base) of a case."""
+
+_OVERVIEW: tuple[_Chosen, ...] = (
+    ("25M", "l0", None, "sgd"),
+    ("25M", "l1", None, "sgd"),
+    ("25M", "tl1", None, "sgd"),
+    ("5000x5000", "l0", 1, "sgd"),
+    ("ResNet-20", "l0", None, "sgd"),
+    ("ResNet-18", "l0", None, "sgd"),
+    ("ResNet-18", "l0", 1, "sgd"),
+    ("ResNet-50", "l0", None, "sgd"),
+    ("GPT-2 small", "l0", None, "sgd"),
+    ("GPT-2 small", "l0", None, "adamw"),
 )
-"""(shape, penalty, group_dim) of the cases that the overview and the picture show, where they were measured."""
+"""The cases that the overview and the picture show, where they were measured."""
 
-_HEADLINES = (
-    ("ResNet-18", "l0", None),
-    ("ResNet-18", "l0", 1),
-    ("5000x5000", "l0", 1),
-    ("GPT-2 small", "l0", None),
+_HEADLINES: tuple[_Chosen, ...] = (
+    ("ResNet-18", "l0", None, "sgd"),
+    ("ResNet-18", "l0", 1, "sgd"),
+    ("5000x5000", "l0", 1, "sgd"),
+    ("GPT-2 small", "l0", None, "sgd"),
+    ("GPT-2 small", "l0", None, "adamw"),
 )
-"""The four of them on the front page: elements and channels, small and large, and the one that costs the most."""
+"""Those on the front page: elements and channels, small and large, the case that costs the most, and AdamW."""
 
-_BASELINES = ("reference", "compiled", "fused_sgd", "channel_loop", "pat")
+_OPTIMIZERS = {
+    "sgd": "`RVSM`",
+    "adamw": "`RVSMAdamW`",
+    "wrapper": "`RVSMWrapper` around `torch.optim.AdamW(fused=True)`",
+    "pull": "the pull of `RVSMWrapper` alone",
+}
+
+_FUSED = {"sgd": "fused_sgd", "adamw": "fused_adamw"}
+"""The dense step of a base."""
+
+
+def base_of(row: Row) -> str:
+    """The base of a row's case; results of 0.1.0 have SGD alone and do not say so."""
+    return row.get("base", "sgd")
 
 
 def speed_up(row: Row, engine: str, baseline: str) -> str:
@@ -44,10 +64,10 @@ def _measured(result: Result) -> list[Row]:
     return [row for row in result["rows"] if "skipped" not in row]
 
 
-def _chosen(result: Result, cases: Iterable[tuple[str, str, int | None]]) -> list[Row]:
+def _chosen(result: Result, cases: Iterable[_Chosen]) -> list[Row]:
     """The rows of some cases in float32, in their order; what was not measured is left out."""
     by_case = {
-        (row["shape"], row["penalty"], row["group_dim"]): row
+        (row["shape"], row["penalty"], row["group_dim"], base_of(row)): row
         for row in _measured(result)
         if row["dtype"] == "float32" and row.get("method", "rvsm") == "rvsm" and not isinstance(row["group_dim"], list)
     }
@@ -64,16 +84,17 @@ def _summary(result: Result, rows: Iterable[Row]) -> str:
     engine = result["engines"][0]
     cells = []
     for row in rows:
-        over_sgd = row["time_over"][engine].get("fused_sgd")
+        over_fused = row["time_over"][engine].get(_FUSED.get(base_of(row), ""))
         tensors = f"{row['tensors']} tensor{'s' if row['tensors'] > 1 else ''}"
         cells.append(
             [
                 f"{row['shape']} ({tensors}, {count(row['elements'])})",
+                _OPTIMIZERS[base_of(row)],
                 row["penalty"],
                 group_label(row["group_dim"]),
                 duration(row["contenders"][engine]["median_s"]),
                 speed_up(row, engine, "reference"),
-                "–" if over_sgd is None else f"{over_sgd['median']:.2f}",
+                "–" if over_fused is None else f"{over_fused['median']:.2f}",
                 f"{row['contenders'][engine]['share_of_copy']:.0%}",
             ]
         )
@@ -81,18 +102,19 @@ def _summary(result: Result, rows: Iterable[Row]) -> str:
         return NOT_MEASURED
     header = [
         "parameters",
+        "optimizer",
         "penalty",
         "over",
         "step",
         "speed-up over PyTorch",
-        "time over `SGD(fused=True)`",
+        "time over torch's fused step",
         "share of copy bandwidth",
     ]
     return table(header, cells) + "\n\n" + stamp(result)
 
 
 def headline(result: Result) -> str:
-    """The four rows of the front page."""
+    """The rows of the front page."""
     return _summary(result, _chosen(result, _HEADLINES))
 
 
@@ -114,27 +136,35 @@ def _missing(result: Result) -> list[str]:
 
 
 def throughput(result: Result) -> str:
-    """Every case: time, bandwidth, speed-up over every baseline."""
+    """Every case: time, bandwidth, speed-up over every baseline. A table for each optimizer, with its baselines."""
     parts = []
     for engine in result["engines"]:
-        baselines = [name for name in _BASELINES if name != engine]
-        rows = [
-            [
-                row["case"],
-                duration(row["contenders"][engine]["median_s"]),
-                f"{row['contenders'][engine]['gb_per_s']:.3g}",
-                f"{row['contenders'][engine]['share_of_copy']:.0%}",
-                *(speed_up(row, engine, name) for name in baselines),
-            ]
-            for row in _measured(result)
-        ]
-        header = ["case", "step", "GB/s", "share of copy", *(f"over {LABELS[name]}" for name in baselines)]
-        title = f"{LABELS[engine]}; the columns to the right are speed-ups, time of the baseline over its own:"
-        parts.append(f"{title}\n\n{table(header, rows)}")
+        for base in BASES:
+            measured = [row for row in _measured(result) if base_of(row) == base]
+            if measured:
+                title = f"{LABELS[engine]}, {_OPTIMIZERS[base]}; the columns to the right are speed-ups, time of the"
+                parts.append(f"{title} baseline over its own:\n\n{_speed(measured, engine, base)}")
     missing = _missing(result)
     if missing:
         parts.append("Not measured:\n\n" + "\n".join(missing))
     return "\n\n".join([*parts, stamp(result)])
+
+
+def _speed(measured: list[Row], engine: str, base: str) -> str:
+    """The table of an engine and a base; a baseline that was measured in no case has no column."""
+    found = {name for row in measured for name in row["time_over"][engine]}
+    baselines = [name for name in BASELINES[base] if name in found]
+    rows = [
+        [
+            row["case"],
+            duration(row["contenders"][engine]["median_s"]),
+            f"{row['contenders'][engine]['gb_per_s']:.3g}",
+            f"{row['contenders'][engine]['share_of_copy']:.0%}",
+            *(speed_up(row, engine, name) for name in baselines),
+        ]
+        for row in measured
+    ]
+    return table(["case", "step", "GB/s", "share of copy", *(f"over {LABELS[name]}" for name in baselines)], rows)
 
 
 def host(result: Result) -> str:
@@ -187,5 +217,12 @@ def floors(result: Result) -> str:
     return table(["where and what", "floor", "measured", ""], rows) + note + "\n\n" + stamp(result)
 
 
-KINDS = {"throughput": throughput, "host": host, "memory": memory, "floors": floors, "train": train.table}
+KINDS = {
+    "throughput": throughput,
+    "host": host,
+    "memory": memory,
+    "floors": floors,
+    "train": digits_task.table,
+    "text": text_task.table,
+}
 """The function of every result file; also blocks of a README, beside ``headline`` and ``overview``."""

@@ -12,13 +12,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import rvsm_kernels as rk
 
-from . import baselines, cases, cli, gpu_check, markdown, report, results, timing, train
+from . import baselines, cases, cli, gpu_check, markdown, report, results, tables, throughput, timing, train, training
 from .baselines import CONTENDERS, Unavailable, without_paths
 from .cases import Case
 from .config import RESULTS, ROOT, SMOKE, Config, MissingPackage, available_engines
@@ -66,7 +68,7 @@ SAME_STEP = [
     *((name, case) for name in ENGINES for case in (Case("ResNet-20"), Case("ResNet-20", "l0", 1), Case("1K", "tl1"))),
     *(("channel_loop", Case("30x40x3x3", penalty, dim)) for penalty in ("l0", "l1", "tl1") for dim in (0, 1)),
     ("compiled", Case("1K", "tl1")),
-    *((name, Case("ResNet-20", base="adamw")) for name in ENGINES),
+    *((name, Case("ResNet-20", base=base)) for name in ENGINES for base in ("adamw", "wrapper", "pull")),
 ]
 
 
@@ -95,18 +97,89 @@ def test_contenders_do_the_step_of_the_reference(name: str, case: Case, monkeypa
         found = after(name)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    for p, q, start in zip(found, after("reference"), before, strict=True):
-        assert not torch.equal(p, start)
+    for p, q, start, spec in zip(found, after("reference"), before, case.specs, strict=True):
+        assert torch.equal(p, start) == (case.base == "pull" and not spec.penalised)
         # Float32 sums in another order; a wrong pull would show at 1e-4.
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
 def test_baselines_belong_to_a_base() -> None:
     """Nothing is measured against the step of another base."""
-    for base, other in (("sgd", "fused_adamw"), ("adamw", "fused_sgd"), ("adamw", "foreach_sgd"), ("adamw", "pat")):
+    for base, other in (
+        ("sgd", "fused_adamw"),
+        ("sgd", "cpu_adam"),
+        ("sgd", "scaled"),
+        ("adamw", "fused_sgd"),
+        ("adamw", "foreach_sgd"),
+        ("adamw", "compiled"),
+        ("wrapper", "pat"),
+        ("pull", "fused_adamw"),
+    ):
         with pytest.raises(Unavailable, match=f"case of {base}"):
             CONTENDERS[other](build(Case("1K", base=base), "cpu"))
-    assert Case("1K", base="adamw").counted_bytes == 28_000 and Case("1K").counted_bytes == 20_000
+
+
+def test_every_base_is_measured_against_baselines_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a table has a column for can be measured where its package is installed."""
+    assert (
+        throughput.BASELINES.keys() == cases.BASES.keys() == baselines._OPTIMIZERS.keys() == tables._OPTIMIZERS.keys()
+    )
+    monkeypatch.setattr(baselines, "_import_pat", lambda: lambda base, reg_lambda: base)
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", SimpleNamespace(DeepSpeedCPUAdam=_CPUAdam))
+    for base, names in throughput.BASELINES.items():
+        for name in names:
+            # PAT knows the lasso alone, the loop channels alone.
+            case = Case("30x40", "l1" if name == "pat" else "l0", 0 if name == "channel_loop" else None, base=base)
+            if name != "compiled":
+                baselines.start(name, build(case, "cpu"))
+
+
+class _CPUAdam(torch.optim.AdamW):
+    """DeepSpeed's signature, with torch's step."""
+
+    def __init__(
+        self, model_params: Any, lr: float = 1e-3, weight_decay: float = 0, adamw_mode: bool = False, **options: Any
+    ) -> None:
+        assert adamw_mode
+        super().__init__(model_params, lr=lr, weight_decay=weight_decay, **options)
+
+
+def test_a_baseline_that_is_not_installed_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", None)
+    monkeypatch.setitem(sys.modules, "torchao.prototype.pat.optim", None)
+    row = throughput.measure(Case("30x40", "l1", base="adamw"), _config(Path("unused")))
+    assert "deepspeed could not be imported" in row["not_measured"]["cpu_adam"]
+    assert "torchao.prototype.pat could not be imported" in row["not_measured"]["pat"]
+    assert {"native", "reference", "fused_adamw"} == row["contenders"].keys() and row["base"] == "adamw"
+
+
+def test_pat_is_around_the_fused_step_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its price is that of its proximal map, not of a slower base."""
+    seen: list[torch.optim.Optimizer] = []
+    monkeypatch.setattr(baselines, "_import_pat", lambda: lambda base, reg_lambda: seen.append(base) or base)
+    for base in ("sgd", "adamw"):
+        baselines.pat(build(Case("30x40", "l1", 0, base=base), "cpu"))
+    assert [type(base) for base in seen] == [torch.optim.SGD, torch.optim.AdamW]
+    assert all(base.defaults["fused"] and base.param_groups[0]["group_type"] == "Dim0Grouper" for base in seen)
+
+
+def test_counted_bytes() -> None:
+    """Float32: SGD with momentum 20 bytes a parameter, AdamW 28; a pull 8 for a penalised parameter."""
+    expected = {"sgd": 20_000, "adamw": 28_000, "wrapper": 36_000, "pull": 8_000}
+    assert {base: Case("1K", base=base).counted_bytes for base in cases.BASES} == expected
+    assert Case("1K", method="admm").counted_bytes == 28_000
+    model = Case("ResNet-20", base="pull")
+    assert model.counted_bytes == 8 * sum(spec.numel for spec in model.specs if spec.penalised) < 8 * model.elements
+
+
+def test_the_pull_alone_and_its_baseline_touch_the_penalised_weights() -> None:
+    case = Case("ResNet-20", base="pull")
+    for name in ("scaled", "reference"):
+        problem, before = build(case, "cpu"), build(case, "cpu").weights
+        problem.reuse = True
+        CONTENDERS[name](problem)()
+        changed = [not torch.equal(w, old) for w, old in zip(problem.weights, before, strict=True)]
+        assert changed == [spec.penalised for spec in case.specs], name
 
 
 def test_turns_meet_in_every_round_of_the_slower() -> None:
@@ -249,7 +322,7 @@ def test_the_front_page_is_short() -> None:
     code = [number for number, line in enumerate(lines, 1) if line.startswith("```")]
     assert code[0] < 25
     table_rows = [line for line in lines if line.startswith("| ") and not line.startswith(("| ---", "| parameters"))]
-    assert len(table_rows) == 4
+    assert 4 <= len(table_rows) <= len(tables._HEADLINES)
     pictures = [line for line in lines if line.startswith("![")]
     assert len(pictures) == 1 and "(bench/results/speedup.png)" in pictures[0]
 
@@ -312,8 +385,9 @@ def _throughput_row(case: Case, seconds: float) -> results.Row:
         "penalty": case.penalty,
         "group_dim": case.group_dim,
         "method": case.method,
+        "base": case.base,
         "dtype": case.dtype,
-        "contenders": {"native": contender},
+        "contenders": {"native": contender, "reference": {**contender, "over_reference": 1.0}},
         "time_over": {"native": {"reference": {"median": 0.1}}},
         "not_measured": {},
     }
@@ -326,6 +400,33 @@ def test_the_front_page_shows_the_plain_method(tmp_path: Path) -> None:
     for block in ("headline", "overview"):
         text = report.render(tmp_path, block)
         assert "| 1 ms |" in text and "| 2 ms |" not in text
+
+
+def test_the_tables_keep_the_bases_apart(tmp_path: Path) -> None:
+    """A case over AdamW stands beside the same case over SGD, against its own dense step and in its own table."""
+    rows = [_throughput_row(Case("GPT-2 small", base=base), 1e-3 * i) for i, base in enumerate(cases.BASES, 1)]
+    for row, dense, over in zip(
+        rows, ("fused_sgd", "fused_adamw", "fused_adamw", "scaled"), (0.5, 0.6, 0.7, 0.8), strict=True
+    ):
+        row["time_over"]["native"][dense] = {"median": over}
+    del rows[0]["base"]  # as in a result of 0.1.0
+    results.write_json(tmp_path / "throughput.json", _result(rows))
+    headline = report.render(tmp_path, "headline").splitlines()[2:4]
+    assert "| `RVSM` | l0 | elements | 1 ms | 10× | 0.50 |" in headline[0]
+    assert "| `RVSMAdamW` | l0 | elements | 2 ms | 10× | 0.60 |" in headline[1]
+    whole = report.render(tmp_path, "throughput")
+    headers = [line for line in whole.splitlines() if line.startswith("| case")]
+    dense = ["SGD(fused=True)", "AdamW(fused=True)", "AdamW(fused=True)", "`w.mul_(c)`"]
+    assert len(headers) == 4 and all(words in header for words, header in zip(dense, headers, strict=True))
+    assert whole.count("\n| GPT-2 small") == 4, "a case stands in one table"
+    assert "DeepSpeed" not in whole, "a baseline that was measured nowhere has a column"
+    plots = pytest.importorskip("bench.plots")
+    assert [plots._tick_label(row) for row in rows[:2]] == [
+        "GPT-2 small\nl0, elements",
+        "GPT-2 small, AdamW\nl0, elements",
+    ]
+    single = [_throughput_row(Case(shape, base=base), 1e-3) for shape in ("1M", "10M") for base in ("adamw", "pull")]
+    assert not plots.share_over_size(_result(single), tmp_path / "bandwidth.png"), "the picture is about SGD"
 
 
 def test_a_report_needs_no_matplotlib(
@@ -344,30 +445,42 @@ def test_a_report_needs_no_matplotlib(
 # ---- the order of a run, and how it ends -----------------------------------------------------------------------------
 
 
-def test_a_quick_run_trains_each_method_once() -> None:
+@pytest.mark.parametrize("task", train.TASKS.values(), ids=train.TASKS)
+def test_a_quick_run_trains_each_method_once(task: training.Task) -> None:
     both = ("reference", "native")
-    assert [(seed, engine) for seed, _, engine in train.runs("quick", both)] == [(0, "native")] * len(train.METHODS)
-    assert len(train.runs("full", both)) == 6 * len(train.METHODS)
-    assert {engine for _, _, engine in train.runs("smoke", both)} == set(both)
-    assert cli._EVERYTHING[0] == "train"
+    quick = training.runs(task, "quick", both)
+    assert [(seed, engine) for seed, _, engine in quick] == [(0, "native")] * len(task.methods)
+    assert len(training.runs(task, "full", both)) == 6 * len(task.methods)
+    assert {engine for _, _, engine in training.runs(task, "smoke", both)} == set(both)
+    assert task.methods[0].dense and not any(method.dense for method in task.methods[1:])
 
 
-def test_the_recorded_command_makes_the_committed_training() -> None:
+def test_the_tasks_come_first() -> None:
+    assert cli._EVERYTHING[:2] == ("train", "text")
+    assert {name: task.kind for name, task in train.TASKS.items()} == cli._TASKS
+    assert {"train", "text"} <= cli._MEASURES.keys() & report._SOURCES.keys() & report._PLOTS.keys()
+
+
+@pytest.mark.parametrize("task", train.TASKS.values(), ids=train.TASKS)
+def test_the_recorded_command_makes_the_committed_training(task: training.Task) -> None:
     """The command beside the table asks today for the trainings that the table has."""
-    result = json.loads((RESULTS / "train.json").read_text(encoding="utf-8"))
+    result = json.loads((RESULTS / f"{task.kind}.json").read_text(encoding="utf-8"))
     arguments = cli._parser().parse_args(result["command"].split()[3:])
-    assert arguments.command == "train"
-    asked = [(seed, method.name, engine) for seed, method, engine in train.runs(arguments.effort.name, train.ENGINES)]
+    assert arguments.command == "train" and train.TASKS[arguments.task] is task
+    runs = training.runs(task, arguments.effort.name, training.ENGINES)
+    asked = [(seed, method.name, engine) for seed, method, engine in runs]
     assert sorted(asked) == sorted((row["seed"], row["method"], row["engine"]) for row in result["rows"])
 
 
-def test_the_table_of_one_seed_says_so() -> None:
-    result = json.loads((RESULTS / "train.json").read_text(encoding="utf-8"))
-    whole = train.table(result)
+@pytest.mark.parametrize("task", train.TASKS.values(), ids=train.TASKS)
+def test_the_table_of_one_seed_says_so(task: training.Task) -> None:
+    result = json.loads((RESULTS / f"{task.kind}.json").read_text(encoding="utf-8"))
+    whole = task.table(result)
     assert "3 seeds: mean" in whole and "over all engines and seeds" in whole and "One seed" not in whole
     result["rows"] = [row for row in result["rows"] if row["seed"] == 0 and row["engine"] == "native"]
-    short = train.table(result)
+    short = task.table(result)
     assert "\n1 seed. " in short and "*One seed: " in short and "over all engines" not in short
+    assert f"train{' --task text' if task.kind == 'text' else ''} --full`" in short
 
 
 def _floor_row(measure: str, passed: bool | None) -> results.Row:

@@ -17,7 +17,14 @@ from .problems import build
 from .results import Results, Row
 from .timing import Quartiles, Step, Timings, clock_for, interleave
 
-BASELINES = ("reference", "compiled", "fused_sgd", "channel_loop", "pat")
+BASELINES: dict[str, tuple[str, ...]] = {
+    "sgd": ("reference", "compiled", "fused_sgd", "channel_loop", "pat"),
+    "adamw": ("reference", "fused_adamw", "cpu_adam", "pat"),
+    "wrapper": ("reference", "fused_adamw"),
+    "pull": ("reference", "scaled"),
+}
+"""The base of a case to what it is measured against."""
+
 COPY = "copy"
 """The contender that moves bytes and does nothing else."""
 
@@ -52,10 +59,10 @@ def release(device: str) -> None:
 
 
 def too_large(case: Case, contenders: int, device: str) -> str | None:
-    """Why a case does not fit, or None: every contender keeps weights and momentum, the reference's temporaries
-    are about eight more."""
+    """Why a case does not fit, or None: every contender keeps weights and states, the reference's temporaries are about
+    eight more."""
     free = available_bytes(device)
-    needed = (2 + 2 * contenders + 8) * case.elements * case.itemsize
+    needed = (2 + (1 + cases.BASES[case.base].states) * contenders + 8) * case.elements * case.itemsize
     if free is None or needed < 0.9 * free:
         return None
     return f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
@@ -98,6 +105,7 @@ def _describe(case: Case) -> Row:
         "penalty": case.penalty,
         "group_dim": case.group_dim,
         "method": case.method,
+        "base": case.base,
         "dtype": case.dtype,
         "counted_bytes": case.counted_bytes,
     }
@@ -132,7 +140,7 @@ def _evaluate(case: Case, config: Config, timings: Timings, copied_bytes: int) -
 
 def measure(case: Case, config: Config) -> Row:
     """One row: every contender of a case, in turns."""
-    names = [*config.engines, *(name for name in BASELINES if name not in config.engines)]
+    names = [*config.engines, *(name for name in BASELINES[case.base] if name not in config.engines)]
     reason = too_large(case, len(names), config.device)
     if reason is not None:
         return {**_describe(case), "skipped": reason}
