@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 GroupDim = int | tuple[int, ...] | None
 
@@ -109,6 +109,7 @@ SINGLE = {
     "10K": 10_000,
     "100K": 100_000,
     "1M": 1_000_000,
+    "5M": 5_000_000,
     "10M": 10_000_000,
     "25M": 25_000_000,
     "100M": 100_000_000,
@@ -169,6 +170,14 @@ BASES = {
 """RVSM; RVSMAdamW; RVSMWrapper around torch's fused AdamW; RVSMWrapper around an optimizer that does nothing."""
 
 
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "master weights": {"master_weights": True},
+    "stochastic rounding": {"rounding": "stochastic"},
+}
+"""What a step over half types does beside rounding to nearest, as options of its groups."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One thing to measure."""
@@ -179,6 +188,7 @@ class Case:
     dtype: str = "float32"
     method: str = "rvsm"
     base: str = "sgd"
+    precision: str = ""
 
     @property
     def name(self) -> str:
@@ -186,7 +196,8 @@ class Case:
         dtype = "" if self.dtype == "float32" else f", {self.dtype}"
         method = "" if self.method == "rvsm" else f", {self.method}"
         base = "" if self.base == "sgd" else f", {BASES[self.base].label}"
-        return f"{self.shape} {self.penalty}{group}{dtype}{method}{base}"
+        precision = f", {self.precision}" if self.precision else ""
+        return f"{self.shape} {self.penalty}{group}{dtype}{method}{base}{precision}"
 
     @property
     def specs(self) -> Specs:
@@ -205,6 +216,10 @@ class Case:
         """What a step must move, those of the base and the state of the method, which is read and written."""
         base, penalised = BASES[self.base], sum(spec.numel for spec in self.specs if spec.penalised)
         kept = 0 if self.method == "rvsm" else 2
+        if self.precision == "master weights":  # states in float32, and the rest of the weights read and written
+            rest = 2 * (4 - self.itemsize if self.dtype == "bfloat16" else 4)
+            states = 4 * (2 * base.states * self.elements + kept * penalised)
+            return states + (3 * self.itemsize + rest) * self.elements
         return self.itemsize * (base.moved * self.elements + (base.pulled + kept) * penalised)
 
     @property
@@ -233,10 +248,12 @@ SMOKE_CASES = (
     Case("300x300", "l1", 0, base="adamw"),
     Case("1M", base="wrapper"),
     Case("1M", base="pull"),
+    Case("1M", dtype="bfloat16", precision="master weights"),
+    Case("1M", dtype="bfloat16", base="adamw", precision="stochastic rounding"),
 )
 
 QUICK_CASES = (
-    *(Case(shape) for shape in SINGLE if shape != "100M"),
+    *(Case(shape) for shape in SINGLE if shape not in ("5M", "100M")),
     Case("25M", "l1"),
     Case("25M", "tl1"),
     Case("25M", method="admm"),
@@ -265,10 +282,11 @@ QUICK_CASES = (
     Case("GPT-2 small", base="wrapper"),
     Case("25M", base="pull"),
     Case("GPT-2 small", base="pull"),
+    *(Case("25M", dtype="bfloat16", base=base, precision=p) for base in ("sgd", "adamw") for p in PRECISIONS),
 )
 
 FULL_CASES = (
-    *(Case(shape, penalty) for shape in SINGLE for penalty in _PENALTIES),
+    *(Case(shape, penalty) for shape in SINGLE if shape != "5M" for penalty in _PENALTIES),
     *(Case("10M", penalty, dtype=dtype) for dtype in ("bfloat16", "float64") for penalty in _PENALTIES),
     *(Case(shape, penalty, dim) for shape in (MATRIX, CONV) for penalty in _PENALTIES for dim in (0, 1)),
     *(Case("25M", method=method) for method in ("rvsm-delayed", "admm")),
@@ -281,6 +299,12 @@ FULL_CASES = (
     Case("1000 of 1", base="adamw"),
     *(Case(shape, base=base) for base in ("wrapper", "pull") for shape in ("25M", "ResNet-20", "GPT-2 small")),
     *(Case(MATRIX, "l0", dim, base=base) for base in ("wrapper", "pull") for dim in (0, 1)),
+    *(
+        Case("25M", dtype=dtype, base=base, precision=precision)
+        for dtype in ("bfloat16", "float16")
+        for base in ("sgd", "adamw")
+        for precision in PRECISIONS
+    ),
 )
 
 HOST_COUNTS = (1, 10, 62, 65, 161, 1000)
@@ -289,8 +313,11 @@ HOST_COUNTS = (1, 10, 62, 65, 161, 1000)
 MEMORY_CASES = (Case(MATRIX), Case(MATRIX, "l0", 1), Case("ResNet-18", "l0", 1))
 
 _SMALL = {
+    "5M": "100K",
     "25M": "1M",
     "100M": "1M",
+    "21000 of 16": "2100 of 16",
+    "5250 of 16": "525 of 16",
     MATRIX: "600x600",
     "10000x10000": "600x600",
     CONV: "64x64x3x3",

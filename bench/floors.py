@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from . import crowd
 from .baselines import Unavailable, start
 from .cases import CONV, MATRIX, Case, small
 from .config import Config
@@ -181,6 +182,17 @@ def memory(case: Case) -> Measure:
     return run
 
 
+def crowded(case: Case, other: str) -> Measure:
+    """Time of the engine over a baseline's in each of several processes at the same time; see :mod:`bench.crowd`."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        found = crowd.measure(_sized(case, smoke), (config.engines[0], other), config.effort, more)
+        note = f"{crowd.PROCESSES} processes of {crowd.THREADS} threads, {found.seconds * 1e3:.3g} ms per step"
+        return Measured(found.ratio, note=note)
+
+    return run
+
+
 _OVER_SGD = "time over torch.optim.SGD(fused=True)"
 _OVER_ADAMW = "AdamW, l0: time over torch.optim.AdamW(fused=True)"
 
@@ -206,6 +218,19 @@ def _cpu() -> list[Floor]:
         at_most(big, _OVER_ADAMW, 1.0, over(large, "fused_adamw")),
         at_most("CPU, ResNet-20-shaped (65 tensors)", _OVER_ADAMW, 0.5, over(resnet_20, "fused_adamw")),
         at_most("CPU, 1,000 one-element parameters", "AdamW: step()", 130.0, host_us(tiny), "us"),
+    ]
+    pull = Case("25M", base="pull")
+    half, stochastic = (Case("25M", dtype="bfloat16", precision=p) for p in ("", "stochastic rounding"))
+    master = Case("25M", dtype="bfloat16", precision="master weights")
+    many, fewer = Case("21000 of 16"), Case("5250 of 16")
+    floors += [
+        at_most(big, "the wrapper's pull: time over w.mul_(c)", 1.2, over(pull, "scaled")),
+        at_most(big, "bfloat16 with master weights: time over float32", 1.1, over(master, Case("25M"))),
+        at_most(big, "bfloat16, stochastic rounding: time over nearest", 1.5, over(stochastic, half)),
+        at_most("CPU, 21,000 tensors", "time over 5,250 tensors (linear: 4)", 5.0, over(many, fewer)),
+        at_most(
+            "CPU, 4 processes of 2 threads, 5 M elements each", _OVER_ADAMW, 1.0, crowded(Case("5M", base="adamw"), "fused_adamw")
+        ),
     ]
     return floors
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cases import Case
+from .cases import PRECISIONS, Case
 
 LR, MOMENTUM, WEIGHT_DECAY, BETA, A = 1e-3, 0.9, 5e-4, 8e-2, 1.0
 SGD_OPTIONS: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
@@ -69,8 +69,9 @@ class Problem:
     def groups(self, params: list[nn.Parameter]) -> list[dict[str, Any]]:
         """Param groups as ``rvsm_kernels.param_groups`` makes them."""
         penalised, dense = self.divided(params)
-        groups: list[dict[str, Any]] = [{"params": penalised, **self.penalty_options}]
-        return groups + ([{"params": dense, "penalty": None}] if dense else [])
+        precision = PRECISIONS[self.case.precision]
+        groups: list[dict[str, Any]] = [{"params": penalised, **self.penalty_options, **precision}]
+        return groups + ([{"params": dense, "penalty": None, **precision}] if dense else [])
 
 
 def magnitudes(w: Tensor, group_dim: int | tuple[int, ...] | None) -> Tensor:
