@@ -42,8 +42,8 @@ class RVSMWrapper(SplitOptimizer):
     optimizer. A group without a penalty is left to the optimizer alone, whatever its parameters and gradients are.
 
     Public attributes that the wrapper does not have are those of the optimizer. ``train()`` and ``eval()`` of
-    schedulefree are among them. Take ``decoupled=False`` with it, for the pull of ``decoupled=True`` moves the point y of
-    the gradient alone, and the iterate z takes it back; read and ship u in eval mode, where it is that of the average x.
+    schedulefree are among them. Take ``decoupled=False`` with it: ``decoupled=True`` pulls the point y where the
+    gradient is taken, and the iterate z takes it back. Read and ship u in eval mode: it is that of the average x then.
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose groups have an ``lr``; step the wrapper, not this.
