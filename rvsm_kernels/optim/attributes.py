@@ -1,4 +1,4 @@
-"""Errors for arguments of a constructor, and the attributes of an optimizer that are not plain values."""
+"""Errors for arguments of a constructor, what a step takes, and attributes of an optimizer that are no plain values."""
 
 from __future__ import annotations
 
@@ -90,3 +90,11 @@ def ends_scaling(step: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # torch.optim.Optimizer need not wrap it in hooks again
     return wrapper
+
+
+@torch._disable_dynamo
+@functools.cache
+def takes_closure(kind: type[torch.optim.Optimizer]) -> tuple[bool, bool]:
+    """Whether a step of an optimizer takes a closure, and whether it cannot do without."""
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    return closure is not None, closure is not None and closure.default is inspect.Parameter.empty

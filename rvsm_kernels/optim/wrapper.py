@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -19,7 +17,7 @@ from ..method.methods import STATES
 from ..method.options import make_plain, shown
 from ..method.split import is_split, state_name
 from . import advice, checkpoint, method_states
-from .attributes import ends_scaling, names_its_arguments
+from .attributes import ends_scaling, names_its_arguments, takes_closure
 from .split_optimizer import SplitOptimizer
 
 _SCALING = ("grad_scale", "found_inf")
@@ -228,7 +226,7 @@ class RVSMWrapper(SplitOptimizer):
             raise RuntimeError(
                 f"step() in eval mode, where {name} holds averaged weights: call optimizer.train() before"
             )
-        takes, needs = _takes_closure(type(self.optimizer))  # type: ignore[arg-type]  # a class has a hash
+        takes, needs = takes_closure(type(self.optimizer))  # type: ignore[arg-type]  # a class has a hash
         loss = None
         if closure is not None:
             if not callable(closure):
@@ -299,6 +297,11 @@ class RVSMWrapper(SplitOptimizer):
         self._refuse_incomplete()
         self._complete_states()
         state_dict = self.optimizer.state_dict()
+        if "state" not in state_dict or "param_groups" not in state_dict:
+            name = type(self.optimizer).__name__
+            raise TypeError(
+                f"the state_dict() of {name} is not of torch's form: put {name} around the RVSMWrapper instead"
+            )
         states = {key: dict(of_p) if isinstance(of_p, dict) else of_p for key, of_p in state_dict["state"].items()}
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
@@ -395,11 +398,3 @@ def _completed(group: Mapping[str, Any], defaults: Mapping[str, Any], i: int, op
         raise ValueError(f"group {i} of {type(optimizer).__name__} has no lr, which the pull is proportional to")
     # Some optimizers keep maximize for themselves.
     return {**defaults, "maximize": getattr(optimizer, "maximize", None) is True, **group}
-
-
-@torch._disable_dynamo
-@functools.cache
-def _takes_closure(kind: type[Optimizer]) -> tuple[bool, bool]:
-    """Whether a step of an optimizer takes a closure, and whether it cannot do without."""
-    closure = inspect.signature(kind.step).parameters.get("closure")
-    return closure is not None, closure is not None and closure.default is inspect.Parameter.empty
