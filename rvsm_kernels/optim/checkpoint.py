@@ -19,6 +19,14 @@ _ADVICE = (
 Groups = Sequence[Mapping[str, Any]]
 
 
+def refuse_no_checkpoint(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError for a mapping without what every optimizer saves."""
+    missing = [key for key in ("param_groups", "state") if key not in state_dict]
+    if missing:
+        has = ", ".join(map(str, list(state_dict)[:4])) or "nothing"
+        raise ValueError(f"this is no optimizer's state_dict(): it has no {' and no '.join(missing)}, but {has}")
+
+
 def _refuse_others(groups: Groups, base: Base, kind: str) -> None:
     """Raise ValueError for a checkpoint of another kind of optimizer: its options would stay in the groups."""
     for i, group in enumerate(groups):
@@ -76,10 +84,7 @@ def regrouped(state_dict: Mapping[str, Any], groups: Groups, base: Base, kind: s
     Raises:
         ValueError: another kind of optimizer; parameters that cannot be mapped; options that differ within a group.
     """
-    missing = [key for key in ("param_groups", "state") if key not in state_dict]
-    if missing:
-        has = ", ".join(map(str, list(state_dict)[:4])) or "nothing"
-        raise ValueError(f"this is no optimizer's state_dict(): it has no {' and no '.join(missing)}, but {has}")
+    refuse_no_checkpoint(state_dict)
     saved = state_dict["param_groups"]
     _refuse_others(saved, base, kind)
     theirs, ours = _names(saved), _names(groups)

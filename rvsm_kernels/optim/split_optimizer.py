@@ -106,8 +106,16 @@ class SplitOptimizer(Optimizer):
         """Check the options and the parameters of a group that is added or loaded; its numbers become Python's own."""
         make_plain(group, self._option_names)
         self._validate(group)
+        self._validate_params(i, group)
+
+    def _validate_params(self, i: int, group: Mapping[str, Any]) -> None:
+        """Check that the parameters of a group can be stepped with its options."""
         for j, p in enumerate(group["params"]):
             validate_param(p, group, param_name(group, i, j))
+
+    def _stepped_groups(self) -> list[dict[str, Any]]:
+        """The param groups that the engines are shown, as many and in the order of ``param_groups``."""
+        return self.param_groups
 
     def _step_options(self, group: Mapping[str, Any]) -> StepOptions:
         """What the engines are told of a param group."""
@@ -140,8 +148,7 @@ class SplitOptimizer(Optimizer):
         old = self._options[i] if i < len(self._options) else None
         new = self._step_options(group)
         if old is None or old.values["group_dim"] != new.values["group_dim"]:
-            for j, p in enumerate(group["params"]):
-                validate_param(p, group, param_name(group, i, j))
+            self._validate_params(i, group)
         if old is None or old.values != new.values:
             self._options[i : i + 1] = [new]
             self._changed.add(i)
@@ -208,14 +215,14 @@ class SplitOptimizer(Optimizer):
         if engine is None:
             return False
         inputs.changed = self._changed if engine is self._told else None
-        if engine.step(self.param_groups, inputs) != Ready.YES:
+        if engine.step(self._stepped_groups(), inputs) != Ready.YES:
             return False
         self._told, self._changed = engine, set()
         return True
 
     def _step_in_parts(self, inputs: StepInputs) -> None:
         """Any other step: engines prepare, the optimizer makes what is missing and selects cuts, engines launch."""
-        groups, options = self.param_groups, inputs.options
+        groups, options = self._stepped_groups(), inputs.options
         states = method_states.NewStates(inputs, self._view.first_u)
         if self._any_topk:
             inputs.cuts = self._cuts.find(groups, options)
@@ -241,7 +248,7 @@ class SplitOptimizer(Optimizer):
                 return
             states.put()
             if self._has_obsolete_states:
-                method_states.drop_obsolete(groups, self._states)
+                method_states.drop_obsolete(self.param_groups, self._states)
                 self._has_obsolete_states = False
             if self._any_topk:
                 self._cuts.select(groups, options, inputs.state_of)
@@ -358,14 +365,16 @@ class SplitOptimizer(Optimizer):
             make_plain(group, self._option_names)
             key = state_name(group)
             for j, p in enumerate(group["params"]):
-                states = self._states.get(p)
-                if key is not None and states and states.get(key) is None and not is_lazy(p) and not is_left_alone(p):
+                states = self._states.get(p) or {}
+                in_training = key is not None and bool(states or self.state.get(p))
+                if in_training and states.get(key) is None and not is_lazy(p) and not is_left_alone(p):
                     # Where u cannot be made the next step will say so; saving must not.
                     with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, TypeError):
                         if METHODS[group["method"]].starts_from_u:
-                            states[key] = self._view.first_u(p, group, param_name(group, i, j))
+                            made = self._view.first_u(p, group, param_name(group, i, j))
                         else:
-                            states[key] = method_states.zeros_for(p, self._step_options(group), key)
+                            made = method_states.zeros_for(p, self._step_options(group), key)
+                        self._states[p][key] = made
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer or of the torch.optim optimizer that it replaces.
