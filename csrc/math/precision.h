@@ -14,14 +14,14 @@ enum class Master : uint8_t { none, low, whole };
 // ---- the weights behind a parameter ---------------------------------------------------------------------------------
 
 // What the master says is taken only as far as the parameter rounds to it, so that an edit of the parameter counts: a
-// magnitude of 0 or of infinity has nothing on its far side.
+// magnitude of 0 or of infinity has nothing on its far side. The bits of a float are a sign above a magnitude, and no
+// other sum changes the sign.
 RVSM_HD float join(BFloat16 high, int16_t low) {
-  const uint32_t magnitude = high.bits & 0x7fffu, sign = uint32_t(high.bits & 0x8000u) << 16;
+  const uint32_t magnitude = high.bits & 0x7fffu;
   int32_t rest = low;
   rest = magnitude == 0 && rest < 0 ? 0 : rest;
   rest = magnitude == 0x7f80u && rest > 0 ? 0 : rest;
-  const uint32_t bits = (magnitude << 16) + uint32_t(rest);
-  return float_of(magnitude > 0x7f80u ? 0x7fc00000u : bits | sign);
+  return float_of((uint32_t(high.bits) << 16) + uint32_t(rest));
 }
 
 RVSM_HD float join(Float16 param, float master) {
@@ -30,14 +30,12 @@ RVSM_HD float join(Float16 param, float master) {
   return rounded.bits == param.bits ? master : load(param);
 }
 
-// The parameter is w rounded half away from zero, so that the difference of the magnitudes' bits always fits an int16
+// The parameter is w rounded half away from zero, so that the lower 16 bits, as a signed number, are what it is off by,
 // and the pair is exact. A NaN becomes the canonical one: a carry cannot make an infinity or a zero of it.
 RVSM_HD void split(BFloat16& high, int16_t& low, float w) {
-  const uint32_t bits = bits_of(w), magnitude = bits & 0x7fffffffu;
-  const uint32_t rounded = (magnitude + 0x8000u) >> 16;
-  const bool nan = magnitude > 0x7f800000u;
-  high.bits = uint16_t(nan ? 0x7fc0u : rounded | (bits >> 16 & 0x8000u));
-  low = int16_t(nan ? 0 : int32_t(magnitude) - int32_t(rounded << 16));
+  const uint32_t bits = (bits_of(w) & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits_of(w);
+  high.bits = uint16_t((bits + 0x8000u) >> 16);
+  low = int16_t(uint16_t(bits));
 }
 
 RVSM_HD void split(Float16& param, float& master, float w) {
@@ -50,10 +48,10 @@ RVSM_HD void split(Float16& param, float& master, float w) {
 
 // `random`: 16 random bits. What is above the largest number of the type is rounded to nearest.
 RVSM_HD void store_rounded(BFloat16& to, float w, uint32_t random) {
-  const uint32_t bits = bits_of(w), magnitude = bits & 0x7fffffffu;
-  const uint32_t above = magnitude > 0x7f800000u ? 0x7fc0u : (magnitude < 0x7f7f8000u ? 0x7f7fu : 0x7f80u);
-  const uint32_t rounded = magnitude <= 0x7f7f0000u ? (magnitude + random) >> 16 : above;
-  to.bits = uint16_t(rounded | (bits >> 16 & 0x8000u));
+  const uint32_t magnitude = bits_of(w) & 0x7fffffffu;
+  const uint32_t bits = magnitude > 0x7f800000u ? 0x7fc00000u : bits_of(w);
+  const uint32_t added = magnitude > 0x7f7f0000u ? 0x8000u : random;  // the sign stands above the carry
+  to.bits = uint16_t((bits + added) >> 16);
 }
 
 RVSM_HD void store_rounded(Float16& to, float w, uint32_t random) {
