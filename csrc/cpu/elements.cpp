@@ -120,12 +120,6 @@ void mixed_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Bas
       states[k] = tile_of(args.state[k], p.states[k], from, st[k]);
       if (states[k] == st[k]) load_plane(st[k], args.state[k], p.states[k], from, m);
     }
-    if (i + m < n) {  // what the next tile reads comes while this one is computed
-      prefetch_plane(args.w, args.dtype, from + m);
-      if (Base::kReadsGrad) prefetch_plane(args.g, p.grad, from + m);
-      for (int k = 0; k < kStates; ++k) prefetch_plane(args.state[k], p.states[k], from + m);
-      if (p.master == Master::low) prefetch_plane(args.master_state(), Dtype::bf16, from + m);
-    }
     if (w == wt) load_weights(wt, args, from, m);
     if (Base::kReadsGrad && g == gt) load_plane(gt, args.g, p.grad, from, m);
     step_loop<Base, kMethod>(w, g, states, m, numbers, pull.at(i), on);

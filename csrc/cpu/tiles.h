@@ -82,13 +82,6 @@ __attribute__((noinline)) void store_weights(const TensorArgs& args, const float
     round_tile(static_cast<Float16*>(args.w) + at, from, random + skip, n);
 }
 
-// Ask for a tile of an array: the processor does not see that it follows while it converts another.
-inline void prefetch_plane(const void* memory, Dtype dtype, int64_t at) {
-  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
-  const char* const begin = static_cast<const char*>(memory) + at * size;
-  for (int64_t byte = 0; byte < kTile * size; byte += 64) __builtin_prefetch(begin + byte);
-}
-
 // The tile of an array: its own memory where that is float32, else `tile`.
 inline float* tile_of(void* memory, Dtype dtype, int64_t at, float* tile) {
   return dtype == Dtype::f32 ? static_cast<float*>(memory) + at : tile;
