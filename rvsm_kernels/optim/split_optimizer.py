@@ -366,8 +366,9 @@ class SplitOptimizer(Optimizer):
             key = state_name(group)
             for j, p in enumerate(group["params"]):
                 states = self._states.get(p) or {}
-                in_training = bool(states or self.state.get(p))
-                if key is not None and in_training and states.get(key) is None and not is_lazy(p) and not is_left_alone(p):
+                if key is None or states.get(key) is not None or not (states or self.state.get(p)):
+                    continue
+                if not is_lazy(p) and not is_left_alone(p):
                     # Where u cannot be made the next step will say so; saving must not.
                     with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError, TypeError):
                         if METHODS[group["method"]].starts_from_u:
