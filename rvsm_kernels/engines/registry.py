@@ -73,15 +73,27 @@ def _too_old() -> str | None:
     return None
 
 
+def _state(name: str, device_type: str) -> str:
+    """Whether an engine serves a type of device here: ``"available"``, or the reason why not."""
+    if name == "reference":
+        return _AVAILABLE
+    if name == "triton" and device_type in _DEVICE_TYPES:
+        return missing_triton(device_type) or _AVAILABLE
+    if name == "native" and device_type == "cpu":
+        return native.load_error or _AVAILABLE
+    if name == "native" and device_type == "cuda":
+        return native.missing_cuda() or _AVAILABLE
+    return f"does not serve {device_type} tensors"
+
+
 def engines() -> dict[str, dict[str, str]]:
     """What this build has: ``{engine: {device: "available" or the reason why not}}``.
 
     For reading; an optimizer decides by :func:`engine_name_for`.
     """
-    cpu = _AVAILABLE if native.load_error is None else native.load_error
     return {
-        "native": {"cpu": cpu, "cuda": native.missing_cuda() or _AVAILABLE},
-        "triton": {device: missing_triton(device) or _AVAILABLE for device in _DEVICE_TYPES},
+        "native": {device: _state("native", device) for device in ("cpu", "cuda")},
+        "triton": {device: _state("triton", device) for device in _DEVICE_TYPES},
         "reference": {"any": _AVAILABLE},
     }
 
@@ -105,8 +117,7 @@ def check_requested(requested: str | None) -> None:
 
 def served_device_types(name: str) -> tuple[str, ...]:
     """The types of devices that an engine serves here."""
-    table = engines()[name]
-    return tuple(d for d in _DEVICE_TYPES if table.get(d, table.get("any")) == _AVAILABLE)
+    return tuple(device for device in _DEVICE_TYPES if _state(name, device) == _AVAILABLE)
 
 
 def engine_name_for(requested: str | None, device_type: str) -> str:
@@ -117,11 +128,10 @@ def engine_name_for(requested: str | None, device_type: str) -> str:
         RuntimeError: the engine that was asked for is missing here; says why and what to do.
     """
     _check_name(requested)
-    table = engines()
     # Triton serves the CPU only in its interpreter, which is slow: for tests, which ask for it by name.
     wanted = [name for name in NAMES if (name, device_type) != ("triton", "cpu")] if requested is None else [requested]
     for name in wanted:
-        state = table[name].get(device_type, table[name].get("any", f"does not serve {device_type} tensors"))
+        state = _state(name, device_type)
         if state == _AVAILABLE:
             if name == "reference" and requested is None and native.load_error is not None:
                 _warn_once(native.load_error)

@@ -92,10 +92,11 @@ def of_group(index: int, group: Mapping[str, Any], explicit: Collection[str]) ->
         explicit: the keys that the group was given itself; the others come from the optimizer's defaults.
     """
     for key in explicit:
-        near = difflib.get_close_matches(key, OPTION_NAMES, 1, 0.7)
         if key == "structure":
             warn(f"group {index}: structure is an option of rvsm_kernels.param_groups, and has no effect in a group")
-        elif near and key not in OPTION_NAMES and key not in _KEYS_BESIDE_OPTIONS:
+        elif key in OPTION_NAMES or key in _KEYS_BESIDE_OPTIONS:
+            continue
+        elif near := difflib.get_close_matches(key, OPTION_NAMES, 1, 0.7):
             warn(f"group {index}: {key!r} is no option and has no effect; did you mean {near[0]!r}?")
     penalty = group["penalty"]
     if penalty is None:
