@@ -1,10 +1,9 @@
 // Float32 weights behind half types: every bit pattern comes back. Stochastic rounding: the generator's known answers,
 // and every result is a neighbour, as often as its distance says.
 
-#include "../math/precision.h"
-
 #include <cmath>
 
+#include "../math/precision.h"
 #include "check.h"
 
 using namespace rvsm;
