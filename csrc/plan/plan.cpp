@@ -234,9 +234,9 @@ void Plan::launch() {
     if (!slot.served || !slot.args->active) continue;
     bump_version(tensor(slot));
     if (slot.args->base.writes_grad) bump_version(tensor(slot).grad());
-    if (slot.device_counts)
+    if (slot.device_counts && slot.counter != nullptr)  // null: a second occurrence of a parameter, in its first step
       bump_version(THPVariable_Unpack(slot.counter));
-    else if (options_[slot.group].has_counter)
+    else if (!slot.device_counts && options_[slot.group].has_counter)
       count_step(slot);
     for (size_t k = 0; k < kMostStates; ++k)
       if (slot.states[k] != nullptr) bump_version(THPVariable_Unpack(slot.states[k]));
