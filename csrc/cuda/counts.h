@@ -43,7 +43,10 @@ RVSM_HD void count_thread(CountTable const& t, uint32_t block, int thread) {
   } else {
     corrections_on_host(record.base, record.numbers, made);
   }
-  for (uint32_t k = 0; k < e.outs * kMostCorrections; ++k) e.out[k] = made[k % kMostCorrections];
+  for (uint32_t o = 0; o < e.outs; ++o) {
+    RVSM_UNROLL
+    for (int k = 0; k < kMostCorrections; ++k) e.out[o * kMostCorrections + k] = made[k];
+  }
 }
 
 }  // namespace rvsm::cuda
