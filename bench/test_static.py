@@ -123,6 +123,7 @@ def test_every_kernel_is_there(compiled: list[Kernel]) -> None:
     """Each storage type has its step, prox, norms and penalty, on every architecture."""
     for arch in {kernel.arch for kernel in compiled}:
         names = [kernel.name for kernel in compiled if kernel.arch == arch]
+        assert "count_kernel" in names
         for storage in ("float", "double", "BFloat16", "Float16"):
             for kind in ("prox", "sum", "penalty"):
                 assert any(name.startswith(f"{kind}_kernel<{storage}") for name in names), (arch, kind, storage)
@@ -139,6 +140,8 @@ def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
         kind, _, arguments = kernel.name.partition("<")
         storage = arguments.split(",")[0].rstrip(">")
         sets = kernel.loads[128], kernel.stores[128]
+        if kind == "count_kernel":  # a thread for a tensor
+            continue
         if kind == "resident_kernel":
             assert sets[0] >= 2 and sets[1] >= 1, line(kernel)
         elif kind == "step_kernel":
@@ -186,7 +189,7 @@ def test_steps_are_bound_by_memory(compiled: list[Kernel]) -> None:
     steps = 0
     for kernel in compiled:
         for loop in kernel.loops:
-            if loop.stores < 2:
+            if loop.stores < 2 or kernel.name == "count_kernel":
                 continue
             as_slow = any(name in kernel.name for name in ("double, NoBase<1>, true", "double, AdamW<0>, false"))
             most = 1.5 if "16" in kernel.name else 1.05 if as_slow else 1

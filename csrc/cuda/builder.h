@@ -6,15 +6,24 @@
 #include <string>
 #include <vector>
 
+#include "counts.h"
 #include "resident.h"
 
 namespace rvsm::cuda {
+
+// An entry whose base has numbers that follow from a count.
+struct Counted {
+  float* step;
+  const double* numbers;  // of the base
+  BaseKind base;
+};
 
 // A table and the param groups in it, for error messages.
 template <class TableType>
 struct Launch {
   std::unique_ptr<TableType> table = std::make_unique<TableType>();
   std::vector<int32_t> groups;
+  std::vector<Counted> counted;  // one for each entry, where any is counted on the device
 
   void note(int32_t group) {
     if (groups.empty() || groups.back() != group) groups.push_back(group);
@@ -113,6 +122,7 @@ class TableBuilder {
       if (++used_ > launches_.size()) launches_.emplace_back();
       Launch<Table>& l = launches_[used_ - 1];
       l.groups.clear();
+      l.counted.clear();
       l.table->entries = l.table->blocks = 0;
       free_ = kSlots;
       records_.clear();
@@ -130,6 +140,8 @@ class TableBuilder {
     for (int k = 0; k < kStates; ++k) others[k + 1] = args.state[k];
     const Chunks chunks = chunks_of<S>(args.numel, args.w, others, kStates + 1);
     Table& t = table();
+    if (has_corrections(args.base.kind) && args.numbers != nullptr)
+      launches_[used_ - 1].counted.push_back({args.counter, base_numbers(args.numbers), args.base.kind});
     auto& e = const_cast<TableEntry<kStates>*>(entries_of<kStates>(t))[t.entries++];
     e.w = args.w;
     e.g = source;
@@ -161,6 +173,51 @@ class TableBuilder {
   size_t used_ = 0;
   std::vector<int> records_;  // slots of the records in the last table
   int free_ = 0;              // the records begin here
+};
+
+// The tables of counters.
+class CountBuilder {
+ public:
+  void clear() { used_ = 0; }
+
+  // `out`: where the corrections of an entry go. Pieces of one tensor stand one behind the other, and are counted once.
+  void add(const Counted& c, double* out, int32_t group) {
+    if (used_ > 0 && c.step != nullptr && c.step == last_.step) {
+      CountTable& t = *launches_[used_ - 1].table;
+      ++t.at[t.entries - 1].outs;
+      return;
+    }
+    const bool same = used_ > 0 && c.numbers == last_.numbers;
+    if (used_ == 0 || launches_[used_ - 1].table->entries == kEntries || (!same && records_ == kRecords)) {
+      if (++used_ > launches_.size()) launches_.emplace_back();
+      Launch<CountTable>& l = launches_[used_ - 1];
+      l.table->entries = 0;
+      l.groups.clear();
+      records_ = 0;
+    }
+    Launch<CountTable>& l = launches_[used_ - 1];
+    CountTable& t = *l.table;
+    if (!same || records_ == 0) {
+      CountRecord& record = t.records[records_++];
+      record.base = c.base;
+      std::memcpy(record.numbers, c.numbers, sizeof record.numbers);
+    }
+    t.at[t.entries++] = {c.step, out, 1, uint32_t(records_ - 1)};
+    t.blocks = uint32_t(ceil_div(t.entries, kThreads));
+    l.note(group);
+    last_ = c;
+  }
+
+  Launch<CountTable>* begin() { return launches_.data(); }
+  Launch<CountTable>* end() { return launches_.data() + used_; }
+
+ private:
+  static constexpr uint32_t kEntries = sizeof(CountTable::at) / sizeof(CountEntry);
+  static constexpr int kRecords = sizeof(CountTable::records) / sizeof(CountRecord);
+  std::vector<Launch<CountTable>> launches_;
+  size_t used_ = 0;
+  int records_ = 0;
+  Counted last_{};
 };
 
 // The tables of sums.

@@ -73,6 +73,7 @@ template <int kStates>
 struct Place {
   const TableEntry<kStates>& entry;
   Span span;
+  int index;  // of the entry
 };
 
 template <class S, int kStates>
@@ -81,7 +82,7 @@ RVSM_HD Place<kStates> place_of(const Table& t, uint32_t block) {
   const int index = find(entries, int(t.entries), block);
   const TableEntry<kStates>& e = entries[index];
   const uint32_t end = index + 1 < int(t.entries) ? entries[index + 1].first : t.blocks;
-  return {e, span_of<S>(e, block - e.first, end - e.first)};
+  return {e, span_of<S>(e, block - e.first, end - e.first), index};
 }
 
 template <class T>
@@ -103,9 +104,23 @@ RVSM_HD T run_gap(Method method, T w, T v, T u, T& state) {
   return w - u;
 }
 
-// One step of the thread's elements of a span. `first`: the offset of the span's begin, as `pull` counts.
+// Calls f with the numbers of the base for an entry: those of its record, or with corrections from the device.
+template <class T, class Base, class F>
+RVSM_HD void with_base_numbers(const Table& t, int index, const Record<T, Base>& record, const F& f) {
+  if constexpr (Base::kCorrections > 0) {
+    typename Base::template Numbers<T> numbers = record.base;
+    if (t.corrections != nullptr) numbers = Base::corrected(numbers, t.corrections + index * kMostCorrections);
+    f(numbers);
+  } else {
+    f(record.base);
+  }
+}
+
+// One step of the thread's elements of a span. `numbers`: of the base; `first`: the offset of the span's begin, as
+// `pull` counts.
 template <class S, class Base, bool kHasState, class T, class Entry, class Pull>
-RVSM_HD void step_elements(const Entry& e, const Record<T, Base>& record, const Span& span, int thread, T scale,
+RVSM_HD void step_elements(const Entry& e, const Record<T, Base>& record,
+                           const typename Base::template Numbers<T>& numbers, const Span& span, int thread, T scale,
                            uint32_t first, const Pull& pull) {
   constexpr int kStates = Base::kStates + int(kHasState);
   const SplitSwitches on{pull.pulls(record.split.prox), record.lasso && Pull::kMayLasso};
@@ -126,7 +141,7 @@ RVSM_HD void step_elements(const Entry& e, const Record<T, Base>& record, const 
     at(v, wi, k, u, unit);
     T d = gi * factor;
     split_step(wi, d, run_gap<kHasState>(method, wi, v, u, of_method), unit, record.split, on);
-    Base::step(wi, si, d, record.base, base_on);
+    Base::step(wi, si, d, numbers, base_on);
     if (Base::kWritesGrad) gi = d;
   };
   for_elements<S>(
@@ -181,7 +196,9 @@ RVSM_HD void step_thread(const Table& t, uint32_t block, int thread) {
   with_pull<T, Base, true>(t, place.entry.record, [&](const Record<T, Base>& record, const auto& pull) {
     // A tensor in groups has fewer than 2^31 elements.
     const uint32_t first = uint32_t(place.span.begin);
-    step_elements<S, Base, kHasState>(place.entry, record, place.span, thread, scale, first, pull);
+    with_base_numbers(t, place.index, record, [&](const auto& numbers) {
+      step_elements<S, Base, kHasState>(place.entry, record, numbers, place.span, thread, scale, first, pull);
+    });
   });
 }
 

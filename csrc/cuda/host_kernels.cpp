@@ -22,6 +22,12 @@ const char* for_blocks(const void* table, const F& f) {
 }
 
 struct HostStarter {
+  static const char* count(const Stream&, const void* table) {
+    return for_blocks<CountTable>(table, [](const CountTable& t, uint32_t block) {
+      kForThreads([&](int thread) { count_thread(t, block, thread); });
+    });
+  }
+
   template <class S, class Base, bool kHasState>
   static const char* step(const Stream&, const void* table) {
     return for_blocks<Table>(table, [](const Table& t, uint32_t block) {

@@ -91,6 +91,10 @@ __global__ void __launch_bounds__(kThreads, 4) penalty_kernel(const __grid_const
   penalty_block<S>(table, blockIdx.x, sums, ForThreads{});
 }
 
+__global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ CountTable table) {
+  count_thread(table, blockIdx.x, int(threadIdx.x));
+}
+
 // The table goes as the kernel's parameters: no copy to the device stands before the launch.
 template <class TableType>
 const char* launch(const Stream& stream, void (*kernel)(TableType), const void* table) {
@@ -105,6 +109,7 @@ const char* launch(const Stream& stream, void (*kernel)(TableType), const void* 
 }
 
 struct DeviceStarter {
+  static const char* count(const Stream& stream, const void* table) { return launch(stream, count_kernel, table); }
   template <class S, class Base, bool kHasState>
   static const char* step(const Stream& stream, const void* table) {
     return launch(stream, step_kernel<S, Base, kHasState>, table);

@@ -4,6 +4,7 @@
 
 #include <map>
 
+#include "counts.h"
 #include "resident.h"
 
 namespace rvsm::cuda {
@@ -25,6 +26,7 @@ enum class Work : uint8_t {
   step,
   prox,
   penalty,
+  count,  // a CountTable; before the steps that read what it makes
 };
 
 struct Key {
@@ -41,7 +43,7 @@ struct Key {
   friend bool operator==(const Key& a, const Key& b) { return a.code() == b.code(); }
 };
 
-// Starts one launch with a Table or a SumTable, and returns null or what went wrong.
+// Starts one launch with a Table, a SumTable or a CountTable, and returns null or what went wrong.
 using Start = const char* (*)(const Stream&, const void* table);
 using Kernels = std::map<Key, Start>;
 
@@ -59,6 +61,7 @@ extern const char* const architectures;
 template <class Starter>
 Kernels all_kernels() {
   Kernels all;
+  all[{Work::count, Dtype::f32, {}, false}] = Starter::count;
   const auto add_storage = [&](auto storage, Dtype dtype) {
     using S = decltype(storage);
     const auto add = [&](Work work, Start start) { all[{work, dtype, {}, false}] = start; };

@@ -33,6 +33,8 @@ const char* name_of(Work work) {
       return "step";
     case Work::prox:
       return "prox";
+    case Work::count:
+      return "count";
     default:
       return "penalty";
   }
@@ -74,8 +76,22 @@ void Launches::divide(int64_t limit) {
     for (Groups& g : groups_) g.resident = false;
 }
 
+// The most entries of tables whose numbers follow from a count.
+int64_t Launches::counted_entries() const {
+  int64_t count = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (action_ != Action::step || !has_corrections(tensors[i].base.kind)) continue;
+    if (!tensors[i].grouped || groups_[i].resident)
+      ++count;
+    else
+      for_pieces(tensors[i].view, limit_, [&](int64_t, const GroupView&, int64_t) { ++count; });
+  }
+  return count;
+}
+
 int64_t Launches::scratch_bytes() const {
   int64_t bytes = aligned(blocks_ * int64_t(sizeof(double)));
+  bytes += aligned(counted_entries() * kMostCorrections * int64_t(sizeof(double)));
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!tensors[i].grouped || groups_[i].resident) continue;
     const int64_t factors = aligned(tensors[i].view.count() * element_size(opmath(tensors[i].dtype)));
@@ -89,6 +105,7 @@ void Launches::set_scratch(void* memory) {
   char* next = static_cast<char*>(memory);
   const auto take = [&](int64_t bytes) { return std::exchange(next, next + aligned(bytes)); };
   totals_ = reinterpret_cast<double*>(take(blocks_ * int64_t(sizeof(double))));
+  corrections_ = reinterpret_cast<double*>(take(counted_entries() * kMostCorrections * int64_t(sizeof(double))));
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!tensors[i].grouped || groups_[i].resident) continue;
     Groups& g = groups_[i];
@@ -233,6 +250,22 @@ void Launches::start(const Stream& stream, const Key& key, const void* table, co
                            " was not launched: " + error);
 }
 
+// What the tables of the steps ask for of corrections, where a device counts any of their entries.
+void Launches::add_counts() {
+  counts_.clear();
+  double* next = corrections_;
+  for (auto& [key, builder] : tables_) {
+    for (auto& l : builder) {
+      l.table->corrections = nullptr;
+      const bool on_device =
+          std::any_of(l.counted.begin(), l.counted.end(), [](const Counted& c) { return c.step != nullptr; });
+      if (!on_device) continue;
+      l.table->corrections = next;
+      for (const Counted& c : l.counted) counts_.add(c, std::exchange(next, next + kMostCorrections), l.groups.front());
+    }
+  }
+}
+
 void Launches::run(const Stream& stream, const Scaling& scaling, double* total) {
   for (auto& [key, builder] : sums_) builder.clear();
   for (auto& [key, builder] : tables_) builder.clear();
@@ -244,6 +277,13 @@ void Launches::run(const Stream& stream, const Scaling& scaling, double* total) 
   }
   for (auto& [key, builder] : sums_)
     for (auto& l : builder) start(stream, key, l.table.get(), l.groups);
+  if (action_ == Action::step) {
+    add_counts();
+    for (auto& l : counts_) {
+      l.table->found_inf = scaling.found_inf;
+      start(stream, {Work::count, Dtype::f32, {}}, l.table.get(), l.groups);
+    }
+  }
   int64_t blocks = 0;
   for (auto& [key, builder] : tables_) {
     for (auto& l : builder) {

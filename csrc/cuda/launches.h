@@ -71,6 +71,8 @@ class Launches {
   template <class S, class Base, int kStates>
   void add_pieces(const TensorArgs& args, const Groups& groups, TableBuilder& builder, void* source);
   void* source(const TensorArgs& args) const;
+  int64_t counted_entries() const;
+  void add_counts();
   void add_norms(const TensorArgs& args, const Groups& groups);
   void add_norm_row(const TensorArgs& args, const Groups& groups, int norm_row);
   void start(const Stream& stream, const Key& key, const void* table, const std::vector<int32_t>& groups);
@@ -86,6 +88,8 @@ class Launches {
   std::map<Key, TableBuilder> tables_;
   std::pair<const Key, TableBuilder>* last_ = nullptr;  // the builder used last: the next tensor mostly needs it too
   SumBuilder total_;
+  CountBuilder counts_;
+  double* corrections_ = nullptr;  // of the entries of all steps
 };
 
 }  // namespace rvsm::cuda

@@ -76,7 +76,8 @@ RVSM_HD void resident_block(const Table& table, uint32_t block, ResidentShared<O
   using T = Opmath<S>;
   if (table.found_inf != nullptr && *table.found_inf > 0) return;
   const auto* const entries = entries_of<Base::kStates>(table);
-  const auto& e = entries[find(entries, int(table.entries), block)];
+  const int index = find(entries, int(table.entries), block);
+  const auto& e = entries[index];
   const Tiles& t = slot_of<Tiles>(table, e.record & ~kGrouped);
   const Record<T, Base>& record = slot_of<Record<T, Base>>(table, t.record);
   const uint32_t first = (block - e.first) * t.tile;
@@ -102,7 +103,9 @@ RVSM_HD void resident_block(const Table& table, uint32_t block, ResidentShared<O
     const Span span{begin, 0, groups * int(t.inner), vectors};
     const auto apply = [&](const auto& pull) {
       if constexpr (kStep)
-        step_elements<S, Base, false>(e, record, span, thread, scale_of<T>(table), 0, pull);
+        with_base_numbers(table, index, record, [&](const auto& numbers) {
+          step_elements<S, Base, false>(e, record, numbers, span, thread, scale_of<T>(table), 0, pull);
+        });
       else
         prox_elements<S>(e, span, thread, 0, pull);
     };

@@ -137,7 +137,10 @@ struct alignas(32) Table {
   uint32_t blocks = 0;
   const float* grad_scale = nullptr;  // on the device; null: 1
   const float* found_inf = nullptr;   // on the device; above 0 nothing is written
-  double* totals = nullptr;           // of a penalty's value: one number per block
+  union {
+    double* totals = nullptr;   // of a penalty's value: one number per block
+    const double* corrections;  // of a step: kMostCorrections per entry, made on the device; null: those of the records
+  };
   unsigned char slots[kSlots * kSlotBytes];
 };
 static_assert(sizeof(TableEntry<1>) == 32 && sizeof(FactorPlace) == 64 && sizeof(Table) <= 32764);

@@ -4,7 +4,8 @@
 //   m = beta1 m + (1 - beta1) d,  v = beta2 v + (1 - beta2) d^2
 //   w = w - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps), with amsgrad for v the largest v so far
 //
-// What depends on t is a number of the record, so that the host makes it in double precision.
+// What depends on t is a number of the record, which the host makes in double precision, or a correction, which is made
+// of the record and a counter on the device.
 #pragma once
 
 #include <cmath>
@@ -19,7 +20,8 @@ struct AdamW {
   static constexpr BaseKind kKind = BaseKind::adamw;
   static constexpr int kStates = 2 + kAmsgrad;
   static constexpr bool kReadsGrad = true, kWritesGrad = false, kWritesWeight = true;
-  static constexpr int kNumbers = 7;
+  static constexpr int kNumbers = 9;  // those of Numbers, lr, beta1
+  static constexpr int kCorrections = 2;
 
   template <class T>
   struct Numbers {
@@ -34,6 +36,23 @@ struct AdamW {
   template <class T>
   RVSM_HD Numbers<T> numbers(const double* n) {
     return {T(n[0]), T(n[1]), T(n[2]), T(n[3]), T(n[4]), T(n[5]), T(n[6])};
+  }
+
+  // step_size and correction of step t, in double precision.
+  RVSM_HD void corrections(const double* n, float t, double* out) {
+    out[0] = n[7] / (1 - power(n[8], t));
+    out[1] = 1 / std::sqrt(1 - power(n[2], t));
+  }
+  // The same as the host has made them.
+  RVSM_HD void corrections_on_host(const double* n, double* out) {
+    out[0] = n[4];
+    out[1] = n[5];
+  }
+  template <class T>
+  RVSM_HD Numbers<T> corrected(Numbers<T> n, const double* corrections) {
+    n.step_size = T(corrections[0]);
+    n.correction = T(corrections[1]);
+    return n;
   }
 
   struct Switches {};

@@ -13,6 +13,7 @@ struct NoBase {
   static constexpr int kStates = 0;
   static constexpr bool kReadsGrad = kGradient, kWritesGrad = kGradient, kWritesWeight = true;
   static constexpr int kNumbers = 0;
+  static constexpr int kCorrections = 0;
 
   template <class T>
   struct Numbers {};

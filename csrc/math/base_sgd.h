@@ -18,6 +18,7 @@ struct Sgd {
   static constexpr int kStates = kMomentum;
   static constexpr bool kReadsGrad = true, kWritesGrad = false, kWritesWeight = true;
   static constexpr int kNumbers = 6;
+  static constexpr int kCorrections = 0;
 
   template <class T>
   struct Numbers {

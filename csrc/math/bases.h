@@ -42,6 +42,21 @@ RVSM_HD void with_base(BaseKey key, const F& f) {
   return key.states > 0 ? f(Sgd<true>{}) : f(Sgd<false>{});
 }
 
+// Whether a base has numbers that follow from the count of steps.
+inline bool has_corrections(BaseKind kind) {
+  bool has = false;
+  for_each_base([&](auto base) { has = has || (decltype(base)::kKind == kind && decltype(base)::kCorrections > 0); });
+  return has;
+}
+
+// These numbers of the step with count `step`, and as the host has made them.
+RVSM_HD void corrections_of(BaseKind kind, const double* numbers, float step, double* out) {
+  if (kind == BaseKind::adamw) AdamW<false>::corrections(numbers, step, out);
+}
+RVSM_HD void corrections_on_host(BaseKind kind, const double* numbers, double* out) {
+  if (kind == BaseKind::adamw) AdamW<false>::corrections_on_host(numbers, out);
+}
+
 // Names and lengths of the records of the bases, in the order of BaseKind.
 struct BaseName {
   const char* name;

@@ -55,6 +55,19 @@ RVSM_HD Split<T> split_of(const double* record, double scale) {
   return {prox_of<T>(record), T(s[0] * scale), T(s[1]), T(s[2]), T(s[3])};
 }
 
+// Room for the numbers of a base that follow from the count of steps.
+constexpr int kMostCorrections = 2;
+
+// x^n for n = 0, 1, 2, ... by squarings.
+RVSM_HD double power(double x, float n) {
+  double result = 1;
+  for (uint32_t rest = uint32_t(n); rest > 0; rest >>= 1) {
+    if (rest & 1) result *= x;
+    x *= x;
+  }
+  return result;
+}
+
 RVSM_HD const double* base_numbers(const double* record) { return record + kProxNumbers + kSplitNumbers; }
 
 }  // namespace rvsm

@@ -48,8 +48,9 @@ struct TensorArgs {
   const double* norms = nullptr;    // norms made elsewhere, norm_rows x one per group; null: made here
   const double* numbers = nullptr;  // the record of its group, see numbers.h
   Precision precision;
-  double scale = 1;  // 1 / grad_scale where the host knows it, else 1
-  double lam = 0;    // for the penalty's value: already times sqrt(group size) with group_scale
+  float* counter = nullptr;  // counts the steps where a device does; null: the numbers are those of this step
+  double scale = 1;          // 1 / grad_scale where the host knows it, else 1
+  double lam = 0;            // for the penalty's value: already times sqrt(group size) with group_scale
   double beta = 0;
 
   int states() const { return base.states + method_states(method); }

@@ -44,6 +44,7 @@ class DeviceEngine {
   const at::Device device;
   const bool scales_on_device;  // grad_scale and found_inf are read by the kernels
   const bool takes_source;      // a prox may read from TensorArgs::g
+  const bool counts_on_device;  // TensorArgs::counter is read and written
   const bool takes_mixed;       // TensorArgs::precision is read; else all arrays of a tensor must have one type
 
  protected:
@@ -52,6 +53,7 @@ class DeviceEngine {
         device(device),
         scales_on_device(on_device),
         takes_source(on_device),
+        counts_on_device(on_device),
         takes_mixed(!on_device) {}
 };
 

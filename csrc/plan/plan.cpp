@@ -137,6 +137,7 @@ void Plan::hold() {
     own(tensor(slot).grad());
     for (PyObject* state : slot.states)
       if (state != nullptr) own(THPVariable_Unpack(state));
+    if (slot.device_counts && slot.counter != nullptr) own(THPVariable_Unpack(slot.counter));
   }
 }
 
@@ -183,9 +184,11 @@ void Plan::put_new_states() {
   for (NewState& made : new_states_) {
     ParamSlot& slot = slots_[made.slot];
     const auto wrapped = py::reinterpret_steal<py::object>(THPVariable_Wrap(made.tensor));
-    PyObject* name = options_[slot.group].stored(slot.type).states[made.state].name.ptr();
+    GroupOptions& options = options_[slot.group];
+    const bool counter = made.state == kMostStates;
+    PyObject* name = counter ? options.counter.ptr() : options.stored(slot.type).states[made.state].name.ptr();
     if (PyDict_SetItem(state_dict_of(slot), name, wrapped.ptr()) != 0) throw py::error_already_set();
-    reset(slot.states[made.state], wrapped.ptr());
+    reset(counter ? slot.counter : slot.states[made.state], wrapped.ptr());
   }
 }
 
@@ -231,7 +234,10 @@ void Plan::launch() {
     if (!slot.served || !slot.args->active) continue;
     bump_version(tensor(slot));
     if (slot.args->base.writes_grad) bump_version(tensor(slot).grad());
-    if (options_[slot.group].has_counter) count_step(slot);
+    if (slot.device_counts && slot.counter != nullptr)  // null: a second occurrence of a parameter, in its first step
+      bump_version(THPVariable_Unpack(slot.counter));
+    else if (!slot.device_counts && options_[slot.group].has_counter)
+      count_step(slot);
     for (size_t k = 0; k < kMostStates; ++k)
       if (slot.states[k] != nullptr) bump_version(THPVariable_Unpack(slot.states[k]));
   }

@@ -46,7 +46,8 @@ struct ParamSlot {
   Dtype dtype = Dtype::f32;  // the same, as the kernels name it
   bool served = false;       // false: a parameter without a gradient that no engine of this build could step
   bool dense = true;
-  bool norms_given = false;  // its norms were made elsewhere when the table was made
+  bool device_counts = false;  // a kernel counts its steps, not the host
+  bool norms_given = false;    // its norms were made elsewhere when the table was made
 };
 
 class Plan {
@@ -109,6 +110,7 @@ class Plan {
   void prepare_slot(const py::list& groups, ParamSlot& slot);
   bool find_states(const GroupOptions& options, const Stored& stored, ParamSlot& slot);
   int64_t count_of(const py::list& groups, const ParamSlot& slot);
+  float* counter_of(const py::list& groups, ParamSlot& slot);
   void find_beside(TensorArgs& args, const ParamSlot& slot) const;
   bool fits(const ParamSlot& slot, const Stored& stored) const;
   void refuse(const py::list& groups, const ParamSlot& slot);
@@ -140,7 +142,7 @@ class Plan {
     size_t turn;
   };
   struct NewState {
-    size_t slot, state;
+    size_t slot, state;  // state: kMostStates for the counter
     at::Tensor tensor;
   };
   std::vector<Copy> copies_;
@@ -153,7 +155,7 @@ class Plan {
   std::vector<double> inverse_scales_;  // TensorArgs::scale of each engine
   bool skip_ = false;
   bool lacks_ = false;
-  bool counts_ = false;  // whether any group counts its steps
+  bool counts_ = false;  // whether the host counts the steps of any parameter
 };
 
 }  // namespace rvsm

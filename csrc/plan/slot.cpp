@@ -93,6 +93,27 @@ int64_t Plan::count_of(const py::list& groups, const ParamSlot& slot) {
   return int64_t(counter.item<double>());
 }
 
+// The counter of a parameter whose device counts: where it is missing 0, where it is of another type or elsewhere (as
+// torch.optim.AdamW keeps it by default) its conversion.
+float* Plan::counter_of(const py::list& groups, ParamSlot& slot) {
+  const at::Tensor& w = tensor(slot);
+  at::Tensor counter;
+  if (slot.counter != nullptr) {
+    if (!THPVariable_Check(slot.counter)) refuse(groups, slot);
+    counter = THPVariable_Unpack(slot.counter);
+    if (counter.numel() != 1 || !counter.is_floating_point() || !has_values(counter)) refuse(groups, slot);
+    if (counter.scalar_type() == at::kFloat && counter.device() == w.device())
+      return static_cast<float*>(counter.mutable_data_ptr());
+  }
+  at::Tensor made = made_before(slot, kMostStates);
+  if (!made.defined()) {
+    made = at::zeros({}, at::TensorOptions().dtype(at::kFloat).device(w.device()));
+    if (counter.defined()) made.copy_(counter.reshape({}));
+    new_states_.push_back({size_t(&slot - slots_.data()), kMostStates, made});
+  }
+  return static_cast<float*>(made.mutable_data_ptr());
+}
+
 // What the kernels can work on, perhaps after a copy; everything else is for refuse().
 bool Plan::fits(const ParamSlot& slot, const Stored& stored) const {
   const at::Tensor& w = tensor(slot);
@@ -161,6 +182,8 @@ void Plan::set_precision(ParamSlot& slot) {
   const Stored& stored = options.stored(slot.type);
   Precision& precision = slot.args->precision;
   precision = {};
+  // A rounding on the host needs the count there.
+  slot.device_counts = options.counts && engines_[slot.engine].counts_on_device && !stored.rounds;
   if (!stored.mixed) return;
   precision.rounds = stored.rounds;
   precision.master = stored.master;
@@ -267,7 +290,10 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
   for (size_t k = 0; k < states; ++k) lacks_ |= slot.states[k] == nullptr && !options.begins_with_zeros(k);
   if (lacks_) return;
   // A parameter that occurs twice has been stepped once more when its second turn comes.
-  const int64_t steps = options.has_counter ? count_of(groups, slot) + slot.repeats : 0;
+  const bool host_counts = options.has_counter && !slot.device_counts;
+  counts_ |= host_counts;
+  args.counter = slot.device_counts ? counter_of(groups, slot) : nullptr;
+  const int64_t steps = host_counts ? count_of(groups, slot) + slot.repeats : 0;
   const int64_t count = options.counts ? steps : int64_t(!fresh);
   if (options.counts)
     args.numbers = options.numbers(args.grouped ? args.view.size() : 1, count);

@@ -137,7 +137,6 @@ bool Plan::refresh(const py::list& groups) {
   for (GroupOptions& options : options_) {
     if (options.counts) options.forget_counts();
     any_states |= options.states > 0 || options.has_counter || options.has_master;
-    counts_ |= options.has_counter;
     any_changed |= options.changed;
   }
   if (any_changed) {

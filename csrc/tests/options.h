@@ -56,6 +56,8 @@ inline NumberRow record_of(const Options& o, int64_t group_size, bool fresh) {
     b[4] = o.lr / (1 - std::pow(o.beta1, step));
     b[5] = 1 / std::sqrt(1 - std::pow(o.beta2, step));
     b[6] = o.eps;
+    b[7] = o.lr;
+    b[8] = o.beta1;
     return r;
   }
   b[0] = o.weight_decay;

@@ -279,7 +279,7 @@ void keys() {
       CHECK(all.count({Work::step_resident, dtype, key_of<decltype(base)>()}) == 1, "no resident kernel of a base");
     }
   });
-  const size_t want = size_t(4 * (3 * bases + 5) + 2);
+  const size_t want = size_t(4 * (3 * bases + 5) + 3);
   CHECK(all.size() == want, "%zu kernels, not %zu", all.size(), want);
   ++checked;
 }

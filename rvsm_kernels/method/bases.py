@@ -159,6 +159,8 @@ def _adamw_numbers(group: Mapping[str, Any], count: int) -> tuple[float, ...]:
         lr / (1 - beta1**step),
         1 / (1 - beta2**step) ** 0.5,
         float(group["eps"]),
+        lr,
+        beta1,
     )
 
 
@@ -194,7 +196,7 @@ ADAMW = Base(
     options=ADAMW_OPTIONS,
     check=lambda group: None,
     states=_adamw_states,
-    number_names=("keep", "add", "keep_sq", "add_sq", "step_size", "correction", "eps"),
+    number_names=("keep", "add", "keep_sq", "add_sq", "step_size", "correction", "eps", "lr", "beta1"),
     numbers=_adamw_numbers,
     step=_adamw_step,
     torch_name="torch.optim.AdamW",

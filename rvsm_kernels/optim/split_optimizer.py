@@ -191,10 +191,6 @@ class SplitOptimizer(Optimizer):
 
     @torch._disable_dynamo  # a kernel's launch is no graph: torch.compile calls it as it is
     def _do_step(self) -> None:
-        if self._base.counter is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{type(self).__name__} counts its steps on the host: a CUDA graph would repeat one count"
-            )
         self._check_options()
         # What a GradScaler hands over is there or not; asking by attribute would raise each time.
         scaling = self.__dict__

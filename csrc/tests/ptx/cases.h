@@ -98,6 +98,7 @@ struct TensorOptions : definition::Tensor {
   int64_t misalign[kArrays] = {};  // elements behind a boundary, in the order of kArrayNames
   double zeros = 0;                // share of the elements that are 0
   bool zero_groups = false;        // every fifth group is 0
+  bool counted = false;            // its steps are counted on the device
   bool tie = false;                // top-k: the cut is the magnitude of an element
 };
 
@@ -106,6 +107,7 @@ struct TensorCase {
   bool active = true;
   int32_t group = 0;
   Array w, g, m, kept, v, largest, cut;
+  Array counter;               // where counted
   definition::Arrays numbers;  // what the arrays hold
   double cut_value = 0;
   std::string text;

@@ -16,7 +16,10 @@ bool run_in_second_order = true;
 void Experiment::aim() {
   for (auto& t : tensors) {
     for (Array* a : t->arrays) a->keep();
-    t->args = make_args(t->options, action_, {t->w.at, t->m.at, t->kept.at, t->g.at, t->v.at, t->largest.at, t->cut.at},
+    t->counter.keep();
+    t->args = make_args(t->options, action_,
+                        {t->w.at, t->m.at, t->kept.at, t->g.at, t->v.at, t->largest.at, t->cut.at,
+                         reinterpret_cast<float*>(t->counter.at)},
                         with_source);
     t->args.active = t->active;
     t->args.group = t->group;
@@ -49,6 +52,7 @@ void Experiment::register_memory() {
     if (at.v != nullptr) memory.add(at.v, t->v.bytes, "v" + name, Memory::read_write);
     if (at.largest != nullptr) memory.add(at.largest, t->largest.bytes, "largest" + name, Memory::read_write);
     if (at.kept != nullptr) memory.add(at.kept, t->kept.bytes, "kept" + name, Memory::read_write);
+    if (at.counter != nullptr) memory.add(at.counter, t->counter.bytes, "counter" + name, Memory::read_write);
     if (at.cut != nullptr) memory.add(at.cut, t->cut.bytes, "cut" + name, Memory::read_only);
   }
   memory.add(grad_scale_.at, grad_scale_.bytes, "grad_scale", Memory::read_only);
@@ -58,8 +62,10 @@ void Experiment::register_memory() {
 }
 
 Experiment::Bytes Experiment::run(const cuda::Kernels& kernels, bool interpreted) {
-  for (auto& t : tensors)
+  for (auto& t : tensors) {
     for (Array* a : t->arrays) a->restore();
+    t->counter.restore();
+  }
   std::memset(total_.at, 0x7f, total_.bytes);
   cuda::Launches job(action_, kernels);
   for (const auto& t : tensors) {
@@ -75,6 +81,12 @@ Experiment::Bytes Experiment::run(const cuda::Kernels& kernels, bool interpreted
   const auto number = [](const Array& a, bool given) { return given ? reinterpret_cast<float*>(a.at) : nullptr; };
   job.run({}, {number(grad_scale_, grad_scale != 0), number(found_inf_, found_inf != FoundInf::absent)},
           action_ == Action::penalty ? reinterpret_cast<double*>(total_.at) : nullptr);
+  for (const auto& t : tensors) {
+    if (t->args.counter == nullptr) continue;
+    const bool counts = t->active && t->options.numel() > 0 && found_inf != FoundInf::positive;
+    const double before = get<float>(t->counter.before.data(), 0), now = get<float>(t->counter.at, 0);
+    if (now != before + counts) wrong("count", text_of("%g steps after %g: ", now, before) + t->text);
+  }
   Bytes all;
   for (const auto& t : tensors)
     for (const Array* a : t->arrays) all.push_back(a->now());

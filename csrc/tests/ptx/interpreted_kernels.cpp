@@ -20,6 +20,7 @@ std::map<std::string, int64_t> launched;
 
 namespace {
 
+using cuda::CountTable;
 using cuda::SumTable;
 using cuda::Table;
 
@@ -54,6 +55,8 @@ std::string symbol_of(const cuda::Key& key) {
     case Work::squares:
     case Work::dual_squares:
       return "10sum_kernelI" + storage + mangled(true) + mangled(key.work == Work::dual_squares) + opmath + "EEv";
+    case Work::count:
+      return "12count_kernelE";
     case Work::factors:
       return "10sum_kernelId" + mangled(false) + mangled(false) + opmath + "EEv";
     default:
@@ -116,6 +119,18 @@ std::vector<bool> filled(const cuda::Key&, const SumTable& t) {
   return bytes;
 }
 
+// The same of a table of counters.
+std::vector<bool> filled(const cuda::Key&, const CountTable& t) {
+  std::vector<bool> bytes(sizeof(CountTable), false);
+  const auto fill = [&](size_t from, size_t count) { std::fill_n(bytes.begin() + long(from), count, true); };
+  fill(0, offsetof(CountTable, records));
+  for (uint32_t i = 0; i < t.entries; ++i) {
+    fill(offsetof(CountTable, at) + sizeof(cuda::CountEntry) * i, sizeof(cuda::CountEntry));
+    fill(offsetof(CountTable, records) + sizeof(cuda::CountRecord) * t.at[i].record, sizeof(cuda::CountRecord));
+  }
+  return bytes;
+}
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 std::vector<uint32_t> in_order(uint32_t blocks) {
@@ -150,6 +165,9 @@ constexpr Dtype kDtypeOf = sizeof(S) == 8               ? Dtype::f64
 // Functions for cuda::all_kernels. Do: what becomes of a launch with a table of that type.
 template <class Do>
 struct Starter {
+  static const char* count(const cuda::Stream&, const void* table) {
+    return Do::template launch<CountTable>({cuda::Work::count, Dtype::f32, {}}, table);
+  }
   template <class S, class Base, bool kHasState>
   static const char* step(const cuda::Stream&, const void* table) {
     return Do::template launch<Table>({cuda::Work::step, kDtypeOf<S>, key_of<Base>(), kHasState}, table);
@@ -207,6 +225,7 @@ std::unique_ptr<T> table_of(const Launch& launch) {
 // Calls f with it, of its type.
 template <class F>
 auto with_table(const Launch& launch, const F& f) {
+  if (launch.counts()) return f(*table_of<CountTable>(launch));
   return launch.sums() ? f(*table_of<SumTable>(launch)) : f(*table_of<Table>(launch));
 }
 
@@ -242,6 +261,11 @@ void host_block(const cuda::Key& key, const SumTable& t, uint32_t block) {
   if (key.work == cuda::Work::squares) return cuda::sum_block<S, true, false, T>(t, block, sums, kForThreads);
   if (key.work == cuda::Work::dual_squares) return cuda::sum_block<S, true, true, T>(t, block, sums, kForThreads);
   cuda::sum_block<double, false, false, T>(t, block, sums, kForThreads);
+}
+
+template <class S>
+void host_block(const cuda::Key&, const CountTable& t, uint32_t block) {
+  kForThreads([&](int i) { cuda::count_thread(t, block, i); });
 }
 
 }  // namespace
@@ -287,6 +311,12 @@ TensorArgs make_args(const definition::Tensor& t, Action action, const Addresses
   args.grouped = t.grouped;
   args.view = t.view;
   apply(o, args, s.first, records);
+  if (step && at.counter != nullptr) {
+    // What follows from the count is not in the record.
+    NumberRow& record = records.back();
+    record[kProxNumbers + kSplitNumbers + 4] = record[kProxNumbers + kSplitNumbers + 5] = NAN;
+    args.counter = at.counter;
+  }
   args.w = at.w;
   args.g = step || (action == Action::prox && with_source) ? at.g : nullptr;
   if (!step) return args;
@@ -300,12 +330,12 @@ TensorArgs make_args(const definition::Tensor& t, Action action, const Addresses
 
 Addresses addresses_of(const TensorArgs& args) {
   const auto of_base = [&](int k) { return args.base.states > k ? args.state[k] : nullptr; };
-  return {args.w, of_base(0), args.method_state(), args.g, of_base(1), of_base(2), args.cut};
+  return {args.w, of_base(0), args.method_state(), args.g, of_base(1), of_base(2), args.cut, args.counter};
 }
 
 std::string name_of(const cuda::Key& key) {
-  static const char* const kNames[] = {"squares",       "dual_squares", "factors", "step_resident",
-                                       "prox_resident", "step",         "prox",    "penalty"};
+  static const char* const kNames[] = {"squares", "dual_squares", "factors", "step_resident", "prox_resident",
+                                       "step",    "prox",         "penalty", "count"};
   std::string name = kNames[int(key.work)];
   if (key.work != cuda::Work::step && key.work != cuda::Work::step_resident) return name;
   name += std::string(" ") + kBases[int(key.base.kind)].name;

@@ -21,6 +21,7 @@ namespace rvsm::ptx {
 struct Addresses {
   void *w, *m, *kept, *g, *v, *largest;
   const void* cut;
+  float* counter = nullptr;  // of a tensor that the device counts
 };
 
 // What the engine is told of a tensor, with the arrays that the action needs; a prox reads g `with_source`. The others
@@ -54,6 +55,7 @@ struct Launch {
   uint32_t blocks() const;
   // Whether its table is one of sums.
   bool sums() const { return key.work <= cuda::Work::factors; }
+  bool counts() const { return key.work == cuda::Work::count; }
 
   // One block, by the interpreter and by the host's functions.
   void interpret(uint32_t block) const;

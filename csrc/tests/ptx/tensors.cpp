@@ -150,6 +150,7 @@ TensorOptions random_tensor(Action action, bool big, Profile profile) {
   t.zeros = integer(0, 3) == 0 ? 0.3 : 0;
   t.zero_groups = integer(0, 3) == 0;
   t.tie = integer(0, 1);
+  t.counted = t.step.base == BaseKind::adamw && integer(0, 1);
   return t;
 }
 
@@ -158,6 +159,10 @@ std::unique_ptr<TensorCase> make_tensor(const TensorOptions& o) {
   t->options = o;
   with_storage(o.dtype, [&](auto s) { fill_arrays<decltype(s)>(*t, o); });
   const definition::Step& s = o.step;
+  if (o.counted) {
+    t->counter.make(sizeof(float), 4);
+    put<float>(t->counter.at, 0, s.first ? 0 : s.count);
+  }
   t->text = text_of("%s%s, %lld elements, at %lld %lld %lld %lld, penalty %d a %.4g tau %.4g, method %d, topk %d, ",
                     kDtypeNames[int(o.dtype)], o.wide ? " (wide)" : "", (long long)o.numel(), (long long)o.misalign[0],
                     (long long)o.misalign[1], (long long)o.misalign[2], (long long)o.misalign[3], int(o.penalty()), s.a,

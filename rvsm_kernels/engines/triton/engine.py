@@ -54,6 +54,9 @@ class TritonEngine(Engine):
         except BaseException:
             self._forget()
             raise
+        if self._table.counters and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self._forget()
+            raise RuntimeError("the Triton engine counts steps on the host: a CUDA graph would repeat one count")
         self._structures = structures
         # New states are put into optimizer.state only if the step happens. A first step waits here for found_inf; of
         # the steps after it only those wait that are counted on the host.
