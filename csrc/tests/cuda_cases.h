@@ -2,6 +2,7 @@
 // test_cuda_device.cpp.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <deque>
@@ -155,8 +156,8 @@ void compare(const Tensor& got, const Tensor& want, const char* what, double loo
     for (int64_t i = 0; i < got.args.numel + 16; ++i) {
       const double a = double(load(reinterpret_cast<const S*>(x->data())[i]));
       const double b = double(load(reinterpret_cast<const S*>(y->data())[i]));
-      CHECK(std::fabs(a - b) <= allowed, "%s: element %lld of %lld is %.9g, not %.9g", what, static_cast<long long>(i),
-            static_cast<long long>(got.args.numel), a, b);
+      CHECK(std::fabs(a - b) <= allowed * std::max(1.0, std::fabs(b)), "%s: element %lld of %lld is %.9g, not %.9g",
+            what, static_cast<long long>(i), static_cast<long long>(got.args.numel), a, b);
     }
   }
 }

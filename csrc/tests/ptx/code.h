@@ -88,6 +88,7 @@ enum class Op : uint8_t {
   compare_f64,
   integer_to_integer,
   f16_to_f32,
+  f32_to_u32,
   f32_to_f64,
   f64_to_f32,
   f32_to_bf16,

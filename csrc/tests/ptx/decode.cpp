@@ -108,9 +108,9 @@ const std::unordered_map<std::string, Comparison>& comparisons() {
 // By the words between "cvt" and the end; integers are told by their types instead.
 const std::unordered_map<std::string, Op>& conversions() {
   static const std::unordered_map<std::string, Op> known = {
-      {"f32.f16", Op::f16_to_f32},           {"f64.f32", Op::f32_to_f64},    {"rn.f32.f64", Op::f64_to_f32},
-      {"rn.bf16.f32", Op::f32_to_bf16},      {"rn.f16.f32", Op::f32_to_f16}, {"rn.bf16x2.f32", Op::f32_pair_to_bf16},
-      {"rn.f16x2.f32", Op::f32_pair_to_f16},
+      {"f32.f16", Op::f16_to_f32},           {"f64.f32", Op::f32_to_f64},     {"rn.f32.f64", Op::f64_to_f32},
+      {"rn.bf16.f32", Op::f32_to_bf16},      {"rn.f16.f32", Op::f32_to_f16},  {"rn.bf16x2.f32", Op::f32_pair_to_bf16},
+      {"rn.f16x2.f32", Op::f32_pair_to_f16}, {"rzi.u32.f32", Op::f32_to_u32},
   };
   return known;
 }

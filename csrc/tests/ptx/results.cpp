@@ -212,6 +212,8 @@ uint64_t Machine::result_of(const Instruction& x, const uint64_t* registers, int
       return iu(x.is_signed ? uint64_t(sign_extended(a, x.source_bits)) : low_bits(a, x.source_bits));
     case Op::f16_to_f32:
       return as_bits(half_to_float(uint16_t(a)));
+    case Op::f32_to_u32:
+      return uint64_t(std::clamp(std::trunc(double(f(a))), 0.0, 4294967295.0));
     case Op::f32_to_f64:
       return as_bits(double(f(a)));
     case Op::f64_to_f32:
