@@ -28,8 +28,8 @@ class RVSMAdamW(SplitOptimizer):
         w = w - lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
     State of a parameter: ``exp_avg``, ``exp_avg_sq``, with ``amsgrad`` also ``max_exp_avg_sq``, all of its shape and
-    dtype, and ``step``, a float32 tensor with one element, on the CPU or, with the CUDA engine, on the GPU. A parameter without a gradient misses the step
-    and keeps its own count.
+    dtype, and ``step``, a float32 tensor with one element, on the CPU or, with the CUDA engine, on the GPU. A parameter
+    without a gradient misses the step and keeps its own count.
 
     Args:
         params: parameters, named parameters or groups, as in torch.optim; :func:`rvsm_kernels.param_groups` divides
