@@ -157,7 +157,8 @@ def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
         else:
             assert sets[0] >= 2, line(kernel)
         if storage != "double":
-            assert kernel.loads[64] == 0, line(kernel)
+            # AdamW's corrections are in double precision.
+            assert kernel.loads[64] == 0 or "AdamW" in kernel.name, line(kernel)
             assert kernel.stores[64] == 0 or kind in ("sum_kernel", "penalty_kernel"), line(kernel)
 
 
