@@ -60,6 +60,7 @@ const Stored& GroupOptions::stored(at::ScalarType type) {
 }
 
 bool GroupOptions::has_the_tables_of(const GroupOptions& o) const {
+  if (!precision || !o.precision) return false;  // options of a group that is new
   return base == o.base && method == o.method && split == o.split && topk == o.topk && lasso == o.lasso &&
          writes_grad == o.writes_grad && dims == o.dims && base_states == o.base_states && states == o.states &&
          has_counter == o.has_counter && precision.equal(o.precision);
