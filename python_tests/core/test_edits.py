@@ -192,3 +192,14 @@ def test_load_state_dict_in_mid_training(world: World) -> None:
     for p, q in zip(world.params(), other.params(), strict=True):
         assert same_bits(world.momentum(p), other.momentum(q))
     world.go_on()
+
+
+def test_a_plain_group_is_added_to_a_plain_one(engine: str) -> None:
+    """Without momentum and penalty nothing tells the options of the new group from no options at all."""
+    first, second = (nn.Parameter(torch.ones(5)) for _ in range(2))
+    optimizer = rk.RVSM([first], lr=0.1, penalty=None, engine=engine)
+    first.grad = second.grad = torch.ones(5)
+    optimizer.step()
+    optimizer.add_param_group({"params": [second]})
+    optimizer.step()
+    torch.testing.assert_close((first, second), (torch.full((5,), 0.8), torch.full((5,), 0.9)), check_dtype=False)
