@@ -12,6 +12,7 @@ namespace {
 
 // Storage types are converted in tiles that stay in the first-level cache.
 constexpr int64_t kTile = 512;
+
 template <class S, class T>
 inline void load_tile(T* __restrict to, const S* __restrict from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = load(from[i]);
