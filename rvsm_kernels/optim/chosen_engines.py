@@ -42,7 +42,6 @@ class ChosenEngines:
         check_requested(requested)
         self.requested = requested
         self._engines: dict[str, Engine] = {}
-        self._names: dict[str, str] = {}  # by type of device: to find out takes longer than a step of a small tensor
 
     def engine_of(self, p: Tensor, name: str) -> Engine:
         """The engine that serves a parameter.
@@ -62,9 +61,7 @@ class ChosenEngines:
         by = tracer()
         kind = kind_of(p)
         if by is None and kind is None:
-            if p.device.type not in self._names:
-                self._names[p.device.type] = engine_name_for(self.requested, p.device.type)
-            return self._names[p.device.type]
+            return engine_name_for(self.requested, p.device.type)
         if self.requested is None:
             return "reference"
         if kind is not None:
