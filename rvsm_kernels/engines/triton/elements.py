@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .bases import base_step, reads_gradient
-from .penalty import Prox, penalty_term, shrink
+from .penalty import NONE, Prox, penalty_term, shrink
 from .split import Split, gap_of, method_states, split_step, thresholded
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -36,9 +36,11 @@ BY_COLUMNS = tl.constexpr(8)  # dividers (``divider`` of ``table.py``)
 BY_INNER = tl.constexpr(9)
 BY_BATCH = tl.constexpr(10)
 CUT = tl.constexpr(11)  # address of the cut of top-k, or 0
-ENTRY = tl.constexpr(12)
+CORRECTIONS = tl.constexpr(12)  # address of the numbers of its base that follow from its count, or 0
+ENTRY = tl.constexpr(13)
 
-# Numbers of a record: a Prox, a Split, then those of the base; or a Prox, then lam and beta in double.
+# Numbers of a record: a Prox, a Split, those of the base and, where the device finishes it (``device_numbers.py``),
+# whether lr is 0; or a Prox, then lam and beta in double.
 PROX = tl.constexpr(6)
 SPLIT = tl.constexpr(4)
 
@@ -65,9 +67,9 @@ def split_of(numbers):
 
 @triton.jit
 def with_cut(f: Prox, where, T: tl.constexpr):
-    """A Prox with the cut at an address, or as it is where that is 0."""
+    """A Prox with the cut at an address, or as it is where that is 0 or there is no penalty now."""
     cut = f.cut
-    if where != 0:
+    if (where != 0) & (f.penalty != NONE):
         cut = tl.load(where.to(tl.pointer_type(T)))
     return Prox(f.penalty, cut, f.tau, f.a, f.rho, f.edge)
 
@@ -176,7 +178,8 @@ def as_pointers(addresses, S: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr
 def step_elements(
     entry, numbers, w, g, state_pointers, place, begin, end, scale,
     T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr, STATES: tl.constexpr,
-    WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr, REST: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Load, arithmetic, store. The elements are those of [begin, end) among BLOCK from `place` on.
 
@@ -199,16 +202,18 @@ def step_elements(
     at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
     v = thresholded(wi, of_method, METHOD)
     u, unit = pull_of(v, wi, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
-    gap, of_method = gap_of(wi, v, u, of_method, METHOD)
+    gap, moved = gap_of(wi, v, u, of_method, METHOD)
+    if REST > 0:  # where lr is 0, nothing of the method moves
+        moved = tl.where(tl.load(numbers + REST) != 0, of_method, moved)
     wi, d = split_step(wi, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
-    wi, states = base_step(wi, states, d, numbers + PROX + SPLIT, BASE, BASE_STATES)
+    wi, states = base_step(wi, states, d, numbers + PROX + SPLIT, entry + CORRECTIONS, BASE, BASE_STATES)
     write(w + i, wi, mask, WHOLE)
     if WRITES_GRADIENT:
         write(g + i, d, mask, WHOLE)
     for k in tl.static_range(BASE_STATES):
         write(state_pointers[k] + i, states[k], mask, WHOLE)
     if METHOD != 0:
-        write(state_pointers[BASE_STATES] + i, of_method, mask, WHOLE)
+        write(state_pointers[BASE_STATES] + i, moved, mask, WHOLE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
@@ -216,8 +221,12 @@ def step_kernel(
     addresses, entries, records, owners, grad_scale, found_inf,
     S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr,
     STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
-    """One step of all entries; nothing where found_inf is above 0."""
+    """One step of all entries; nothing where found_inf is above 0.
+
+    REST: the place of the number of a record that says whether lr is 0; 0 where there is none.
+    """
     if tl.load(found_inf) > 0:
         return
     entry, address, numbers = entry_of(addresses, entries, records, owners, STATES, T)
@@ -240,13 +249,13 @@ def step_kernel(
         wg = as_pointers((w + shift, g + shift), S, 2, True)
         step_elements(
             entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, True), place, begin, end, scale,
-            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, True,
+            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, REST, True,
         )  # fmt: skip
     else:
         wg = as_pointers((w + shift, g + shift), S, 2, False)
         step_elements(
             entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, False), place, begin, end, scale,
-            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, False,
+            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, REST, False,
         )  # fmt: skip
 
 

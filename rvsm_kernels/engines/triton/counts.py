@@ -1,0 +1,89 @@
+"""The steps of parameters, counted on the device: the counterpart of ``csrc/cuda/counts.h``.
+
+A small launch before a step adds 1 to the counter of each parameter and makes the numbers of its base that follow from
+the count. So no host waits for a count, and none is in a captured graph.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bases import MOST_CORRECTIONS, corrections_of
+from .calls import Grid
+from .device_numbers import factor_at, source_words
+from .elements import PROX, SPLIT
+from .table import Table
+
+# Fields of an entry, in int64.
+COUNTER = tl.constexpr(0)  # address; 0 for an entry that only fills the last block
+SOURCE = tl.constexpr(1)  # where the source of its numbers begins
+MADE = tl.constexpr(2)  # address of what is made
+COUNT_ENTRY = tl.constexpr(3)
+COUNTERS = tl.constexpr(128)  # of a program
+THREADS = 128
+
+
+@triton.jit(do_not_specialize_on_alignment=["found_inf"])
+def count_kernel(entries, sources, found_inf, BASE: tl.constexpr, NUMBERS: tl.constexpr, CORRECTS: tl.constexpr):
+    """One step more of each counter, unless found_inf is above 0, and what follows from that many steps."""
+    entry = entries + (tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)) * COUNT_ENTRY
+    address = tl.load(entry + COUNTER)
+    mask = address != 0
+    counter = address.to(tl.pointer_type(tl.float32))
+    before = tl.load(counter, mask, 0.0)
+    tl.store(counter, before + tl.where(tl.load(found_inf) > 0, 0.0, 1.0), mask)
+    if CORRECTS:
+        source = sources + tl.load(entry + SOURCE)
+        numbers = source.to(tl.pointer_type(tl.float64)) + PROX + SPLIT
+        made = tl.load(entry + MADE).to(tl.pointer_type(tl.float64))
+        values = corrections_of(numbers, mask, factor_at(source + NUMBERS, mask), before + 1.0, BASE)
+        for k in tl.static_range(MOST_CORRECTIONS):
+            tl.store(made + k, values[k], mask)
+
+
+class Counting:
+    """The counters of a launch.
+
+    Args:
+        sources: for each counter which of the launch's sources is that of its tensor.
+        numbers: of a source; see :class:`.device_numbers.Sources`.
+        base: its number.
+        corrects: whether the base has numbers that follow from the count.
+    """
+
+    def __init__(self, device: torch.device, sources: Sequence[int], numbers: int, base: int, corrects: bool) -> None:
+        self.table = Table(device)
+        size = MOST_CORRECTIONS.value * len(sources) * corrects
+        self.corrections = torch.empty(size, dtype=torch.float64, device=device)
+        self._constants = base, numbers, corrects
+        self._sources = [source * source_words(numbers) for source in sources]
+        self._grid = Grid(-(-len(sources) // COUNTERS.value), THREADS)
+
+    def corrections_at(self, k: int) -> int:
+        """The address of the numbers that follow from the count of the k-th counter, 0 where there are none."""
+        size = MOST_CORRECTIONS.value * self.corrections.element_size()
+        return self.corrections.data_ptr() + k * size if self.corrections.numel() else 0
+
+    def move(self, counters: Sequence[int]) -> None:
+        """The addresses of the counters."""
+        flat = array("q", bytes(8 * COUNT_ENTRY.value * -(-len(counters) // COUNTERS.value) * COUNTERS.value))
+        for k, (counter, source) in enumerate(zip(counters, self._sources, strict=True)):
+            at = k * COUNT_ENTRY.value
+            flat[at : at + COUNT_ENTRY.value] = array("q", (counter, source, self.corrections_at(k)))
+        self.table.data = flat.tobytes()
+
+    def run(self, sources: Tensor, found_inf: Tensor, captured: bool) -> list[Tensor]:
+        """Count, on the current stream; returns what lies on the device for that.
+
+        Args:
+            sources: on the device.
+        """
+        entries = self.table.put(captured)
+        self._grid(count_kernel, entries, sources, found_inf, *self._constants, dtypes=found_inf.dtype)
+        return [entries, self.corrections]
