@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rvsm_kernels.engines.triton import counts, device_numbers, elements, norms
+from rvsm_kernels.engines.triton import counts, device_numbers, elements, mixed, norms
 from rvsm_kernels.engines.triton.calls import options_for
 from rvsm_kernels.engines.triton.launch import STORAGE, block_of
 from rvsm_kernels.engines.triton.table import FACTOR_TILE, PARTS_AT_ONCE, record_words
@@ -66,6 +66,23 @@ def steps() -> Iterator[tuple[dict[str, Any], int]]:
             yield {**kind, "METHOD": method, "STATES": states, "REST": 19}, 3 + 2 * states
 
 
+def mixed_steps() -> Iterator[tuple[dict[str, Any], int]]:
+    """The constants of the steps whose planes have several types, and how many arrays they read and write."""
+    bf16, fp16, fp32 = tl.bfloat16, tl.float16, tl.float32
+    planes = [  # weights, states, master, whether they are rounded
+        *((bf16, fp32, 1, False), (fp16, fp32, 2, False), (bf16, bf16, 0, True), (fp16, fp16, 0, True)),
+        *((bf16, fp32, 0, True), (bf16, bf16, 1, False), (bf16, fp32, 0, False), (fp32, bf16, 0, False)),
+    ]
+    for (weight, state, master, rounds), method, tl1 in itertools.product(planes, (0, 2), (False, True)):
+        of_method = fp32 if master else weight
+        types = {"WEIGHT": weight, "GRADIENT": weight, "OF_BASE": state, "OF_METHOD": of_method}
+        kind = {**types, "MASTER": master, "ROUNDS": rounds, "BLOCK": mixed.MIXED_BLOCK, "METHOD": method}
+        for base, of_base in ((SGD, 0), (SGD, 1), (ADAMW, 2), (ADAMW, 3)):
+            states = of_base + (method > 0)
+            constants = {**kind, "BASE": base.number, "STATES": states, "WRITES_GRADIENT": False, "WITH_TL1": tl1}
+            yield {**constants, "REST": 0}, 3 + 2 * (states + (master > 0))
+
+
 def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
     """Every kernel with its compile-time constants, and how many arrays it reads and writes as a stream."""
     for dtype, storage in STORAGE.items():
@@ -83,9 +100,11 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
             words = record_words(numbers + 1, opmath == tl.float64, numbers + 1)
             constants = {"T": opmath, "BASE": base.number, "NUMBERS": numbers, "WORDS": words}
             yield device_numbers.finish_kernel, constants, 0
-    for base, corrects in ((SGD, False), (ADAMW, True)):
-        constants = {"BASE": base.number, "NUMBERS": 10 + len(base.number_names), "CORRECTS": corrects}
-        yield counts.count_kernel, constants, 0
+    for base, rounds in ((SGD, True), (ADAMW, False), (ADAMW, True)):
+        constants = {"BASE": base.number, "NUMBERS": 10 + len(base.number_names), "CORRECTS": base is ADAMW}
+        yield counts.count_kernel, {**constants, "ROUNDS": rounds}, 0
+    for kind, streams in mixed_steps():
+        yield mixed.mixed_kernel, kind, streams
 
 
 def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:

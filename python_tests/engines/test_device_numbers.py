@@ -458,7 +458,7 @@ def test_finished_records(triton_engine: None, base: bases.Base, dtype: torch.dt
     length = len(made[0])
     words = record_words(length + 1, dtype == torch.float64, length + 1)
     sources = Sources(torch.device(DEVICE), len(told), length, words, True)
-    sources.set(made, [options.on_device for options in told])
+    sources.set(made, told)
     opmath = tl.float64 if dtype == torch.float64 else tl.float32
     records = sources.finish(sources.put(False), opmath, base.number).view(dtype).reshape(len(told), -1)
     for options, record in zip(told, records[:, : length + 1].double().tolist(), strict=True):

@@ -11,7 +11,12 @@ from .base_sgd import sgd_finished, sgd_step
 SGD = tl.constexpr(0)
 NONE = tl.constexpr(1)  # the pull alone: the weights stay as it has left them
 ADAMW = tl.constexpr(2)
-MOST_CORRECTIONS = tl.constexpr(2)  # the most numbers of a base that follow from the count of the steps
+# What is made for each counter (``counts.py``), in 8 bytes each: the numbers of a base that follow from the count, the
+# steps before this one in float64, and the seed of the rounding.
+MOST_CORRECTIONS = tl.constexpr(2)
+BEFORE = tl.constexpr(2)
+SEED = tl.constexpr(3)
+MADE_OF_COUNT = tl.constexpr(4)
 
 
 @triton.constexpr_function

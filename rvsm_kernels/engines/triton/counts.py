@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bases import MOST_CORRECTIONS, corrections_of
+from .bases import BEFORE, MADE_OF_COUNT, MOST_CORRECTIONS, SEED, corrections_of
 from .calls import Grid
-from .device_numbers import factor_at, source_words
+from .device_numbers import TENSORS, factor_at, source_words
 from .elements import PROX, SPLIT
 from .table import Table
 
@@ -30,7 +30,9 @@ THREADS = 128
 
 
 @triton.jit(do_not_specialize_on_alignment=["found_inf"])
-def count_kernel(entries, sources, found_inf, BASE: tl.constexpr, NUMBERS: tl.constexpr, CORRECTS: tl.constexpr):
+def count_kernel(
+    entries, sources, found_inf, BASE: tl.constexpr, NUMBERS: tl.constexpr, CORRECTS: tl.constexpr, ROUNDS: tl.constexpr
+):
     """One step more of each counter, unless found_inf is above 0, and what follows from that many steps."""
     entry = entries + (tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)) * COUNT_ENTRY
     address = tl.load(entry + COUNTER)
@@ -38,13 +40,17 @@ def count_kernel(entries, sources, found_inf, BASE: tl.constexpr, NUMBERS: tl.co
     counter = address.to(tl.pointer_type(tl.float32))
     before = tl.load(counter, mask, 0.0)
     tl.store(counter, before + tl.where(tl.load(found_inf) > 0, 0.0, 1.0), mask)
+    source = sources + tl.load(entry + SOURCE)
+    made = tl.load(entry + MADE).to(tl.pointer_type(tl.float64))
     if CORRECTS:
-        source = sources + tl.load(entry + SOURCE)
         numbers = source.to(tl.pointer_type(tl.float64)) + PROX + SPLIT
-        made = tl.load(entry + MADE).to(tl.pointer_type(tl.float64))
         values = corrections_of(numbers, mask, factor_at(source + NUMBERS, mask), before + 1.0, BASE)
         for k in tl.static_range(MOST_CORRECTIONS):
             tl.store(made + k, values[k], mask)
+    if ROUNDS:
+        seed = tl.load(source + NUMBERS + 2 * TENSORS, mask, 0)
+        tl.store(made + BEFORE, before.to(tl.float64), mask)
+        tl.store(made.to(tl.pointer_type(tl.int64)) + SEED, seed, mask)
 
 
 class Counting:
@@ -55,27 +61,34 @@ class Counting:
         numbers: of a source; see :class:`.device_numbers.Sources`.
         base: its number.
         corrects: whether the base has numbers that follow from the count.
+        rounds: whether the kernel of the step rounds stochastically.
     """
 
-    def __init__(self, device: torch.device, sources: Sequence[int], numbers: int, base: int, corrects: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        sources: Sequence[int],
+        numbers: int,
+        base: int,
+        corrects: bool,
+        rounds: bool,
+    ) -> None:
         self.table = Table(device)
-        size = MOST_CORRECTIONS.value * len(sources) * corrects
-        self.corrections = torch.empty(size, dtype=torch.float64, device=device)
-        self._constants = base, numbers, corrects
+        self.made = torch.empty(MADE_OF_COUNT.value * len(sources), dtype=torch.float64, device=device)
+        self._constants = base, numbers, corrects, rounds
         self._sources = [source * source_words(numbers) for source in sources]
         self._grid = Grid(-(-len(sources) // COUNTERS.value), THREADS)
 
-    def corrections_at(self, k: int) -> int:
-        """The address of the numbers that follow from the count of the k-th counter, 0 where there are none."""
-        size = MOST_CORRECTIONS.value * self.corrections.element_size()
-        return self.corrections.data_ptr() + k * size if self.corrections.numel() else 0
+    def made_at(self, k: int) -> int:
+        """The address of what is made for the k-th counter."""
+        return self.made.data_ptr() + k * MADE_OF_COUNT.value * self.made.element_size()
 
     def move(self, counters: Sequence[int]) -> None:
         """The addresses of the counters."""
         flat = array("q", bytes(8 * COUNT_ENTRY.value * -(-len(counters) // COUNTERS.value) * COUNTERS.value))
         for k, (counter, source) in enumerate(zip(counters, self._sources, strict=True)):
             at = k * COUNT_ENTRY.value
-            flat[at : at + COUNT_ENTRY.value] = array("q", (counter, source, self.corrections_at(k)))
+            flat[at : at + COUNT_ENTRY.value] = array("q", (counter, source, self.made_at(k)))
         self.table.data = flat.tobytes()
 
     def run(self, sources: Tensor, found_inf: Tensor, captured: bool) -> list[Tensor]:
@@ -86,4 +99,4 @@ class Counting:
         """
         entries = self.table.put(captured)
         self._grid(count_kernel, entries, sources, found_inf, *self._constants, dtypes=found_inf.dtype)
-        return [entries, self.corrections]
+        return [entries, self.made]

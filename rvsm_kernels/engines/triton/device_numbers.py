@@ -1,9 +1,9 @@
 """Numbers that the kernels read on the device: a small launch finishes the records of a step with them.
 
 The host sends each record in double precision, made with a factor of 1 where a tensor stands, and the addresses of the
-tensors behind it (a *source*). :func:`finish_kernel` multiplies what follows from them and writes the record that the
-kernels of the step read, in the type of the arithmetic. So no host waits for the tensors, and a captured graph follows
-whatever is filled into them.
+tensors behind it: a *source*, which ``counts.py`` reads too. :func:`finish_kernel` multiplies what follows from them
+and writes the record that the kernels of the step read, in the type of the arithmetic. So no host waits for the
+tensors, and a captured graph follows whatever is filled into them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...method import device_numbers
 from ...method.dtypes import DTYPES
+from ...method.step_options import StepOptions
 from .bases import finished_number
 from .calls import Grid
 from .elements import PROX, SPLIT
@@ -55,7 +56,7 @@ def finish_kernel(
     """Records of NUMBERS numbers and one that says whether lr is 0, WORDS words long, from as many sources."""
     i = tl.program_id(0) * RECORDS + tl.arange(0, RECORDS)
     mask = i < count
-    source = sources + i * (NUMBERS + 2 * TENSORS)
+    source = sources + i * (NUMBERS + 2 * TENSORS + 1)
     made = (records + i * WORDS).to(tl.pointer_type(T))
     numbers, tensors = source.to(tl.pointer_type(tl.float64)), source + NUMBERS
     lr, lam = factor_at(tensors, mask), factor_at(tensors + 2, mask)
@@ -81,8 +82,8 @@ def finish_kernel(
 
 
 def source_words(numbers: int) -> int:
-    """The length of a source in int64."""
-    return numbers + 2 * TENSORS.value
+    """The length of a source in int64: its numbers, its tensors and the seed of its rounding."""
+    return numbers + 2 * TENSORS.value + 1
 
 
 class Sources:
@@ -104,15 +105,16 @@ class Sources:
         self._tensors: list[Tensor] = []
         self._of_graphs: list[list[Tensor]] = []  # they go on reading the tensors
 
-    def set(self, numbers: Sequence[Sequence[float]], on_device: Sequence[Sequence[Tensor | None]]) -> None:
-        """The numbers of each record, and the tensors that it is finished with: none, or as many as NAMES."""
+    def set(self, numbers: Sequence[Sequence[float]], told: Sequence[StepOptions]) -> None:
+        """The numbers of each record, and the options that they were made of."""
         data = []
-        for record, tensors in zip(numbers, on_device, strict=True):
+        on_device = [options.on_device for options in told]
+        for record, options, tensors in zip(numbers, told, on_device, strict=True):
             words = [0] * (2 * TENSORS.value)
             for k, t in enumerate(tensors):
                 if t is not None:
                     words[2 * k : 2 * k + 2] = t.data_ptr(), _NUMBER_OF_TYPE[t.dtype]
-            data.append(struct.pack(f"<{len(record)}d{len(words)}q", *record, *words))
+            data.append(struct.pack(f"<{len(record)}d{len(words)}qq", *record, *words, options.seed))
         self.table.data = b"".join(data)
         self._tensors = [t for tensors in on_device for t in tensors if t is not None]
 

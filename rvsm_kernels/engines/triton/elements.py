@@ -175,6 +175,36 @@ def as_pointers(addresses, S: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr
 
 
 @triton.jit
+def arithmetic(
+    entry, numbers, w, d, states, of_method, at, mask, scale,
+    BASE: tl.constexpr, METHOD: tl.constexpr, BASE_STATES: tl.constexpr, WITH_TL1: tl.constexpr,
+    WITH_GROUPS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """The step of elements that were loaded; returns the new w and d, and the states of the base and of the method.
+
+    Args:
+        d: the gradient; what the base makes a step of comes back.
+        at: the places of the elements in their entry.
+    """
+    f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), w.dtype), split_of(numbers)
+    v = thresholded(w, of_method, METHOD)
+    u, unit = pull_of(v, w, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
+    gap, moved = gap_of(w, v, u, of_method, METHOD)
+    if REST > 0:  # where lr is 0, nothing of the method moves
+        moved = tl.where(tl.load(numbers + REST) != 0, of_method, moved)
+    w, d = split_step(w, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
+    w, states = base_step(w, states, d, numbers + PROX + SPLIT, entry + CORRECTIONS, BASE, BASE_STATES)
+    return w, d, states, moved
+
+
+@triton.jit
+def inverse_of(grad_scale, T: tl.constexpr):
+    """What the gradients are multiplied by."""
+    one = tl.full((), 1.0, T)
+    return tl.div_rn(one, tl.load(grad_scale)) if T.primitive_bitwidth == 32 else one / tl.load(grad_scale)
+
+
+@triton.jit
 def step_elements(
     entry, numbers, w, g, state_pointers, place, begin, end, scale,
     T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr, STATES: tl.constexpr,
@@ -198,22 +228,18 @@ def step_elements(
     of_method = wi
     if METHOD != 0:
         of_method = read(state_pointers[BASE_STATES] + i, mask, WHOLE).to(T)
-    f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), T), split_of(numbers)
     at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
-    v = thresholded(wi, of_method, METHOD)
-    u, unit = pull_of(v, wi, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
-    gap, moved = gap_of(wi, v, u, of_method, METHOD)
-    if REST > 0:  # where lr is 0, nothing of the method moves
-        moved = tl.where(tl.load(numbers + REST) != 0, of_method, moved)
-    wi, d = split_step(wi, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
-    wi, states = base_step(wi, states, d, numbers + PROX + SPLIT, entry + CORRECTIONS, BASE, BASE_STATES)
+    wi, d, states, of_method = arithmetic(
+        entry, numbers, wi, d, states, of_method, at, mask, scale,
+        BASE, METHOD, BASE_STATES, WITH_TL1, WITH_GROUPS, REST,
+    )  # fmt: skip
     write(w + i, wi, mask, WHOLE)
     if WRITES_GRADIENT:
         write(g + i, d, mask, WHOLE)
     for k in tl.static_range(BASE_STATES):
         write(state_pointers[k] + i, states[k], mask, WHOLE)
     if METHOD != 0:
-        write(state_pointers[BASE_STATES] + i, moved, mask, WHOLE)
+        write(state_pointers[BASE_STATES] + i, of_method, mask, WHOLE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
@@ -242,8 +268,7 @@ def step_kernel(
     place, begin, end = span_of(entry, tl.where(aligned, lead, 0), BLOCK)
     size: tl.constexpr = S.primitive_bitwidth // 8
     shift = (place - begin) * size
-    one = tl.full((), 1.0, T)
-    scale = tl.div_rn(one, tl.load(grad_scale)) if T.primitive_bitwidth == 32 else one / tl.load(grad_scale)
+    scale = inverse_of(grad_scale, T)
     states = addresses_of_states(address, shift, STATES)
     if aligned & (place >= begin) & (place + BLOCK <= end):
         wg = as_pointers((w + shift, g + shift), S, 2, True)

@@ -10,7 +10,6 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,10 +18,12 @@ from torch import Tensor
 
 from ...method.dtypes import opmath_type
 from ...method.groups import GroupView
+from ...method.step_options import StepOptions
 from .calls import Call
 from .counts import Counting
 from .device_numbers import Sources
 from .elements import STATE, penalty_kernel, prox_kernel, step_kernel
+from .mixed import MIXED_BLOCK, Planes, mixed_kernel
 from .norms import THREADS, factor_kernel, sum_kernel
 from .penalty import Prox
 from .split import ADMM
@@ -90,6 +91,7 @@ class StepKind:
         writes_gradient: the step leaves its direction in the gradient.
         finishes: some of the records have numbers in them that stand on the device.
         corrects: numbers of the base follow from the count of the steps.
+        planes: where the tensors have several types, these; then a master is behind the states.
     """
 
     base: int = 0
@@ -99,6 +101,17 @@ class StepKind:
     writes_gradient: bool = False
     finishes: bool = False
     corrects: bool = False
+    planes: Planes | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the kernel rounds stochastically."""
+        return self.planes is not None and self.planes.rounds
+
+    @property
+    def width(self) -> int:
+        """The addresses of an entry."""
+        return _ADDRESSES + self.states + (self.planes is not None and self.planes.master > 0)
 
 
 @dataclass
@@ -126,7 +139,7 @@ class Launch:
         double = self.opmath == torch.float64
         # lam and beta of a penalty's value are in float64.
         numbers = {"step": self.kind.numbers, "prox": _PROX, "penalty": _PROX + 2}[self.action]
-        self.width = _ADDRESSES + self.kind.states
+        self.width = self.kind.width
         narrow = numbers if double or self.action != "penalty" else numbers - 2
         self.record_format = double, narrow + self.kind.finishes
         words = record_words(numbers + self.kind.finishes, *self.record_format)
@@ -134,7 +147,8 @@ class Launch:
         self.addresses, self.records = Table(self.device), Table(self.device)
         self._prepare_sources(numbers, words)
         self.grouped = any(args.view is not None for args in self.tensors)
-        self.block = block_of(self.dtype, self.grouped or self.action == "prox")
+        grouped = self.grouped or self.action == "prox"
+        self.block = MIXED_BLOCK if self.kind.planes is not None else block_of(self.dtype, grouped)
         divisions = [None if args.view is None else divide_sums(args.view, width) for args in self.tensors]
         blocks: list[int] = []
         sum_blocks: list[int] = []
@@ -180,14 +194,17 @@ class Launch:
         if counted:
             places = {key: k for k, key in enumerate(self.keys)}
             of_each = [places[self.tensors[k].key] for k in counted]
-            self.counting = Counting(self.device, of_each, numbers, self.kind.base, self.kind.corrects)
+            kind = self.kind
+            self.counting = Counting(self.device, of_each, numbers, kind.base, kind.corrects, kind.rounds)
+            self.place_of_counter = {k: place for place, k in enumerate(counted)}
 
     def _add(
         self, numel: int, offset: int, k: int, grouped: list[int], blocks: list[int], width: int, cut: int = 0
     ) -> None:
         first = self.entries[-1][1] + blocks[-1] if self.entries else 0
-        corrections = self.counting.corrections_at(k) if self.counting is not None and self.kind.corrects else 0
-        self.entries.append([numel, first, self.keys[self.tensors[k].key], *grouped, cut, corrections])
+        counts = self.counting is not None and k in self.place_of_counter
+        made = self.counting.made_at(self.place_of_counter[k]) if self.counting is not None and counts else 0
+        self.entries.append([numel, first, self.keys[self.tensors[k].key], *grouped, cut, made])
         self.sources.append((k, offset))
         # The tensor may begin up to width - 1 elements after a boundary.
         blocks.append(-(-(numel + width - 1) // self.block) if numel else 0)
@@ -274,16 +291,17 @@ class Launch:
             flat[place :: self.width] = starts if self.whole else [starts[k] + offset for k, offset in self.sources]
         self.addresses.data = array("q", flat).tobytes()
 
-    def set(
-        self,
-        numbers: Mapping[tuple[Any, ...], Sequence[float]],
-        on_device: Mapping[tuple[Any, ...], Sequence[Tensor | None]] = MappingProxyType({}),
-    ) -> None:
-        """The numbers of each key, and the tensors that the device finishes them with: ``StepOptions.on_device``."""
+    def set(self, numbers: Mapping[tuple[Any, ...], Sequence[float]], told: Sequence[StepOptions] = ()) -> None:
+        """The numbers of each key.
+
+        Args:
+            told: what the groups are told, where the device makes anything of the numbers; a key begins with the place
+                of its group.
+        """
         if not self.kind.finishes:
             self.records.data = b"".join(record_of(numbers[key], *self.record_format) for key in self.keys)
         if self.on_device is not None:
-            self.on_device.set([numbers[key] for key in self.keys], [on_device.get(key, ()) for key in self.keys])
+            self.on_device.set([numbers[key] for key in self.keys], [told[key[0]] for key in self.keys])
 
     # ---- the calls ---------------------------------------------------------------------------------------------------
 
@@ -326,9 +344,13 @@ class Launch:
         if self.action == "step":
             assert grad_scale is not None and found_inf is not None
             rest = k.numbers if k.finishes and k.method != 0 else 0
-            constants = k.base, k.method, k.states, k.writes_gradient, self.with_tl1, self.grouped, rest
-            dtypes = grad_scale.dtype, found_inf.dtype
-            call(step_kernel, *tables, grad_scale, found_inf, S, T, block, *constants, dtypes=dtypes)
+            scaling, dtypes = (grad_scale, found_inf), (grad_scale.dtype, found_inf.dtype)
+            shape = block, k.base, k.method, k.states, k.writes_gradient, self.with_tl1
+            if k.planes is not None:
+                types = S, *(STORAGE[t] for t in k.planes[:3]), *k.planes[3:]
+                call(mixed_kernel, *tables, *scaling, *types, *shape, rest, dtypes=dtypes)
+            else:
+                call(step_kernel, *tables, *scaling, S, T, *shape, self.grouped, rest, dtypes=dtypes)
         elif self.action == "prox":
             call(prox_kernel, *tables, S, T, block)
         else:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from ...method.dtypes import HALF_TYPES
 from ...method.groups import GroupView, view_of
-from ...method.memory import kind_of, turns_of
+from ...method.memory import kind_of, refuse, turns_of
 from ...method.parameters import param_name
 from ...method.precision import has_master
 from ...method.step_options import StepOptions
 from ..checks import check_entry, check_groups, check_norms
 from ..interface import Group, StepInputs
-from .launch import Launch, StepKind, TensorArgs
+from .launch import STORAGE, Launch, StepKind, TensorArgs
+from .mixed import Planes
+from .precision import LOW, WHOLE
 from .staging import Staged, StagedWeights
 
 try:  # one call compares types, dtypes, devices, sizes and strides of all tensors
@@ -162,7 +164,7 @@ class StepTable:
         for part in self.launches:
             keys = part.launch.keys
             numbers = {(i, size, count): options[i].numbers(size, count) for i, size, count in keys}
-            part.launch.set(numbers, {key: options[key[0]].on_device for key in keys})
+            part.launch.set(numbers, options)
         self._numbers_at = _places_of_numbers(options)
 
     def numbers_moved(self, options: Sequence[StepOptions]) -> bool:
@@ -187,6 +189,8 @@ class StepTable:
                     states = {name: inputs.state_of(p, name) for name in options.states_of(p.dtype)}
                     counter = None if options.counter is None else inputs.state_of(p, options.counter)
                     check_entry(p, group, i, j, states, counter)
+                    if counter is not None:
+                        refuse(counter, f"the step of {param_name(group, i, j)}")
                     moves = p.numel() > 0
                 self._params.append(p)
                 self._active.append(moves)
@@ -215,26 +219,24 @@ class StepTable:
             counter = self._counter_of(slot)
             types = list(options.states_of(p.dtype).values())
             own_states = self._states_of(slot, types)
-            mixed = options.rounds(p.dtype) or any(t != p.dtype for t in types)
-            dtype = torch.float32 if p.dtype in HALF_TYPES and (mixed or grad.dtype != p.dtype) else p.dtype
-            if mixed and (options.rounds(p.dtype) or has_master(options.values, p.dtype)):
-                master = own_states[-1] if has_master(options.values, p.dtype) else None
-                random = (options.seed, counter) if options.rounds(p.dtype) and counter is not None else None
-                weights_copy = StagedWeights(p.detach(), master, random)
-                self.copies.append((weights_copy, True, turn))
-                w = weights_copy.dense
-            else:
+            planes, staged = self._planes_of(slot, types, grad), None
+            if planes is not None:
+                dtype, count = p.dtype, len(own_states)
                 w = self._stage(p, dtype, None, True, turn)
-            g = self._stage(grad, dtype, w, options.writes_gradient, turn)
+            else:
+                dtype, count = self._common_type(slot, types, grad), len(options.states)
+                staged = self._stage_weights(slot, own_states, counter, turn)
+                w = self._stage(p, dtype, None, True, turn) if staged is None else staged
+            g = self._stage(grad, dtype if planes is None else planes.gradient, w, options.writes_gradient, turn)
             weights.append(w.data_ptr())
             gradients.append(g.data_ptr())
-            count = len(options.states)
-            kind = turn, p.device, dtype, count, options.base.number, options.method.number, options.writes_gradient
+            base, method = options.base.number, options.method.number
+            kind = turn, p.device, dtype, count, base, method, options.writes_gradient, planes
             args, params, states_of_params, counters = kinds.setdefault(kind, ([], [], [[] for _ in range(count)], []))
-            for state, places in zip(own_states[:count], states_of_params, strict=True):
+            for state, places, plane in zip(own_states[:count], states_of_params, types, strict=False):
                 places.append(len(self._states))
                 self._states.append(state)
-                states.append(self._stage(state, dtype, w, True, turn).data_ptr())
+                states.append(self._stage(state, dtype if planes is None else plane, w, True, turn).data_ptr())
             masters += own_states[count:]
             if counter is not None:
                 counters.append(len(self._counters))
@@ -250,10 +252,11 @@ class StepTable:
             if options.values["penalty"] == "tl1":
                 tl1.add(kind)
         for kind, (args, params, states_of_params, counters) in sorted(kinds.items(), key=lambda item: item[0][0]):
-            turn, device, dtype, count, base, method, writes_gradient = kind
+            turn, device, dtype, count, base, method, writes_gradient, planes = kind
             of_groups = [inputs.options[i] for i in dict.fromkeys(key[0] for key in (of.key for of in args))]
             numbers, finishes = len(of_groups[0].numbers(1, 0)), any(options.on_device for options in of_groups)
-            step_kind = StepKind(base, method, count, numbers, writes_gradient, finishes, of_groups[0].counts)
+            corrects, kept = of_groups[0].counts, count - (planes is not None and planes.master > 0)
+            step_kind = StepKind(base, method, kept, numbers, writes_gradient, finishes, corrects, planes)
             launch = Launch("step", dtype, device, args, kind in tl1, step_kind)
             all_of_them = len(params) == len(slots)
             self.launches.append(LaunchPart(launch, turn, None if all_of_them else params, states_of_params, counters))
@@ -265,6 +268,36 @@ class StepTable:
         written += [slot.p.grad for slot in slots if slot.options.writes_gradient and slot.p.grad is not None]
         self.changed = [t for t in written if not t.is_inference()]
         self._remember(slots, inputs)
+
+    def _planes_of(self, slot: ParamSlot, types: Sequence[torch.dtype], grad: Tensor) -> Planes | None:
+        """What the tensors of a parameter are stored in, where a kernel takes them although their types differ."""
+        p, options = slot.p, slot.options
+        rounds, has_behind = options.rounds(p.dtype), has_master(options.values, p.dtype)
+        if slot.view is not None or p.dtype == torch.float64 or not (rounds or any(t != p.dtype for t in types)):
+            return None
+        narrow = grad.dtype if grad.dtype in STORAGE and grad.dtype != torch.float64 else torch.float32
+        of_base, kept = types[: options.base_states], types[options.base_states : len(options.states)]
+        master = (LOW.value if p.dtype == torch.bfloat16 else WHOLE.value) if has_behind else 0
+        return Planes(narrow, next(iter(of_base), torch.float32), next(iter(kept), torch.float32), master, rounds)
+
+    def _common_type(self, slot: ParamSlot, types: Sequence[torch.dtype], grad: Tensor) -> torch.dtype:
+        """The type of all tensors of a parameter as a kernel of one type takes them."""
+        p = slot.p
+        mixed = slot.options.rounds(p.dtype) or any(t != p.dtype for t in types)
+        return torch.float32 if p.dtype in HALF_TYPES and (mixed or grad.dtype != p.dtype) else p.dtype
+
+    def _stage_weights(
+        self, slot: ParamSlot, states: Sequence[Tensor], counter: Tensor | None, turn: int
+    ) -> Tensor | None:
+        """A float32 copy of weights that have a master or are rounded stochastically; None for others."""
+        p, options = slot.p, slot.options
+        has_behind = has_master(options.values, p.dtype)
+        if not (options.rounds(p.dtype) or has_behind):
+            return None
+        random = (options.seed, counter) if options.rounds(p.dtype) and counter is not None else None
+        staged = StagedWeights(p.detach(), states[-1] if has_behind else None, random)
+        self.copies.append((staged, True, turn))
+        return staged.dense
 
     def _counter_of(self, slot: ParamSlot) -> Tensor | None:
         """The counter of a parameter on its device: where it is missing 0, of another type or elsewhere its conversion.
@@ -319,7 +352,7 @@ class StepTable:
         if _guards is None or self.copies or self.new_states or inputs.instead or not slots:
             return
         self._state_keys, self._state_values = list(inputs.states), list(inputs.states.values())
-        self._state_places = [(inputs.states[s.p], name) for s in slots for name in s.options.states]
+        self._state_places = [(inputs.states[s.p], name) for s in slots for name in s.options.states_of(s.p.dtype)]
         self._state_places += [(inputs.states[s.p], s.options.counter) for s in slots if s.options.counter is not None]
         self._with_cut = [slot.p for slot in slots if slot.options.topk]
         self._cuts_and_norms = self._find_cuts_and_norms(inputs)
