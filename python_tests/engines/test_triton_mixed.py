@@ -53,13 +53,14 @@ def test_the_twins_agree() -> None:
     from rvsm_kernels.engines.triton.precision import LOW, WHOLE, joined, parted, random_bits, rounded
 
     @triton.jit
-    def kernel(w, high, low, again, p16, again16, random, bf, hf, out, N: tl.constexpr):
+    def kernel(w, high, low, again, edited, p16, again16, random, bf, hf, out, N: tl.constexpr):
         i = tl.arange(0, N)
         x, r = tl.load(w + i), tl.load(random + i)
         h, rest = parted(x)
         tl.store(high + i, h)
         tl.store(low + i, rest)
         tl.store(again + i, joined(h, rest, LOW))
+        tl.store(edited + i, joined(h, r.to(tl.int16), LOW))
         tl.store(again16 + i, joined(tl.load(p16 + i), x, WHOLE))
         tl.store(bf + i, rounded(x, r, tl.bfloat16))
         tl.store(hf + i, rounded(x, r, tl.float16))
@@ -73,14 +74,17 @@ def test_the_twins_agree() -> None:
     n = 1 << 14
     w = patterns(n)
     random = precision.random_bits(n, 1, 2, 0, w.device)
+    # Below the normal numbers of float16, a quarter above the number that the fraction is compared with.
+    w[100:1000] = ((torch.arange(900) % 50 + (random[100:1000] + 0.25) / 65536) * 2.0**-24).float()
     half = w.half()
     half[::3] = torch.randn(half[::3].shape).half()  # edited: the master is another number
     high, low, bf, hf = (torch.empty(n, dtype=torch.int16) for _ in range(4))
-    again, again16, out = torch.empty(n), torch.empty(n), torch.empty(n, dtype=torch.int32)
-    kernel[(1,)](w, high, low, again, half, again16, random, bf, hf, out, n)
+    again, edited, again16, out = torch.empty(n), torch.empty(n), torch.empty(n), torch.empty(n, dtype=torch.int32)
+    kernel[(1,)](w, high, low, again, edited, half, again16, random, bf, hf, out, n)
     want_high, want_low = precision.split(w)
     assert torch.equal(high, want_high.view(torch.int16)) and torch.equal(low, want_low)
     assert torch.equal(bits_of(again), bits_of(w))
+    assert torch.equal(bits_of(edited), bits_of(precision.join(want_high, random.to(torch.int16))))
     assert torch.equal(bits_of(again16), bits_of(precision.join(half, w)))
     for got, dtype in ((bf, torch.bfloat16), (hf, torch.float16)):
         assert torch.equal(bits_of(got.view(dtype)), bits_of(precision.rounded(w, dtype, random)))
