@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import rvsm_kernels as rk
 from runner import checked_step, same_bits
+from rvsm_kernels.engines.checks import check_device_numbers
 from rvsm_kernels.method import bases, device_numbers
 from rvsm_kernels.method.step_options import StepOptions
 
@@ -315,6 +316,16 @@ def test_replaced_tensors(engine: str) -> None:
         o.param_groups[0]["lr"] = 0.1
     twins.step(unread=False)
     twins.check()
+
+
+def test_parameters_that_leave_their_numbers(engine: str) -> None:
+    """A kernel must not read the memory of another device: the words of the refusal."""
+    twins = Twins(engine, SGD, penalty="l1")
+    twins.step()
+    (options,) = twins.optimizer._options
+    check_device_numbers(twins.params[0], 0, options)
+    with pytest.raises(RuntimeError, match=r"group 0 is a tensor on .*, but a parameter of the group is on meta"):
+        check_device_numbers(torch.empty(3, device="meta"), 0, options)
 
 
 def test_gradients_elsewhere(engine: str) -> None:

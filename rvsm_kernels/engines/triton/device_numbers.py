@@ -61,7 +61,7 @@ def finish_kernel(
     numbers, tensors = source.to(tl.pointer_type(tl.float64)), source + NUMBERS
     lr, lam = factor_at(tensors, mask), factor_at(tensors + 2, mask)
     beta, decay = factor_at(tensors + 4, mask), factor_at(tensors + 6, mask)
-    penalty = tl.where((lam <= 0) | (beta <= 0), 0.0, tl.load(numbers, mask, 0.0))
+    penalty = tl.where((lam > 0) & (beta > 0), tl.load(numbers, mask, 0.0), 0.0)
     on = penalty != NONE
     tau = tl.where(on, tl.load(numbers + 2, mask, 0.0) * lam / tl.where(on, beta, 1.0), 0.0)
     a = tl.load(numbers + 3, mask, 1.0)

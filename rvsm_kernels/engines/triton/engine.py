@@ -42,9 +42,10 @@ class TritonEngine(Engine):
         self._inputs, self._skip = inputs, False
         is_new = inputs.changed is None or len(inputs.changed) > 0
         structures = [options.structure for options in inputs.options] if is_new else self._structures
+        known = structures == self._structures and (is_new or not self._table.numbers_moved(inputs.options))
         try:
-            if structures == self._structures and self._table.refresh(groups, inputs):
-                if is_new or self._table.numbers_moved(inputs.options):
+            if known and self._table.refresh(groups, inputs):
+                if is_new:
                     self._table.set_numbers(inputs.options)
             else:
                 ready = self._build(groups, inputs)

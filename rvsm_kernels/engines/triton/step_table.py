@@ -15,7 +15,7 @@ from ...method.memory import kind_of, refuse, turns_of
 from ...method.parameters import param_name
 from ...method.precision import has_master
 from ...method.step_options import StepOptions
-from ..checks import check_entry, check_groups, check_norms
+from ..checks import check_device_numbers, check_entry, check_groups, check_norms
 from ..interface import Group, StepInputs
 from .launch import STORAGE, Launch, StepKind, TensorArgs
 from .mixed import Planes
@@ -189,6 +189,7 @@ class StepTable:
                     states = {name: inputs.state_of(p, name) for name in options.states_of(p.dtype)}
                     counter = None if options.counter is None else inputs.state_of(p, options.counter)
                     check_entry(p, group, i, j, states, counter)
+                    check_device_numbers(p, i, options)
                     if counter is not None:
                         refuse(counter, f"the step of {param_name(group, i, j)}")
                     moves = p.numel() > 0
