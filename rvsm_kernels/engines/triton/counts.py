@@ -76,22 +76,27 @@ class Counting:
         self.table = Table(device)
         self.made = torch.empty(MADE_OF_COUNT.value * len(sources), dtype=torch.float64, device=device)
         self._constants = base, numbers, corrects, rounds
-        self._sources = [source * source_words(numbers) for source in sources]
-        self._grid = Grid(-(-len(sources) // COUNTERS.value), THREADS)
+        blocks = -(-len(sources) // COUNTERS.value)
+        self._entries = array("q", bytes(8 * COUNT_ENTRY.value * blocks * COUNTERS.value))
+        self._end = COUNT_ENTRY.value * len(sources)
+        self._put(SOURCE.value, [source * source_words(numbers) for source in sources])
+        self._put(MADE.value, [self.made_at(k) for k in range(len(sources))])
+        self._grid = Grid(blocks, THREADS)
 
     def made_at(self, k: int) -> int:
         """The address of what is made for the k-th counter."""
         return self.made.data_ptr() + k * MADE_OF_COUNT.value * self.made.element_size()
 
+    def _put(self, place: int, values: Sequence[int]) -> None:
+        """One field of every entry."""
+        self._entries[place : self._end : COUNT_ENTRY.value] = array("q", values)
+
     def move(self, counters: Sequence[int]) -> None:
         """The addresses of the counters."""
-        flat = array("q", bytes(8 * COUNT_ENTRY.value * -(-len(counters) // COUNTERS.value) * COUNTERS.value))
-        for k, (counter, source) in enumerate(zip(counters, self._sources, strict=True)):
-            at = k * COUNT_ENTRY.value
-            flat[at : at + COUNT_ENTRY.value] = array("q", (counter, source, self.made_at(k)))
-        self.table.data = flat.tobytes()
+        self._put(COUNTER.value, counters)
+        self.table.data = self._entries.tobytes()
 
-    def run(self, sources: Tensor, found_inf: Tensor, captured: bool) -> list[Tensor]:
+    def run(self, sources: Tensor, found_inf: Tensor, captured: bool) -> tuple[Tensor, ...]:
         """Count, on the current stream; returns what lies on the device for that.
 
         Args:
@@ -99,4 +104,4 @@ class Counting:
         """
         entries = self.table.put(captured)
         self._grid(count_kernel, entries, sources, found_inf, *self._constants, dtypes=found_inf.dtype)
-        return [entries, self.made]
+        return entries, self.made

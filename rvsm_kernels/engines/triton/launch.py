@@ -192,18 +192,17 @@ class Launch:
         if self.kind.finishes or counted:
             self.on_device = Sources(self.device, len(self.keys), numbers, words, self.kind.finishes)
         if counted:
-            places = {key: k for k, key in enumerate(self.keys)}
+            kind, places = self.kind, {key: place for place, key in enumerate(self.keys)}
             of_each = [places[self.tensors[k].key] for k in counted]
-            kind = self.kind
             self.counting = Counting(self.device, of_each, numbers, kind.base, kind.corrects, kind.rounds)
-            self.place_of_counter = {k: place for place, k in enumerate(counted)}
 
     def _add(
         self, numel: int, offset: int, k: int, grouped: list[int], blocks: list[int], width: int, cut: int = 0
     ) -> None:
         first = self.entries[-1][1] + blocks[-1] if self.entries else 0
-        counts = self.counting is not None and k in self.place_of_counter
-        made = self.counting.made_at(self.place_of_counter[k]) if self.counting is not None and counts else 0
+        # Where the kernel reads what is made of counts, all tensors of the launch have one.
+        reads = self.kind.corrects or self.kind.rounds
+        made = self.counting.made_at(k) if self.counting is not None and reads else 0
         self.entries.append([numel, first, self.keys[self.tensors[k].key], *grouped, cut, made])
         self.sources.append((k, offset))
         # The tensor may begin up to width - 1 elements after a boundary.
@@ -314,25 +313,24 @@ class Launch:
         S, T = STORAGE[self.dtype], STORAGE[self.opmath]
         k, calls = self.kind, self.calls
         addresses = self.addresses.put(captured)
-        used = [addresses, self.totals, *self.scratch]
+        used: tuple[Tensor, ...] = ()
         if self.on_device is not None and found_inf is not None:
             sources = self.on_device.put(captured)
-            used += [sources, self.on_device.records]
-            if self.counting is not None:
-                used += self.counting.run(sources, found_inf, captured)
+            counted = () if self.counting is None else self.counting.run(sources, found_inf, captured)
+            used = sources, *counted
         if self.on_device is not None and k.finishes:
             records = self.on_device.finish(sources, T, k.base)
         else:
             records = self.records.put(captured)
-            used.append(records)
         stream = stream_of(self.device)
         if stream != self.home and not captured:
             # The allocator must not hand this memory on before another stream is done with it.
-            for t in (*used, *(t for call in calls.values() for t in (call.entries, call.owners))):
+            of_calls = (t for call in calls.values() for t in (call.entries, call.owners))
+            for t in (addresses, records, self.totals, *used, *self.scratch, *of_calls):
                 t.record_stream(stream)
         if "sums" in calls:
             call = calls["sums"]
-            call(sum_kernel, addresses, call.entries, records, call.owners, S, T, self.kind.method == _ADMM)
+            call(sum_kernel, addresses, call.entries, records, call.owners, S, T, k.method == _ADMM)
         if "factors" in calls:
             call = calls["factors"]
             call(factor_kernel, call.entries, records, call.owners, T, PARTS_AT_ONCE, FACTOR_TILE)
