@@ -318,6 +318,23 @@ def test_replaced_tensors(engine: str) -> None:
     twins.check()
 
 
+def test_other_options_that_change(engine: str) -> None:
+    """An edit of a plain option reads no tensor that was there before; what is edited is checked."""
+    twins = Twins(engine, SGD, on_device=("lr", "lam"), penalty="l1", **MOMENTUM)
+    twins.step(2)
+    for name, value in (("momentum", 0.5), ("beta", 0.25), ("penalty", "l0")):
+        for o in (twins.optimizer, twins.plain):
+            o.param_groups[0][name] = value
+        twins.step(2)
+        twins.check()
+    twins.optimizer.param_groups[0]["beta"] = -1.0
+    with pytest.raises(ValueError, match="beta"):
+        twins.optimizer.step()
+    twins.optimizer.param_groups[0] |= {"beta": 0.25, "lr": torch.tensor(-1.0)}
+    with pytest.raises(ValueError, match="learning rate"):
+        twins.optimizer.step()
+
+
 def test_parameters_that_leave_their_numbers(engine: str) -> None:
     """A kernel must not read the memory of another device: the words of the refusal."""
     twins = Twins(engine, SGD, penalty="l1")

@@ -125,6 +125,11 @@ class StepOptions:
         same = len(self.on_device) == len(other.on_device) and all(map(is_, self.on_device, other.on_device))
         return self.values != other.values or not same
 
+    def same_on_device(self, group: Mapping[str, Any]) -> dict[str, float]:
+        """The options that a group still leaves to the kernels by the same tensors, with their values here."""
+        names = zip(device_numbers.NAMES, self.on_device, strict=False)
+        return {name: 1.0 for name, tensor in names if tensor is not None and group.get(name) is tensor}
+
     def states_of(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The names and types of the states of a parameter of a dtype: the base's, the method's, that of its master."""
         master = has_master(self.values, dtype)
