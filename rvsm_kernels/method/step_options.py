@@ -74,12 +74,13 @@ class StepOptions:
         values = {option.name: group[option.name] for option in base.all_options}
         tensors: dict[str, Tensor] = {}
         for name, value in values.items():
-            if type(value) not in PLAIN_TYPES and isinstance(value, (Tensor, list)):
-                if device_numbers.stays(name, group):
-                    tensors[name] = value
-                    values[name] = 1.0
-                else:
-                    values[name] = tuple(value) if isinstance(value, list) else float(value)
+            if type(value) in PLAIN_TYPES:
+                continue
+            if isinstance(value, Tensor) and device_numbers.stays(name, group):
+                tensors[name] = value
+                values[name] = 1.0
+            elif isinstance(value, (Tensor, list)):
+                values[name] = tuple(value) if isinstance(value, list) else float(value)
         split, lasso = is_split(values), values["group_lasso"] != 0
         penalty = values["penalty"] if split else None
         dims = as_dims(values["group_dim"]) if split or lasso else None
