@@ -40,7 +40,7 @@ def is_positive(value: Any) -> bool:
     return is_on_device(value) or value > 0
 
 
-def read(group: Mapping[str, Any]) -> Mapping[str, Any]:
+def read(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group with the numbers on a device replaced by what they hold now, which waits for it."""
     found = {name: float(group[name]) for name in NAMES if name in group and is_on_device(group[name])}
-    return {**group, **found} if found else group
+    return {**group, **found}

@@ -74,12 +74,13 @@ class StepOptions:
         values = {option.name: group[option.name] for option in base.all_options}
         tensors: dict[str, Tensor] = {}
         for name, value in values.items():
-            if type(value) not in PLAIN_TYPES and isinstance(value, (Tensor, list)):
-                if device_numbers.stays(name, group):
-                    tensors[name] = value
-                    values[name] = 1.0
-                else:
-                    values[name] = tuple(value) if isinstance(value, list) else float(value)
+            if type(value) in PLAIN_TYPES:
+                continue
+            if isinstance(value, Tensor) and device_numbers.stays(name, group):
+                tensors[name] = value
+                values[name] = 1.0
+            elif isinstance(value, (Tensor, list)):
+                values[name] = tuple(value) if isinstance(value, list) else float(value)
         split, lasso = is_split(values), values["group_lasso"] != 0
         penalty = values["penalty"] if split else None
         dims = as_dims(values["group_dim"]) if split or lasso else None
@@ -124,6 +125,11 @@ class StepOptions:
         """Whether a step with the others is another one."""
         same = len(self.on_device) == len(other.on_device) and all(map(is_, self.on_device, other.on_device))
         return self.values != other.values or not same
+
+    def same_on_device(self, group: Mapping[str, Any]) -> dict[str, float]:
+        """The options that a group still leaves to the kernels by the same tensors, with their values here."""
+        names = zip(device_numbers.NAMES, self.on_device, strict=False)
+        return {name: 1.0 for name, tensor in names if tensor is not None and group.get(name) is tensor}
 
     def states_of(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The names and types of the states of a parameter of a dtype: the base's, the method's, that of its master."""

@@ -144,8 +144,10 @@ class SplitOptimizer(Optimizer):
     def _check_group(self, i: int, group: dict[str, Any]) -> None:
         """Check the options of a group that may have changed, and remember them for the engines."""
         make_plain(group, self._option_names)
-        self._validate(group)
         old = self._options[i] if i < len(self._options) else None
+        # What a tensor on the device held was checked when it came; to look again would wait for the device.
+        checked = {} if old is None else old.same_on_device(group)
+        self._validate({**group, **checked} if checked else group)
         new = self._step_options(group)
         if old is None or old.values["group_dim"] != new.values["group_dim"]:
             self._validate_params(i, group)
