@@ -202,9 +202,7 @@ class TableBuilder {
       to = static_cast<char*>(array) + offset * size;
       vectors = vectors && begins_on_boundary(to);
     };
-    const auto size_of = [](Dtype dtype) {
-      return with_storage(dtype, [](auto s) { return int64_t(sizeof s); });
-    };
+    const auto size_of = [](Dtype dtype) { return with_storage(dtype, [](auto s) { return int64_t(sizeof s); }); };
     const auto place_typed = [&](void* array, Dtype dtype, void*& to, uint8_t& type) {
       place(array, dtype, size_of(dtype), to, type);
     };

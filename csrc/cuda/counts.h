@@ -1,6 +1,6 @@
 // The counters of the parameters of a step on the device: one thread for each tensor counts its step, and makes the
-// numbers of its base that follow from the count, if any. So no host waits for a count, and none is in a captured graph.
-// For host and device.
+// numbers of its base that follow from the count, if any. So no host waits for a count, and none is in a captured
+// graph. For host and device.
 #pragma once
 
 #include "../math/device_numbers.h"

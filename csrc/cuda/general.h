@@ -62,9 +62,9 @@ RVSM_HD void numbers_thread(const NumbersTable& t, uint32_t block, int thread) {
 struct alignas(32) GeneralEntry {
   void* w;
   void* g;
-  uint32_t first;     // its first block
-  uint16_t vectors;   // whether all arrays begin on a 16-byte boundary
-  uint16_t record;    // the slot of its GeneralRecord, or of its FactorPlace (kGrouped is added)
+  uint32_t first;    // its first block
+  uint16_t vectors;  // whether all arrays begin on a 16-byte boundary
+  uint16_t record;   // the slot of its GeneralRecord, or of its FactorPlace (kGrouped is added)
   void* state[kMostStates];
   int64_t numel;
   int64_t offset;        // of its first element in the tensor: random bits belong to elements of the tensor

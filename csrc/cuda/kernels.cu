@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads, step_blocks<S, Base, kHasState>())
 
 // Eight elements of every array are in registers at a time.
 template <class T, class Base, bool kHasState>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) general_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+    general_kernel(const __grid_constant__ Table table) {
   general_thread<T, Base, kHasState>(table, blockIdx.x, int(threadIdx.x));
 }
 

@@ -19,11 +19,11 @@ struct Stream {
 // What a launch does, in the order in which the launches of a step follow each other: norms, then factors, then the
 // kernels that read them.
 enum class Work : uint8_t {
-  squares,        // a SumTable: squares of tensors of a type
-  dual_squares,   // the same, entries may have a dual
+  squares,          // a SumTable: squares of tensors of a type
+  dual_squares,     // the same, entries may have a dual
   general_squares,  // the same of weights whose type is known only when it runs
-  factors,        // a SumTable: sums of parts or norms from elsewhere; the type is that of the factors
-  step_resident,  // a step of groups that its blocks sum themselves
+  factors,          // a SumTable: sums of parts or norms from elsewhere; the type is that of the factors
+  step_resident,    // a step of groups that its blocks sum themselves
   prox_resident,
   step,
   prox,

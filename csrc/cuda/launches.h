@@ -12,8 +12,8 @@ namespace rvsm::cuda {
 
 // A set of tensors on one device, for repeated runs. Tensors without groups take one launch per storage type, base and
 // count of states, and groups that are short and consecutive in memory another. For other groups one launch before the
-// step makes the factors, or two where long groups are summed in parts. Steps with several storage types, and steps with
-// numbers on the device, are a launch of their own (general.h).
+// step makes the factors, or two where long groups are summed in parts. Steps with several storage types, and steps
+// with numbers on the device, are a launch of their own (general.h).
 class Launches {
  public:
   Launches(Action action, const Kernels& kernels) : action_(action), kernels_(kernels) {}

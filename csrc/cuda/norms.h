@@ -23,7 +23,7 @@ enum class Finish : uint8_t {
 
 // What is known of the arrays of a general step only when it runs.
 struct GeneralArrays {
-  const void* rest;           // of the weights, where there is a master
+  const void* rest;  // of the weights, where there is a master
   Dtype x_type, dual_type;
   Master master;
 };

@@ -42,9 +42,9 @@ class DeviceEngine {
 
   std::vector<TensorArgs>& tensors;
   const at::Device device;
-  const bool scales_on_device;  // grad_scale and found_inf are read by the kernels
-  const bool takes_source;      // a prox may read from TensorArgs::g
-  const bool counts_on_device;  // TensorArgs::counter is read and written
+  const bool scales_on_device;      // grad_scale and found_inf are read by the kernels
+  const bool takes_source;          // a prox may read from TensorArgs::g
+  const bool counts_on_device;      // TensorArgs::counter is read and written
   const bool takes_device_numbers;  // TensorArgs::device_numbers is read
 
  protected:

@@ -64,8 +64,8 @@ struct Tensor {
   bool norms_given = false, counted = false;
 
   // `parts`: some groups are so few and long that they are summed in parts. `methods`: some have a u or a dual, some a
-  // cut of their own, some norms that were made elsewhere. `general`: the number of a kernel in general.h that steps it,
-  // or negative where any does.
+  // cut of their own, some norms that were made elsewhere. `general`: the number of a kernel in general.h that steps
+  // it, or negative where any does.
   Tensor(int64_t most, bool parts, bool methods, int general, std::deque<NumberRow>& records)
       : at(integer(0, 1) * integer(1, 7)) {
     static const GroupView views[] = {{1, 1, 7, 5},    {1, 11, 5, 1},   {1, 4, 6, 9},    {3, 2, 4, 3}, {1, 1, 1, 37},
@@ -213,12 +213,10 @@ struct Tensor {
     };
     args.w = element(p.w, &w, at);
     args.g = element(p.g, &g, args.numel % 4 == 0 ? 1 : at);
-    for (int k = 0; k < args.base.states; ++k)
-      args.state[size_t(k)] = element(p.base_states[k], &base_states[k], at);
+    for (int k = 0; k < args.base.states; ++k) args.state[size_t(k)] = element(p.base_states[k], &base_states[k], at);
     if (args.method != Method::rvsm)
       args.state[args.base.states] = element(p.method_state, &method_state, args.numel % 7 == 0 ? 0 : at);
-    if (args.precision.master != Master::none)
-      args.state[size_t(args.states())] = p.rest + at * int64_t(rest_size());
+    if (args.precision.master != Master::none) args.state[size_t(args.states())] = p.rest + at * int64_t(rest_size());
     args.cut = args.topk ? p.cut : nullptr;
     args.norms = norms_given ? reinterpret_cast<const double*>(p.norms) : nullptr;
     for (int k = 0; k < kDeviceNumbers; ++k)
@@ -228,12 +226,13 @@ struct Tensor {
   // What the array `v` of element i holds; of weights with a master the weight. `v` is this tensor's.
   double value(const std::vector<char>* v, int64_t i) const {
     if (v == &w && args.precision.master == Master::low)
-      return double(join(reinterpret_cast<const BFloat16*>(w.data())[i], reinterpret_cast<const int16_t*>(rest.data())[i]));
+      return double(
+          join(reinterpret_cast<const BFloat16*>(w.data())[i], reinterpret_cast<const int16_t*>(rest.data())[i]));
     if (v == &w && args.precision.master == Master::whole)
-      return double(join(reinterpret_cast<const Float16*>(w.data())[i], reinterpret_cast<const float*>(rest.data())[i]));
-    return with_storage(type_of(v), [&](auto s) {
-      return double(load(reinterpret_cast<const decltype(s)*>(v->data())[i]));
-    });
+      return double(
+          join(reinterpret_cast<const Float16*>(w.data())[i], reinterpret_cast<const float*>(rest.data())[i]));
+    return with_storage(type_of(v),
+                        [&](auto s) { return double(load(reinterpret_cast<const decltype(s)*>(v->data())[i])); });
   }
 };
 
@@ -333,8 +332,7 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
     fetch();
     for (size_t i = 0; i < got.size(); ++i)
       CHECK(got[i].w == before[i].w && got[i].counter == before[i].counter && got[i].g == before[i].g &&
-                got[i].rest == before[i].rest &&
-                got[i].method_state == before[i].method_state &&
+                got[i].rest == before[i].rest && got[i].method_state == before[i].method_state &&
                 std::equal(got[i].base_states, got[i].base_states + kMostOfBase, before[i].base_states),
             "a step in spite of Inf");
     launches.run({}, {placed, placed + 2});

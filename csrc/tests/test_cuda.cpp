@@ -304,7 +304,8 @@ int main() {
   for (const int count : {1, 2, 41, 40, 701, 700, 2500})
     for (const Action action : {Action::step, Action::prox, Action::penalty})
       checked += engines<HostMemory>(count, action, host_kernels(), 0);
-  for (int i = 0; i < 20; ++i) checked += engines<HostMemory>(10 * rvsm::Tensor::kKernels, Action::step, host_kernels(), 0, true);
+  for (int i = 0; i < 20; ++i)
+    checked += engines<HostMemory>(10 * rvsm::Tensor::kKernels, Action::step, host_kernels(), 0, true);
   launch_counts();
   errors();
   keys();

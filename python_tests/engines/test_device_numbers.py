@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from builds import DEVICE, is_slow, need, round_in_the_interpreter
+from builds import DEVICE, is_slow, start
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
@@ -29,7 +29,7 @@ SGD, ADAMW = rk.RVSM, rk.RVSMAdamW
 MOMENTUM: dict[str, Any] = {"momentum": 0.75}
 
 
-ENGINES = ("triton",)
+ENGINES = ("interpreted", "triton") if DEVICE == "cpu" else ("native", "triton")
 """The engines whose kernels read numbers."""
 
 quick = pytest.mark.parametrize("engine", ENGINES, indirect=True)
@@ -37,13 +37,10 @@ quick = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 
 
 @pytest.fixture(params=[pytest.param(n, marks=pytest.mark.slow) if is_slow(n) else n for n in ENGINES])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The engines whose kernels read numbers; here they read those on the CPU too."""
-    need(request.param)
-    if request.param == "triton" and DEVICE == "cpu":
-        round_in_the_interpreter()
     monkeypatch.setattr(device_numbers, "HOST_TYPES", set())
-    return str(request.param)
+    yield from start(request.param)
 
 
 def params_of(dtype: torch.dtype) -> list[nn.Parameter]:

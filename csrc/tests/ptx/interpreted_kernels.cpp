@@ -376,9 +376,9 @@ Addresses addresses_of(const TensorArgs& args) {
 }
 
 std::string name_of(const cuda::Key& key) {
-  static const char* const kNames[] = {"squares", "dual_squares", "general_squares", "factors",
-                                       "step_resident", "prox_resident", "step", "prox",
-                                       "penalty", "general", "count", "numbers"};
+  static const char* const kNames[] = {
+      "squares", "dual_squares", "general_squares", "factors", "step_resident", "prox_resident",
+      "step",    "prox",         "penalty",         "general", "count",         "numbers"};
   std::string name = kNames[int(key.work)];
   const bool is_step =
       key.work == cuda::Work::step || key.work == cuda::Work::step_resident || key.work == cuda::Work::general;
