@@ -7,6 +7,7 @@ import copy
 import io
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -547,3 +548,23 @@ def test_steps_are_counted_on_the_device(engine: str) -> None:
             optimizer.step()
     assert all(x is optimizer.state[p]["step"] for x, p in zip(steps, params, strict=True))
     assert [float(s) for s in steps] == [7.0, 5.0, 5.0]
+
+
+def test_a_graph_keeps_its_numbers(triton_engine: None) -> None:
+    """The tensors that a captured launch reads live on, also when the options have others."""
+    from rvsm_kernels.engines.triton.device_numbers import Sources
+    from rvsm_kernels.engines.triton.table import record_words
+
+    def options_of(lr: Tensor) -> StepOptions:
+        options = {option.name: option.default for option in bases.SGD.all_options}
+        return StepOptions.of({**options, "lr": lr, "params": [torch.ones(1)]}, bases.SGD)
+
+    first, second = torch.tensor(0.5), torch.tensor(0.25)
+    sources = Sources(torch.device(DEVICE), 1, 16, record_words(17, False, 17), True)
+    alive = weakref.ref(first)
+    for lr, captured in ((first, True), (second, False)):
+        told = options_of(lr)
+        sources.set([told.numbers(1, 1)], [told])
+        sources.put(captured)
+    del first, lr, told
+    assert alive() is not None

@@ -108,7 +108,7 @@ def wide_random_bits(call: Tensor, place: Tensor, seed: int, step: int) -> Tenso
     return torch.tensor([found[c][k] for c, k in zip(call.tolist(), place.tolist(), strict=True)], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_rounding_is_that_of_the_reference(dtype: torch.dtype) -> None:
     """Where the arithmetic is exact, over several steps; one tensor is not contiguous, one lies in a larger one."""
     results = []
@@ -136,7 +136,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("cls", [rk.RVSM, rk.RVSMAdamW])
+@pytest.mark.parametrize("cls", [rk.RVSM, pytest.param(rk.RVSMAdamW, marks=pytest.mark.slow)])
 def test_elements_need_no_copies(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """One launch reads and writes all planes, and a repeated step prepares nothing; a found_inf changes not a bit."""
     from rvsm_kernels.engines.triton import staging, step_table
@@ -168,6 +168,7 @@ def test_elements_need_no_copies(cls: type, monkeypatch: pytest.MonkeyPatch) -> 
         assert all(same_bits(t, b) for t, b in zip(tensors, before, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
 def test_tensors_off_their_boundaries(dtype: torch.dtype) -> None:
     """Whole blocks and the last of them, on a boundary of 16 bytes and off it, are the same numbers."""
