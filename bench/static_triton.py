@@ -25,17 +25,19 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rvsm_kernels.engines.triton import elements, norms
-from rvsm_kernels.engines.triton.launch import STORAGE, block_of, options_for
-from rvsm_kernels.engines.triton.table import FACTOR_TILE, PARTS_AT_ONCE
-from rvsm_kernels.method.bases import ADAMW, NONE, SGD
+from rvsm_kernels.engines.triton import counts, device_numbers, elements, mixed, norms
+from rvsm_kernels.engines.triton.calls import options_for
+from rvsm_kernels.engines.triton.launch import STORAGE, block_of
+from rvsm_kernels.engines.triton.table import FACTOR_TILE, PARTS_AT_ONCE, record_words
+from rvsm_kernels.method.bases import ADAMW, BASES, NONE, SGD
 from rvsm_kernels.method.dtypes import opmath_type
 
 from .static import tool
 
 TARGETS = ("cuda:80", "cuda:90", "hip:gfx942")
-_TABLES = ("addresses", "entries", "records")
-_POINTERS = {**dict.fromkeys(_TABLES, "*i64"), "owners": "*i32", "found_inf": "*fp32", "totals": "*fp64"}
+_TABLES = ("addresses", "entries", "records", "sources")
+_OTHERS = {"owners": "*i32", "found_inf": "*fp32", "totals": "*fp64", "count": "i32"}
+_ARGUMENTS = {**dict.fromkeys(_TABLES, "*i64"), **_OTHERS}
 
 
 def target_of(name: str) -> GPUTarget:
@@ -49,15 +51,36 @@ def steps() -> Iterator[tuple[dict[str, Any], int]]:
     for momentum, tl1, groups, method in itertools.product((0, 1), (False, True), (False, True), range(3)):
         kind = {"BASE": SGD.number, "WRITES_GRADIENT": False, "WITH_TL1": tl1, "WITH_GROUPS": groups, "METHOD": method}
         states = momentum + (method > 0)
-        yield {**kind, "STATES": states}, 3 + 2 * states
+        yield {**kind, "STATES": states, "REST": 0}, 3 + 2 * states
+        if method > 0:
+            yield {**kind, "STATES": states, "REST": 16}, 3 + 2 * states
     for writes, method in itertools.product((False, True), (0, 2)):
         kind = {"BASE": NONE.number, "WRITES_GRADIENT": writes, "WITH_TL1": True, "WITH_GROUPS": True, "METHOD": method}
         states = int(method > 0)
-        yield {**kind, "STATES": states}, 2 + 2 * writes + 2 * states
+        yield {**kind, "STATES": states, "REST": 0}, 2 + 2 * writes + 2 * states
     for moments, groups, method in itertools.product((2, 3), (False, True), (0, 2)):
         kind = {"BASE": ADAMW.number, "WRITES_GRADIENT": False, "WITH_TL1": True, "WITH_GROUPS": groups}
         states = moments + (method > 0)
-        yield {**kind, "METHOD": method, "STATES": states}, 3 + 2 * states
+        yield {**kind, "METHOD": method, "STATES": states, "REST": 0}, 3 + 2 * states
+        if method > 0:
+            yield {**kind, "METHOD": method, "STATES": states, "REST": 19}, 3 + 2 * states
+
+
+def mixed_steps() -> Iterator[tuple[dict[str, Any], int]]:
+    """The constants of the steps whose planes have several types, and how many arrays they read and write."""
+    bf16, fp16, fp32 = tl.bfloat16, tl.float16, tl.float32
+    planes = [  # weights, states, master, whether they are rounded
+        *((bf16, fp32, 1, False), (fp16, fp32, 2, False), (bf16, bf16, 0, True), (fp16, fp16, 0, True)),
+        *((bf16, fp32, 0, True), (bf16, bf16, 1, False), (bf16, fp32, 0, False), (fp32, bf16, 0, False)),
+    ]
+    for (weight, state, master, rounds), method, tl1 in itertools.product(planes, (0, 2), (False, True)):
+        of_method = fp32 if master else weight
+        types = {"WEIGHT": weight, "GRADIENT": weight, "OF_BASE": state, "OF_METHOD": of_method}
+        kind = {**types, "MASTER": master, "ROUNDS": rounds, "BLOCK": mixed.MIXED_BLOCK, "METHOD": method}
+        for base, of_base in ((SGD, 0), (SGD, 1), (ADAMW, 2), (ADAMW, 3)):
+            states = of_base + (method > 0)
+            constants = {**kind, "BASE": base.number, "STATES": states, "WRITES_GRADIENT": False, "WITH_TL1": tl1}
+            yield {**constants, "REST": 0}, 3 + 2 * (states + (master > 0))
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
@@ -72,12 +95,22 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield norms.sum_kernel, {**types, "WITH_DUAL": True}, 4 + 8
     for opmath in (tl.float32, tl.float64):
         yield norms.factor_kernel, {"T": opmath, "P": PARTS_AT_ONCE, "G": FACTOR_TILE}, 0
+        for base in BASES.values():
+            numbers = 10 + len(base.number_names)
+            words = record_words(numbers + 1, opmath == tl.float64, numbers + 1)
+            constants = {"T": opmath, "BASE": base.number, "NUMBERS": numbers, "WORDS": words}
+            yield device_numbers.finish_kernel, constants, 0
+    for base, rounds in ((SGD, True), (ADAMW, False), (ADAMW, True)):
+        constants = {"BASE": base.number, "NUMBERS": 10 + len(base.number_names), "CORRECTS": base is ADAMW}
+        yield counts.count_kernel, {**constants, "ROUNDS": rounds}, 0
+    for kind, streams in mixed_steps():
+        yield mixed.mixed_kernel, kind, streams
 
 
 def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     """The kernel, compiled ahead of time as a launch would."""
     names = kernel.arg_names
-    pointers = {**_POINTERS, "grad_scale": "*fp64" if constants["T"] == tl.float64 else "*fp32"}
+    pointers = {**_ARGUMENTS, "grad_scale": "*fp64" if constants.get("T") == tl.float64 else "*fp32"}
     signature = {name: "constexpr" if name in constants else pointers[name] for name in names}
     fixed = {(names.index(name),): value for name, value in constants.items()}
     # As a launch finds them: whole allocations.
@@ -85,7 +118,9 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
         (k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name in (*_TABLES, "owners", "totals")
     }
     source = ASTSource(kernel, signature, fixed, aligned)
-    return triton.compile(source, target=target, options=options_for(target.warp_size))
+    threads = {device_numbers.finish_kernel: device_numbers.THREADS, counts.count_kernel: counts.THREADS}
+    options = options_for(target.warp_size, threads.get(kernel, norms.THREADS.value))
+    return triton.compile(source, target=target, options=options)
 
 
 def usage(binary: Any) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import rvsm_kernels as rk
+from rvsm_kernels.engines import native as native_engine
 
 DEVICE = os.environ.get("RVSM_TEST_DEVICE", "cpu")
 """The device that tensors of the suite are on."""
@@ -90,3 +92,17 @@ def round_in_the_interpreter() -> None:
         return plain(x, source, target, mode)
 
     interpreter._convert_float = convert
+
+
+def start(engine: str) -> Iterator[str]:
+    """The name that an optimizer knows the engine by; while the test runs, the engine is what it says."""
+    interpreted = engine == "interpreted"
+    name = "native" if interpreted else engine
+    need(name)
+    if name == "triton" and DEVICE == "cpu":
+        round_in_the_interpreter()
+    if interpreted:
+        native_engine._C.interpret_cuda(True)
+    yield name
+    if interpreted:
+        native_engine._C.interpret_cuda(False)

@@ -6,24 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from builds import DEVICE, ENGINES, MARKED_ENGINES, need, round_in_the_interpreter
+from builds import DEVICE, ENGINES, MARKED_ENGINES, start
 from world import World
-
-from rvsm_kernels.engines import native as native_engine
-
-
-def start(engine: str) -> Iterator[str]:
-    """The name that an optimizer knows the engine by; while the test runs, the engine is what it says."""
-    interpreted = engine == "interpreted"
-    name = "native" if interpreted else engine
-    need(name)
-    if name == "triton" and DEVICE == "cpu":
-        round_in_the_interpreter()
-    if interpreted:
-        native_engine._C.interpret_cuda(True)
-    yield name
-    if interpreted:
-        native_engine._C.interpret_cuda(False)
 
 
 @pytest.fixture(params=MARKED_ENGINES)

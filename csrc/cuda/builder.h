@@ -7,14 +7,16 @@
 #include <vector>
 
 #include "counts.h"
+#include "general.h"
 #include "resident.h"
 
 namespace rvsm::cuda {
 
-// An entry whose base has numbers that follow from a count.
+// An entry of a table in which some may be counted.
 struct Counted {
   float* step;
   const double* numbers;  // of the base
+  const DeviceNumbers* device;
   BaseKind base;
 };
 
@@ -41,7 +43,7 @@ class TableBuilder {
   void add(const TensorArgs& args, void* source) {
     Record<Opmath<S>, Base> record = record_of<Opmath<S>, Base>(args);
     record.cut = args.cut;
-    push<S, kStates>(args, source, uint16_t(reserve<kStates>(args, record)));
+    push<S, kStates>(args, source, uint16_t(reserve<TableEntry<kStates>>(args, record)));
   }
 
   // A tensor in groups, whose factors a launch before this one makes.
@@ -75,7 +77,37 @@ class TableBuilder {
     value.prox = prox_of<Opmath<S>>(args.numbers);
     value.lam = args.lam;
     value.beta = args.beta;
-    push<S, 0>(values, numbers, uint16_t(reserve<0>(values, value)));
+    push<S, 0>(values, numbers, uint16_t(reserve<TableEntry<0>>(values, value)));
+  }
+
+  // A tensor of a general step, or a piece of one in groups (`factors`: where its norms are) that begins `offset`
+  // elements into the tensor. `finished`: its numbers on the device, or null.
+  template <class T>
+  void add_general(const TensorArgs& args, int64_t offset, int64_t numel, const FactorPlace* factors,
+                   const void* finished) {
+    GeneralRecord<T> record;
+    std::memset(static_cast<void*>(&record), 0, sizeof record);
+    record.finished = static_cast<const FinishedRecord<T>*>(finished);
+    record.cut = args.cut;
+    record.method = uint8_t(args.method);
+    record.lasso = args.lasso;
+    for (int k = 0; k < kMostNumbers; ++k) record.numbers[k] = T(args.numbers[k]);
+    record.numbers[kProxNumbers] = T(args.numbers[kProxNumbers] * args.scale);
+    uint16_t slot;
+    if (factors == nullptr) {
+      slot = uint16_t(reserve<GeneralEntry>(args, record));
+    } else {
+      FactorPlace place = *factors;
+      place.record = uint32_t(reserve<GeneralEntry>(args, record, kSlotsOf<FactorPlace>));
+      slot = uint16_t(put(place) | kGrouped);
+    }
+    Table& t = table();
+    count(args);
+    GeneralEntry& e = const_cast<GeneralEntry*>(general_entries(t))[t.entries++];
+    e = general_entry(args, offset, numel);
+    e.first = t.blocks;
+    e.record = slot;
+    t.blocks += uint32_t(ceil_div(numel, kGeneralChunk));
   }
 
   Launch<Table>* begin() { return launches_.data(); }
@@ -104,18 +136,18 @@ class TableBuilder {
     Record<T, Base> record = plain;
     Groups groups = of_tensor;
     record.lasso = args.lasso;
-    groups.record = uint32_t(reserve<kStates>(args, record, kSlotsOf<Groups>));
+    groups.record = uint32_t(reserve<TableEntry<kStates>>(args, record, kSlotsOf<Groups>));
     return uint16_t(put(groups) | kGrouped);
   }
 
   // Makes room for one more entry, its record and `slots` further slots, in the last table or in a new one. Returns the
   // slot of the record; tensors with equal records share it.
-  template <int kStates, class R>
+  template <class Entry, class R>
   int reserve(const TensorArgs& args, const R& record, int slots = 0) {
     // A record with a cut is of one tensor.
     int slot = used_ > 0 && args.cut == nullptr ? find_record(record) : kNone;
     const auto room = [&] {
-      const int64_t front = int64_t(table().entries + 1) * int64_t(sizeof(TableEntry<kStates>));
+      const int64_t front = int64_t(table().entries + 1) * int64_t(sizeof(Entry));
       return int64_t(free_ - slots - (slot == kNone ? kSlotsOf<R> : 0)) * kSlotBytes - front;
     };
     if (used_ == 0 || room() < 0) {
@@ -140,8 +172,7 @@ class TableBuilder {
     for (int k = 0; k < kStates; ++k) others[k + 1] = args.state[k];
     const Chunks chunks = chunks_of<S>(args.numel, args.w, others, kStates + 1);
     Table& t = table();
-    if (has_corrections(args.base.kind) && args.numbers != nullptr)
-      launches_[used_ - 1].counted.push_back({args.counter, base_numbers(args.numbers), args.base.kind});
+    if (has_corrections(args.base.kind) && args.numbers != nullptr) count(args);
     auto& e = const_cast<TableEntry<kStates>*>(entries_of<kStates>(t))[t.entries++];
     e.w = args.w;
     e.g = source;
@@ -151,6 +182,48 @@ class TableBuilder {
     if constexpr (kStates > 0)
       for (int k = 0; k < kStates; ++k) e.state[k] = args.state[k];
     t.blocks += chunks.count;
+    return e;
+  }
+
+  void count(const TensorArgs& args) {
+    launches_[used_ - 1].counted.push_back(
+        {args.counter, base_numbers(args.numbers), args.device_numbers, args.base.kind});
+  }
+
+  static GeneralEntry general_entry(const TensorArgs& args, int64_t offset, int64_t numel) {
+    GeneralEntry e;
+    std::memset(static_cast<void*>(&e), 0, sizeof e);
+    const Precision& p = args.precision;
+    bool vectors = offset % kRun == 0;
+    // Where an array begins, and the number of its type. Without a mixture all arrays have the type of the weights.
+    const auto place = [&](void* array, Dtype dtype, int64_t size, void*& to, uint8_t& type) {
+      type = uint8_t(dtype);
+      if (array == nullptr) return;
+      to = static_cast<char*>(array) + offset * size;
+      vectors = vectors && begins_on_boundary(to);
+    };
+    const auto size_of = [](Dtype dtype) { return with_storage(dtype, [](auto s) { return int64_t(sizeof s); }); };
+    const auto place_typed = [&](void* array, Dtype dtype, void*& to, uint8_t& type) {
+      place(array, dtype, size_of(dtype), to, type);
+    };
+    place_typed(args.w, args.dtype, e.w, e.weight_type);
+    place_typed(args.g, p.mixed ? p.grad : args.dtype, e.g, e.grad_type);
+    for (int k = 0; k < args.states(); ++k)
+      place_typed(args.state[size_t(k)], p.mixed ? p.states[size_t(k)] : args.dtype, e.state[k], e.state_type[k]);
+    if (p.mixed && p.master != Master::none) {
+      const int64_t size = p.master == Master::low ? sizeof(int16_t) : sizeof(float);
+      uint8_t none;
+      place(args.master_state(), args.dtype, size, e.state[args.states()], none);
+    }
+    e.vectors = vectors;
+    e.numel = numel;
+    e.offset = offset;
+    if (p.mixed) {
+      e.master = uint8_t(p.master);
+      e.rounds = p.rounds;
+      e.seed = p.random.seed;
+      e.counter = args.counter;
+    }
     return e;
   }
 
@@ -187,7 +260,7 @@ class CountBuilder {
       ++t.at[t.entries - 1].outs;
       return;
     }
-    const bool same = used_ > 0 && c.numbers == last_.numbers;
+    const bool same = used_ > 0 && c.numbers == last_.numbers && c.device == last_.device;
     if (used_ == 0 || launches_[used_ - 1].table->entries == kEntries || (!same && records_ == kRecords)) {
       if (++used_ > launches_.size()) launches_.emplace_back();
       Launch<CountTable>& l = launches_[used_ - 1];
@@ -200,6 +273,7 @@ class CountBuilder {
     if (!same || records_ == 0) {
       CountRecord& record = t.records[records_++];
       record.base = c.base;
+      record.device = c.device == nullptr ? DeviceNumbers{} : *c.device;
       std::memcpy(record.numbers, c.numbers, sizeof record.numbers);
     }
     t.at[t.entries++] = {c.step, out, 1, uint32_t(records_ - 1)};
@@ -218,6 +292,55 @@ class CountBuilder {
   size_t used_ = 0;
   int records_ = 0;
   Counted last_{};
+};
+
+// The tables of numbers that are finished on the device.
+class NumbersBuilder {
+ public:
+  // `out`: where the finished records go; each takes kFinishedBytes.
+  void begin_step(char* out) {
+    used_ = 0;
+    next_ = out;
+  }
+
+  // The finished record of a tensor; tensors with the same numbers, one behind the other, share it.
+  void* add(const TensorArgs& args) {
+    const bool wide = args.dtype == Dtype::f64;
+    if (used_ > 0 && last_.numbers == args.numbers && last_.device_numbers == args.device_numbers &&
+        last_.scale == args.scale && (last_.dtype == Dtype::f64) == wide)
+      return next_ - kFinishedBytes;
+    if (used_ == 0 || launches_[used_ - 1].table->entries == kEntries) {
+      if (++used_ > launches_.size()) launches_.emplace_back();
+      launches_[used_ - 1].table->entries = 0;
+      launches_[used_ - 1].groups.clear();
+    }
+    Launch<NumbersTable>& l = launches_[used_ - 1];
+    NumbersEntry& e = l.table->at[l.table->entries++];
+    std::memset(static_cast<void*>(&e), 0, sizeof e);
+    e.out = next_;
+    e.device = *args.device_numbers;
+    e.base = args.base.kind;
+    e.wide = wide;
+    std::memcpy(e.numbers, args.numbers, sizeof e.numbers);
+    e.numbers[kProxNumbers] *= args.scale;
+    l.table->blocks = uint32_t(ceil_div(l.table->entries, kThreads));
+    l.note(args.group);
+    last_ = args;
+    next_ += kFinishedBytes;
+    return e.out;
+  }
+
+  static constexpr int64_t kFinishedBytes = ceil_div(sizeof(FinishedRecord<double>), 32) * 32;
+
+  Launch<NumbersTable>* begin() { return launches_.data(); }
+  Launch<NumbersTable>* end() { return launches_.data() + used_; }
+
+ private:
+  static constexpr uint32_t kEntries = sizeof(NumbersTable::at) / sizeof(NumbersEntry);
+  std::vector<Launch<NumbersTable>> launches_;
+  size_t used_ = 0;
+  char* next_ = nullptr;
+  TensorArgs last_;
 };
 
 // The tables of sums.

@@ -116,6 +116,22 @@ RVSM_HD void with_base_numbers(const Table& t, int index, const Record<T, Base>&
   }
 }
 
+// The step of one element. `states`: those of the base, then room for one of the method, also where it has none; `at`:
+// a pull from that element on, or `k` elements before it; `factor`: of the gradient.
+template <class Base, bool kHasState, class T, class Numbers, class At>
+RVSM_HD void step_element(T& w, T& g, T* states, const At& at, uint32_t k, T factor, Method method,
+                          const Split<T>& split, SplitSwitches on, const Numbers& numbers,
+                          typename Base::Switches base_on) {
+  T u, unit;
+  T& of_method = states[Base::kStates];
+  const T v = run_thresholded<kHasState>(method, w, of_method);
+  at(v, w, k, u, unit);
+  T d = g * factor;
+  split_step(w, d, run_gap<kHasState>(method, w, v, u, of_method), unit, split, on);
+  Base::step(w, states, d, numbers, base_on);
+  if (Base::kWritesGrad) g = d;
+}
+
 // One step of the thread's elements of a span. `numbers`: of the base; `first`: the offset of the span's begin, as
 // `pull` counts.
 template <class S, class Base, bool kHasState, class T, class Entry, class Pull>
@@ -133,16 +149,8 @@ RVSM_HD void step_elements(const Entry& e, const Record<T, Base>& record,
   S* state[kStates + 1];
   RVSM_UNROLL
   for (int s = 0; s < kStates; ++s) state[s] = static_cast<S*>(state_of(e, s)) + span.begin;
-  // si: the states of the element; it has room for a method's state also where the method has none.
   const auto element = [&](T& wi, T& gi, T* si, const auto& at, uint32_t k) {
-    T u, unit;
-    T& of_method = si[Base::kStates];
-    const T v = run_thresholded<kHasState>(method, wi, of_method);
-    at(v, wi, k, u, unit);
-    T d = gi * factor;
-    split_step(wi, d, run_gap<kHasState>(method, wi, v, u, of_method), unit, record.split, on);
-    Base::step(wi, si, d, numbers, base_on);
-    if (Base::kWritesGrad) gi = d;
+    step_element<Base, kHasState>(wi, gi, si, at, k, factor, method, record.split, on, numbers, base_on);
   };
   for_elements<S>(
       span, thread,

@@ -28,6 +28,26 @@ struct HostStarter {
     });
   }
 
+  static const char* numbers(const Stream&, const void* table) {
+    return for_blocks<NumbersTable>(table, [](const NumbersTable& t, uint32_t block) {
+      kForThreads([&](int thread) { numbers_thread(t, block, thread); });
+    });
+  }
+
+  static const char* general_squares(const Stream&, const void* table) {
+    std::vector<double> sums(kSums<GeneralWeights>);
+    return for_blocks<SumTable>(table, [&](const SumTable& t, uint32_t block) {
+      sum_block<GeneralWeights, true, true, float>(t, block, sums.data(), kForThreads);
+    });
+  }
+
+  template <class T, class Base, bool kHasState>
+  static const char* general(const Stream&, const void* table) {
+    return for_blocks<Table>(table, [](const Table& t, uint32_t block) {
+      kForThreads([&](int thread) { general_thread<T, Base, kHasState>(t, block, thread); });
+    });
+  }
+
   template <class S, class Base, bool kHasState>
   static const char* step(const Stream&, const void* table) {
     return for_blocks<Table>(table, [](const Table& t, uint32_t block) {

@@ -58,6 +58,13 @@ __global__ void __launch_bounds__(kThreads, step_blocks<S, Base, kHasState>())
   step_thread<S, Base, kHasState>(table, blockIdx.x, int(threadIdx.x));
 }
 
+// Eight elements of every array are in registers at a time.
+template <class T, class Base, bool kHasState>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+    general_kernel(const __grid_constant__ Table table) {
+  general_thread<T, Base, kHasState>(table, blockIdx.x, int(threadIdx.x));
+}
+
 template <class S>
 __global__ void __launch_bounds__(kThreads, kBlocks<S>) prox_kernel(const __grid_constant__ Table table) {
   prox_thread<S>(table, blockIdx.x, int(threadIdx.x));
@@ -84,6 +91,11 @@ __global__ void __launch_bounds__(kThreads, kDual ? 3 : kBlocks<S>) sum_kernel(c
   sum_block<S, kSquares, kDual, T>(table, blockIdx.x, sums, ForThreads{});
 }
 
+__global__ void __launch_bounds__(kThreads, 3) general_sum_kernel(const __grid_constant__ SumTable table) {
+  __shared__ double sums[kSums<GeneralWeights>];
+  sum_block<GeneralWeights, true, true, float>(table, blockIdx.x, sums, ForThreads{});
+}
+
 // Double-precision divisions: half the threads will do.
 template <class S>
 __global__ void __launch_bounds__(kThreads, 4) penalty_kernel(const __grid_constant__ Table table) {
@@ -93,6 +105,10 @@ __global__ void __launch_bounds__(kThreads, 4) penalty_kernel(const __grid_const
 
 __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ CountTable table) {
   count_thread(table, blockIdx.x, int(threadIdx.x));
+}
+
+__global__ void __launch_bounds__(kThreads) numbers_kernel(const __grid_constant__ NumbersTable table) {
+  numbers_thread(table, blockIdx.x, int(threadIdx.x));
 }
 
 // The table goes as the kernel's parameters: no copy to the device stands before the launch.
@@ -110,6 +126,14 @@ const char* launch(const Stream& stream, void (*kernel)(TableType), const void* 
 
 struct DeviceStarter {
   static const char* count(const Stream& stream, const void* table) { return launch(stream, count_kernel, table); }
+  static const char* numbers(const Stream& stream, const void* table) { return launch(stream, numbers_kernel, table); }
+  static const char* general_squares(const Stream& stream, const void* table) {
+    return launch(stream, general_sum_kernel, table);
+  }
+  template <class T, class Base, bool kHasState>
+  static const char* general(const Stream& stream, const void* table) {
+    return launch(stream, general_kernel<T, Base, kHasState>, table);
+  }
   template <class S, class Base, bool kHasState>
   static const char* step(const Stream& stream, const void* table) {
     return launch(stream, step_kernel<S, Base, kHasState>, table);

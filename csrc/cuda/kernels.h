@@ -5,6 +5,7 @@
 #include <map>
 
 #include "counts.h"
+#include "general.h"
 #include "resident.h"
 
 namespace rvsm::cuda {
@@ -18,15 +19,18 @@ struct Stream {
 // What a launch does, in the order in which the launches of a step follow each other: norms, then factors, then the
 // kernels that read them.
 enum class Work : uint8_t {
-  squares,        // a SumTable: squares of tensors of a type
-  dual_squares,   // the same, entries may have a dual
-  factors,        // a SumTable: sums of parts or norms from elsewhere; the type is that of the factors
-  step_resident,  // a step of groups that its blocks sum themselves
+  squares,          // a SumTable: squares of tensors of a type
+  dual_squares,     // the same, entries may have a dual
+  general_squares,  // the same of weights whose type is known only when it runs
+  factors,          // a SumTable: sums of parts or norms from elsewhere; the type is that of the factors
+  step_resident,    // a step of groups that its blocks sum themselves
   prox_resident,
   step,
   prox,
   penalty,
-  count,  // a CountTable; before the steps that read what it makes
+  general,  // a step whose arrays have several types, or whose numbers are on the device; the type is the arithmetic's
+  count,    // a CountTable; before the steps that read what it makes
+  numbers,  // a NumbersTable; the same
 };
 
 struct Key {
@@ -43,7 +47,7 @@ struct Key {
   friend bool operator==(const Key& a, const Key& b) { return a.code() == b.code(); }
 };
 
-// Starts one launch with a Table, a SumTable or a CountTable, and returns null or what went wrong.
+// Starts one launch with a table of its work, and returns null or what went wrong.
 using Start = const char* (*)(const Stream&, const void* table);
 using Kernels = std::map<Key, Start>;
 
@@ -62,6 +66,8 @@ template <class Starter>
 Kernels all_kernels() {
   Kernels all;
   all[{Work::count, Dtype::f32, {}, false}] = Starter::count;
+  all[{Work::numbers, Dtype::f32, {}, false}] = Starter::numbers;
+  all[{Work::general_squares, Dtype::f32, {}, false}] = Starter::general_squares;
   const auto add_storage = [&](auto storage, Dtype dtype) {
     using S = decltype(storage);
     const auto add = [&](Work work, Start start) { all[{work, dtype, {}, false}] = start; };
@@ -76,6 +82,10 @@ Kernels all_kernels() {
       all[{Work::step, dtype, key_of<Base>(), false}] = Starter::template step<S, Base, false>;
       all[{Work::step, dtype, key_of<Base>(), true}] = Starter::template step<S, Base, true>;
       all[{Work::step_resident, dtype, key_of<Base>(), false}] = Starter::template resident<S, Base, true>;
+      if constexpr (sizeof(S) >= 4) {
+        all[{Work::general, dtype, key_of<Base>(), false}] = Starter::template general<S, Base, false>;
+        all[{Work::general, dtype, key_of<Base>(), true}] = Starter::template general<S, Base, true>;
+      }
     });
   };
   add_storage(float{}, Dtype::f32);

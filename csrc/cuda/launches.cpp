@@ -24,17 +24,21 @@ const char* name_of(Work work) {
   switch (work) {
     case Work::squares:
     case Work::dual_squares:
+    case Work::general_squares:
     case Work::factors:
       return "norm";
     case Work::step_resident:
     case Work::prox_resident:
       return "group step";
     case Work::step:
+    case Work::general:
       return "step";
     case Work::prox:
       return "prox";
     case Work::count:
       return "count";
+    case Work::numbers:
+      return "numbers";
     default:
       return "penalty";
   }
@@ -55,13 +59,14 @@ void Launches::divide(int64_t limit) {
       const GroupView& v = args.view;
       const int64_t stored = element_size(args.dtype);
       g.dtype = args.dtype;
+      g.general = action_ == Action::step && args.general();
       g.resident = action_ != Action::penalty && is_resident(v, stored) && args.method == Method::rvsm && !args.topk &&
-                   args.norms == nullptr;
+                   args.norms == nullptr && !g.general;
       for (auto& [layout, size] : {std::pair{&g.stored, stored}, std::pair{&g.widened, int64_t(sizeof(float))}}) {
         if (g.resident) layout->tiles = make_tiles(v, size);
         for (const bool misplaced : {false, true}) {
           SumEntry& e = layout->sums[misplaced];
-          e = divide_sums(v, size, !misplaced);
+          e = divide_sums(v, size, !misplaced && !args.precision.mixed);
           if (e.parts > 1) g.partials = std::max(g.partials, e.parts * v.count());
         }
       }
@@ -76,11 +81,11 @@ void Launches::divide(int64_t limit) {
     for (Groups& g : groups_) g.resident = false;
 }
 
-// The most entries of tables whose numbers follow from a count.
+// The most entries of tables in which some may be counted.
 int64_t Launches::counted_entries() const {
   int64_t count = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (action_ != Action::step || !has_corrections(tensors[i].base.kind)) continue;
+    if (action_ != Action::step || !(has_corrections(tensors[i].base.kind) || tensors[i].general())) continue;
     if (!tensors[i].grouped || groups_[i].resident)
       ++count;
     else
@@ -89,13 +94,26 @@ int64_t Launches::counted_entries() const {
   return count;
 }
 
+// The most records that are finished on the device.
+int64_t Launches::finished_records() const {
+  return std::count_if(tensors.begin(), tensors.end(), [](const TensorArgs& t) { return t.device_numbers != nullptr; });
+}
+
+// Whether there are numbers of each group beside the first one, which is the factor or, for a general step, the norm of
+// what is thresholded: the norm of w, for a group lasso.
+bool Launches::has_lengths(const TensorArgs& args, const Groups& groups) const {
+  if (groups.general) return args.norm_rows() > 1;
+  return action_ != Action::penalty && groups.lasso;
+}
+
 int64_t Launches::scratch_bytes() const {
   int64_t bytes = aligned(blocks_ * int64_t(sizeof(double)));
   bytes += aligned(counted_entries() * kMostCorrections * int64_t(sizeof(double)));
+  bytes += aligned(finished_records() * NumbersBuilder::kFinishedBytes);
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!tensors[i].grouped || groups_[i].resident) continue;
     const int64_t factors = aligned(tensors[i].view.count() * element_size(opmath(tensors[i].dtype)));
-    bytes += factors * (action_ != Action::penalty && groups_[i].lasso ? 2 : 1);
+    bytes += factors * (has_lengths(tensors[i], groups_[i]) ? 2 : 1);
     bytes += aligned(tensors[i].norm_rows() * groups_[i].partials * int64_t(sizeof(double)));
   }
   return bytes;
@@ -106,6 +124,7 @@ void Launches::set_scratch(void* memory) {
   const auto take = [&](int64_t bytes) { return std::exchange(next, next + aligned(bytes)); };
   totals_ = reinterpret_cast<double*>(take(blocks_ * int64_t(sizeof(double))));
   corrections_ = reinterpret_cast<double*>(take(counted_entries() * kMostCorrections * int64_t(sizeof(double))));
+  finished_ = take(finished_records() * NumbersBuilder::kFinishedBytes);
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!tensors[i].grouped || groups_[i].resident) continue;
     Groups& g = groups_[i];
@@ -113,16 +132,17 @@ void Launches::set_scratch(void* memory) {
     const int64_t factors = v.count() * element_size(opmath(tensors[i].dtype));
     const bool value = action_ == Action::penalty;
     g.ratio = value ? nullptr : take(factors);
-    g.length = value || g.lasso ? take(factors) : nullptr;
+    g.length = value || has_lengths(tensors[i], g) ? take(factors) : nullptr;
+    if (g.general && g.length == nullptr) g.length = g.ratio;
     g.parts = reinterpret_cast<double*>(take(tensors[i].norm_rows() * g.partials * int64_t(sizeof(double))));
     g.pieces.clear();
     const int64_t size = element_size(opmath(tensors[i].dtype));
     for_pieces(v, limit_, [&](int64_t offset, const GroupView& piece, int64_t group) {
       const int64_t from = group * size;
       g.pieces.push_back({offset, piece.count() * piece.size(),
-                          factor_place(piece, g.ratio + from, g.lasso ? g.length + from : nullptr)});
+                          factor_place(piece, g.ratio + from, g.lasso || g.general ? g.length + from : nullptr)});
     });
-    const Finish finish = value ? Finish::norms : Finish::factors;
+    const Finish finish = value || g.general ? Finish::norms : Finish::factors;
     for (Layout* layout : {&g.stored, &g.widened}) {
       for (SumEntry& e : layout->sums) {
         e.finish = uint16_t(e.parts == 1 ? finish : Finish::part);
@@ -171,13 +191,18 @@ void Launches::add_norm_row(const TensorArgs& args, const Groups& groups, int no
       s->prox = prox_of<double>(args.numbers);
     if (norm_row > 0) s->out = nullptr;
     if (!lengths) s->length = nullptr;
+    if (groups.general) s->length = norm_row == 0 ? groups.ratio : groups.length;
   }
+  const bool mixed = args.precision.mixed && action_ == Action::step;
+  if (mixed)
+    sums.general = {args.master_state(), args.dtype, args.precision.states[args.base.states], args.precision.master};
   const bool made_elsewhere = args.norms != nullptr;
   if (!made_elsewhere) {
     double* const parts = groups.parts + norm_row * groups.partials;
     if (sums.parts > 1) sums.out = parts;
-    const Work work = args.method == Method::admm ? Work::dual_squares : Work::squares;
-    sums_[{work, args.dtype, {}}].add(sums, args.view.batch, args.group);
+    Key key{args.method == Method::admm ? Work::dual_squares : Work::squares, args.dtype, {}};
+    if (mixed) key = {Work::general_squares, Dtype::f32, {}};
+    sums_[key].add(sums, args.view.batch, args.group);
     if (sums.parts == 1) return;
     factors.x = parts;
     factors.outer = sums.parts;
@@ -216,6 +241,20 @@ void Launches::add_step(const TensorArgs& args, const Groups& groups, Key key) {
   } else {
     tables(key).add<S, Base, kStates>(args, read);
   }
+}
+
+void Launches::add_general(const TensorArgs& args, const Groups& groups) {
+  const Dtype arithmetic = opmath(args.dtype);
+  TableBuilder& builder = tables({Work::general, arithmetic, args.base, method_states(args.method) > 0});
+  const void* const finished = args.device_numbers == nullptr ? nullptr : numbers_.add(args);
+  const auto add = [&](int64_t offset, int64_t numel, const FactorPlace* factors) {
+    if (arithmetic == Dtype::f64)
+      builder.add_general<double>(args, offset, numel, factors, finished);
+    else
+      builder.add_general<float>(args, offset, numel, factors, finished);
+  };
+  if (!args.grouped) return add(0, args.numel, nullptr);
+  for (const auto& p : groups.pieces) add(p.offset, p.numel, &p.factors);
 }
 
 template <class S>
@@ -269,15 +308,20 @@ void Launches::add_counts() {
 void Launches::run(const Stream& stream, const Scaling& scaling, double* total) {
   for (auto& [key, builder] : sums_) builder.clear();
   for (auto& [key, builder] : tables_) builder.clear();
+  numbers_.begin_step(finished_);
   for (size_t i = 0; i < tensors.size(); ++i) {
     const TensorArgs& args = tensors[i];
     if (!args.active || args.numel == 0) continue;
     if (args.grouped && !groups_[i].resident) add_norms(args, groups_[i]);
-    with_storage(args.dtype, [&](auto s) { add<decltype(s)>(args, groups_[i]); });
+    if (action_ == Action::step && args.general())
+      add_general(args, groups_[i]);
+    else
+      with_storage(args.dtype, [&](auto s) { add<decltype(s)>(args, groups_[i]); });
   }
   for (auto& [key, builder] : sums_)
     for (auto& l : builder) start(stream, key, l.table.get(), l.groups);
   if (action_ == Action::step) {
+    for (auto& l : numbers_) start(stream, {Work::numbers, Dtype::f32, {}}, l.table.get(), l.groups);
     add_counts();
     for (auto& l : counts_) {
       l.table->found_inf = scaling.found_inf;
@@ -287,7 +331,7 @@ void Launches::run(const Stream& stream, const Scaling& scaling, double* total) 
   int64_t blocks = 0;
   for (auto& [key, builder] : tables_) {
     for (auto& l : builder) {
-      if (key.work == Work::step || key.work == Work::step_resident) {
+      if (key.work == Work::step || key.work == Work::step_resident || key.work == Work::general) {
         l.table->grad_scale = scaling.grad_scale;
         l.table->found_inf = scaling.found_inf;
       } else if (key.work == Work::penalty) {

@@ -12,7 +12,8 @@ namespace rvsm::cuda {
 
 // A set of tensors on one device, for repeated runs. Tensors without groups take one launch per storage type, base and
 // count of states, and groups that are short and consecutive in memory another. For other groups one launch before the
-// step makes the factors, or two where long groups are summed in parts.
+// step makes the factors, or two where long groups are summed in parts. Steps with several storage types, and steps
+// with numbers on the device, are a launch of their own (general.h).
 class Launches {
  public:
   Launches(Action action, const Kernels& kernels) : action_(action), kernels_(kernels) {}
@@ -48,6 +49,7 @@ class Launches {
     Dtype dtype;
     Layout stored, widened;  // for that type, and for float32, in which a step with a wider gradient is done
     bool resident = false;   // its blocks sum its groups themselves
+    bool general = false;    // its step is; launches before it make norms, not factors
     SumEntry factors;        // makes factors of sums of parts, or of norms from elsewhere
     // Pieces of fewer than 2^31 elements; nearly always one.
     struct Piece {
@@ -71,7 +73,10 @@ class Launches {
   template <class S, class Base, int kStates>
   void add_pieces(const TensorArgs& args, const Groups& groups, TableBuilder& builder, void* source);
   void* source(const TensorArgs& args) const;
+  void add_general(const TensorArgs& args, const Groups& groups);
   int64_t counted_entries() const;
+  int64_t finished_records() const;
+  bool has_lengths(const TensorArgs& args, const Groups& groups) const;
   void add_counts();
   void add_norms(const TensorArgs& args, const Groups& groups);
   void add_norm_row(const TensorArgs& args, const Groups& groups, int norm_row);
@@ -90,6 +95,8 @@ class Launches {
   SumBuilder total_;
   CountBuilder counts_;
   double* corrections_ = nullptr;  // of the entries of all steps
+  NumbersBuilder numbers_;
+  char* finished_ = nullptr;  // records
 };
 
 }  // namespace rvsm::cuda

@@ -21,6 +21,13 @@ enum class Finish : uint8_t {
   total,    // out[group], as it is
 };
 
+// What is known of the arrays of a general step only when it runs.
+struct GeneralArrays {
+  const void* rest;  // of the weights, where there is a master
+  Dtype x_type, dual_type;
+  Master master;
+};
+
 // One tensor: batches of outer x groups x inner elements. Its blocks go batch by batch, tile of groups by tile, part by
 // part.
 struct alignas(16) SumEntry {
@@ -30,7 +37,8 @@ struct alignas(16) SumEntry {
   void* length;
   union {
     Prox<double> prox;
-    const void* cut;  // where reads_cut: the cut of top-k, in the type of the factors
+    const void* cut;        // where reads_cut: the cut of top-k, in the type of the factors
+    GeneralArrays general;  // of general weights, whose norms are all that is wanted
   };
   int64_t outer, groups, inner, count;  // count: the groups of all batches
   uint32_t first;                       // its first block
@@ -113,6 +121,48 @@ RVSM_HD void add_vector(double* sums, const S* p, int64_t dual) {
   }
 }
 
+// Weights of a step that is general: their storage type and their master are known only when it runs.
+struct GeneralWeights {};
+
+// Where the elements of a tensor in storage S are read: a pointer, or what stands in the place of a pointer.
+template <class S>
+struct ElementsOf {
+  using Place = const S*;
+  RVSM_HD_MEMBER static Place begin(const SumEntry& e) { return static_cast<const S*>(e.x); }
+};
+template <>
+struct ElementsOf<GeneralWeights> {
+  struct Place {
+    const SumEntry* e;
+    int64_t at;
+    RVSM_HD_MEMBER Place operator+(int64_t n) const { return {e, at + n}; }
+    RVSM_HD_MEMBER void operator+=(int64_t n) { at += n; }
+  };
+  RVSM_HD_MEMBER static Place begin(const SumEntry& e) { return {&e, 0}; }
+};
+
+RVSM_HD float load_as(const void* array, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::bf16) return load(static_cast<const BFloat16*>(array)[i]);
+  if (dtype == Dtype::f16) return load(static_cast<const Float16*>(array)[i]);
+  return static_cast<const float*>(array)[i];
+}
+
+template <int kLoad, bool kSquares, bool kDual>
+RVSM_HD void add_vector(double* sums, const ElementsOf<GeneralWeights>::Place& p, int64_t) {
+  static_assert(kLoad == 1, "general weights are read one by one");
+  const SumEntry& e = *p.e;
+  float x;
+  const GeneralArrays& of = e.general;
+  if (of.master == Master::low)
+    x = join(static_cast<const BFloat16*>(e.x)[p.at], static_cast<const int16_t*>(of.rest)[p.at]);
+  else if (of.master == Master::whole)
+    x = join(static_cast<const Float16*>(e.x)[p.at], static_cast<const float*>(of.rest)[p.at]);
+  else
+    x = load_as(e.x, of.x_type, p.at);
+  if (kDual && e.dual != nullptr) x += load_as(e.dual, of.dual_type, p.at);
+  add_to<kSquares>(sums[0], double(x));
+}
+
 RVSM_HD int64_t to_dual(const SumEntry& e) {
   return e.dual == nullptr ? 0 : static_cast<const char*>(e.dual) - static_cast<const char*>(e.x);
 }
@@ -125,7 +175,7 @@ RVSM_HD void sum_strip(const SumEntry& e, const Tile& t, const Matrix& m, int th
   double acc[kLoad] = {};
   if (column < t.groups * int(e.inner)) {
     const int64_t columns = e.groups * e.inner, step = columns * m.rows, dual = to_dual(e);
-    const S* p = static_cast<const S*>(e.x) + t.begin + row * columns + column;
+    typename ElementsOf<S>::Place p = ElementsOf<S>::begin(e) + (t.begin + row * columns + column);
 #if defined(__CUDACC__)
 #pragma unroll(kLoad == 1 ? 4 : kLoad == 4 ? 2 : 1)
 #endif
@@ -142,7 +192,7 @@ RVSM_HD void sum_team(const SumEntry& e, const Tile& t, const Matrix& m, int thr
   double acc[kLoad] = {};
   if (place < t.groups) {
     const int64_t columns = e.groups * e.inner, dual = to_dual(e);
-    const S* p = static_cast<const S*>(e.x) + t.begin + place * e.inner;
+    typename ElementsOf<S>::Place p = ElementsOf<S>::begin(e) + (t.begin + place * e.inner);
     for (int k = 0; k < t.rows; ++k, p += columns) {
 #if defined(__CUDACC__)
 #pragma unroll(kLoad == 1 ? 4 : 1)
@@ -193,6 +243,8 @@ RVSM_HD void finish_group(const SumEntry& e, uint32_t part, int64_t group, doubl
 // Numbers that `sums` needs room for.
 template <class S>
 constexpr int kSums = kThreads * kWidth<S>;
+template <>
+inline constexpr int kSums<GeneralWeights> = kThreads;
 
 // kLoad: elements of an access.
 template <int kLoad, class S, bool kSquares, bool kDual, class T, class ForThreads>
@@ -218,7 +270,9 @@ RVSM_HD void sum_tile(const SumEntry& e, uint32_t index, double* sums, const For
 template <class S, bool kSquares, bool kDual, class T, class ForThreads>
 RVSM_HD void sum_block(const SumTable& table, uint32_t block, double* sums, const ForThreads& for_threads) {
   const SumEntry& e = table.at[find(table.at, int(table.entries), block)];
-  if (e.vectors)
+  if constexpr (std::is_same_v<S, GeneralWeights>)
+    sum_tile<1, S, kSquares, kDual, T>(e, block - e.first, sums, for_threads);
+  else if (e.vectors)
     sum_tile<kWidth<S>, S, kSquares, kDual, T>(e, block - e.first, sums, for_threads);
   else
     sum_tile<1, S, kSquares, kDual, T>(e, block - e.first, sums, for_threads);

@@ -84,7 +84,7 @@ inline Divider divider(int64_t d) {
 // at / batch_size * groups + at % columns / inner, with columns = groups * inner and batch_size = outer * columns. For
 // tensors of fewer than 2^31 elements (see for_pieces).
 struct alignas(32) FactorPlace {
-  const void* ratio;   // shrink(norm) / norm of each group
+  const void* ratio;   // shrink(norm) / norm of each group; for a general step its norm
   const void* length;  // its norm, with group_lasso
   uint32_t columns, groups;
   Divider by_columns, by_inner, by_batch;

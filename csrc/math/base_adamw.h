@@ -33,9 +33,16 @@ struct AdamW {
     T correction, eps;  // 1 / sqrt(1 - beta2^t)
   };
 
-  template <class T>
-  RVSM_HD Numbers<T> numbers(const double* n) {
+  template <class T, class N>
+  RVSM_HD Numbers<T> numbers(const N* n) {
     return {T(n[0]), T(n[1]), T(n[2]), T(n[3]), T(n[4]), T(n[5]), T(n[6])};
+  }
+
+  // The factors that stand on a device come into the numbers of the host.
+  RVSM_HD void fill_in(double* n, double lr, double decay) {
+    n[0] = 1 - (1 - n[0]) * lr * decay;
+    n[4] *= lr;
+    n[7] *= lr;
   }
 
   // step_size and correction of step t, in double precision.
@@ -56,7 +63,10 @@ struct AdamW {
   }
 
   struct Switches {};
-  RVSM_HD Switches switches(const double*) { return {}; }
+  template <class N>
+  RVSM_HD Switches switches(const N*) {
+    return {};
+  }
   template <class F>
   RVSM_HD void with_switches(const double*, const F& f) {
     f(Switches{});

@@ -17,13 +17,17 @@ struct NoBase {
 
   template <class T>
   struct Numbers {};
-  template <class T>
-  RVSM_HD Numbers<T> numbers(const double*) {
+  template <class T, class N>
+  RVSM_HD Numbers<T> numbers(const N*) {
     return {};
   }
+  RVSM_HD void fill_in(double*, double, double) {}
 
   struct Switches {};
-  RVSM_HD Switches switches(const double*) { return {}; }
+  template <class N>
+  RVSM_HD Switches switches(const N*) {
+    return {};
+  }
   template <class F>
   RVSM_HD void with_switches(const double*, const F& f) {
     f(Switches{});

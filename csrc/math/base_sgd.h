@@ -25,9 +25,15 @@ struct Sgd {
     T decay, keep, add, momentum, nesterov, lr;
   };
 
-  template <class T>
-  RVSM_HD Numbers<T> numbers(const double* n) {
+  template <class T, class N>
+  RVSM_HD Numbers<T> numbers(const N* n) {
     return {T(n[0]), T(n[1]), T(n[2]), T(n[3]), T(n[4]), T(n[5])};
+  }
+
+  // The factors that stand on a device come into the numbers of the host.
+  RVSM_HD void fill_in(double* n, double lr, double decay) {
+    n[0] *= decay;
+    n[5] *= lr;
   }
 
   // Switches known at compile time, and switches known only at run time.
@@ -40,7 +46,10 @@ struct Sgd {
   };
 
   // The switches that follow from the numbers of a base.
-  RVSM_HD Switches switches(const double* n) { return {n[0] != 0, n[4] != 0}; }
+  template <class N>
+  RVSM_HD Switches switches(const N* n) {
+    return {n[0] != 0, n[4] != 0};
+  }
 
   // Calls f(Known<...>{}).
   template <class F>

@@ -57,6 +57,12 @@ RVSM_HD void corrections_on_host(BaseKind kind, const double* numbers, double* o
   if (kind == BaseKind::adamw) AdamW<false>::corrections_on_host(numbers, out);
 }
 
+// The factors that stand on a device come into a base's numbers of the host; a factor that does not is 1.
+RVSM_HD void fill_in_base(BaseKind kind, double* numbers, double lr, double decay) {
+  if (kind == BaseKind::sgd) Sgd<true>::fill_in(numbers, lr, decay);
+  if (kind == BaseKind::adamw) AdamW<false>::fill_in(numbers, lr, decay);
+}
+
 // Names and lengths of the records of the bases, in the order of BaseKind.
 struct BaseName {
   const char* name;

@@ -43,15 +43,16 @@ struct Split {
   T lasso;     // group_lasso
 };
 
-template <class T>
-RVSM_HD Prox<T> prox_of(const double* record) {
+// N: double, or T where the record was narrowed before.
+template <class T, class N>
+RVSM_HD Prox<T> prox_of(const N* record) {
   return {Penalty(int32_t(record[0])), T(record[1]), T(record[2]), T(record[3]), T(record[4]), T(record[5])};
 }
 
 // `scale`: TensorArgs::scale.
-template <class T>
-RVSM_HD Split<T> split_of(const double* record, double scale) {
-  const double* s = record + kProxNumbers;
+template <class T, class N>
+RVSM_HD Split<T> split_of(const N* record, double scale) {
+  const N* s = record + kProxNumbers;
   return {prox_of<T>(record), T(s[0] * scale), T(s[1]), T(s[2]), T(s[3])};
 }
 
@@ -68,6 +69,9 @@ RVSM_HD double power(double x, float n) {
   return result;
 }
 
-RVSM_HD const double* base_numbers(const double* record) { return record + kProxNumbers + kSplitNumbers; }
+template <class N>
+RVSM_HD N* base_numbers(N* record) {
+  return record + kProxNumbers + kSplitNumbers;
+}
 
 }  // namespace rvsm

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "bases.h"
+#include "device_numbers.h"
 #include "precision.h"
 #include "split.h"
 
@@ -47,6 +48,8 @@ struct TensorArgs {
   const void* cut = nullptr;        // top-k: in the type of the arithmetic, read when the step runs
   const double* norms = nullptr;    // norms made elsewhere, norm_rows x one per group; null: made here
   const double* numbers = nullptr;  // the record of its group, see numbers.h
+  // Null, or where numbers of the record stand on the device: of a step of an engine with takes_device_numbers.
+  const DeviceNumbers* device_numbers = nullptr;
   Precision precision;
   float* counter = nullptr;  // counts the steps where a device does; null: the numbers are those of this step
   double scale = 1;          // 1 / grad_scale where the host knows it, else 1
@@ -58,6 +61,8 @@ struct TensorArgs {
   void* master_state() const { return state[states()]; }
   // The state of the method, null without one.
   void* method_state() const { return method == Method::rvsm ? nullptr : state[base.states]; }
+  // Whether the types of its arrays, or its numbers, are known only when its step runs.
+  bool general() const { return precision.mixed || device_numbers != nullptr; }
   // How many norms each group needs: that of what is thresholded and, where that is not w, that of w for group lasso.
   int norm_rows() const { return method == Method::admm && lasso ? 2 : 1; }
 

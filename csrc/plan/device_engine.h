@@ -42,10 +42,10 @@ class DeviceEngine {
 
   std::vector<TensorArgs>& tensors;
   const at::Device device;
-  const bool scales_on_device;  // grad_scale and found_inf are read by the kernels
-  const bool takes_source;      // a prox may read from TensorArgs::g
-  const bool counts_on_device;  // TensorArgs::counter is read and written
-  const bool takes_mixed;       // TensorArgs::precision is read; else all arrays of a tensor must have one type
+  const bool scales_on_device;      // grad_scale and found_inf are read by the kernels
+  const bool takes_source;          // a prox may read from TensorArgs::g
+  const bool counts_on_device;      // TensorArgs::counter is read and written
+  const bool takes_device_numbers;  // TensorArgs::device_numbers is read
 
  protected:
   DeviceEngine(std::vector<TensorArgs>& tensors, at::Device device, bool on_device)
@@ -54,7 +54,7 @@ class DeviceEngine {
         scales_on_device(on_device),
         takes_source(on_device),
         counts_on_device(on_device),
-        takes_mixed(!on_device) {}
+        takes_device_numbers(on_device) {}
 };
 
 // One engine per device and turn. Tensors that share memory have different turns, and a turn begins when the one before

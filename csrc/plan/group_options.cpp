@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <stdexcept>
 
@@ -39,6 +40,19 @@ GroupOptions::GroupOptions(const py::object& o) : source(o) {
   precision = o.attr("precision");
   has_master = o.attr("master").cast<bool>();
   seed = o.attr("seed").cast<uint64_t>();
+  for (const py::handle& number : o.attr("on_device"))
+    device_tensors.push_back(number.is_none() ? at::Tensor() : number.cast<at::Tensor>());
+  if (on_device() && device_tensors.size() != kDeviceNumbers)
+    throw std::runtime_error("other numbers on the device than a kernel reads");
+  find_device_numbers();
+}
+
+void GroupOptions::find_device_numbers() {
+  for (size_t k = 0; k < device_tensors.size(); ++k) {
+    if (!device_tensors[k].defined()) continue;
+    device_numbers.at[k] = device_tensors[k].const_data_ptr();
+    device_numbers.dtype[k] = dtype_of(device_tensors[k].scalar_type());
+  }
 }
 
 const Stored& GroupOptions::stored(at::ScalarType type) {
@@ -63,7 +77,7 @@ bool GroupOptions::has_the_tables_of(const GroupOptions& o) const {
   if (!precision || !o.precision) return false;  // options of a group that is new
   return base == o.base && method == o.method && split == o.split && topk == o.topk && lasso == o.lasso &&
          writes_grad == o.writes_grad && dims == o.dims && base_states == o.base_states && states == o.states &&
-         has_counter == o.has_counter && precision.equal(o.precision);
+         has_counter == o.has_counter && precision.equal(o.precision) && on_device() == o.on_device();
 }
 
 const double* GroupOptions::numbers(int64_t group_size, int64_t count) {
@@ -97,6 +111,7 @@ void GroupOptions::apply(TensorArgs& args, int64_t count) {
   args.method = method;
   args.topk = topk;
   args.lasso = lasso;
+  args.device_numbers = on_device() ? &device_numbers : nullptr;
 }
 
 int GroupOptions::traverse(visitproc visit, void* arg) const {

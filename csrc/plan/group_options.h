@@ -37,6 +37,12 @@ class GroupOptions {
   // 0 for none, 1 for any number. Asks Python the first time.
   const double* numbers(int64_t group_size, int64_t count);
 
+  // Whether some numbers are on the device.
+  bool on_device() const { return !device_tensors.empty(); }
+
+  // Where these numbers are now: a tensor may be given other memory.
+  void find_device_numbers();
+
   // The arguments that follow from the options alone. `count` as above.
   void apply(TensorArgs& args, int64_t count);
 
@@ -60,11 +66,13 @@ class GroupOptions {
   size_t base_states = 0, states = 0;  // how many states the base has, and the base and the method together
   py::object counter;                  // the name of the tensor that counts the steps of a parameter, or None
   bool has_counter = false;
-  bool has_master = false;  // parameters of a half type have one
-  bool counts = false;      // whether the numbers follow from the count
-  bool changed = true;      // not in the arguments of the tensors yet
-  py::object precision;     // what decides about stored()
-  uint64_t seed = 0;        // of stochastic rounding
+  bool has_master = false;                 // parameters of a half type have one
+  bool counts = false;                     // whether the numbers follow from the count
+  bool changed = true;                     // not in the arguments of the tensors yet
+  py::object precision;                    // what decides about stored()
+  std::vector<at::Tensor> device_tensors;  // in the order of DeviceNumber, undefined where the host knows the number
+  DeviceNumbers device_numbers;            // where they are
+  uint64_t seed = 0;                       // of stochastic rounding
 
  private:
   using Record = std::array<double, kMostNumbers>;

@@ -88,7 +88,6 @@ Ready Plan::prepare_without_holding(const py::list& groups, const py::object& in
     if (ready && !refresh(groups)) {
       // The table describes other parameters or layouts: what this walk has found belongs to them.
       copies_.clear();
-      weights_.clear();
       new_states_.clear();
       ready = rebuild(groups);
       if (ready) read_scaling();
@@ -139,29 +138,18 @@ void Plan::hold() {
       if (state != nullptr) own(THPVariable_Unpack(state));
     if (slot.device_counts && slot.counter != nullptr) own(THPVariable_Unpack(slot.counter));
   }
+  for (const GroupOptions& options : options_)
+    for (const at::Tensor& number : options.device_tensors) own(number);
 }
 
 void Plan::load_copies(size_t turn) {
   for (auto& copy : copies_)
     if (copy.turn == turn) copy.staged.load();
-  for (const WeightsCopy& copy : weights_)
-    if (copy.turn == turn)
-      copy.dense.copy_(py::module_::import("rvsm_kernels.method.precision")
-                           .attr("join")(copy.param.detach(), copy.master)
-                           .cast<at::Tensor>());
 }
 
 void Plan::store_copies(size_t turn) {
   for (auto& copy : copies_)
     if (copy.turn == turn && copy.writes) copy.staged.store();
-  for (const WeightsCopy& copy : weights_) {
-    if (copy.turn != turn) continue;
-    const py::module_ precision = py::module_::import("rvsm_kernels.method.precision");
-    if (copy.stored->rounds)
-      precision.attr("store_rounded")(copy.param, copy.dense, copy.random.seed, copy.random.step);
-    else
-      precision.attr("store")(copy.param, copy.dense, copy.master);
-  }
 }
 
 void Plan::run_engines(size_t turn) {
@@ -245,7 +233,6 @@ void Plan::launch() {
 
 void Plan::drop() {
   copies_.clear();
-  weights_.clear();
   new_states_.clear();
   held_.clear();
   lacks_ = false;

@@ -48,6 +48,8 @@ struct ParamSlot {
   bool dense = true;
   bool device_counts = false;  // a kernel counts its steps, not the host
   bool norms_given = false;    // its norms were made elsewhere when the table was made
+  // What the last step has read of it and of its gradient, a cache line each: the next step is likely to read the same.
+  std::array<const char*, 9> lines = {};
 };
 
 class Plan {
@@ -108,6 +110,7 @@ class Plan {
 
   // slot.cpp: one parameter of a step.
   void prepare_slot(const py::list& groups, ParamSlot& slot);
+  static void note_lines(ParamSlot& slot, const at::Tensor& w, const at::Tensor& g);
   bool find_states(const GroupOptions& options, const Stored& stored, ParamSlot& slot);
   int64_t count_of(const py::list& groups, const ParamSlot& slot);
   float* counter_of(const py::list& groups, ParamSlot& slot);
@@ -134,19 +137,11 @@ class Plan {
     bool writes;
     size_t turn;
   };
-  // The weights of a parameter in the type of the arithmetic, where an engine cannot read or round them itself.
-  struct WeightsCopy {
-    at::Tensor param, master, dense;  // master: undefined where there is none
-    const Stored* stored;
-    RandomKey random;
-    size_t turn;
-  };
   struct NewState {
     size_t slot, state;  // state: kMostStates for the counter
     at::Tensor tensor;
   };
   std::vector<Copy> copies_;
-  std::vector<WeightsCopy> weights_;
   std::vector<NewState> new_states_;
   std::vector<c10::Storage> held_;
   PyObject* inputs_object_ = nullptr;  // owned

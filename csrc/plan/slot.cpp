@@ -154,9 +154,9 @@ void Plan::refuse(const py::list& groups, const ParamSlot& slot) {
 
 // The new state that an earlier occurrence of a parameter has in this step; undefined where there is none. Only a base
 // that counts its steps goes on from it, as torch.optim.AdamW does: torch.optim.SGD begins a buffer for each
-// occurrence.
+// occurrence. The counter is the same for all.
 at::Tensor Plan::made_before(const ParamSlot& slot, size_t state) const {
-  if (slot.repeats == 0 || !options_[slot.group].counts) return at::Tensor();
+  if (slot.repeats == 0 || !(options_[slot.group].counts || state == kMostStates)) return at::Tensor();
   for (const NewState& made : new_states_)
     if (slots_[made.slot].param == slot.param && made.state == state) return made.tensor;
   return at::Tensor();
@@ -182,15 +182,19 @@ void Plan::set_precision(ParamSlot& slot) {
   const Stored& stored = options.stored(slot.type);
   Precision& precision = slot.args->precision;
   precision = {};
-  // A rounding on the host needs the count there.
-  slot.device_counts = options.counts && engines_[slot.engine].counts_on_device && !stored.rounds;
+  const DeviceEngine& engine = engines_[slot.engine];
+  slot.device_counts = options.has_counter && engine.counts_on_device;
+  for (const at::Tensor& number : options.device_tensors)
+    if (number.defined() && !(engine.takes_device_numbers && number.device() == slot.device))
+      throw std::runtime_error("an option of param group " + std::to_string(slot.group) + " is a tensor on " +
+                               number.device().str() + ", but a parameter of the group is on " + slot.device.str());
   if (!stored.mixed) return;
   precision.rounds = stored.rounds;
   precision.master = stored.master;
   precision.grad = slot.dtype;
   for (size_t k = 0; k < options.states; ++k) precision.states[k] = dtype_of(stored.states[k].type);
   precision.random.seed = options.seed;
-  precision.mixed = slot.type != at::kDouble && engines_[slot.engine].takes_mixed;
+  precision.mixed = slot.type != at::kDouble;
 }
 
 // The pointers of an unusual parameter: states that are missing, tensors that do not lie in memory as the kernels need
@@ -218,16 +222,8 @@ void Plan::stage(ParamSlot& slot) {
       args.state[k] = dense_of(Staged(state_of(slot, k, dense), dense, stored.states[k].type), true).mutable_data_ptr();
     return;
   }
-  const bool joins = stored.master != Master::none || stored.rounds;
-  at::Tensor dense;
-  if (joins) {
-    const at::Tensor master = stored.master == Master::none ? at::Tensor() : state_of(slot, options.states, w);
-    dense = at::empty_like(w, at::kFloat);
-    weights_.push_back({w, master, dense, &stored, args.precision.random, slot.turn});
-  } else {
-    const at::ScalarType mixed_type = slot.type == at::kDouble ? at::kDouble : at::kFloat;
-    dense = dense_of(Staged(w, stored.mixed ? mixed_type : step_type(slot.type, g.scalar_type())), true);
-  }
+  const bool wide = slot.type == at::kDouble;  // also where its states are to be stored in another type
+  const at::Tensor dense = dense_of(Staged(w, wide ? slot.type : step_type(slot.type, g.scalar_type())), true);
   args.dtype = dtype_of(dense.scalar_type());
   args.w = dense.mutable_data_ptr();
   args.g = const_cast<void*>(dense_of(Staged(g, dense), args.base.writes_grad).const_data_ptr());
@@ -247,6 +243,18 @@ void Plan::find_beside(TensorArgs& args, const ParamSlot& slot) const {
     py::module_::import("rvsm_kernels.engines.checks")
         .attr("check_norms")(norms, py::handle(slot.param), options_[slot.group].source);
   args.norms = norms.const_data_ptr<double>();
+}
+
+// Of small tensors most of a step is waiting for these lines.
+void Plan::note_lines(ParamSlot& slot, const at::Tensor& w, const at::Tensor& g) {
+  constexpr size_t kLine = 64;
+  size_t n = 0;
+  for (const at::Tensor* t : {&w, &g}) {
+    const c10::TensorImpl* impl = t->unsafeGetTensorImpl();
+    for (size_t k = 0; k < 3; ++k) slot.lines[n++] = reinterpret_cast<const char*>(impl) + k * kLine;
+    slot.lines[n++] = reinterpret_cast<const char*>(impl->unsafe_storage().unsafeGetStorageImpl());
+  }
+  slot.lines[n] = reinterpret_cast<const char*>(w.unsafeGetTensorImpl()->autograd_meta());
 }
 
 void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
@@ -275,6 +283,7 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
     args.g = options.writes_grad ? address_in_kernel<true>(g, itemsize) : address_in_kernel<false>(g, itemsize);
     args.dtype = slot.dtype;
     usual = args.w != nullptr && args.g != nullptr;
+    note_lines(slot, w, g);
     args.precision.grad = slot.dtype;
     for (size_t k = 0; k < states && usual && all_there; ++k) {
       const size_t size = stored.mixed ? c10::elementSize(stored.states[k].type) : itemsize;

@@ -1,6 +1,7 @@
 // The table of parameters of a plan: made once, and compared with what each step brings.
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <map>
 #include <stdexcept>
 
@@ -9,6 +10,9 @@
 namespace rvsm {
 
 namespace {
+
+// So many parameters before its turn comes, what a step reads of a parameter is asked for.
+constexpr size_t kAhead = 4;
 
 PyObject* const kParams = PyUnicode_InternFromString("params");
 
@@ -136,6 +140,7 @@ bool Plan::refresh(const py::list& groups) {
   counts_ = false;
   for (GroupOptions& options : options_) {
     if (options.counts) options.forget_counts();
+    options.find_device_numbers();
     any_states |= options.states > 0 || options.has_counter || options.has_master;
     any_changed |= options.changed;
   }
@@ -157,6 +162,8 @@ bool Plan::refresh(const py::list& groups) {
     for (Py_ssize_t j = 0; j < n; ++j, ++i) {
       if (i >= count) return false;
       ParamSlot& slot = slots_[i];
+      // Where these lines are is a guess, and a wrong one costs nothing.
+      for (const char* line : slots_[std::min(i + kAhead, count - 1)].lines) __builtin_prefetch(line);
       if (slot.param != PySequence_Fast_GET_ITEM(params, j) || slot.group != size_t(g)) return false;
       const at::Tensor& w = tensor(slot);
       if (!slot.served) {

@@ -278,8 +278,12 @@ void keys() {
         CHECK(all.count({Work::step, dtype, key_of<decltype(base)>(), has_state}) == 1, "no kernel of a base");
       CHECK(all.count({Work::step_resident, dtype, key_of<decltype(base)>()}) == 1, "no resident kernel of a base");
     }
+    for (const Dtype dtype : {Dtype::f32, Dtype::f64})
+      for (const bool has_state : {false, true})
+        CHECK(all.count({Work::general, dtype, key_of<decltype(base)>(), has_state}) == 1, "no general kernel of a base");
   });
-  const size_t want = size_t(4 * (3 * bases + 5) + 3);
+  // Of every type five kernels without a base; factors of two types; counts, numbers and sums of general weights.
+  const size_t want = size_t(4 * (3 * bases + 5) + 2 * 2 * bases + 2 + 3);
   CHECK(all.size() == want, "%zu kernels, not %zu", all.size(), want);
   ++checked;
 }
@@ -304,6 +308,8 @@ int main() {
   for (const int count : {1, 2, 41, 40, 701, 700, 2500})
     for (const Action action : {Action::step, Action::prox, Action::penalty})
       checked += engines<HostMemory>(count, action, host_kernels(), 0);
+  for (int i = 0; i < 20; ++i)
+    checked += engines<HostMemory>(10 * rvsm::Tensor::kKernels, Action::step, host_kernels(), 0, true);
   launch_counts();
   errors();
   keys();

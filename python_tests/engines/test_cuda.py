@@ -144,6 +144,47 @@ def test_graph_replay(split: dict[str, Any], engine: str) -> None:
             assert all(same_bits(optimizer.state[p][key], twin.state[q][key]) for key in optimizer.state[p])
 
 
+@pytest.mark.parametrize("precision", [{}, {"master_weights": True}, {"rounding": "stochastic"}], ids=repr)
+@pytest.mark.parametrize("cls", [rk.RVSM, rk.RVSMAdamW])
+def test_a_graph_follows_numbers_on_the_device(cls: type, precision: dict[str, Any], engine: str) -> None:
+    """lr, lam, beta and weight_decay are filled between two replays, and AdamW's steps are counted in them."""
+    if precision.get("rounding") and engine == "native":
+        pytest.skip("counts the steps of stochastic rounding on the host")
+    numbers = {"lr": 0.0625, "lam": 0.375, "beta": 0.75, "weight_decay": 0.03125}
+    tensors = {name: torch.tensor(value, device="cuda") for name, value in numbers.items()}
+    options = {"penalty": "tl1", "method": "admm", "engine": engine, **precision}
+    params, twins = parameters(), parameters()
+    if precision:
+        for p in (*params, *twins):
+            p.data = p.data.bfloat16()
+    optimizer, twin = cls(params, **tensors, **options), cls(twins, **numbers, **options)
+    for seed in range(3):
+        set_gradients(params, seed)
+        set_gradients(twins, seed)
+        with no_waiting() if seed > 0 else contextlib.nullcontext():
+            optimizer.step()
+        twin.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for seed in range(3, 7):
+        numbers = {name: value * 0.5 for name, value in numbers.items()} | {"lr": 0.0 if seed == 5 else 0.125}
+        for name, value in numbers.items():
+            tensors[name].fill_(value)
+            twin.param_groups[0][name] = value
+        set_gradients(params, seed)
+        set_gradients(twins, seed)
+        graph.replay()
+        twin.step()
+        for p, q in zip(params, twins, strict=True):
+            assert optimizer.state[p].keys() == twin.state[q].keys()
+            pairs = [(p, q)] + [(optimizer.state[p][k], twin.state[q][k]) for k in twin.state[q] if k != "low"]
+            for x, y in pairs:
+                torch.testing.assert_close(
+                    x, y.to(x.device), rtol=1e-5 if x.dtype == torch.float32 else 2e-2, atol=1e-6
+                )
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_hundred_steps_twice(split: dict[str, Any], engine: str) -> None:
     """Bit for bit the same weights, while another stream keeps the device busy in one of the runs."""

@@ -42,31 +42,26 @@ def test_many_tensors_are_stepped_as_one(engine: str, cls: Any) -> None:
 
 
 def seconds(optimizer: Any, action: str) -> float:
-    """The shortest of some runs of a method."""
-    shortest = float("inf")
-    for _ in range(7):
-        start = time.perf_counter()
-        result = getattr(optimizer, action)()
-        if action == "sparse_weights":
-            with result:
-                pass
-        shortest = min(shortest, time.perf_counter() - start)
-    return shortest
+    """The time of one call of a method."""
+    start = time.perf_counter()
+    result = getattr(optimizer, action)()
+    if action == "sparse_weights":
+        with result:
+            pass
+    return time.perf_counter() - start
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [rk.RVSM, rk.RVSMAdamW])
 def test_time_is_linear(native: str, cls: Any) -> None:
-    """Four times the tensors take four times as long, within the noise and the caches; the tests of a square are 16."""
+    """Sixteen times the tensors take sixteen times as long, within the noise and the caches; by squares it is 256."""
     optimizers = []
-    for count in (MANY // 4, MANY):
+    for count in (MANY // 16, MANY):
         flat = torch.randn(3 * count, device=DEVICE)
         optimizer = cls(tensors(flat, count), lr=0.1, penalty="l0", lam=0.05, beta=1.0, engine=native)
         optimizer.step()
         optimizers.append(optimizer)
     for action in ("step", "state_dict", "sparsity", "penalty_value", "sparse_weights", "sparsify_"):
-        for _ in range(3):
-            ratio = seconds(optimizers[1], action) / seconds(optimizers[0], action)
-            if ratio < 10:
-                break
-        assert ratio < 10, (action, ratio)
+        # In turns, so that a phase of another process slows down both.
+        few, many = zip(*([seconds(optimizer, action) for optimizer in optimizers] for _ in range(9)), strict=True)
+        assert min(many) / min(few) < 80, (action, min(many) / min(few))

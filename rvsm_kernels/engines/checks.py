@@ -95,6 +95,20 @@ def check_counter(counter: Any, name: str) -> None:
     )
 
 
+def check_device_numbers(p: Tensor, i: int, options: StepOptions) -> None:
+    """Raise RuntimeError for options that the kernels are to read on the device of a parameter, and that are elsewhere.
+
+    Args:
+        i: the place of the parameter's group.
+    """
+    for number in options.on_device:
+        if number is not None and number.device != p.device:
+            raise RuntimeError(
+                f"an option of param group {i} is a tensor on {number.device}, but a parameter of the group is on"
+                f" {p.device}"
+            )
+
+
 def check_entry(
     p: Tensor, group: Mapping[str, Any], i: int, j: int, states: Mapping[str, Any], counter: Any = None
 ) -> None:

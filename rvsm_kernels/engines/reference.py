@@ -7,6 +7,7 @@ as the kernels do.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -125,8 +126,9 @@ def _step(
             of_each = zip(v, norms, taus, strict=True)
             u = [threshold(x, r, values["penalty"], tau, values["a"], dims) for x, r, tau in of_each]
         gap, after = method.gap(w, v, u, before)
-        for x, new_x in zip(method_states, after, strict=True):
-            x.copy_(new_x)
+        if lr != 0:  # else nothing moves
+            for x, new_x in zip(method_states, after, strict=True):
+                x.copy_(new_x)
         if values["decoupled"]:
             torch._foreach_add_(w, gap, alpha=-lr * beta)
         else:
@@ -178,6 +180,7 @@ class ReferenceEngine(Engine):
 
     def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
         lacks_u = False
+        inputs = dataclasses.replace(inputs, options=[options.on_host() for options in inputs.options])
         for i, (group, options) in enumerate(zip(groups, inputs.options, strict=True)):
             for j, p in enumerate(group["params"]):
                 if p.grad is not None:

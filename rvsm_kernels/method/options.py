@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .device_numbers import is_on_device
 from .groups import as_dims
 from .methods import METHODS
 from .penalties import PENALTIES
@@ -262,15 +263,29 @@ def make_plain(group: MutableMapping[str, Any], names: Iterable[str] = OPTION_NA
 def snapshot(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Values to compare with later ones by :func:`may_differ`, None for values that only their reader can compare.
 
-    A list is copied, for it can be edited in place; a tensor can be too, and cannot be compared without waiting for
-    its device.
+    A list is copied, for it can be edited in place; a tensor can be too. What a tensor on a device holds is the
+    kernels' affair: only another tensor in its place is a change.
     """
     types = set(map(type, values))
-    if any(issubclass(t, torch.Tensor) for t in types):
+    if any(issubclass(t, torch.Tensor) for t in types) and any(map(_can_change_unseen, values)):
         return None
     return tuple([list(v) if isinstance(v, list) else v for v in values]) if list in types else values
 
 
 def may_differ(values: tuple[Any, ...], before: tuple[Any, ...] | None) -> bool:
-    """Whether values may have changed since their :func:`snapshot`; with a tensor among them they always may."""
-    return before is None or torch.Tensor in map(type, values) or values != before
+    """Whether values may have changed since their :func:`snapshot`; with a host's tensor among them they always may."""
+    if before is None:
+        return True
+    if torch.Tensor in map(type, values) or torch.Tensor in map(type, before):
+        return any(map(_can_change_unseen, values)) or any(map(_is_other, values, before))
+    return values != before
+
+
+def _can_change_unseen(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not is_on_device(value)
+
+
+def _is_other(value: Any, before: Any) -> bool:
+    """Whether a value differs from an earlier one; tensors are compared as objects."""
+    either = isinstance(value, torch.Tensor) or isinstance(before, torch.Tensor)
+    return value is not before if either else value != before

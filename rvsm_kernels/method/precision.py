@@ -122,13 +122,20 @@ def new_master(p: Tensor) -> Tensor:
 # ---- stochastic rounding ---------------------------------------------------------------------------------------------
 
 
-def random_bits(count: int, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
+def random_bits(count: int, seed: int, step: int | Tensor, stream: int, device: torch.device) -> Tensor:
     """16 random bits for each of the elements 0 .. count - 1, as int32: Philox4x32-7 (Salmon et al., SC 2011).
 
     A call gives 128 bits, for eight elements. Its counter is (element / 8, step, stream), its key the seed.
+
+    Args:
+        step: a number, or a 1-element tensor on the device, which no host waits for.
     """
     call = torch.arange((count + 7) // 8, dtype=torch.int64, device=device)
-    x = [call & _MASK, call >> 32, torch.full_like(call, step), torch.full_like(call, stream)]
+    if isinstance(step, Tensor):
+        steps = step.detach().to(device, torch.int64).reshape(1).expand_as(call)
+    else:
+        steps = torch.full_like(call, step)
+    x = [call & _MASK, call >> 32, steps, torch.full_like(call, stream)]
     key = [seed & _MASK, seed >> 32 & _MASK]
     for _ in range(PHILOX_ROUNDS):
         a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57  # the low 64 bits of the products, which wrap
@@ -161,13 +168,13 @@ def rounded(w: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
     return torch.where(magnitude <= largest, near, w.to(dtype))
 
 
-def store_rounded(p: Tensor, w: Tensor, seed: int, step: int, stream: int = 0) -> None:
+def store_rounded(p: Tensor, w: Tensor, seed: int, step: int | Tensor, stream: int = 0) -> None:
     """Write float32 weights into a half-type parameter by stochastic rounding.
 
     Element i of the parameter's memory (of a dense tensor with the order of its strides) gets the random bits of i.
 
     Args:
-        step: how many steps the parameter has seen.
+        step: how many steps the parameter has seen; see :func:`random_bits`.
         stream: another number for a second rounding in the same step.
     """
     bits = random_bits(p.numel(), seed, step, stream, p.device)
@@ -187,13 +194,13 @@ class Stored:
     p: Tensor
     master: Tensor | None = None
     seed: int = 0
-    step: int | None = None
+    step: int | Tensor | None = None
 
     @classmethod
     def of(cls, p: Tensor, group: Mapping[str, Any], states: Mapping[str, Any] | None) -> Stored:
         """A parameter of a param group with these states by name."""
         counter = states.get("step") if states and is_stochastic(group, p.dtype) else None
-        step = None if counter is None else int(counter)
+        step = int(counter) if isinstance(counter, Tensor) and counter.device.type == "cpu" else counter
         return cls(p, master_of(p, group, states), int(group.get("seed", 0)), step)
 
     def load(self) -> Tensor:

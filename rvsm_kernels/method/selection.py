@@ -109,8 +109,12 @@ def _can_hold_cut(cut: Tensor, p: Tensor) -> bool:
     return writable and kind_of(cut) is None and cut.device == p.device and cut.dtype == opmath_type(p.dtype)
 
 
-def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None) -> None:
-    """w <- w / ||w||_2 of each whole tensor; a zero tensor stays zero, and so does everything after a found_inf."""
+def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = None) -> None:
+    """w <- w / ||w||_2 of each whole tensor; a zero tensor stays zero, and so does everything after a found_inf.
+
+    Args:
+        lr: a tensor on the device that holds 0 where nothing is to move; any other value changes nothing.
+    """
     params = [t.p for t in tensors]
     turns = turns_of(params)
     kinds = [(turn, p.device, p.dtype, kind_of(p)) for turn, p in zip(turns, params, strict=True)]
@@ -126,6 +130,8 @@ def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None) -> None:
         unchanged = rest == 0
         if found_inf is not None:
             unchanged |= found_inf.to(device).reshape(()) > 0
+        if isinstance(lr, Tensor):
+            unchanged |= lr.to(device).reshape(()) == 0
         # One division, unless the norm itself is out of range.
         norms = torch.where(unchanged, 1.0, largest * rest)
         once = norms.to(ws[0].dtype).isfinite() & (norms >= torch.finfo(ws[0].dtype).tiny)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .device_numbers import is_positive
 from .groups import group_size
 from .methods import METHODS
 
@@ -19,8 +20,11 @@ SPLIT_NUMBERS = ("grad", "pull", "coupling", "lasso")
 
 
 def is_split(group: Mapping[str, Any]) -> bool:
-    """Whether the group has a splitting at all: with no penalty, lam = 0 or beta = 0, u is w."""
-    return group["penalty"] is not None and group["lam"] > 0 and group["beta"] > 0
+    """Whether the group has a splitting at all: with no penalty, lam = 0 or beta = 0, u is w.
+
+    Numbers on a device count as more than 0: see :func:`rvsm_kernels.method.device_numbers.read`.
+    """
+    return group["penalty"] is not None and is_positive(group["lam"]) and is_positive(group["beta"])
 
 
 def is_topk(group: Mapping[str, Any]) -> bool:

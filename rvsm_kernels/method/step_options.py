@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import device_numbers
 from .bases import Base
 from .groups import as_dims
 from .methods import METHODS, Method
@@ -23,7 +25,10 @@ class StepOptions:
     """One param group as an engine steps it: made anew whenever an option has changed, and never changed itself.
 
     Attributes:
-        values: the options as they were, by name; tensors among them as floats, lists as tuples.
+        values: the options as they were, by name; tensors among them as floats, lists as tuples. An option that the
+            kernels read on the device is 1 here: see ``on_device``.
+        on_device: the tensors of :data:`rvsm_kernels.method.device_numbers.NAMES` that the kernels read, None for those
+            that are numbers; empty where all of them are.
         base: the base of the optimizer.
         method: the group's method; that without a state where there is no splitting.
         split: whether there is a splitting.
@@ -46,6 +51,7 @@ class StepOptions:
     """
 
     values: Mapping[str, Any]
+    on_device: tuple[Tensor | None, ...]
     base: Base
     method: Method
     split: bool
@@ -66,8 +72,14 @@ class StepOptions:
     def of(cls, group: Mapping[str, Any], base: Base) -> StepOptions:
         """Those of a param group whose options were checked."""
         values = {option.name: group[option.name] for option in base.all_options}
+        tensors: dict[str, Tensor] = {}
         for name, value in values.items():
-            if type(value) not in PLAIN_TYPES and isinstance(value, (Tensor, list)):
+            if type(value) in PLAIN_TYPES:
+                continue
+            if isinstance(value, Tensor) and device_numbers.stays(name, group):
+                tensors[name] = value
+                values[name] = 1.0
+            elif isinstance(value, (Tensor, list)):
                 values[name] = tuple(value) if isinstance(value, list) else float(value)
         split, lasso = is_split(values), values["group_lasso"] != 0
         penalty = values["penalty"] if split else None
@@ -81,6 +93,7 @@ class StepOptions:
         writes_gradient = base.writes_gradient and (lasso or (split and not values["decoupled"]))
         return cls(
             values=values,
+            on_device=tuple(map(tensors.get, device_numbers.NAMES)) if tensors else (),
             base=base,
             method=method,
             split=split,
@@ -95,8 +108,28 @@ class StepOptions:
             mixed=any(precision),
             precision=precision,
             writes_gradient=writes_gradient,
-            structure=(base.name, method.name, penalty, dims, lasso, scaled, states, writes_gradient, precision),
+            structure=(
+                *(base.name, method.name, penalty, dims, lasso, scaled, states, writes_gradient, precision),
+                *tensors,
+            ),
         )
+
+    def on_host(self) -> StepOptions:
+        """The same with every number read from its device, which waits for it; for engines that take only numbers."""
+        if not self.on_device:
+            return self
+        found = {n: float(t) for n, t in zip(device_numbers.NAMES, self.on_device, strict=True) if t is not None}
+        return StepOptions.of({**self.values, **found}, self.base)
+
+    def differ(self, other: StepOptions) -> bool:
+        """Whether a step with the others is another one."""
+        same = len(self.on_device) == len(other.on_device) and all(map(is_, self.on_device, other.on_device))
+        return self.values != other.values or not same
+
+    def same_on_device(self, group: Mapping[str, Any]) -> dict[str, float]:
+        """The options that a group still leaves to the kernels by the same tensors, with their values here."""
+        names = zip(device_numbers.NAMES, self.on_device, strict=False)
+        return {name: 1.0 for name, tensor in names if tensor is not None and group.get(name) is tensor}
 
     def states_of(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The names and types of the states of a parameter of a dtype: the base's, the method's, that of its master."""
@@ -135,6 +168,8 @@ class StepOptions:
 
     def numbers(self, size: int, count: int) -> tuple[float, ...]:
         """The numbers of a step of one tensor, in double precision: those of the prox, of the splitting and the base.
+
+        Those that follow from numbers on a device are finished there: ``csrc/math/device_numbers.h`` says how.
 
         Args:
             size: elements of one of its groups, 1 for elements. Matters only where ``scaled``.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..method.device_numbers import is_on_device
 from ..method.options import OPTION_NAMES
 from ..method.parameters import param_name
 from ..method.split import is_split
@@ -44,7 +45,7 @@ class PullRates:
 
         A scheduler that changes lr at every step gets one warning for each limit that lr * beta crosses.
         """
-        if not is_split(group):
+        if not is_split(group) or is_on_device(group["lr"]) or is_on_device(group["beta"]):
             self._last.pop(index, None)
             return
         lr, beta = float(group["lr"]), float(group["beta"])

@@ -35,7 +35,9 @@ class RVSM(SplitOptimizer):
     Args:
         params: parameters, named parameters or groups, as in torch.optim; :func:`rvsm_kernels.param_groups` divides
             a model. Each option below can be set per group and edited between steps.
-        lr: learning rate, a float or a 1-element tensor, >= 0.
+        lr: learning rate, a float or a 1-element tensor, >= 0. Tensors for ``lr``, ``lam``, ``beta`` and
+            ``weight_decay`` that are on the parameters' device are read there by the kernels: a captured graph follows
+            what is filled into them.
         momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``. ``maximize`` turns the loss
             gradient around; the pull, weight decay and group_lasso keep their signs.
         penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1), ``"topk"`` or None (plain SGD). Top-k keeps the

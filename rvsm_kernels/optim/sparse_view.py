@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..engines.checks import check_state, refuse_expanded
 from ..engines.interface import Engine, Group
+from ..method import device_numbers
 from ..method import u as more_than_prox
 from ..method.memory import kind_of, named, refuse, whole
 from ..method.methods import METHODS
@@ -90,7 +91,7 @@ class SparseView:
         parts: list[SplitParams] = []
         seen: set[Any] = set()
         skipped = 0
-        for i, group in enumerate(self._optimizer.param_groups):
+        for i, group in enumerate(map(device_numbers.read, self._optimizer.param_groups)):
             if not is_split(group):
                 continue
             by_engine: dict[str, SplitParams] = {}
@@ -158,7 +159,9 @@ class SparseView:
         engine = self._engine_of(p, name)
         engine.check(p, group, name)
         dtype = torch.float32 if has_master(group, p.dtype) else p.dtype
-        return torch.empty_like(p, dtype=dtype).copy_(self._u_of(p, self._weights(p, group), group, engine))
+        w, now = self._weights(p, group), device_numbers.read(group)
+        u = self._u_of(p, w, now, engine) if is_split(now) else w
+        return torch.empty_like(p, dtype=dtype).copy_(u)
 
     def _u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
         """u of a parameter with these weights, as a new tensor; in the type of the weights or of the arithmetic."""
@@ -298,7 +301,7 @@ class SparseView:
         with self._optimizer._lock:
             self._optimizer._check_options()
         rows = []
-        for i, group in enumerate(self._optimizer.param_groups):
+        for i, group in enumerate(map(device_numbers.read, self._optimizer.param_groups)):
             if group["penalty"] is None:
                 continue
             for j, p in enumerate(group["params"]):

@@ -144,12 +144,14 @@ class SplitOptimizer(Optimizer):
     def _check_group(self, i: int, group: dict[str, Any]) -> None:
         """Check the options of a group that may have changed, and remember them for the engines."""
         make_plain(group, self._option_names)
-        self._validate(group)
         old = self._options[i] if i < len(self._options) else None
+        # What a tensor on the device held was checked when it came; to look again would wait for the device.
+        checked = {} if old is None else old.same_on_device(group)
+        self._validate({**group, **checked} if checked else group)
         new = self._step_options(group)
         if old is None or old.values["group_dim"] != new.values["group_dim"]:
             self._validate_params(i, group)
-        if old is None or old.values != new.values:
+        if old is None or new.differ(old):
             self._options[i : i + 1] = [new]
             self._changed.add(i)
             self._has_obsolete_states |= old is None or old.structure != new.structure
@@ -201,7 +203,7 @@ class SplitOptimizer(Optimizer):
             for group, options in zip(self.param_groups, self._options, strict=True):
                 if options.values["unit_norm"] and options.values["lr"] != 0:
                     moved = [Stored.of(p, group, self._states.get(p)) for _, p in with_gradient(group)]
-                    normalize_(moved, inputs.found_inf)
+                    normalize_(moved, inputs.found_inf, group["lr"] if options.on_device else None)
 
     def _step_at_once(self, inputs: StepInputs) -> bool:
         """The usual step: one call of the engine that served the last step. False where that was not possible."""

@@ -31,6 +31,7 @@ void special_case(int index, uint64_t seed);  // NaN, Inf, signed zeros, subnorm
 std::vector<Case> far_cases();                // tensors of more than 2^31 elements
 std::vector<Case> small_cases();              // shapes and numbers that random cases meet too seldom
 void engine_case(int count, Action action, int index, uint64_t seed);  // what test_cuda_device.cpp runs
+void general_case(int index, uint64_t seed);                           // every kernel of general.h
 
 // Of all comparisons of a pass.
 struct Statistics {

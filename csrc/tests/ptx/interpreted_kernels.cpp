@@ -21,6 +21,7 @@ std::map<std::string, int64_t> launched;
 namespace {
 
 using cuda::CountTable;
+using cuda::NumbersTable;
 using cuda::SumTable;
 using cuda::Table;
 
@@ -57,6 +58,12 @@ std::string symbol_of(const cuda::Key& key) {
       return "10sum_kernelI" + storage + mangled(true) + mangled(key.work == Work::dual_squares) + opmath + "EEv";
     case Work::count:
       return "12count_kernelE";
+    case Work::numbers:
+      return "14numbers_kernelE";
+    case Work::general_squares:
+      return "18general_sum_kernelE";
+    case Work::general:
+      return "14general_kernelI" + storage + mangled(key.base) + mangled(key.method_state) + "EEv";
     case Work::factors:
       return "10sum_kernelId" + mangled(false) + mangled(false) + opmath + "EEv";
     default:
@@ -71,7 +78,10 @@ int states_of(const cuda::Key& key) { return key.base.states + int(key.method_st
 // What all entries begin with, whatever the number of states.
 using EntryHead = cuda::TableEntry<0>;
 
-size_t entry_bytes(const cuda::Key& key) { return sizeof(EntryHead) + size_t(states_of(key)) * sizeof(void*); }
+size_t entry_bytes(const cuda::Key& key) {
+  if (key.work == cuda::Work::general) return sizeof(cuda::GeneralEntry);
+  return sizeof(EntryHead) + size_t(states_of(key)) * sizeof(void*);
+}
 
 const EntryHead& entry_of(const cuda::Key& key, const Table& t, uint32_t i) {
   return *reinterpret_cast<const EntryHead*>(t.slots + entry_bytes(key) * i);
@@ -131,6 +141,13 @@ std::vector<bool> filled(const cuda::Key&, const CountTable& t) {
   return bytes;
 }
 
+// The same of a table of numbers on the device.
+std::vector<bool> filled(const cuda::Key&, const NumbersTable& t) {
+  std::vector<bool> bytes(sizeof(NumbersTable), false);
+  std::fill_n(bytes.begin(), offsetof(NumbersTable, at) + sizeof(cuda::NumbersEntry) * t.entries, true);
+  return bytes;
+}
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 std::vector<uint32_t> in_order(uint32_t blocks) {
@@ -167,6 +184,16 @@ template <class Do>
 struct Starter {
   static const char* count(const cuda::Stream&, const void* table) {
     return Do::template launch<CountTable>({cuda::Work::count, Dtype::f32, {}}, table);
+  }
+  static const char* numbers(const cuda::Stream&, const void* table) {
+    return Do::template launch<NumbersTable>({cuda::Work::numbers, Dtype::f32, {}}, table);
+  }
+  static const char* general_squares(const cuda::Stream&, const void* table) {
+    return Do::template launch<SumTable>({cuda::Work::general_squares, Dtype::f32, {}}, table);
+  }
+  template <class T, class Base, bool kHasState>
+  static const char* general(const cuda::Stream&, const void* table) {
+    return Do::template launch<Table>({cuda::Work::general, kDtypeOf<T>, key_of<Base>(), kHasState}, table);
   }
   template <class S, class Base, bool kHasState>
   static const char* step(const cuda::Stream&, const void* table) {
@@ -226,6 +253,7 @@ std::unique_ptr<T> table_of(const Launch& launch) {
 template <class F>
 auto with_table(const Launch& launch, const F& f) {
   if (launch.counts()) return f(*table_of<CountTable>(launch));
+  if (launch.key.work == cuda::Work::numbers) return f(*table_of<NumbersTable>(launch));
   return launch.sums() ? f(*table_of<SumTable>(launch)) : f(*table_of<Table>(launch));
 }
 
@@ -245,7 +273,14 @@ void host_block(const cuda::Key& key, const Table& t, uint32_t block) {
   if (key.work == Work::penalty) return cuda::penalty_block<S>(t, block, sums, kForThreads);
   with_base(key.base, [&](auto base) {
     using Base = decltype(base);
-    if (key.work == Work::step_resident)
+    if (key.work == Work::general) {
+      if constexpr (sizeof(S) >= 4) {
+        if (key.method_state)
+          kForThreads([&](int i) { cuda::general_thread<S, Base, true>(t, block, i); });
+        else
+          kForThreads([&](int i) { cuda::general_thread<S, Base, false>(t, block, i); });
+      }
+    } else if (key.work == Work::step_resident)
       cuda::resident_block<S, Base, true>(t, block, shared, kForThreads);
     else if (key.method_state)
       kForThreads([&](int i) { cuda::step_thread<S, Base, true>(t, block, i); });
@@ -258,6 +293,8 @@ template <class S>
 void host_block(const cuda::Key& key, const SumTable& t, uint32_t block) {
   using T = Opmath<S>;
   static double sums[cuda::kSums<BFloat16>];
+  if (key.work == cuda::Work::general_squares)
+    return cuda::sum_block<cuda::GeneralWeights, true, true, float>(t, block, sums, kForThreads);
   if (key.work == cuda::Work::squares) return cuda::sum_block<S, true, false, T>(t, block, sums, kForThreads);
   if (key.work == cuda::Work::dual_squares) return cuda::sum_block<S, true, true, T>(t, block, sums, kForThreads);
   cuda::sum_block<double, false, false, T>(t, block, sums, kForThreads);
@@ -266,6 +303,11 @@ void host_block(const cuda::Key& key, const SumTable& t, uint32_t block) {
 template <class S>
 void host_block(const cuda::Key&, const CountTable& t, uint32_t block) {
   kForThreads([&](int i) { cuda::count_thread(t, block, i); });
+}
+
+template <class S>
+void host_block(const cuda::Key&, const NumbersTable& t, uint32_t block) {
+  kForThreads([&](int i) { cuda::numbers_thread(t, block, i); });
 }
 
 }  // namespace
@@ -334,10 +376,13 @@ Addresses addresses_of(const TensorArgs& args) {
 }
 
 std::string name_of(const cuda::Key& key) {
-  static const char* const kNames[] = {"squares", "dual_squares", "factors", "step_resident", "prox_resident",
-                                       "step",    "prox",         "penalty", "count"};
+  static const char* const kNames[] = {
+      "squares", "dual_squares", "general_squares", "factors", "step_resident", "prox_resident",
+      "step",    "prox",         "penalty",         "general", "count",         "numbers"};
   std::string name = kNames[int(key.work)];
-  if (key.work != cuda::Work::step && key.work != cuda::Work::step_resident) return name;
+  const bool is_step =
+      key.work == cuda::Work::step || key.work == cuda::Work::step_resident || key.work == cuda::Work::general;
+  if (!is_step) return name;
   name += std::string(" ") + kBases[int(key.base.kind)].name;
   return name + " of " + std::to_string(states_of(key)) + " states";
 }

@@ -123,4 +123,12 @@ void engine_case(int count, Action action, int index, uint64_t seed) {
   if (failures != before) wrong("engine", "the results differ from the CPU engine's");
 }
 
+void general_case(int index, uint64_t seed) {
+  generator().seed(seed * 37 + uint64_t(index));
+  machine.mode = {Mode::Order(index % 4), Mode::Approximation((index + 1) % 4), Mode::Contraction(index % 3), seed};
+  const int before = failures;
+  engines<RegisteredMemory>(2 * rvsm::Tensor::kKernels, Action::step, interpreted_kernels(), 4, true);
+  if (failures != before) wrong("general", "the results differ from the CPU engine's");
+}
+
 }  // namespace rvsm::ptx

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .bases import base_step, reads_gradient
-from .penalty import Prox, penalty_term, shrink
+from .penalty import NONE, Prox, penalty_term, shrink
 from .split import Split, gap_of, method_states, split_step, thresholded
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -36,9 +36,11 @@ BY_COLUMNS = tl.constexpr(8)  # dividers (``divider`` of ``table.py``)
 BY_INNER = tl.constexpr(9)
 BY_BATCH = tl.constexpr(10)
 CUT = tl.constexpr(11)  # address of the cut of top-k, or 0
-ENTRY = tl.constexpr(12)
+CORRECTIONS = tl.constexpr(12)  # address of the numbers of its base that follow from its count, or 0
+ENTRY = tl.constexpr(13)
 
-# Numbers of a record: a Prox, a Split, then those of the base; or a Prox, then lam and beta in double.
+# Numbers of a record: a Prox, a Split, those of the base and, where the device finishes it (``device_numbers.py``),
+# whether lr is 0; or a Prox, then lam and beta in double.
 PROX = tl.constexpr(6)
 SPLIT = tl.constexpr(4)
 
@@ -65,9 +67,9 @@ def split_of(numbers):
 
 @triton.jit
 def with_cut(f: Prox, where, T: tl.constexpr):
-    """A Prox with the cut at an address, or as it is where that is 0."""
+    """A Prox with the cut at an address, or as it is where that is 0 or there is no penalty now."""
     cut = f.cut
-    if where != 0:
+    if (where != 0) & (f.penalty != NONE):
         cut = tl.load(where.to(tl.pointer_type(T)))
     return Prox(f.penalty, cut, f.tau, f.a, f.rho, f.edge)
 
@@ -173,10 +175,41 @@ def as_pointers(addresses, S: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr
 
 
 @triton.jit
+def arithmetic(
+    entry, numbers, w, d, states, of_method, at, mask, scale,
+    BASE: tl.constexpr, METHOD: tl.constexpr, BASE_STATES: tl.constexpr, WITH_TL1: tl.constexpr,
+    WITH_GROUPS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """The step of elements that were loaded; returns the new w and d, and the states of the base and of the method.
+
+    Args:
+        d: the gradient; what the base makes a step of comes back.
+        at: the places of the elements in their entry.
+    """
+    f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), w.dtype), split_of(numbers)
+    v = thresholded(w, of_method, METHOD)
+    u, unit = pull_of(v, w, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
+    gap, moved = gap_of(w, v, u, of_method, METHOD)
+    if REST > 0:  # where lr is 0, nothing of the method moves
+        moved = tl.where(tl.load(numbers + REST) != 0, of_method, moved)
+    w, d = split_step(w, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
+    w, states = base_step(w, states, d, numbers + PROX + SPLIT, entry + CORRECTIONS, BASE, BASE_STATES)
+    return w, d, states, moved
+
+
+@triton.jit
+def inverse_of(grad_scale, T: tl.constexpr):
+    """What the gradients are multiplied by."""
+    one = tl.full((), 1.0, T)
+    return tl.div_rn(one, tl.load(grad_scale)) if T.primitive_bitwidth == 32 else one / tl.load(grad_scale)
+
+
+@triton.jit
 def step_elements(
     entry, numbers, w, g, state_pointers, place, begin, end, scale,
     T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr, STATES: tl.constexpr,
-    WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr, REST: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Load, arithmetic, store. The elements are those of [begin, end) among BLOCK from `place` on.
 
@@ -195,13 +228,11 @@ def step_elements(
     of_method = wi
     if METHOD != 0:
         of_method = read(state_pointers[BASE_STATES] + i, mask, WHOLE).to(T)
-    f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), T), split_of(numbers)
     at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
-    v = thresholded(wi, of_method, METHOD)
-    u, unit = pull_of(v, wi, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
-    gap, of_method = gap_of(wi, v, u, of_method, METHOD)
-    wi, d = split_step(wi, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
-    wi, states = base_step(wi, states, d, numbers + PROX + SPLIT, BASE, BASE_STATES)
+    wi, d, states, of_method = arithmetic(
+        entry, numbers, wi, d, states, of_method, at, mask, scale,
+        BASE, METHOD, BASE_STATES, WITH_TL1, WITH_GROUPS, REST,
+    )  # fmt: skip
     write(w + i, wi, mask, WHOLE)
     if WRITES_GRADIENT:
         write(g + i, d, mask, WHOLE)
@@ -216,8 +247,12 @@ def step_kernel(
     addresses, entries, records, owners, grad_scale, found_inf,
     S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr,
     STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
-    """One step of all entries; nothing where found_inf is above 0."""
+    """One step of all entries; nothing where found_inf is above 0.
+
+    REST: the place of the number of a record that says whether lr is 0; 0 where there is none.
+    """
     if tl.load(found_inf) > 0:
         return
     entry, address, numbers = entry_of(addresses, entries, records, owners, STATES, T)
@@ -233,20 +268,19 @@ def step_kernel(
     place, begin, end = span_of(entry, tl.where(aligned, lead, 0), BLOCK)
     size: tl.constexpr = S.primitive_bitwidth // 8
     shift = (place - begin) * size
-    one = tl.full((), 1.0, T)
-    scale = tl.div_rn(one, tl.load(grad_scale)) if T.primitive_bitwidth == 32 else one / tl.load(grad_scale)
+    scale = inverse_of(grad_scale, T)
     states = addresses_of_states(address, shift, STATES)
     if aligned & (place >= begin) & (place + BLOCK <= end):
         wg = as_pointers((w + shift, g + shift), S, 2, True)
         step_elements(
             entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, True), place, begin, end, scale,
-            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, True,
+            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, REST, True,
         )  # fmt: skip
     else:
         wg = as_pointers((w + shift, g + shift), S, 2, False)
         step_elements(
             entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, False), place, begin, end, scale,
-            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, False,
+            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, REST, False,
         )  # fmt: skip
 
 

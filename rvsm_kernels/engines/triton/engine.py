@@ -42,9 +42,10 @@ class TritonEngine(Engine):
         self._inputs, self._skip = inputs, False
         is_new = inputs.changed is None or len(inputs.changed) > 0
         structures = [options.structure for options in inputs.options] if is_new else self._structures
+        known = structures == self._structures and (is_new or not self._table.numbers_moved(inputs.options))
         try:
-            if structures == self._structures and self._table.refresh(groups, inputs):
-                if is_new or self._table.counters:
+            if known and self._table.refresh(groups, inputs):
+                if is_new:
                     self._table.set_numbers(inputs.options)
             else:
                 ready = self._build(groups, inputs)
@@ -54,13 +55,9 @@ class TritonEngine(Engine):
         except BaseException:
             self._forget()
             raise
-        if self._table.counters and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            self._forget()
-            raise RuntimeError("the Triton engine counts steps on the host: a CUDA graph would repeat one count")
         self._structures = structures
-        # New states are put into optimizer.state only if the step happens. A first step waits here for found_inf; of
-        # the steps after it only those wait that are counted on the host.
-        if (self._table.new_states or self._table.counters) and inputs.found_inf is not None:
+        # New states are put into optimizer.state only if the step happens: a first step waits here for found_inf.
+        if self._table.new_states and inputs.found_inf is not None:
             self._skip = inputs.found_inf.item() > 0
         return Ready.YES
 
@@ -91,8 +88,6 @@ class TritonEngine(Engine):
             for turn in range(max(table.turns, default=-1) + 1):
                 self._run_turn(turn, self._inputs)
             torch.autograd.graph.increment_version(table.changed)
-            if table.counters:
-                torch._foreach_add_(table.counters, 1)
         self.drop()
 
     def _run_turn(self, turn: int, inputs: StepInputs) -> None:

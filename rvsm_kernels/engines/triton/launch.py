@@ -18,7 +18,12 @@ from torch import Tensor
 
 from ...method.dtypes import opmath_type
 from ...method.groups import GroupView
+from ...method.step_options import StepOptions
+from .calls import Call
+from .counts import Counting
+from .device_numbers import Sources
 from .elements import STATE, penalty_kernel, prox_kernel, step_kernel
+from .mixed import MIXED_BLOCK, Planes, mixed_kernel
 from .norms import THREADS, factor_kernel, sum_kernel
 from .penalty import Prox
 from .split import ADMM
@@ -30,12 +35,10 @@ from .table import (
     Table,
     divide_sums,
     grouped_fields,
-    owners_of,
     pieces,
     record_of,
     record_words,
     stream_of,
-    upload,
 )
 
 _PROX = len(Prox._fields)
@@ -46,18 +49,7 @@ STORAGE = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-# The default of the fusion of multiplications and additions differs between versions of Triton.
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
-
-
-def options_for(warp_size: int) -> dict[str, Any]:
-    """How a kernel is compiled for a device with warps of that size."""
-    return {**OPTIONS, "num_warps": THREADS.value // warp_size}
-
-
 _ADMM = ADMM.value
-
-_HERE = options_for(32 if torch.version.hip is None else 64)
 
 
 def block_of(dtype: torch.dtype, grouped: bool) -> int:
@@ -75,6 +67,7 @@ class TensorArgs:
         cut: the address of the cut of top-k, or 0.
         norms: the address of norms of its groups that were made elsewhere, or 0.
         lasso: whether it has a group lasso, which needs the norms of w.
+        counts: whether the steps of its parameter are counted.
     """
 
     w: Tensor
@@ -84,6 +77,7 @@ class TensorArgs:
     cut: int = 0
     norms: int = 0
     lasso: bool = False
+    counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +89,9 @@ class StepKind:
         states: how many each tensor has, the base's and the method's.
         numbers: length of a record.
         writes_gradient: the step leaves its direction in the gradient.
+        finishes: some of the records have numbers in them that stand on the device.
+        corrects: numbers of the base follow from the count of the steps.
+        planes: where the tensors have several types, these; then a master is behind the states.
     """
 
     base: int = 0
@@ -102,33 +99,19 @@ class StepKind:
     states: int = 0
     numbers: int = 0
     writes_gradient: bool = False
+    finishes: bool = False
+    corrects: bool = False
+    planes: Planes | None = None
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the kernel rounds stochastically."""
+        return self.planes is not None and self.planes.rounds
 
-class Call:
-    """One kernel's entries and blocks, and what Triton compiled for them."""
-
-    def __init__(self, entries: Sequence[Sequence[int]], blocks: Sequence[int], device: torch.device) -> None:
-        self.entries = upload(torch.tensor(entries, dtype=torch.int64, device="cpu"), device)
-        self.owners = upload(owners_of(blocks), device)
-        self._grid = sum(blocks), 1, 1
-        self._compiled: dict[Any, Any] = {}
-
-    def __call__(self, kernel: Any, *arguments: Any, dtypes: Any = None) -> None:
-        """Launch.
-
-        Looking up what was compiled is most of the host's time in a launch, and the answer cannot change: all tables
-        are whole allocations, and no kernel looks at the alignment of other tensors.
-
-        Args:
-            dtypes: those of the arguments that are other tensors in each call; what was compiled depends on them.
-        """
-        compiled = self._compiled.get(dtypes)
-        if compiled is not None:
-            compiled[self._grid](*arguments)
-            return
-        compiled = kernel[self._grid](*arguments, **_HERE)
-        if compiled is not None:  # else the interpreter has run it
-            self._compiled[dtypes] = compiled
+    @property
+    def width(self) -> int:
+        """The addresses of an entry."""
+        return _ADDRESSES + self.states + (self.planes is not None and self.planes.master > 0)
 
 
 @dataclass
@@ -156,12 +139,16 @@ class Launch:
         double = self.opmath == torch.float64
         # lam and beta of a penalty's value are in float64.
         numbers = {"step": self.kind.numbers, "prox": _PROX, "penalty": _PROX + 2}[self.action]
-        self.width = _ADDRESSES + self.kind.states
-        self.record_format = double, numbers if double or self.action != "penalty" else numbers - 2
-        words = record_words(numbers, *self.record_format)
+        self.width = self.kind.width
+        narrow = numbers if double or self.action != "penalty" else numbers - 2
+        self.record_format = double, narrow + self.kind.finishes
+        words = record_words(numbers + self.kind.finishes, *self.record_format)
         self.keys = {key: at * words for at, key in enumerate(dict.fromkeys(args.key for args in self.tensors))}
+        self.addresses, self.records = Table(self.device), Table(self.device)
+        self._prepare_sources(numbers, words)
         self.grouped = any(args.view is not None for args in self.tensors)
-        self.block = block_of(self.dtype, self.grouped or self.action == "prox")
+        grouped = self.grouped or self.action == "prox"
+        self.block = MIXED_BLOCK if self.kind.planes is not None else block_of(self.dtype, grouped)
         divisions = [None if args.view is None else divide_sums(args.view, width) for args in self.tensors]
         blocks: list[int] = []
         sum_blocks: list[int] = []
@@ -193,16 +180,30 @@ class Launch:
         ):
             if sum(counts):
                 self.calls[name] = Call(entries, counts, self.device)
-        self.addresses, self.records = Table(self.device), Table(self.device)
         self.home = stream_of(self.device)  # the scratch was allocated on it
         self.whole = all(source == (k, 0) for k, source in enumerate(self.sources))
         self.totals = torch.empty(sum(blocks) * (self.action == "penalty"), dtype=torch.float64, device=self.device)
+
+    def _prepare_sources(self, numbers: int, words: int) -> None:
+        """What the device makes of records in double precision: finished ones, numbers that follow from counts."""
+        counted = [k for k, args in enumerate(self.tensors) if args.counts]
+        self.on_device: Sources | None = None
+        self.counting: Counting | None = None
+        if self.kind.finishes or counted:
+            self.on_device = Sources(self.device, len(self.keys), numbers, words, self.kind.finishes)
+        if counted:
+            kind, places = self.kind, {key: place for place, key in enumerate(self.keys)}
+            of_each = [places[self.tensors[k].key] for k in counted]
+            self.counting = Counting(self.device, of_each, numbers, kind.base, kind.corrects, kind.rounds)
 
     def _add(
         self, numel: int, offset: int, k: int, grouped: list[int], blocks: list[int], width: int, cut: int = 0
     ) -> None:
         first = self.entries[-1][1] + blocks[-1] if self.entries else 0
-        self.entries.append([numel, first, self.keys[self.tensors[k].key], *grouped, cut])
+        # Where the kernel reads what is made of counts, all tensors of the launch have one.
+        reads = self.kind.corrects or self.kind.rounds
+        made = self.counting.made_at(k) if self.counting is not None and reads else 0
+        self.entries.append([numel, first, self.keys[self.tensors[k].key], *grouped, cut, made])
         self.sources.append((k, offset))
         # The tensor may begin up to width - 1 elements after a boundary.
         blocks.append(-(-(numel + width - 1) // self.block) if numel else 0)
@@ -289,9 +290,17 @@ class Launch:
             flat[place :: self.width] = starts if self.whole else [starts[k] + offset for k, offset in self.sources]
         self.addresses.data = array("q", flat).tobytes()
 
-    def set(self, numbers: Mapping[tuple[Any, ...], Sequence[float]]) -> None:
-        """The numbers of each key."""
-        self.records.data = b"".join(record_of(numbers[key], *self.record_format) for key in self.keys)
+    def set(self, numbers: Mapping[tuple[Any, ...], Sequence[float]], told: Sequence[StepOptions] = ()) -> None:
+        """The numbers of each key.
+
+        Args:
+            told: what the groups are told, where the device makes anything of the numbers; a key begins with the place
+                of its group.
+        """
+        if not self.kind.finishes:
+            self.records.data = b"".join(record_of(numbers[key], *self.record_format) for key in self.keys)
+        if self.on_device is not None:
+            self.on_device.set([numbers[key] for key in self.keys], [told[key[0]] for key in self.keys])
 
     # ---- the calls ---------------------------------------------------------------------------------------------------
 
@@ -302,17 +311,26 @@ class Launch:
             captured: the stream is being captured into a graph, which needs this launch as long as it is replayed.
         """
         S, T = STORAGE[self.dtype], STORAGE[self.opmath]
-        addresses, records = self.addresses.put(captured), self.records.put(captured)
-        calls = self.calls
+        k, calls = self.kind, self.calls
+        addresses = self.addresses.put(captured)
+        used: tuple[Tensor, ...] = ()
+        if self.on_device is not None and found_inf is not None:
+            sources = self.on_device.put(captured)
+            counted = () if self.counting is None else self.counting.run(sources, found_inf, captured)
+            used = sources, *counted
+        if self.on_device is not None and k.finishes:
+            records = self.on_device.finish(sources, T, k.base)
+        else:
+            records = self.records.put(captured)
         stream = stream_of(self.device)
         if stream != self.home and not captured:
             # The allocator must not hand this memory on before another stream is done with it.
             of_calls = (t for call in calls.values() for t in (call.entries, call.owners))
-            for t in (addresses, records, self.totals, *self.scratch, *of_calls):
+            for t in (addresses, records, self.totals, *used, *self.scratch, *of_calls):
                 t.record_stream(stream)
         if "sums" in calls:
             call = calls["sums"]
-            call(sum_kernel, addresses, call.entries, records, call.owners, S, T, self.kind.method == _ADMM)
+            call(sum_kernel, addresses, call.entries, records, call.owners, S, T, k.method == _ADMM)
         if "factors" in calls:
             call = calls["factors"]
             call(factor_kernel, call.entries, records, call.owners, T, PARTS_AT_ONCE, FACTOR_TILE)
@@ -323,10 +341,14 @@ class Launch:
         block = self.block
         if self.action == "step":
             assert grad_scale is not None and found_inf is not None
-            k = self.kind
-            constants = k.base, k.method, k.states, k.writes_gradient, self.with_tl1, self.grouped
-            dtypes = grad_scale.dtype, found_inf.dtype
-            call(step_kernel, *tables, grad_scale, found_inf, S, T, block, *constants, dtypes=dtypes)
+            rest = k.numbers if k.finishes and k.method != 0 else 0
+            scaling, dtypes = (grad_scale, found_inf), (grad_scale.dtype, found_inf.dtype)
+            shape = block, k.base, k.method, k.states, k.writes_gradient, self.with_tl1
+            if k.planes is not None:
+                types = S, *(STORAGE[t] for t in k.planes[:3]), *k.planes[3:]
+                call(mixed_kernel, *tables, *scaling, *types, *shape, rest, dtypes=dtypes)
+            else:
+                call(step_kernel, *tables, *scaling, S, T, *shape, self.grouped, rest, dtypes=dtypes)
         elif self.action == "prox":
             call(prox_kernel, *tables, S, T, block)
         else:

@@ -103,6 +103,30 @@ def shrink(r, f: Prox, WITH_TL1: tl.constexpr):
 
 
 @triton.jit
+def cut_of(penalty, tau, a):
+    """The cut of every penalty in double precision, -1 without one; blocks."""
+    near = tau * (a + 1.0) / a
+    far = tl.sqrt(2.0 * tau * (a + 1.0)) - a / 2.0
+    of_tl1 = tl.where(tau <= a * a / (2.0 * (a + 1.0)), near, far)
+    cut = tl.where(penalty == L1, tau, tl.where(penalty == L0, tl.sqrt(2.0 * tau), of_tl1))
+    return tl.where(penalty == NONE, -1.0, cut)
+
+
+@triton.jit
+def rho_of(tau, a):
+    """The rho of transformed l1 in double precision; blocks.
+
+    A cube root, for which Triton has no function: one of a few digits, and Newton's steps.
+    """
+    x = 6.75 * tau * a * (a + 1.0)
+    safe = tl.where(x > 0, x, 1.0)
+    root = tl.exp(tl.log(safe) / 3.0)
+    for _ in tl.static_range(2):
+        root = root - (root - safe / (root * root)) / 3.0
+    return tl.where(x > 0, root, 0.0)
+
+
+@triton.jit
 def value(s, f: Prox):
     """g of every penalty, at s >= 0."""
     g = tl.where(f.penalty == L1, s, tl.where(s != 0, 1.0, 0.0).to(s.dtype))

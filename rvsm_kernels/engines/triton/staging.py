@@ -70,10 +70,11 @@ class StagedWeights:
     Args:
         p: the parameter.
         master: the state behind it, or None.
-        random: (seed, step) of the rounding, None for the nearest.
+        random: (seed, counter) of the rounding, None for the nearest. The launch between :meth:`load` and :meth:`store`
+            counts its step.
     """
 
-    def __init__(self, p: Tensor, master: Tensor | None, random: tuple[int, int] | None) -> None:
+    def __init__(self, p: Tensor, master: Tensor | None, random: tuple[int, Tensor] | None) -> None:
         self._p, self._master, self._random = p, master, random
         self.dense = torch.empty_like(p, dtype=torch.float32)
 
@@ -86,4 +87,5 @@ class StagedWeights:
         if self._random is None:
             store(self._p, self.dense, self._master)
         else:
-            store_rounded(self._p, self.dense, *self._random)
+            seed, counter = self._random
+            store_rounded(self._p, self.dense, seed, counter - 1)
