@@ -128,9 +128,9 @@ _ARGUMENT = re.compile("|".join(sorted(map(re.escape, _ARGUMENTS), key=len, reve
 
 def readable(symbol: str) -> str:
     """``step_kernel<float>`` of a mangled name; the symbol itself where it is none of ours."""
-    found = re.search(r"\d+([a-z]+_kernel)I(.*?)EEv", symbol)
+    found = re.search(r"\d+([a-z_]+_kernel)I(.*?)EEv", symbol)
     if found is None:
-        plain = re.search(r"\d+([a-z]+_kernel)E", symbol)  # no template
+        plain = re.search(r"\d+([a-z_]+_kernel)E", symbol)  # no template
         return symbol if plain is None else plain[1]
     return f"{found[1]}<{', '.join(_ARGUMENTS[part] for part in _ARGUMENT.findall(found[2] + 'E'))}>"
 

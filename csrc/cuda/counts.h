@@ -40,7 +40,7 @@ RVSM_HD void count_thread(CountTable const& t, uint32_t block, int thread) {
   double numbers[kMostBaseNumbers], made[kMostCorrections] = {};
   RVSM_UNROLL
   for (int k = 0; k < kMostBaseNumbers; ++k) numbers[k] = record.numbers[k];
-  fill_in_base(record.base, numbers, read(record.device, kLr), 1);
+  fill_in_base(record.base, numbers, read_number(record.device, kLr), 1);
   if (e.step != nullptr) {
     const float count = *e.step + 1;
     if (t.found_inf == nullptr || !(*t.found_inf > 0)) *e.step = count;

@@ -14,7 +14,7 @@ namespace rvsm::cuda {
 template <class T>
 struct FinishedRecord {
   T numbers[kMostNumbers];
-  bool at_rest;  // lr is 0
+  uint32_t at_rest;  // lr is 0
 };
 
 // One record: the host's numbers, those of the device, and where the finished record goes.
@@ -210,12 +210,11 @@ RVSM_HD void round_run(void* array, int64_t i, const float* from, const uint32_t
   Run<n, Half> run;
   RVSM_UNROLL
   for (int k = 0; k < n; ++k) {
+    // Shifted to, not indexed: so the words stay in registers where the place is known only when the step runs.
     const uint32_t place = n == 1 ? skip : uint32_t(k);
-    // Selected, not indexed by a number of the run: words stay in registers.
-    uint32_t word = words[0];
-    RVSM_UNROLL
-    for (uint32_t j = 1; j < 4; ++j) word = place / 2 == j ? words[j] : word;
-    store_rounded(run.at[k], from[k], place % 2 == 0 ? word & 0xffffu : word >> 16);
+    const uint64_t lower = uint64_t(words[1]) << 32 | words[0], upper = uint64_t(words[3]) << 32 | words[2];
+    const uint64_t four = place < 4 ? lower : upper;
+    store_rounded(run.at[k], from[k], uint32_t(four >> (place % 4 * 16)) & 0xffffu);
   }
   write_run(array, i, run);
 }
@@ -281,7 +280,8 @@ RVSM_HD GeneralNumbers<T, Base> general_numbers(const Table& t, int index, const
   if (record.finished != nullptr) {
     RVSM_UNROLL
     for (int i = 0; i < kMostNumbers; ++i) n[i] = record.finished->numbers[i];
-    at_rest = record.finished->at_rest;
+    at_rest = record.finished->at_rest != 0;
+    RVSM_KEEP_ORDER();  // else both branches become one that reads through an address of either kind of memory
   } else {
     RVSM_UNROLL
     for (int i = 0; i < kMostNumbers; ++i) n[i] = record.numbers[i];
@@ -337,26 +337,30 @@ RVSM_HD void general_thread(const Table& t, uint32_t block, int thread) {
   const GeneralEntry& e = entries[index];
   const int64_t begin = int64_t(block - e.first) * kGeneralChunk;
   const int64_t end = begin + kGeneralChunk < e.numel ? begin + kGeneralChunk : e.numel;
-  const bool grouped = (e.record & kGrouped) != 0;
-  const FactorPlace* const factors = grouped ? &slot_of<FactorPlace>(t, e.record & ~kGrouped) : nullptr;
-  const GeneralRecord<T>& record = slot_of<GeneralRecord<T>>(t, grouped ? factors->record : e.record);
-  const GeneralNumbers<T, Base> numbers = general_numbers<Base>(t, index, record);
-  const T factor = scale_of<T>(t) * numbers.split.grad;
-  const auto steps = [&](const auto& pull) {
-    const SplitSwitches on{pull.pulls(numbers.split.prox), numbers.lasso && pull.kMayLasso};
-    const int64_t whole = e.vectors ? begin + (end - begin) / kRun * kRun : begin;
-    RVSM_NO_UNROLL
-    for (int64_t i = begin + int64_t(thread) * kRun; i < whole; i += kThreads * kRun)
-      general_run<kRun, Base, kHasState>(e, numbers, i, factor, on, pull);
-    RVSM_NO_UNROLL
-    for (int64_t i = whole + thread; i < end; i += kThreads)
-      general_run<1, Base, kHasState>(e, numbers, i, factor, on, pull);
+  // `with_pull`: calls a function with the pull that a prox gives.
+  const auto steps = [&](const GeneralRecord<T>& record, const auto& with_pull) {
+    const GeneralNumbers<T, Base> numbers = general_numbers<Base>(t, index, record);
+    const T factor = scale_of<T>(t) * numbers.split.grad;
+    with_pull(numbers.split.prox, [&](const auto& pull) {
+      const SplitSwitches on{pull.pulls(numbers.split.prox), numbers.lasso && pull.kMayLasso};
+      const int64_t whole = e.vectors ? begin + (end - begin) / kRun * kRun : begin;
+      RVSM_NO_UNROLL
+      for (int64_t i = begin + int64_t(thread) * kRun; i < whole; i += kThreads * kRun)
+        general_run<kRun, Base, kHasState>(e, numbers, i, factor, on, pull);
+      RVSM_NO_UNROLL
+      for (int64_t i = whole + thread; i < end; i += kThreads)
+        general_run<1, Base, kHasState>(e, numbers, i, factor, on, pull);
+    });
   };
-  if (grouped)
-    steps(NormPull<T>{*factors, numbers.split.prox, 0});
-  else
-    with_penalty(numbers.split.prox.penalty,
-                 [&](auto tag) { steps(ElementPull<decltype(tag)::value, T>{numbers.split.prox}); });
+  if (e.record & kGrouped) {
+    const FactorPlace& factors = slot_of<FactorPlace>(t, e.record & ~kGrouped);
+    steps(slot_of<GeneralRecord<T>>(t, factors.record),
+          [&](const Prox<T>& prox, const auto& f) { f(NormPull<T>{factors, prox, 0}); });
+  } else {
+    steps(slot_of<GeneralRecord<T>>(t, e.record), [](const Prox<T>& prox, const auto& f) {
+      with_penalty(prox.penalty, [&](auto tag) { f(ElementPull<decltype(tag)::value, T>{prox}); });
+    });
+  }
 }
 
 }  // namespace rvsm::cuda

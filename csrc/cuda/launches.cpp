@@ -184,7 +184,7 @@ void Launches::add_norm_row(const TensorArgs& args, const Groups& groups, int no
   sums.x = source(args);
   sums.dual = dual ? args.method_state() : nullptr;
   for (SumEntry* s : {&sums, &factors}) {
-    s->reads_cut = args.cut != nullptr;
+    s->reads_cut = args.cut != nullptr && !groups.general;
     if (s->reads_cut)
       s->cut = args.cut;
     else

@@ -18,7 +18,7 @@ struct DeviceNumbers {
 };
 
 // What one of them holds, 1 where the host knows the number.
-RVSM_HD double read(const DeviceNumbers& numbers, int which) {
+RVSM_HD double read_number(const DeviceNumbers& numbers, int which) {
   const void* const at = numbers.at[which];
   if (at == nullptr) return 1;
   switch (numbers.dtype[which]) {
@@ -35,7 +35,7 @@ RVSM_HD double read(const DeviceNumbers& numbers, int which) {
 
 // Finishes a record, and tells whether lr is 0: neither the weights nor the state of the method move then.
 RVSM_HD bool fill_in(double* record, BaseKind base, const DeviceNumbers& numbers) {
-  const double lr = read(numbers, kLr), lam = read(numbers, kLam), beta = read(numbers, kBeta);
+  const double lr = read_number(numbers, kLr), lam = read_number(numbers, kLam), beta = read_number(numbers, kBeta);
   const Penalty penalty = Penalty(int32_t(record[0]));
   const bool on = penalty != Penalty::none && lam > 0 && beta > 0;
   const Prox<double> prox = make_prox(on ? penalty : Penalty::none, on ? record[2] * lam / beta : 0, record[3]);
@@ -47,7 +47,7 @@ RVSM_HD bool fill_in(double* record, BaseKind base, const DeviceNumbers& numbers
   double* const split = record + kProxNumbers;
   split[1] *= lr * beta;
   split[2] *= beta;
-  fill_in_base(base, base_numbers(record), lr, read(numbers, kWeightDecay));
+  fill_in_base(base, base_numbers(record), lr, read_number(numbers, kWeightDecay));
   return lr == 0;
 }
 

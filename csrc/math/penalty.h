@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "numbers.h"
 
@@ -132,7 +133,7 @@ RVSM_HD double penalty_term(T r, const Prox<T>& f, double lam, double beta) {
   return lam * value<kPenalty>(double(s), double(f.a)) + beta / 2 * gap * gap;
 }
 
-// ---- host only: cuts in double precision -----------------------------------------------------------------------
+// ---- numbers in double precision, for the records of the host and for those that a device finishes ------------
 
 RVSM_HD double cut(Penalty penalty, double tau, double a) {
   switch (penalty) {
@@ -147,8 +148,27 @@ RVSM_HD double cut(Penalty penalty, double tau, double a) {
   }
 }
 
+// The cube root of x >= 0 within an ulp or two, by few instructions: what a device has is long. The bits of a double
+// are nearly a logarithm, so a third of them is near the root; each of Newton's rounds doubles the digits.
+RVSM_HD double cube_root(double x) {
+  if (!(x > 0) || x > 1.7976931348623157e308) return x;
+  const bool tiny = x < 2.2250738585072014e-308;
+  const double scaled = tiny ? x * 18014398509481984.0 : x;  // 2^54
+  uint64_t bits;
+  std::memcpy(&bits, &scaled, sizeof bits);
+  bits = uint64_t(uint32_t(bits >> 32) / 3 + 715094163u) << 32;
+  double root;
+  std::memcpy(&root, &bits, sizeof root);
+  for (int round = 0; round < 5; ++round) root = root + (scaled / (root * root) - root) / 3;
+  return tiny ? root / 262144 : root;
+}
+
 RVSM_HD Prox<double> make_prox(Penalty penalty, double tau, double a) {
+#if defined(__CUDA_ARCH__)
+  const double rho = cube_root(6.75 * tau * a * (a + 1));
+#else
   const double rho = std::cbrt(6.75 * tau * a * (a + 1));
+#endif
   return {penalty, cut(penalty, tau, a), tau, a, rho, rho - a};
 }
 

@@ -280,7 +280,8 @@ void keys() {
     }
     for (const Dtype dtype : {Dtype::f32, Dtype::f64})
       for (const bool has_state : {false, true})
-        CHECK(all.count({Work::general, dtype, key_of<decltype(base)>(), has_state}) == 1, "no general kernel of a base");
+        CHECK(all.count({Work::general, dtype, key_of<decltype(base)>(), has_state}) == 1,
+              "no general kernel of a base");
   });
   // Of every type five kernels without a base; factors of two types; counts, numbers and sums of general weights.
   const size_t want = size_t(4 * (3 * bases + 5) + 2 * 2 * bases + 2 + 3);

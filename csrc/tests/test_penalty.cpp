@@ -124,5 +124,17 @@ int main() {
       }
     }
   }
+  for (int i = 0; i < 20000; ++i) {
+    const double x = i == 0    ? 0
+                     : i == 1  ? INFINITY
+                     : i == 2  ? 1.7e308
+                     : i < 100 ? 4.9e-324 * i
+                               : log_uniform(1e-320, 1e308);
+    const double root = std::cbrt(x), got = rvsm::cube_root(x);
+    CHECK(got == root || std::fabs(got - root) <= 6e-16 * root, "the cube root of %g is %.17g, not %.17g", x, got,
+          root);
+    ++cases;
+  }
+  CHECK(std::isnan(rvsm::cube_root(NAN)), "the cube root of NaN");
   return finish("penalty", cases);
 }

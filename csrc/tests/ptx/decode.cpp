@@ -76,6 +76,8 @@ const std::unordered_map<std::string, Form>& forms() {
       {"shl", {Op::none, Op::shift_left, Op::none, Op::none, 2}},
       {"shr", {Op::shift_right_signed, Op::shift_right_unsigned, Op::none, Op::none, 2}},
       {"bfe", {Op::none, Op::bit_field, Op::none, Op::none, 3}},
+      {"bfi", {Op::none, Op::insert_bits, Op::none, Op::none, 4}},
+      {"prmt", {Op::none, Op::permute_bytes, Op::none, Op::none, 3}},
       {"selp", {Op::select, Op::select, Op::select, Op::select, 3}},
   };
   return known;
@@ -110,7 +112,8 @@ const std::unordered_map<std::string, Op>& conversions() {
   static const std::unordered_map<std::string, Op> known = {
       {"f32.f16", Op::f16_to_f32},           {"f64.f32", Op::f32_to_f64},     {"rn.f32.f64", Op::f64_to_f32},
       {"rn.bf16.f32", Op::f32_to_bf16},      {"rn.f16.f32", Op::f32_to_f16},  {"rn.bf16x2.f32", Op::f32_pair_to_bf16},
-      {"rn.f16x2.f32", Op::f32_pair_to_f16}, {"rzi.u32.f32", Op::f32_to_u32},
+      {"rn.f16x2.f32", Op::f32_pair_to_f16}, {"rzi.u32.f32", Op::f32_to_u32}, {"rzi.s32.f32", Op::f32_to_s32},
+      {"rzi.s32.f64", Op::f64_to_s32},       {"rn.f32.s32", Op::s32_to_f32},  {"rn.f64.s32", Op::s32_to_f64},
   };
   return known;
 }

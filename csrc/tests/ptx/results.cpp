@@ -73,6 +73,12 @@ uint64_t Machine::quotient(const Instruction& x, uint64_t a, uint64_t b, int ind
   return remainder ? u % v : u / v;
 }
 
+// Towards zero, within the range; NaN is 0.
+static uint64_t to_s32(double x) {
+  if (x != x) return 0;
+  return uint32_t(int32_t(std::clamp(std::trunc(x), -2147483648.0, 2147483647.0)));
+}
+
 uint64_t Machine::result_of(const Instruction& x, const uint64_t* registers, int index, int thread) {
   const uint64_t a = x.operands > 0 ? registers[x.operand[0]] : 0, b = x.operands > 1 ? registers[x.operand[1]] : 0,
                  c = x.operands > 2 ? registers[x.operand[2]] : 0;
@@ -148,6 +154,22 @@ uint64_t Machine::result_of(const Instruction& x, const uint64_t* registers, int
       return from >= bits ? 0 : low_bits(iu(a) >> from, std::min(length, bits));
     }
 
+    case Op::insert_bits: {
+      const int from = int(c & 255), length = int(registers[x.operand[3]] & 255);
+      const uint64_t inserted = from >= bits ? 0 : iu(low_bits(~uint64_t(0), length) << from);
+      return (iu(b) & ~inserted) | (from >= bits ? 0 : a << from & inserted);
+    }
+    case Op::permute_bytes: {
+      // The bytes of b stand above those of a; a selector's upper bit asks for copies of the byte's sign.
+      const uint64_t bytes = low_bits(b, 32) << 32 | low_bits(a, 32);
+      uint64_t made = 0;
+      for (int k = 0; k < 4; ++k) {
+        const uint64_t byte = bytes >> (c >> 4 * k & 7) * 8 & 255;
+        made |= ((c >> 4 * k & 8) == 0 ? byte : byte >> 7 != 0 ? 255 : 0) << 8 * k;
+      }
+      return made;
+    }
+
     case Op::add_f32:
     case Op::subtract_f32:
       return as_bits(sum(x, f(a), f(b), f(factor(0)), f(factor(1))));
@@ -214,6 +236,14 @@ uint64_t Machine::result_of(const Instruction& x, const uint64_t* registers, int
       return as_bits(half_to_float(uint16_t(a)));
     case Op::f32_to_u32:
       return uint64_t(std::clamp(std::trunc(double(f(a))), 0.0, 4294967295.0));
+    case Op::f32_to_s32:
+      return to_s32(double(f(a)));
+    case Op::f64_to_s32:
+      return to_s32(d(a));
+    case Op::s32_to_f32:
+      return as_bits(float(int32_t(uint32_t(a))));
+    case Op::s32_to_f64:
+      return as_bits(double(int32_t(uint32_t(a))));
     case Op::f32_to_f64:
       return as_bits(double(f(a)));
     case Op::f64_to_f32:
