@@ -246,6 +246,20 @@ RVSM_HD void store_weights(const GeneralEntry& e, const void*, int64_t i, const 
 
 // ---- the step -------------------------------------------------------------------------------------------------------
 
+// Elements. The penalty is looked at for each of them: a kernel for each penalty would be four times as long.
+template <class T>
+struct AnyPull {
+  static constexpr bool kMayLasso = false;
+  const Prox<T>& prox;
+  RVSM_HD_MEMBER bool pulls(const Prox<T>& of) const { return of.penalty != Penalty::none; }
+  RVSM_HD_MEMBER AnyPull from(uint32_t) const { return *this; }
+  RVSM_HD_MEMBER void operator()(T v, T, uint32_t, T& u, T& unit) const {
+    const T r = std::fabs(v);
+    u = std::copysign(with_penalty(prox.penalty, [&](auto tag) { return shrink<decltype(tag)::value>(r, prox); }), v);
+    unit = T(0);
+  }
+};
+
 // Groups: u and w_G / ||w_G|| from the norms that a launch before this one has made. `ratio` of a FactorPlace holds the
 // norms of what is thresholded, `length` those of w.
 template <class T>
@@ -357,9 +371,7 @@ RVSM_HD void general_thread(const Table& t, uint32_t block, int thread) {
     steps(slot_of<GeneralRecord<T>>(t, factors.record),
           [&](const Prox<T>& prox, const auto& f) { f(NormPull<T>{factors, prox, 0}); });
   } else {
-    steps(slot_of<GeneralRecord<T>>(t, e.record), [](const Prox<T>& prox, const auto& f) {
-      with_penalty(prox.penalty, [&](auto tag) { f(ElementPull<decltype(tag)::value, T>{prox}); });
-    });
+    steps(slot_of<GeneralRecord<T>>(t, e.record), [](const Prox<T>& prox, const auto& f) { f(AnyPull<T>{prox}); });
   }
 }
 

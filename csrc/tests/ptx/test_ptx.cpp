@@ -85,7 +85,7 @@ std::vector<Case> cases_of(const Arguments& a) {
   for (const int count : {1, 4, 13, 40, 121})
     for (const Action action : {Action::step, Action::prox, Action::penalty})
       if (++n; wanted("engine")) all.push_back({name("engine", n), [=, &a] { engine_case(count, action, n, a.seed); }});
-  for (int i = 0; wanted("engine") && i < 4; ++i)
+  for (int i = 0; wanted("engine") && i < 12; ++i)
     all.push_back({name("general", i), [=, &a] { general_case(i, a.seed); }});
   if (wanted("far")) append(far_cases());
   if (!a.only.empty())
