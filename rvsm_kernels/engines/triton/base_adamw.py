@@ -12,7 +12,8 @@ from .penalty import quotient
 def adamw_step(w, states, d, numbers, corrections, STATES: tl.constexpr):
     """w <- keep * w - step_size * m / (sqrt(v) * correction + eps); returns the new w and the states.
 
-    In another order of these lines some variants spill on sm_90 (``python -m bench.static_triton``).
+    In another order of these lines some variants spill on sm_90 (``python -m bench.static_triton``): in float64 where
+    the numerator comes last, else where it comes first.
 
     Args:
         states: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq.
@@ -30,8 +31,13 @@ def adamw_step(w, states, d, numbers, corrections, STATES: tl.constexpr):
         v = largest
     else:
         states = (m, v)
-    denominator = tl.sqrt(v) * tl.load(made + 1).to(w.dtype) + tl.load(numbers + 6)
-    return tl.load(numbers) * w - quotient(tl.load(made).to(w.dtype) * m, denominator), states
+    if w.dtype == tl.float64:
+        numerator = tl.load(made).to(w.dtype) * m
+        denominator = tl.sqrt(v) * tl.load(made + 1).to(w.dtype) + tl.load(numbers + 6)
+    else:
+        denominator = tl.sqrt(v) * tl.load(made + 1).to(w.dtype) + tl.load(numbers + 6)
+        numerator = tl.load(made).to(w.dtype) * m
+    return tl.load(numbers) * w - quotient(numerator, denominator), states
 
 
 @triton.jit

@@ -152,6 +152,17 @@ def write(p, x, mask, WHOLE: tl.constexpr):
         tl.store(p, x.to(p.dtype.element_ty), mask)
 
 
+@triton.jit
+def write_moving(p, x, mask, numbers, REST: tl.constexpr, WHOLE: tl.constexpr):
+    """Write the state of a method, unless lr is 0 by the number at the place REST: then it stays."""
+    if REST > 0:
+        moves = tl.broadcast_to(tl.load(numbers + REST), x.shape) == 0
+        # A mask, which is the same for all, and no branch: around that some variants spill.
+        tl.store(p, x.to(p.dtype.element_ty), moves if WHOLE else mask & moves)
+    else:
+        write(p, x, mask, WHOLE)
+
+
 # ---- the step -------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +189,7 @@ def as_pointers(addresses, S: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr
 def arithmetic(
     entry, numbers, w, d, states, of_method, at, mask, scale,
     BASE: tl.constexpr, METHOD: tl.constexpr, BASE_STATES: tl.constexpr, WITH_TL1: tl.constexpr,
-    WITH_GROUPS: tl.constexpr, REST: tl.constexpr,
+    WITH_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The step of elements that were loaded; returns the new w and d, and the states of the base and of the method.
 
@@ -189,12 +200,10 @@ def arithmetic(
     f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), w.dtype), split_of(numbers)
     v = thresholded(w, of_method, METHOD)
     u, unit = pull_of(v, w, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
-    gap, moved = gap_of(w, v, u, of_method, METHOD)
-    if REST > 0:  # where lr is 0, nothing of the method moves
-        moved = tl.where(tl.load(numbers + REST) != 0, of_method, moved)
+    gap, of_method = gap_of(w, v, u, of_method, METHOD)
     w, d = split_step(w, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
     w, states = base_step(w, states, d, numbers + PROX + SPLIT, entry + CORRECTIONS, BASE, BASE_STATES)
-    return w, d, states, moved
+    return w, d, states, of_method
 
 
 @triton.jit
@@ -231,7 +240,7 @@ def step_elements(
     at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
     wi, d, states, of_method = arithmetic(
         entry, numbers, wi, d, states, of_method, at, mask, scale,
-        BASE, METHOD, BASE_STATES, WITH_TL1, WITH_GROUPS, REST,
+        BASE, METHOD, BASE_STATES, WITH_TL1, WITH_GROUPS,
     )  # fmt: skip
     write(w + i, wi, mask, WHOLE)
     if WRITES_GRADIENT:
@@ -239,7 +248,7 @@ def step_elements(
     for k in tl.static_range(BASE_STATES):
         write(state_pointers[k] + i, states[k], mask, WHOLE)
     if METHOD != 0:
-        write(state_pointers[BASE_STATES] + i, of_method, mask, WHOLE)
+        write_moving(state_pointers[BASE_STATES] + i, of_method, mask, numbers, REST, WHOLE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])

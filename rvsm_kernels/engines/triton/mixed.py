@@ -13,7 +13,20 @@ import triton
 import triton.language as tl
 
 from .bases import BEFORE, SEED, reads_gradient
-from .elements import CORRECTIONS, FIRST, NUMEL, STATE, G, W, arithmetic, entry_of, inverse_of, read, write
+from .elements import (
+    CORRECTIONS,
+    FIRST,
+    NUMEL,
+    STATE,
+    G,
+    W,
+    arithmetic,
+    entry_of,
+    inverse_of,
+    read,
+    write,
+    write_moving,
+)
 from .precision import LOW, joined, parted, random_bits, rounded
 from .split import method_states
 
@@ -80,7 +93,7 @@ def mixed_elements(
         of_method = read(p, mask, WHOLE).to(tl.float32)
     wi, d, states, of_method = arithmetic(
         entry, numbers, wi, d, states, of_method, i.to(tl.uint32), mask, scale,
-        BASE, METHOD, BASE_STATES, WITH_TL1, False, REST,
+        BASE, METHOD, BASE_STATES, WITH_TL1, False,
     )  # fmt: skip
     if MASTER == LOW:
         high, low = parted(wi)
@@ -100,7 +113,8 @@ def mixed_elements(
     for k in tl.static_range(BASE_STATES):
         write(plane(address, STATE + k, place, OF_BASE, WHOLE) + i, states[k], mask, WHOLE)
     if METHOD != 0:
-        write(plane(address, STATE + BASE_STATES, place, OF_METHOD, WHOLE) + i, of_method, mask, WHOLE)
+        p = plane(address, STATE + BASE_STATES, place, OF_METHOD, WHOLE) + i
+        write_moving(p, of_method, mask, numbers, REST, WHOLE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
