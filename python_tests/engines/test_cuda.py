@@ -148,8 +148,6 @@ def test_graph_replay(split: dict[str, Any], engine: str) -> None:
 @pytest.mark.parametrize("cls", [rk.RVSM, rk.RVSMAdamW])
 def test_a_graph_follows_numbers_on_the_device(cls: type, precision: dict[str, Any], engine: str) -> None:
     """lr, lam, beta and weight_decay are filled between two replays, and AdamW's steps are counted in them."""
-    if precision.get("rounding") and engine == "native":
-        pytest.skip("counts the steps of stochastic rounding on the host")
     numbers = {"lr": 0.0625, "lam": 0.375, "beta": 0.75, "weight_decay": 0.03125}
     tensors = {name: torch.tensor(value, device="cuda") for name, value in numbers.items()}
     options = {"penalty": "tl1", "method": "admm", "engine": engine, **precision}
