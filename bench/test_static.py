@@ -185,6 +185,8 @@ def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
             least = 0.25 if state or "float" not in kernel.name else 0.375
         if kernel.name.startswith("general_"):  # eight elements of every array are held at a time
             least = 0.125 if heavy else 0.25
+        if kernel.name == "numbers_kernel":  # a thread holds a record
+            least = 0.5
         assert kernel.occupancy >= least, line(kernel)
 
 

@@ -218,7 +218,9 @@ void Plan::launch() {
     run_engines(turn);
     store_copies(turn);
   }
-  for (ParamSlot& slot : slots_) {
+  // The last ones first: what was looked at last is still near.
+  for (auto it = slots_.rbegin(); it != slots_.rend(); ++it) {
+    ParamSlot& slot = *it;
     if (!slot.served || !slot.args->active) continue;
     bump_version(tensor(slot));
     if (slot.args->base.writes_grad) bump_version(tensor(slot).grad());
@@ -238,7 +240,10 @@ void Plan::drop() {
   lacks_ = false;
   if (inputs_.instead != nullptr)  // the slots hold copies that only this step needed
     for (ParamSlot& slot : slots_)
-      for (PyObject*& state : slot.states) reset(state, nullptr);
+      for (PyObject*& state : slot.states) {
+        reset(state, nullptr);
+        slot.dict_version = 0;
+      }
   inputs_ = {};
   reset(inputs_object_, nullptr);
 }

@@ -48,8 +48,7 @@ struct ParamSlot {
   bool dense = true;
   bool device_counts = false;  // a kernel counts its steps, not the host
   bool norms_given = false;    // its norms were made elsewhere when the table was made
-  // What the last step has read of it and of its gradient, a cache line each: the next step is likely to read the same.
-  std::array<const char*, 9> lines = {};
+  uint64_t dict_version = 0;   // of `dict`, when all states were found in it; 0: look again
 };
 
 class Plan {
@@ -110,7 +109,6 @@ class Plan {
 
   // slot.cpp: one parameter of a step.
   void prepare_slot(const py::list& groups, ParamSlot& slot);
-  static void note_lines(ParamSlot& slot, const at::Tensor& w, const at::Tensor& g);
   bool find_states(const GroupOptions& options, const Stored& stored, ParamSlot& slot);
   int64_t count_of(const py::list& groups, const ParamSlot& slot);
   float* counter_of(const py::list& groups, ParamSlot& slot);

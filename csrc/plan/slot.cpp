@@ -44,6 +44,15 @@ bool is_expanded(at::IntArrayRef sizes, at::IntArrayRef strides) {
   return false;
 }
 
+// The number that Python gives a dict whenever it changes, none twice; 0 where this Python has none.
+uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+  return dict == nullptr ? 0 : reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  return 0;
+#endif
+}
+
 const at::Tensor& found_tensor(PyObject* dict, PyObject* param, const char* what) {
   PyObject* found = dict == nullptr ? nullptr : get(dict, param);
   if (found == nullptr || !THPVariable_Check(found))
@@ -56,6 +65,9 @@ const at::Tensor& found_tensor(PyObject* dict, PyObject* param, const char* what
 // The states of a parameter and its counter, by their names; returns false where a state is missing. What is None is
 // missing.
 bool Plan::find_states(const GroupOptions& options, const Stored& stored, ParamSlot& slot) {
+  const uint64_t version = inputs_.instead == nullptr ? version_of(slot.dict) : 0;
+  if (version != 0 && version == slot.dict_version) return true;
+  slot.dict_version = 0;
   const size_t states = stored.states.size(), wanted = states + options.has_counter;
   std::array<PyObject*, kMostStates + 1> found = {};
   const auto name_of = [&](size_t k) { return k < states ? stored.states[k].name.ptr() : options.counter.ptr(); };
@@ -80,6 +92,7 @@ bool Plan::find_states(const GroupOptions& options, const Stored& stored, ParamS
     PyObject*& held = k < states ? slot.states[k] : slot.counter;
     if (found[k] != held) reset(held, found[k]);
   }
+  if (all && (!options.has_counter || slot.counter != nullptr)) slot.dict_version = version;
   return all;
 }
 
@@ -182,6 +195,7 @@ void Plan::set_precision(ParamSlot& slot) {
   const Stored& stored = options.stored(slot.type);
   Precision& precision = slot.args->precision;
   precision = {};
+  slot.dict_version = 0;  // other states may be looked for
   const DeviceEngine& engine = engines_[slot.engine];
   slot.device_counts = options.has_counter && engine.counts_on_device;
   for (const at::Tensor& number : options.device_tensors)
@@ -245,18 +259,6 @@ void Plan::find_beside(TensorArgs& args, const ParamSlot& slot) const {
   args.norms = norms.const_data_ptr<double>();
 }
 
-// Of small tensors most of a step is waiting for these lines.
-void Plan::note_lines(ParamSlot& slot, const at::Tensor& w, const at::Tensor& g) {
-  constexpr size_t kLine = 64;
-  size_t n = 0;
-  for (const at::Tensor* t : {&w, &g}) {
-    const c10::TensorImpl* impl = t->unsafeGetTensorImpl();
-    for (size_t k = 0; k < 3; ++k) slot.lines[n++] = reinterpret_cast<const char*>(impl) + k * kLine;
-    slot.lines[n++] = reinterpret_cast<const char*>(impl->unsafe_storage().unsafeGetStorageImpl());
-  }
-  slot.lines[n] = reinterpret_cast<const char*>(w.unsafeGetTensorImpl()->autograd_meta());
-}
-
 void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
   TensorArgs& args = *slot.args;
   const at::Tensor& w = tensor(slot);
@@ -283,7 +285,6 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
     args.g = options.writes_grad ? address_in_kernel<true>(g, itemsize) : address_in_kernel<false>(g, itemsize);
     args.dtype = slot.dtype;
     usual = args.w != nullptr && args.g != nullptr;
-    note_lines(slot, w, g);
     args.precision.grad = slot.dtype;
     for (size_t k = 0; k < states && usual && all_there; ++k) {
       const size_t size = stored.mixed ? c10::elementSize(stored.states[k].type) : itemsize;

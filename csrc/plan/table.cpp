@@ -1,7 +1,6 @@
 // The table of parameters of a plan: made once, and compared with what each step brings.
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
 #include <map>
 #include <stdexcept>
 
@@ -10,9 +9,6 @@
 namespace rvsm {
 
 namespace {
-
-// So many parameters before its turn comes, what a step reads of a parameter is asked for.
-constexpr size_t kAhead = 4;
 
 PyObject* const kParams = PyUnicode_InternFromString("params");
 
@@ -162,8 +158,6 @@ bool Plan::refresh(const py::list& groups) {
     for (Py_ssize_t j = 0; j < n; ++j, ++i) {
       if (i >= count) return false;
       ParamSlot& slot = slots_[i];
-      // Where these lines are is a guess, and a wrong one costs nothing.
-      for (const char* line : slots_[std::min(i + kAhead, count - 1)].lines) __builtin_prefetch(line);
       if (slot.param != PySequence_Fast_GET_ITEM(params, j) || slot.group != size_t(g)) return false;
       const at::Tensor& w = tensor(slot);
       if (!slot.served) {
