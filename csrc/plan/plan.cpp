@@ -185,8 +185,8 @@ void Plan::count_step(ParamSlot& slot) {
   if (slot.counter == nullptr) {
     PyObject* const name = options_[slot.group].counter.ptr();
     PyObject* const dict = state_dict_of(slot);
-    // An earlier occurrence of the parameter may have made it.
-    if (PyObject* const found = slot.repeats > 0 ? get(dict, name) : nullptr; found != nullptr) {
+    // Another occurrence of the parameter may have made it.
+    if (PyObject* const found = get(dict, name); found != nullptr && found != Py_None) {
       reset(slot.counter, found);
     } else {
       // In the type and place that torch gives it.
