@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "method": {"method"},
     "engines": {"method", "engines", "_C"},
     "model": {"method", "model"},
-    "optim": {"method", "engines", "model", "optim"},
+    "dist": {"method", "engines", "dist"},
+    "optim": {"method", "engines", "model", "dist", "optim"},
 }
 TOOLS_OF_TRITON = {"host_triton.py", "static_triton.py"}
 """They measure the inside of the Triton engine."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import model_of, on_ranks, sharded_model, train, wholes
 from torch import nn
 
 import rvsm_kernels as rk
@@ -28,34 +25,8 @@ METHODS: list[dict[str, Any]] = [
 ]
 
 
-def model_of() -> nn.Module:
-    """Five and three rows, which two ranks cannot share evenly, and one that only the first rank has."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Linear(3, 1, bias=False))
-
-
-def give_gradients(model: nn.Module, step: int) -> None:
-    """The same numbers in one process and in two."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    gen = torch.Generator().manual_seed(step)
-    for p in model.parameters():
-        g = torch.randn(p.shape, generator=gen)
-        p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
-
-
-def train(model: nn.Module, optimizer: Any, steps: range) -> None:
-    for step in steps:
-        give_gradients(model, step)
-        optimizer.step()
-
-
 def wrapper_of(model: nn.Module, options: dict[str, Any]) -> rk.RVSMWrapper:
     return rk.RVSMWrapper(torch.optim.AdamW(model.parameters(), lr=0.1), **{**SPLIT, **options})
-
-
-def wholes(model: nn.Module) -> list[torch.Tensor]:
-    return [getattr(p, "full_tensor", p.detach)().detach() for p in model.parameters()]
 
 
 def same_model(a: nn.Module, b: nn.Module) -> None:
@@ -63,18 +34,10 @@ def same_model(a: nn.Module, b: nn.Module) -> None:
         assert same_bits(x, y)
 
 
-def sharded_model() -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
-    model = model_of()
-    fully_shard(model)
-    return model
-
-
 def follows_one_process(folder: Path) -> None:
     for options in METHODS:
         sharded, plain = sharded_model(), model_of()
-        ours, theirs = wrapper_of(sharded, options), wrapper_of(plain, {**options, "engine": "reference"})
+        ours, theirs = wrapper_of(sharded, options), wrapper_of(plain, options)
         train(sharded, ours, range(4))
         train(plain, theirs, range(4))
         same_model(sharded, plain)
@@ -141,32 +104,9 @@ def moves_through_checkpoints(folder: Path) -> None:
             same_model(second, straight)
 
 
-def a_rank(rank: int, folder: str, work: Callable[[Path], None]) -> None:
-    """One process of the group."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    try:
-        work(Path(folder))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
 SLOW = [pytest.param(work, marks=pytest.mark.slow) for work in (trains_with_fsdp, moves_through_checkpoints)]
 
 
 @pytest.mark.parametrize("work", [follows_one_process, *SLOW])
-def test_two_ranks(
-    work: Callable[[Path], None], tmp_path: Path, on_cpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    context = mp.spawn(a_rank, args=(str(tmp_path), work), nprocs=RANKS, join=False)
-    end = time.monotonic() + 150
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, "the ranks did not end"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+def test_two_ranks(work: Callable[[Path], None], tmp_path: Path, on_cpu: None) -> None:
+    on_ranks(work, RANKS, tmp_path)

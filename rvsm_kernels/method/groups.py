@@ -140,7 +140,22 @@ def from_memory_order(norms: Tensor, w: Tensor, group_dim: GroupDim) -> Tensor:
         w: the tensor whose groups they are of.
     """
     dims = group_dims(group_dim, w.dim()) or ()
-    strides = (w if is_dense(w) else torch.empty_like(w, device="meta")).stride()
-    in_memory = sorted(dims, key=lambda d: -strides[d])
+    in_memory = _in_memory_order(dims, w)
     by_dim = norms.reshape([w.shape[d] for d in in_memory]).permute([in_memory.index(d) for d in dims])
     return by_dim.reshape([n if d in dims else 1 for d, n in enumerate(w.shape)]).to(w.dtype)
+
+
+def to_memory_order(numbers: Tensor, w: Tensor, group_dim: GroupDim) -> Tensor:
+    """Numbers of the groups of w, one after the other in memory: the order of :func:`from_memory_order`.
+
+    Args:
+        numbers: one for each group, with the dimensions of w that index the groups, or with all of them.
+    """
+    dims = group_dims(group_dim, w.dim()) or ()
+    by_dim = numbers.reshape([w.shape[d] for d in dims])
+    return by_dim.permute([dims.index(d) for d in _in_memory_order(dims, w)]).reshape(-1)
+
+
+def _in_memory_order(dims: Sequence[int], w: Tensor) -> list[int]:
+    strides = (w if is_dense(w) else torch.empty_like(w, device="meta")).stride()
+    return sorted(dims, key=lambda d: -strides[d])

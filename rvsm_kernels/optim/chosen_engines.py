@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..dist.engine import ShardEngine
+from ..dist.shards import is_sharded, shard_of
 from ..engines.interface import Engine, Group
 from ..engines.registry import check_requested, engine_name_for, make_engine
 from ..method.memory import kind_of, tracer
@@ -41,7 +44,7 @@ class ChosenEngines:
     def __init__(self, requested: str | None) -> None:
         check_requested(requested)
         self.requested = requested
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[tuple[str, bool], Engine] = {}  # by name, and whether they serve shards
 
     def engine_of(self, p: Tensor, name: str) -> Engine:
         """The engine that serves a parameter.
@@ -50,10 +53,21 @@ class ChosenEngines:
             TypeError: a parameter without memory of its own, and a named engine that needs it.
             RuntimeError: a named engine in code that is being traced: the tracer would not see what the engine does.
         """
-        engine = self._name_for(p, name)
-        if engine not in self._engines:
-            self._engines[engine] = make_engine(engine)
-        return self._engines[engine]
+        return self._engine_for(self._key_for(p, name))
+
+    def _engine_for(self, key: tuple[str, bool]) -> Engine:
+        if key not in self._engines:
+            engine, of_shards = key
+            self._engines[key] = ShardEngine(make_engine(engine)) if of_shards else make_engine(engine)
+        return self._engines[key]
+
+    def _key_for(self, p: Tensor, name: str) -> tuple[str, bool]:
+        if is_sharded(p) and tracer() is None:
+            with torch.no_grad():
+                shard = shard_of(p)
+            if kind_of(shard) is None:
+                return self._name_for(shard, name), True
+        return self._name_for(p, name), False
 
     def _name_for(self, p: Tensor, name: str) -> str:
         if self.requested == "reference":
@@ -75,28 +89,29 @@ class ChosenEngines:
     def the_only(self) -> Engine | None:
         """The engine that served all parameters of the last step, if it knows whether it serves those of this step.
 
-        The reference engine does not know: it serves every tensor, also those that belong to a faster engine.
+        An engine of shards does not know, for each step has other gradients to find. Nor does the reference engine: it
+        serves every tensor, also those that belong to a faster engine.
         """
         if len(self._engines) != 1 or tracer() is not None:
             return None
-        (engine,) = self._engines.values()
-        return None if engine.name == "reference" else engine
+        ((name, of_shards),) = self._engines
+        return None if name == "reference" or of_shards else self._engines[name, of_shards]
 
     def divide(self, groups: Sequence[Group]) -> list[Share]:
         """Param groups, divided by the engine that serves each parameter. Engines that serve none are forgotten."""
-        shares: dict[str, Share] = {}
+        shares: dict[tuple[str, bool], Share] = {}
         for i, group in enumerate(groups):
             for j, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 name = param_name(group, i, j)
-                engine = self.engine_of(p, name)
-                share = shares.setdefault(engine.name, Share(engine, [], []))
+                key = self._key_for(p, name)
+                share = shares.setdefault(key, Share(self._engine_for(key), [], []))
                 if not share.places or share.places[-1] != i:
                     share.groups.append({**group, "params": [], "param_names": []})
                     share.places.append(i)
                 share.groups[-1]["params"].append(p)
                 share.groups[-1]["param_names"].append(name)
         if shares:
-            self._engines = {name: share.engine for name, share in shares.items()}
+            self._engines = {key: share.engine for key, share in shares.items()}
         return list(shares.values())

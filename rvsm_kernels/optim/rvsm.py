@@ -76,8 +76,8 @@ class RVSM(SplitOptimizer):
             scaled: call ``scaler.unscale_(optimizer)`` to log or clip its norm). False: it unscales before the step, as
             for ``SGD(fused=False)``; Lightning and Fabric ask for it when they clip float16 gradients.
         engine: ``"native"``, ``"triton"`` (GPUs), ``"reference"`` or None, which takes the first of them that serves
-            the device; tensors without memory of their own (DTensor, FakeTensor, ...) and traced code get the
-            reference.
+            the device. DTensors are stepped shard by shard; other tensors without memory of their own (FakeTensor, ...)
+            and traced code get the reference.
 
     Raises:
         ValueError: a number out of range, an unknown name, ``group_lasso`` without ``group_dim``, a ``group_dim``

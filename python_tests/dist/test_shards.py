@@ -1,0 +1,312 @@
+"""DTensor parameters: each rank steps its shards, as one process steps the whole."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import model_of, on_ranks, sharded_model, train, wholes
+from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
+
+import rvsm_kernels as rk
+from runner import same_bits
+
+SHAPES = ((5, 7), (1, 6), (4, 3, 2, 2))
+"""Rows and columns that ranks cannot share evenly, and one row, which one rank has and the others have not."""
+
+GROUPED: dict[str, Any] = {"lam": 2.0, "group_lasso": 0.1}
+
+
+def mesh_of() -> Any:
+    from torch.distributed.tensor import init_device_mesh
+
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def placements() -> list[Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [Shard(0), Shard(1), Replicate()]
+
+
+class Pair:
+    """An optimizer of sharded parameters, and one of whole ones that gets the same gradients."""
+
+    def __init__(
+        self, cls: type, mesh: Any, placement: Sequence[Any], dtype: torch.dtype = torch.float32, **options: Any
+    ) -> None:
+        self._share = lambda t: distribute_tensor(t.clone(), mesh, list(placement))
+        self._gen = torch.Generator().manual_seed(3)
+        whole = [torch.randn(shape, generator=self._gen).to(dtype) for shape in SHAPES]
+        self.sharded = [nn.Parameter(self._share(w)) for w in whole]
+        self.whole = [nn.Parameter(w.clone()) for w in whole]
+        options = {"lr": 0.1, "penalty": "l0", "lam": 0.3, "beta": 1.0, **options}
+        if cls is rk.RVSM:
+            options.setdefault("momentum", 0.9)
+        self.ours, self.theirs = cls(self.sharded, **options), cls(self.whole, **options)
+
+    def give_gradients(self) -> None:
+        for p, q in zip(self.sharded, self.whole, strict=True):
+            q.grad = torch.randn(q.shape, generator=self._gen).to(q.dtype)
+            p.grad = self._share(q.grad)
+
+    def step(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.give_gradients()
+            self.ours.step()
+            self.theirs.step()
+
+    def check(self, exact: bool) -> None:
+        """Weights and states are those of one process: every bit, or within the rounding of a sum in another order."""
+        from torch.distributed.tensor import DTensor
+
+        for p, q in zip(self.sharded, self.whole, strict=True):
+            self._close(p, q, exact)
+            assert self.ours.state[p].keys() == self.theirs.state[q].keys()
+            for name, state in self.theirs.state[q].items():
+                mine = self.ours.state[p][name]
+                assert isinstance(mine, DTensor) == (name != "step")
+                assert name == "step" or mine.placements == p.placements
+                self._close(mine, state, exact)
+
+    @staticmethod
+    def _close(sharded: Tensor, whole: Tensor, exact: bool) -> None:
+        """Of what this rank has: gloo does not send every type."""
+        x, y = sharded.detach(), whole.detach()
+        if x.shape and hasattr(x, "placements"):
+            y = distribute_tensor(y.clone(), x.device_mesh, x.placements, src_data_rank=None).to_local()
+            x = x.to_local()
+        if exact:
+            assert same_bits(x, y)
+        else:
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+METHODS = ("rvsm", "rvsm-delayed", "admm")
+DIMS: tuple[Any, ...] = (None, 0, 1, (0, 1), ())
+
+
+def follow_one_process(folder: Path) -> None:
+    mesh = mesh_of()
+    for cls, dims, placement, method in itertools.product((rk.RVSM, rk.RVSMAdamW), DIMS, placements(), METHODS):
+        options = {} if dims is None else {"group_dim": dims, "group_scale": method != "admm", **GROUPED}
+        pair = Pair(cls, mesh, [placement], method=method, decoupled=method != "rvsm-delayed", **options)
+        pair.step(3)
+        pair.check(exact=dims is None)
+        with pair.ours.sparse_weights(), pair.theirs.sparse_weights():
+            for p, q in zip(pair.sharded, pair.whole, strict=True):
+                assert torch.equal(p.full_tensor() == 0, q == 0)
+        assert str(pair.ours.sparsity()) == str(pair.theirs.sparsity())
+        torch.testing.assert_close(pair.ours.penalty_value(), pair.theirs.penalty_value())
+
+
+def half_types_follow(folder: Path) -> None:
+    """Masters and states of another type lie beside the shards."""
+    mesh = mesh_of()
+    for options, placement in itertools.product(({"master_weights": True}, {"state_dtype": "float32"}), placements()):
+        for dims in (None, 1):
+            more = {} if dims is None else {"group_dim": dims, **GROUPED}
+            pair = Pair(rk.RVSMAdamW, mesh, [placement], torch.bfloat16, method="admm", **options, **more)
+            pair.step(3)
+            if dims is None:
+                pair.check(exact=True)
+            for p, q in zip(pair.sharded, pair.whole, strict=True):
+                torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=0.02, atol=0.02)
+
+
+def send_one_message(folder: Path) -> None:
+    """All norms that cross ranks in one all-reduce; elementwise steps, and groups inside a shard, send nothing."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh = mesh_of()
+    for placement, dims in itertools.product(placements(), DIMS):
+        pair = Pair(rk.RVSMAdamW, mesh, [placement], group_dim=dims, **({} if dims is None else GROUPED))
+        pair.step()
+        pair.give_gradients()
+        with CommDebugMode() as messages:
+            pair.ours.step()
+        divided = getattr(placement, "dim", None)
+        inside = dims is None or divided is None or divided in (dims if isinstance(dims, tuple) else (dims,))
+        assert messages.get_total_counts() == (0 if inside else 1), (placement, dims)
+
+
+def two_dimensional_meshes(folder: Path) -> None:
+    """Sharded along both dimensions of a mesh, along one of them, and twice along the same."""
+    from torch.distributed.tensor import Replicate, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    for placement in ([Shard(0), Shard(1)], [Shard(0), Replicate()], [Replicate(), Shard(1)], [Shard(0), Shard(0)]):
+        for dims in DIMS:
+            more = {} if dims is None else {"group_dim": dims, **GROUPED}
+            pair = Pair(rk.RVSMAdamW, mesh, placement, method="admm", **more)
+            pair.step(3)
+            pair.check(exact=dims is None)
+
+
+def found_inf_changes_nothing(folder: Path) -> None:
+    pair = Pair(rk.RVSMAdamW, mesh_of(), placements()[:1], group_dim=1, **GROUPED)
+    for after in range(2):
+        before = [p.full_tensor().clone() for p in pair.sharded]
+        pair.give_gradients()
+        pair.ours.grad_scale, pair.ours.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+        pair.ours.step()
+        assert all(same_bits(p.full_tensor(), w) for p, w in zip(pair.sharded, before, strict=True))
+        assert all(float(pair.ours.state[p]["step"]) == 1 if after else not pair.ours.state[p] for p in pair.sharded)
+        del pair.ours.grad_scale, pair.ours.found_inf
+        pair.step()
+    pair.check(exact=False)
+
+
+def a_step_with_lr_0_moves_nothing(folder: Path) -> None:
+    """What get_optimizer_state_dict does to a new optimizer."""
+    for method in METHODS:
+        pair = Pair(rk.RVSM, mesh_of(), placements()[:1], method=method, group_dim=1, **{**GROUPED, "lr": 0.0})
+        before = [p.full_tensor().clone() for p in pair.sharded]
+        pair.step(2)
+        assert all(same_bits(p.full_tensor(), w) for p, w in zip(pair.sharded, before, strict=True))
+        pair.check(exact=False)
+
+
+def what_is_refused(folder: Path) -> None:
+    from torch.distributed.tensor import DTensor, Partial, Shard, init_device_mesh
+
+    mesh = mesh_of()
+    p = nn.Parameter(DTensor.from_local(torch.ones(3, 2), mesh, [Partial()]))
+    p.grad = DTensor.from_local(torch.ones(3, 2), mesh, [Partial()])
+    with pytest.raises(TypeError, match="Partial"):
+        rk.RVSM([("sum", p)]).step()
+    q = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+    other = init_device_mesh("cpu", (1, dist.get_world_size()))
+    q.grad = distribute_tensor(torch.ones(4, 2), other, [Shard(0), Shard(0)])
+    with pytest.raises(ValueError, match=r"the gradient of layer is on .*, the parameter on"):
+        rk.RVSM([("layer", q)]).step()
+    assert torch.equal(q.full_tensor(), torch.ones(4, 2))
+
+
+def gradients_elsewhere(folder: Path) -> None:
+    """A gradient that is replicated, or a sum that nobody has made yet, is brought to the parameter's placements."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    mesh = mesh_of()
+    for placement in (Replicate(), Partial()):
+        p = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+        share = torch.ones(4, 2) / (dist.get_world_size() if placement.is_partial() else 1)
+        p.grad = DTensor.from_local(share, mesh, [placement])
+        rk.RVSM([p], lr=0.5, penalty=None).step()
+        torch.testing.assert_close(p.full_tensor().detach(), torch.full((4, 2), 0.5))
+
+
+CHECKS = (
+    half_types_follow, send_one_message, found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused,
+    gradients_elsewhere,
+)  # fmt: skip
+
+
+def all_checks(folder: Path) -> None:
+    for check in CHECKS:
+        check(folder)
+
+
+SLOW = [pytest.param(*c, marks=pytest.mark.slow) for c in ((follow_one_process, 3), (two_dimensional_meshes, 4))]
+
+
+@pytest.mark.parametrize("work, ranks", [(follow_one_process, 2), (all_checks, 2), *SLOW])
+def test_ranks(work: Callable[[Path], None], ranks: int, tmp_path: Path, on_cpu: None) -> None:
+    on_ranks(work, ranks, tmp_path)
+
+
+# ---- FSDP2 and checkpoints -------------------------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "sgd": (rk.RVSM, {"momentum": 0.9, "penalty": "l1", "lam": 0.05, "beta": 0.5, "lr": 0.1}),
+    "adamw, groups, admm": (
+        rk.RVSMAdamW,
+        {"penalty": "l0", "lam": 0.1, "beta": 0.5, "lr": 0.1, "method": "admm", "structure": "in_channels"},
+    ),
+    "adamw, groups, delayed": (
+        rk.RVSMAdamW,
+        {"penalty": "l1", "lam": 0.1, "beta": 0.5, "lr": 0.1, "method": "rvsm-delayed", "structure": "out_channels"},
+    ),
+}
+
+
+def optimizer_of(model: nn.Module, kind: str) -> Any:
+    cls, options = OPTIMIZERS[kind]
+    lr, momentum = options["lr"], {key: options[key] for key in ("momentum",) if key in options}
+    penalty = {key: value for key, value in options.items() if key not in ("lr", "momentum")}
+    return cls(rk.param_groups(model, **penalty), lr=lr, **momentum)
+
+
+def as_saved(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, states = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": states}
+
+
+def save_half_way(folder: Path) -> None:
+    """Three steps, a checkpoint, three steps more; and what is there at the end."""
+    import torch.distributed.checkpoint as dcp
+
+    for kind in OPTIMIZERS:
+        model = sharded_model()
+        optimizer = optimizer_of(model, kind)
+        train(model, optimizer, range(3))
+        dcp.save(as_saved(model, optimizer), checkpoint_id=folder / kind)
+        train(model, optimizer, range(3, 6))
+        ends = wholes(model)
+        if dist.get_rank() == 0:
+            torch.save(ends, folder / f"{kind}.pt")
+
+
+def go_on(folder: Path) -> None:
+    """From that checkpoint on another number of ranks, on which the groups are divided otherwise."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    for kind in OPTIMIZERS:
+        model = sharded_model()
+        optimizer = optimizer_of(model, kind)
+        saved = as_saved(model, optimizer)
+        dcp.load(saved, checkpoint_id=folder / kind)
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+        train(model, optimizer, range(3, 6))
+        for x, y in zip(wholes(model), torch.load(folder / f"{kind}.pt"), strict=True):
+            if kind == "sgd":
+                assert same_bits(x, y)
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_checkpoints_move_between_numbers_of_ranks(tmp_path: Path, on_cpu: None) -> None:
+    on_ranks(save_half_way, 2, tmp_path)
+    for ranks in (1, 3):
+        (tmp_path / "store").unlink()
+        on_ranks(go_on, ranks, tmp_path)
+
+
+def train_with_fsdp(folder: Path) -> None:
+    """Gradients that FSDP2 reduces from a backward pass, clipped, with groups across ranks; as one process does."""
+    for kind in OPTIMIZERS:
+        sharded, plain = sharded_model(), model_of()
+        ours, theirs = optimizer_of(sharded, kind), optimizer_of(plain, kind)
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+        for _ in range(4):
+            for model, optimizer in ((sharded, ours), (plain, theirs)):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                optimizer.step()
+        for a, b in zip(wholes(sharded), wholes(plain), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_fsdp(tmp_path: Path, on_cpu: None) -> None:
+    on_ranks(train_with_fsdp, 2, tmp_path)

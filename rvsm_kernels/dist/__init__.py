@@ -1,0 +1,1 @@
+"""Parameters that lie on several ranks: a step works on each rank's shard."""

@@ -1,0 +1,196 @@
+"""The engine of sharded parameters: any engine, which is shown each rank's shards in the place of DTensors.
+
+Elementwise work needs nothing else: a shard is stepped as the whole would be, bit for bit. The norms of groups that lie
+on several ranks are made before (:mod:`rvsm_kernels.dist.norms`), in one all-reduce for each mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engines.interface import Engine, Group, Ready, StepInputs
+from ..engines.reference import ReferenceEngine
+from ..method.dtypes import to_opmath
+from ..method.groups import from_memory_order, group_dims, group_size
+from ..method.parameters import param_name
+from ..method.prox import threshold
+from ..method.split import strength, strength_of_size
+from ..method.step_options import StepOptions
+from .norms import SharedNorms, rows_of
+from .shards import gradient_of, note_writes, ranks_of_groups, refuse_partial, shard_of, sharded_like, shards_of
+
+
+class ShardEngine(Engine):
+    """Serves DTensors by the shards that this rank has of them.
+
+    Args:
+        engine: steps the shards.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.name = f"{engine.name}, by shards"
+        self._engine = engine
+        self._whole = ReferenceEngine()  # for u, which is taken of the whole tensor
+        self._states: dict[Tensor, dict[str, Any]] = {}  # of each shard
+        # Of the step: the parameters that move, their shards and options.
+        self._params: list[tuple[Tensor, Tensor, StepOptions]] = []
+        self._norms = SharedNorms()
+        self._inputs: StepInputs | None = None
+        self._scaled: dict[tuple[int, int], tuple[StepOptions, StepOptions]] = {}
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
+        self.drop()
+        self._inputs = inputs
+        try:
+            local_groups: list[dict[str, Any]] = []
+            local = StepInputs(shard_or_none(inputs.grad_scale), shard_or_none(inputs.found_inf), [], {})
+            options: list[StepOptions] = []
+            instead: dict[Tensor, Mapping[str, Tensor]] = {}
+            cuts: dict[Tensor, Tensor] = {}
+            norms: dict[Tensor, Tensor] = {}
+            states: dict[Tensor, dict[str, Any]] = {}
+            for i, group in enumerate(groups):
+                by_options: dict[int, dict[str, Any]] = {}
+                for j, p in enumerate(group["params"]):
+                    name = param_name(group, i, j)
+                    refuse_partial(p, name)
+                    grad = gradient_of(p, name)
+                    if grad is None:
+                        continue
+                    shard = shard_of(p)
+                    dims = group_dims(inputs.options[i].dims, p.dim(), name)
+                    ranks = () if dims is None else ranks_of_groups(p, dims)
+                    own = self._options_for(i, inputs.options[i], p) if ranks else inputs.options[i]
+                    if id(own) not in by_options:
+                        by_options[id(own)] = {**group, "params": [], "param_names": []}
+                        local_groups.append(by_options[id(own)])
+                        options.append(own)
+                    by_options[id(own)]["params"].append(shard)
+                    by_options[id(own)]["param_names"].append(name)
+                    shard.grad = grad
+                    self._params.append((p, shard, own))
+                    of_p = self._states.setdefault(shard, {})
+                    found = shards_of(inputs.states[p]) if p in inputs.states else {}
+                    if not _same(of_p, found):
+                        of_p.clear()
+                        of_p.update(found)
+                    states[shard] = of_p
+                    if p in inputs.instead:
+                        instead[shard] = shards_of(inputs.instead[p])
+                    if p in inputs.cuts:
+                        cuts[shard] = shard_of(inputs.cuts[p])
+                    if ranks:
+                        rows = partial(rows_of, shard, own, {**of_p, **instead.get(shard, {})})
+                        norms[shard] = self._norms.room_for(shard, own.dims, ranks, rows, own.norm_rows)
+            self._states = states
+            local.options, local.states, local.instead, local.cuts = options, states, instead, cuts  # type: ignore[assignment]
+            local.norms = {shard: room for shard, room in norms.items() if shard.numel() > 0}
+            ready = self._engine.prepare(local_groups, local)
+        except BaseException:
+            self.drop()
+            raise
+        if ready != Ready.YES:
+            self.drop()
+        return ready
+
+    def _options_for(self, i: int, options: StepOptions, p: Tensor) -> StepOptions:
+        """The options of a parameter whose groups are larger than what this rank has of them: lam is scaled here."""
+        if not options.scaled:
+            return options
+        size = group_size(p.shape, options.dims)
+        known = self._scaled.get((i, size))
+        if known is None or known[0] is not options:
+            on_host = options.on_host()
+            values = {**on_host.values, "lam": strength_of_size(on_host.values, size), "group_scale": False}
+            known = self._scaled[i, size] = options, StepOptions.of({**values, "params": []}, options.base)
+        return known[1]
+
+    def launch(self) -> None:
+        assert self._inputs is not None
+        inputs, params = self._inputs, self._params
+        try:
+            self._norms.fill()
+            self._engine.launch()
+            for p, shard, options in params:
+                self._put_states(p, shard, options, inputs)
+            written = [p for p, _, _ in params]
+            note_writes(written + [p.grad for p, _, options in params if options.writes_gradient and p.grad is not None])
+        finally:
+            self.drop()
+
+    def _put_states(self, p: Tensor, shard: Tensor, options: StepOptions, inputs: StepInputs) -> None:
+        """The states that the step has made of a shard become states of the parameter: DTensors like it."""
+        of_shape = options.states_of(p.dtype)
+        if shard.numel() == 0 and p.numel() > 0:
+            self._step_without_elements(shard, options, inputs)
+        for name, state in self._states[shard].items():
+            before = inputs.states[p].get(name) if p in inputs.states else None
+            if not isinstance(before, Tensor) or shard_of(before) is not state:
+                inputs.states[p][name] = sharded_like(state, p) if name in of_shape else state
+
+    def _step_without_elements(self, shard: Tensor, options: StepOptions, inputs: StepInputs) -> None:
+        """A rank without elements of a parameter has the states that the others have: a checkpoint is of all ranks."""
+        states, found_inf = self._states[shard], shard_or_none(inputs.found_inf)
+        missing = {name: t for name, t in options.states_of(shard.dtype).items() if states.get(name) is None}
+        counter = None if options.counter is None else states.get(options.counter)
+        skipped = found_inf is not None and (missing or counter is None) and found_inf.item() > 0
+        if skipped:
+            return
+        for name, dtype in missing.items():
+            states[name] = torch.zeros_like(shard, dtype=dtype)
+        if options.counter is not None:
+            counter = torch.zeros((), dtype=torch.float32) if counter is None else counter
+            states[options.counter] = counter
+            counter.add_(1 if found_inf is None else (found_inf <= 0).to(counter.device, counter.dtype).reshape(()))
+
+    def drop(self) -> None:
+        for _, shard, _ in self._params:
+            shard.grad = None
+        self._params = []
+        self._norms = SharedNorms()
+        self._inputs = None
+        self._engine.drop()
+
+    # ---- u -----------------------------------------------------------------------------------------------------------
+
+    def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        norms, across = SharedNorms(), []
+        for p in params:
+            shard = shard_of(p)
+            dims = group_dims(group["group_dim"], p.dim())
+            ranks = () if dims is None else ranks_of_groups(p, dims)
+            if ranks:
+                room = norms.room_for(shard, dims, ranks, partial(_only, shard), 1)
+                across.append((shard, strength(group, p.shape) / float(group["beta"]), room))
+            elif shard.numel() > 0:
+                self._engine.prox_([shard], group)
+        norms.fill()
+        penalty, a, dims = group["penalty"], float(group["a"]), group["group_dim"]
+        for shard, tau, room in across:
+            v = to_opmath(shard)
+            shard.copy_(threshold(v, from_memory_order(room, v, dims), penalty, tau, a, dims))
+        note_writes(params)
+
+    def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+        return self._whole.penalty_value(params, group)
+
+
+def _only(shard: Tensor) -> list[Tensor]:
+    return [shard]
+
+
+def shard_or_none(t: Tensor | None) -> Tensor | None:
+    """The shard of a tensor, None for None."""
+    return None if t is None else shard_of(t)
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two dicts hold the same objects by the same names."""
+    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)

@@ -1,0 +1,94 @@
+"""DTensors as their shards: what a rank has of a parameter, and which of its dimensions lie on other ranks too.
+
+``torch.distributed`` is not imported here: who has a DTensor has imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether a tensor is a DTensor: each rank has a shard of it, or a copy."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def shard_of(t: Tensor) -> Tensor:
+    """What this rank has of a DTensor, or the tensor itself; the same object in every step. Call without gradients."""
+    if not is_sharded(t):
+        return t
+    local: Tensor = t.to_local()  # type: ignore[attr-defined]
+    wait = getattr(local, "trigger_wait", None)  # the result of a collective that may still be on its way
+    return local if wait is None else wait()
+
+
+def sharded_like(shard: Tensor, p: Tensor) -> Tensor:
+    """The DTensor of these shards, with the mesh, the placements and the shape of a parameter."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _sharded_dim(placement: Any) -> int | None:
+    """The dimension of the tensor that a placement divides among ranks; None where each rank has all."""
+    return None if placement.is_replicate() or placement.is_partial() else placement.dim
+
+
+def refuse_partial(p: Tensor, name: str) -> None:
+    """Raise TypeError for a DTensor whose values are sums that nobody has made yet."""
+    if any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{name} is a DTensor with placements {list(p.placements)}: no rank knows its values."  # type: ignore[attr-defined]
+            " Redistribute it first"
+        )
+
+
+def gradient_of(p: Tensor, name: str) -> Tensor | None:
+    """The shard of a parameter's gradient that belongs to its own shard, None without a gradient.
+
+    A gradient with other placements on the same mesh is redistributed, as torch's operators do.
+
+    Raises:
+        TypeError: a gradient that is no DTensor.
+        ValueError: a gradient on another mesh.
+    """
+    grad = p.grad
+    if grad is None:
+        return None
+    if not is_sharded(grad):
+        raise TypeError(f"the gradient of {name} is a {type(grad).__name__}, the parameter a DTensor")
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    if grad.device_mesh != mesh:  # type: ignore[attr-defined]
+        raise ValueError(f"the gradient of {name} is on {grad.device_mesh}, the parameter on {mesh}")  # type: ignore[attr-defined]
+    if tuple(grad.placements) != tuple(placements):  # type: ignore[attr-defined]
+        grad = p.grad = grad.detach().redistribute(placements=placements)  # type: ignore[attr-defined]
+    return shard_of(grad)
+
+
+def ranks_of_groups(p: Tensor, dims: Sequence[int]) -> tuple[Any, ...]:
+    """The process groups over which the groups of a parameter lie; empty where each group is inside one shard.
+
+    Args:
+        dims: the dimensions that index the groups, in [0, n).
+    """
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    divided = [_sharded_dim(placement) for placement in placements]
+    across = [k for k, dim in enumerate(divided) if dim is not None and dim not in dims]
+    return tuple(mesh.get_group(k) for k in across if mesh.size(k) > 1)
+
+
+def shards_of(states: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of a parameter, each DTensor among them as its shard."""
+    return {name: shard_of(s) if isinstance(s, Tensor) else s for name, s in states.items()}
+
+
+def note_writes(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd that DTensors were written to: a kernel that writes to a shard tells it of the shard alone."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
