@@ -202,9 +202,47 @@ def gradients_elsewhere(folder: Path) -> None:
         torch.testing.assert_close(p.full_tensor().detach(), torch.full((4, 2), 0.5))
 
 
+def what_looks_at_whole_tensors(folder: Path) -> None:
+    """Top-k, the unit norm, u for good; one rank has no elements of one of the tensors."""
+    topk = {"penalty": "topk", "density": 0.5}
+    for options in (topk, {**topk, "group_dim": 1}, {**topk, "method": "admm"}, {"unit_norm": True}, {}):
+        for placement in placements():
+            pair = Pair(rk.RVSM, mesh_of(), [placement], **options)
+            pair.step(3)
+            pair.check(exact=False)
+            with pair.ours.sparse_weights(), pair.theirs.sparse_weights():
+                for p, q in zip(pair.sharded, pair.whole, strict=True):
+                    assert torch.equal(p.full_tensor() == 0, q == 0)
+            torch.testing.assert_close(pair.ours.penalty_value(), pair.theirs.penalty_value())
+            pair.ours.sparsify_()
+            pair.theirs.sparsify_()
+            assert str(pair.ours.sparsity()) == str(pair.theirs.sparsity())
+            pair.step()
+            pair.check(exact=False)
+
+
+def ddp_keeps_ranks_equal(folder: Path) -> None:
+    """Each rank steps the whole model: weights are equal bit for bit after 100 steps with groups."""
+    model = nn.Sequential(nn.Linear(9, 33), nn.ReLU(), nn.Linear(33, 4))
+    for p in model.parameters():
+        nn.init.normal_(p, generator=torch.Generator().manual_seed(0))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    options = {"penalty": "l0", "lam": 0.05, "beta": 0.5, "group_lasso": 0.01, "structure": "in_channels"}
+    optimizer = rk.RVSM(rk.param_groups(model, **options), lr=0.05, momentum=0.9)
+    gen = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(100):
+        optimizer.zero_grad()
+        parallel(torch.randn(5, 9, generator=gen)).square().mean().backward()
+        optimizer.step()
+    for p in model.parameters():
+        others = [torch.empty_like(p) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, p.detach())
+        assert all(same_bits(p.detach(), other) for other in others)
+
+
 CHECKS = (
     half_types_follow, send_one_message, found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused,
-    gradients_elsewhere,
+    gradients_elsewhere, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
 )  # fmt: skip
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..method.groups import GroupDim, group_dims, to_memory_order
-from ..method.precision import join, master_name
+from ..method.precision import Stored, join, master_name
 from ..method.selection import thresholded
 from ..method.step_options import StepOptions
+from .shards import note_writes, ranks_of_groups, shard_of
 
 
 class _Part(NamedTuple):
@@ -83,3 +85,34 @@ def rows_of(shard: Tensor, options: StepOptions, states: Mapping[str, Any]) -> l
     w = join(shard.detach(), None if name is None else states.get(name))
     dual = states.get(options.method.state) if options.method.adds_state and options.method.state else None
     return [thresholded(w, dual), w][: options.norm_rows]
+
+
+def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = None) -> None:
+    """w <- w / ||w||_2 of each whole DTensor, the twin of :func:`rvsm_kernels.method.selection.normalize_`.
+
+    Squares of float32 are within the range of float64; those of float64 are not looked after here.
+    """
+    norms = SharedNorms()
+    shards = [
+        Stored(shard_of(t.p), None if t.master is None else shard_of(t.master), t.seed, t.step) for t in tensors
+    ]
+    rooms = [
+        norms.room_for(s.p, (), ranks_of_groups(t.p, ()), partial(_loaded, s), 1)
+        for t, s in zip(tensors, shards, strict=True)
+    ]
+    norms.fill()
+    for t, s, room in zip(tensors, shards, rooms, strict=True):
+        norm = room.reshape(())
+        unchanged = norm == 0
+        if found_inf is not None:
+            unchanged |= shard_of(found_inf).to(norm.device).reshape(()) > 0
+        if isinstance(lr, Tensor):
+            unchanged |= lr.to(norm.device).reshape(()) == 0
+        w = s.load()
+        w.div_(torch.where(unchanged, 1.0, norm))
+        s.store(w)
+    note_writes([t.p for t in tensors])
+
+
+def _loaded(stored: Stored) -> list[Tensor]:
+    return [stored.load()]

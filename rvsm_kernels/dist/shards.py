@@ -28,6 +28,14 @@ def shard_of(t: Tensor) -> Tensor:
     return local if wait is None else wait()
 
 
+def placed_like(t: Tensor, p: Tensor) -> Tensor:
+    """A DTensor with the placements of another one; any other tensor as it is."""
+    if not (is_sharded(t) and is_sharded(p)) or tuple(t.placements) == tuple(p.placements):  # type: ignore[attr-defined]
+        return t
+    placed: Tensor = t.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return placed
+
+
 def sharded_like(shard: Tensor, p: Tensor) -> Tensor:
     """The DTensor of these shards, with the mesh, the placements and the shape of a parameter."""
     from torch.distributed.tensor import DTensor

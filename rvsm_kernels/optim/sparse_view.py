@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..dist.shards import placed_like
 from ..engines.checks import check_state, refuse_expanded
 from ..engines.interface import Engine, Group
 from ..method import device_numbers
@@ -166,7 +167,7 @@ class SparseView:
     def _u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
         """u of a parameter with these weights, as a new tensor; in the type of the weights or of the arithmetic."""
         if more_than_prox.is_more_than_prox(group):
-            return more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_)
+            return placed_like(more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_), p)
         u = w.detach().clone()
         engine.prox_([u], group)
         return u

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ..dist.norms import normalize_ as normalize_shards_
+from ..dist.shards import is_sharded
 from ..engines.checks import validate_param
 from ..engines.interface import Engine, Ready, StepInputs
 from ..method.bases import Base, validate
@@ -203,7 +205,9 @@ class SplitOptimizer(Optimizer):
             for group, options in zip(self.param_groups, self._options, strict=True):
                 if options.values["unit_norm"] and options.values["lr"] != 0:
                     moved = [Stored.of(p, group, self._states.get(p)) for _, p in with_gradient(group)]
-                    normalize_(moved, inputs.found_inf, group["lr"] if options.on_device else None)
+                    lr = group["lr"] if options.on_device else None
+                    normalize_([t for t in moved if not is_sharded(t.p)], inputs.found_inf, lr)
+                    normalize_shards_([t for t in moved if is_sharded(t.p)], inputs.found_inf, lr)
 
     def _step_at_once(self, inputs: StepInputs) -> bool:
         """The usual step: one call of the engine that served the last step. False where that was not possible."""
