@@ -82,6 +82,37 @@ def test_overflow_at_the_first_step_leaves_no_state(engine: str) -> None:
 # ---- beside the rest of torch ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cls", [rk.RVSM, rk.RVSMAdamW])
+@pytest.mark.parametrize("options", [{"penalty": "l1"}, {"penalty": "topk", "density": 0.5}], ids=repr)
+def test_compiled_training(engine: str, cls: type, options: dict[str, Any]) -> None:
+    """A whole training step under torch.compile: the step is called as it is, in one piece, whatever lr is."""
+    from torch._dynamo.utils import counters
+
+    ends = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(DEVICE)
+        optimizer = cls(rk.param_groups(model, lam=1e-3, beta=1.0, **options), lr=0.1, engine=engine)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+        def train_step(x: torch.Tensor, model: nn.Module = model, optimizer: Any = optimizer) -> None:
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        step = torch.compile(train_step, backend="eager") if compiled else train_step
+        for _ in range(20):
+            step(torch.randn(3, 8, device=DEVICE))
+            scheduler.step()
+            optimizer.zero_grad()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(same_bits(p, q) for p, q in zip(*ends, strict=True))
+    # The function, what goes on behind backward(), which torch does not trace, and behind the step; nothing a second time.
+    assert 1 <= counters["frames"]["total"] <= 5, counters
+    torch._dynamo.reset()
+
+
 def test_compiled_model(engine: str) -> None:
     """torch.compile of the model; the graph sees the new weights after each step."""
     model, other = small(), small()

@@ -92,6 +92,23 @@ def ends_scaling(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def outside_graphs(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that torch.compile calls as it is, in one piece: one break of the graph.
+
+    A kernel's launch is no graph. But a closure, which computes the loss, may be compiled.
+    """
+    in_one_piece = torch._disable_dynamo(step)
+
+    @functools.wraps(step)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and (not args or args == (None,)):
+            return in_one_piece(self)
+        return step(self, *args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # see ends_scaling
+    return wrapper
+
+
 @torch._disable_dynamo
 @functools.cache
 def takes_closure(kind: type[torch.optim.Optimizer]) -> tuple[bool, bool]:

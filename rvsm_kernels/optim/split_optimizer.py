@@ -32,7 +32,7 @@ from ..method.split import state_name
 from ..method.step_options import StepOptions
 from ..model.sparsity import SparsityReport
 from . import advice, checkpoint, method_states
-from .attributes import FromScaler, OptionOfGroups, ends_scaling
+from .attributes import FromScaler, OptionOfGroups, ends_scaling, outside_graphs
 from .chosen_engines import ChosenEngines
 from .sparse_view import SparseView
 from .sparse_weights import SparseWeights
@@ -162,6 +162,7 @@ class SplitOptimizer(Optimizer):
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
+    @outside_graphs
     @ends_scaling
     @Optimizer.profile_hook_step
     @torch.no_grad()
@@ -190,10 +191,14 @@ class SplitOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._lock:
-            self._do_step()
+            (self._do_step if closure is None else self._do_step_outside_graphs)()
         return loss
 
-    @torch._disable_dynamo  # a kernel's launch is no graph: torch.compile calls it as it is
+    @torch._disable_dynamo
+    def _do_step_outside_graphs(self) -> None:
+        """:meth:`_do_step` where torch.compile may be on."""
+        self._do_step()
+
     def _do_step(self) -> None:
         self._check_options()
         # What a GradScaler hands over is there or not; asking by attribute would raise each time.

@@ -237,7 +237,7 @@ class RVSMWrapper(SplitOptimizer):
             raise TypeError(f"{name}.step() needs a closure")
         scaling = {name: self.__dict__[name] for name in _SCALING if self.__dict__.get(name) is not None}
         with self._lock:
-            self._do_step()
+            self._do_step_outside_graphs()
             for name, value in scaling.items():
                 setattr(self.optimizer, name, value)
             try:
@@ -264,7 +264,7 @@ class RVSMWrapper(SplitOptimizer):
                 loss = closure()
             if any(options.writes_gradient for options in self._options):
                 with torch.no_grad():
-                    self._do_step()
+                    self._do_step_outside_graphs()
             return loss
 
         return evaluate
