@@ -108,7 +108,7 @@ def test_compiled_training(engine: str, cls: type, options: dict[str, Any]) -> N
             optimizer.zero_grad()
         ends.append([p.detach().clone() for p in model.parameters()])
     assert all(same_bits(p, q) for p, q in zip(*ends, strict=True))
-    # The function, what goes on behind backward(), which torch does not trace, and behind the step; nothing a second time.
+    # The function, what goes on behind backward(), which torch does not trace, and behind the step; nothing again.
     assert 1 <= counters["frames"]["total"] <= 5, counters
     torch._dynamo.reset()
 
