@@ -7,6 +7,7 @@ on several ranks are made before (:mod:`rvsm_kernels.dist.norms`), in one all-re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,36 @@ from ..method.split import strength, strength_of_size
 from ..method.step_options import StepOptions
 from .norms import SharedNorms, rows_of
 from .shards import gradient_of, note_writes, ranks_of_groups, refuse_partial, shard_of, sharded_like, shards_of
+
+
+@dataclass
+class _Local:
+    """What an engine is shown of a step over DTensors: groups of shards, and what stands beside them."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    options: list[StepOptions] = field(default_factory=list)
+    states: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+    instead: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+    cuts: dict[Tensor, Tensor] = field(default_factory=dict)
+    norms: dict[Tensor, Tensor] = field(default_factory=dict)
+    _places: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def group_of(self, i: int, group: Group, options: StepOptions) -> dict[str, Any]:
+        """The group of shards for parameters of group ``i`` with these options."""
+        place = self._places.setdefault((i, id(options)), len(self.groups))
+        if place == len(self.groups):
+            self.groups.append({**group, "params": [], "param_names": []})
+            self.options.append(options)
+        return self.groups[place]
+
+    def inputs(self) -> StepInputs:
+        """The inputs of the step."""
+        states: Any = self.states
+        return StepInputs(
+            self.grad_scale, self.found_inf, self.options, states, self.instead, self.cuts, self.norms
+        )
 
 
 class ShardEngine(Engine):
@@ -49,50 +80,12 @@ class ShardEngine(Engine):
         self.drop()
         self._inputs = inputs
         try:
-            local_groups: list[dict[str, Any]] = []
-            local = StepInputs(shard_or_none(inputs.grad_scale), shard_or_none(inputs.found_inf), [], {})
-            options: list[StepOptions] = []
-            instead: dict[Tensor, Mapping[str, Tensor]] = {}
-            cuts: dict[Tensor, Tensor] = {}
-            norms: dict[Tensor, Tensor] = {}
-            states: dict[Tensor, dict[str, Any]] = {}
+            local = _Local(shard_or_none(inputs.grad_scale), shard_or_none(inputs.found_inf))
             for i, group in enumerate(groups):
-                by_options: dict[int, dict[str, Any]] = {}
                 for j, p in enumerate(group["params"]):
-                    name = param_name(group, i, j)
-                    refuse_partial(p, name)
-                    grad = gradient_of(p, name)
-                    if grad is None:
-                        continue
-                    shard = shard_of(p)
-                    dims = group_dims(inputs.options[i].dims, p.dim(), name)
-                    ranks = () if dims is None else ranks_of_groups(p, dims)
-                    own = self._options_for(i, inputs.options[i], p) if ranks else inputs.options[i]
-                    if id(own) not in by_options:
-                        by_options[id(own)] = {**group, "params": [], "param_names": []}
-                        local_groups.append(by_options[id(own)])
-                        options.append(own)
-                    by_options[id(own)]["params"].append(shard)
-                    by_options[id(own)]["param_names"].append(name)
-                    shard.grad = grad
-                    self._params.append((p, shard, own))
-                    of_p = self._states.setdefault(shard, {})
-                    found = shards_of(inputs.states[p]) if p in inputs.states else {}
-                    if not _same(of_p, found):
-                        of_p.clear()
-                        of_p.update(found)
-                    states[shard] = of_p
-                    if p in inputs.instead:
-                        instead[shard] = shards_of(inputs.instead[p])
-                    if p in inputs.cuts:
-                        cuts[shard] = shard_of(inputs.cuts[p])
-                    if ranks:
-                        rows = partial(rows_of, shard, own, {**of_p, **instead.get(shard, {})})
-                        norms[shard] = self._norms.room_for(shard, own.dims, ranks, rows, own.norm_rows)
-            self._states = states
-            local.options, local.states, local.instead, local.cuts = options, states, instead, cuts  # type: ignore[assignment]
-            local.norms = {shard: room for shard, room in norms.items() if shard.numel() > 0}
-            ready = self._engine.prepare(local_groups, local)
+                    self._add(local, i, group, p, param_name(group, i, j))
+            self._states = local.states
+            ready = self._engine.prepare(local.groups, local.inputs())
         except BaseException:
             self.drop()
             raise
@@ -100,13 +93,50 @@ class ShardEngine(Engine):
             self.drop()
         return ready
 
+    def _add(self, local: _Local, i: int, group: Group, p: Tensor, name: str) -> None:
+        """What the engine is shown of one parameter of group ``i``, if it has a gradient."""
+        assert self._inputs is not None
+        inputs, options = self._inputs, self._inputs.options[i]
+        refuse_partial(p, name)
+        grad = gradient_of(p, name)
+        if grad is None:
+            return
+        shard = shard_of(p)
+        dims = group_dims(options.dims, p.dim(), name)
+        ranks = () if dims is None else ranks_of_groups(p, dims)
+        if ranks:
+            options = self._options_for(i, options, p)
+        of_group = local.group_of(i, group, options)
+        of_group["params"].append(shard)
+        of_group["param_names"].append(name)
+        shard.grad = grad
+        self._params.append((p, shard, options))
+        # The same dict in every step, so that an engine finds what it has seen before.
+        states = local.states[shard] = self._states.get(shard, {})
+        found = shards_of(inputs.states[p]) if p in inputs.states else {}
+        if not _same(states, found):
+            states.clear()
+            states.update(found)
+        if p in inputs.instead:
+            local.instead[shard] = shards_of(inputs.instead[p])
+        if p in inputs.cuts:
+            local.cuts[shard] = shard_of(inputs.cuts[p])
+        if ranks:
+            rows = partial(rows_of, shard, options, {**states, **local.instead.get(shard, {})})
+            room = self._norms.room_for(shard, options.dims, ranks, rows, options.norm_rows)
+            if shard.numel() > 0:
+                local.norms[shard] = room
+
     def _options_for(self, i: int, options: StepOptions, p: Tensor) -> StepOptions:
-        """The options of a parameter whose groups are larger than what this rank has of them: lam is scaled here."""
+        """The options of a parameter whose groups are larger than what this rank has of them: lam is scaled here.
+
+        Numbers on a device are read for it, which waits for them.
+        """
         if not options.scaled:
             return options
         size = group_size(p.shape, options.dims)
         known = self._scaled.get((i, size))
-        if known is None or known[0] is not options:
+        if known is None or known[0] is not options or options.on_device:  # what a tensor holds may have changed
             on_host = options.on_host()
             values = {**on_host.values, "lam": strength_of_size(on_host.values, size), "group_scale": False}
             known = self._scaled[i, size] = options, StepOptions.of({**values, "params": []}, options.base)
