@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import rvsm_kernels as rk
+from rvsm_kernels.engines.interface import Engine
 from rvsm_kernels.engines.triton.engine import TritonEngine
 from rvsm_kernels.optim.chosen_engines import ChosenEngines
 
@@ -54,10 +55,11 @@ class StandIn:
 class _OnlyTriton(ChosenEngines):
     """The Triton engine, whatever the device."""
 
-    def engine_of(self, p: torch.Tensor, name: str) -> TritonEngine:
-        engine = self._engines.setdefault("triton", TritonEngine(("cpu",)))
-        assert isinstance(engine, TritonEngine)
-        return engine
+    def _key_for(self, p: torch.Tensor, name: str) -> tuple[str, bool]:
+        return "triton", False
+
+    def _engine_for(self, key: tuple[str, bool]) -> Engine:
+        return self._engines.setdefault(key, TritonEngine(("cpu",)))
 
 
 class OnCpu(rk.RVSM):
