@@ -66,7 +66,7 @@ class ShardEngine(Engine):
     def __init__(self, engine: Engine) -> None:
         self.name = f"{engine.name}, by shards"
         self._engine = engine
-        self._whole = ReferenceEngine()  # for u, which is taken of the whole tensor
+        self._whole = ReferenceEngine()  # for the penalty's value, which is taken of the whole tensor
         self._states: dict[Tensor, dict[str, Any]] = {}  # of each shard
         # Of the step: the parameters that move, their shards and options.
         self._params: list[tuple[Tensor, Tensor, StepOptions]] = []
@@ -170,13 +170,14 @@ class ShardEngine(Engine):
         states, found_inf = self._states[shard], shard_or_none(inputs.found_inf)
         missing = {name: t for name, t in options.states_of(shard.dtype).items() if states.get(name) is None}
         counter = None if options.counter is None else states.get(options.counter)
-        skipped = found_inf is not None and (missing or counter is None) and found_inf.item() > 0
-        if skipped:
+        is_first = bool(missing) or (options.counter is not None and counter is None)
+        # As everywhere, a first step waits here for found_inf: what it skips has no states.
+        if is_first and found_inf is not None and found_inf.item() > 0:
             return
         for name, dtype in missing.items():
             states[name] = torch.zeros_like(shard, dtype=dtype)
         if options.counter is not None:
-            counter = torch.zeros((), dtype=torch.float32) if counter is None else counter
+            counter = torch.zeros((), dtype=torch.float32, device=shard.device) if counter is None else counter
             states[options.counter] = counter
             counter.add_(1 if found_inf is None else (found_inf <= 0).to(counter.device, counter.dtype).reshape(()))
 
