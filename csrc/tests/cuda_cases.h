@@ -309,7 +309,8 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
           tasks.total());
     return 1;
   }
-  launches.divide(action == Action::prox ? 50 : cuda::kNarrow);  // in pieces, as tensors of 2^31 elements are
+  // In pieces, as tensors of 2^31 elements are.
+  launches.divide(action == Action::prox || general ? 50 : cuda::kNarrow);
   launches.set_scratch(memory.scratch(launches.scratch_bytes()));
   const auto fetch = [&] {
     for (int i = 0; i < count; ++i) {
