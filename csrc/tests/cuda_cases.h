@@ -253,11 +253,17 @@ inline void compare(const Tensor& got, const Tensor& want, const char* what, dou
                              : with_storage(got.type_of(x), [](auto s) { return int64_t(sizeof s); });
     const double bound = size == 8 ? 1e-14 : size == 4 ? 1e-6 : 0.02;
     const double allowed = summed ? bound + loose * bound : loose * bound;
+    int64_t unlike = 0;
     for (int64_t i = 0; i < got.args.numel + 16; ++i) {
       const double a = got.value(x, i), b = want.value(y, i);
+      unlike += a != b;
       CHECK(std::fabs(a - b) <= allowed * std::max(1.0, std::fabs(b)), "%s: element %lld of %lld is %.9g, not %.9g",
             what, static_cast<long long>(i), static_cast<long long>(got.args.numel), a, b);
     }
+    // The same random bits: the bound above is wider than what others would change.
+    if (x == &got.w && got.args.precision.rounds)
+      CHECK(unlike <= 2 + got.args.numel / 10, "%s: %lld of %lld elements are rounded otherwise", what,
+            static_cast<long long>(unlike), static_cast<long long>(got.args.numel));
   }
 }
 
