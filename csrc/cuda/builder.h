@@ -32,12 +32,36 @@ struct Launch {
   }
 };
 
-// The tables of all tensors of one key. A step's are filled anew each time: that costs less than finding out what
-// changed, and no pointer or option is ever stale.
-class TableBuilder {
+// The launches of a step of one kind. Their memory is used again in every step.
+template <class TableType>
+class LaunchList {
  public:
   void clear() { used_ = 0; }
+  bool empty() const { return used_ == 0; }
+  Launch<TableType>* begin() { return launches_.data(); }
+  Launch<TableType>* end() { return launches_.data() + used_; }
 
+ protected:
+  Launch<TableType>& last() { return launches_[used_ - 1]; }
+  TableType& table() { return *last().table; }
+
+  // One launch more, with an empty table.
+  void begin_table() {
+    if (++used_ > launches_.size()) launches_.emplace_back();
+    last().groups.clear();
+    last().counted.clear();
+    table().entries = table().blocks = 0;
+  }
+
+ private:
+  std::vector<Launch<TableType>> launches_;
+  size_t used_ = 0;
+};
+
+// The tables of all tensors of one key. A step's are filled anew each time: that costs less than finding out what
+// changed, and no pointer or option is ever stale.
+class TableBuilder : public LaunchList<Table> {
+ public:
   // A tensor of a step or, with `source` in the place of the gradient, of a prox.
   template <class S, class Base, int kStates>
   void add(const TensorArgs& args, void* source) {
@@ -110,13 +134,8 @@ class TableBuilder {
     t.blocks += uint32_t(ceil_div(numel, kGeneralChunk));
   }
 
-  Launch<Table>* begin() { return launches_.data(); }
-  Launch<Table>* end() { return launches_.data() + used_; }
-
  private:
   static constexpr int kNone = -1;
-
-  Table& table() { return *launches_[used_ - 1].table; }
 
   // The same padding each time, so that records can be compared as bytes.
   template <class T, class Base>
@@ -145,22 +164,18 @@ class TableBuilder {
   template <class Entry, class R>
   int reserve(const TensorArgs& args, const R& record, int slots = 0) {
     // A record with a cut is of one tensor.
-    int slot = used_ > 0 && args.cut == nullptr ? find_record(record) : kNone;
+    int slot = !empty() && args.cut == nullptr ? find_record(record) : kNone;
     const auto room = [&] {
       const int64_t front = int64_t(table().entries + 1) * int64_t(sizeof(Entry));
       return int64_t(free_ - slots - (slot == kNone ? kSlotsOf<R> : 0)) * kSlotBytes - front;
     };
-    if (used_ == 0 || room() < 0) {
-      if (++used_ > launches_.size()) launches_.emplace_back();
-      Launch<Table>& l = launches_[used_ - 1];
-      l.groups.clear();
-      l.counted.clear();
-      l.table->entries = l.table->blocks = 0;
+    if (empty() || room() < 0) {
+      begin_table();
       free_ = kSlots;
       records_.clear();
       slot = kNone;
     }
-    launches_[used_ - 1].note(args.group);
+    last().note(args.group);
     if (slot != kNone) return slot;
     records_.push_back(put(record));
     return free_;
@@ -186,8 +201,7 @@ class TableBuilder {
   }
 
   void count(const TensorArgs& args) {
-    launches_[used_ - 1].counted.push_back(
-        {args.counter, base_numbers(args.numbers), args.device_numbers, args.base.kind});
+    last().counted.push_back({args.counter, base_numbers(args.numbers), args.device_numbers, args.base.kind});
   }
 
   static GeneralEntry general_entry(const TensorArgs& args, int64_t offset, int64_t numel) {
@@ -242,34 +256,25 @@ class TableBuilder {
     return kNone;
   }
 
-  std::vector<Launch<Table>> launches_;  // their memory is used again in every step
-  size_t used_ = 0;
   std::vector<int> records_;  // slots of the records in the last table
   int free_ = 0;              // the records begin here
 };
 
 // The tables of counters.
-class CountBuilder {
+class CountBuilder : public LaunchList<CountTable> {
  public:
-  void clear() { used_ = 0; }
-
   // `out`: where the corrections of an entry go. Pieces of one tensor stand one behind the other, and are counted once.
   void add(const Counted& c, double* out, int32_t group) {
-    if (used_ > 0 && c.step != nullptr && c.step == last_.step) {
-      CountTable& t = *launches_[used_ - 1].table;
-      ++t.at[t.entries - 1].outs;
+    if (!empty() && c.step != nullptr && c.step == before_.step) {
+      ++table().at[table().entries - 1].outs;
       return;
     }
-    const bool same = used_ > 0 && c.numbers == last_.numbers && c.device == last_.device;
-    if (used_ == 0 || launches_[used_ - 1].table->entries == kEntries || (!same && records_ == kRecords)) {
-      if (++used_ > launches_.size()) launches_.emplace_back();
-      Launch<CountTable>& l = launches_[used_ - 1];
-      l.table->entries = 0;
-      l.groups.clear();
+    const bool same = !empty() && c.numbers == before_.numbers && c.device == before_.device;
+    if (empty() || table().entries == kEntries || (!same && records_ == kRecords)) {
+      begin_table();
       records_ = 0;
     }
-    Launch<CountTable>& l = launches_[used_ - 1];
-    CountTable& t = *l.table;
+    CountTable& t = table();
     if (!same || records_ == 0) {
       CountRecord& record = t.records[records_++];
       record.base = c.base;
@@ -278,44 +283,35 @@ class CountBuilder {
     }
     t.at[t.entries++] = {c.step, out, 1, uint32_t(records_ - 1)};
     t.blocks = uint32_t(ceil_div(t.entries, kThreads));
-    l.note(group);
-    last_ = c;
+    last().note(group);
+    before_ = c;
   }
-
-  Launch<CountTable>* begin() { return launches_.data(); }
-  Launch<CountTable>* end() { return launches_.data() + used_; }
 
  private:
   static constexpr uint32_t kEntries = sizeof(CountTable::at) / sizeof(CountEntry);
   static constexpr int kRecords = sizeof(CountTable::records) / sizeof(CountRecord);
-  std::vector<Launch<CountTable>> launches_;
-  size_t used_ = 0;
   int records_ = 0;
-  Counted last_{};
+  Counted before_{};  // what was added last
 };
 
 // The tables of numbers that are finished on the device.
-class NumbersBuilder {
+class NumbersBuilder : public LaunchList<NumbersTable> {
  public:
   // `out`: where the finished records go; each takes kFinishedBytes.
   void begin_step(char* out) {
-    used_ = 0;
+    clear();
     next_ = out;
   }
 
   // The finished record of a tensor; tensors with the same numbers, one behind the other, share it.
   void* add(const TensorArgs& args) {
     const bool wide = args.dtype == Dtype::f64;
-    if (used_ > 0 && last_.numbers == args.numbers && last_.device_numbers == args.device_numbers &&
-        last_.scale == args.scale && (last_.dtype == Dtype::f64) == wide)
+    if (!empty() && before_.numbers == args.numbers && before_.device_numbers == args.device_numbers &&
+        before_.scale == args.scale && (before_.dtype == Dtype::f64) == wide)
       return next_ - kFinishedBytes;
-    if (used_ == 0 || launches_[used_ - 1].table->entries == kEntries) {
-      if (++used_ > launches_.size()) launches_.emplace_back();
-      launches_[used_ - 1].table->entries = 0;
-      launches_[used_ - 1].groups.clear();
-    }
-    Launch<NumbersTable>& l = launches_[used_ - 1];
-    NumbersEntry& e = l.table->at[l.table->entries++];
+    if (empty() || table().entries == kEntries) begin_table();
+    NumbersTable& t = table();
+    NumbersEntry& e = t.at[t.entries++];
     std::memset(static_cast<void*>(&e), 0, sizeof e);
     e.out = next_;
     e.device = *args.device_numbers;
@@ -323,54 +319,36 @@ class NumbersBuilder {
     e.wide = wide;
     std::memcpy(e.numbers, args.numbers, sizeof e.numbers);
     e.numbers[kProxNumbers] *= args.scale;
-    l.table->blocks = uint32_t(ceil_div(l.table->entries, kThreads));
-    l.note(args.group);
-    last_ = args;
+    t.blocks = uint32_t(ceil_div(t.entries, kThreads));
+    last().note(args.group);
+    before_ = args;
     next_ += kFinishedBytes;
     return e.out;
   }
 
   static constexpr int64_t kFinishedBytes = ceil_div(sizeof(FinishedRecord<double>), 32) * 32;
 
-  Launch<NumbersTable>* begin() { return launches_.data(); }
-  Launch<NumbersTable>* end() { return launches_.data() + used_; }
-
  private:
   static constexpr uint32_t kEntries = sizeof(NumbersTable::at) / sizeof(NumbersEntry);
-  std::vector<Launch<NumbersTable>> launches_;
-  size_t used_ = 0;
   char* next_ = nullptr;
-  TensorArgs last_;
+  TensorArgs before_;  // what was added last
 };
 
 // The tables of sums.
-class SumBuilder {
+class SumBuilder : public LaunchList<SumTable> {
  public:
-  void clear() { used_ = 0; }
-
   void add(const SumEntry& entry, int64_t batches, int32_t group) {
-    if (used_ == 0 || int(launches_[used_ - 1].table->entries) == kEntries) {
-      if (++used_ > launches_.size()) launches_.emplace_back();
-      Launch<SumTable>& l = launches_[used_ - 1];
-      l.table->entries = l.table->blocks = 0;
-      l.groups.clear();
-    }
-    Launch<SumTable>& l = launches_[used_ - 1];
-    SumTable& t = *l.table;
+    if (empty() || int(table().entries) == kEntries) begin_table();
+    SumTable& t = table();
     SumEntry& added = t.at[t.entries++];
     added = entry;
     added.first = t.blocks;
     t.blocks += uint32_t(batches * entry.tiles * entry.parts);
-    l.note(group);
+    last().note(group);
   }
-
-  Launch<SumTable>* begin() { return launches_.data(); }
-  Launch<SumTable>* end() { return launches_.data() + used_; }
 
  private:
   static constexpr int kEntries = int(sizeof(SumTable::at) / sizeof(SumEntry));
-  std::vector<Launch<SumTable>> launches_;
-  size_t used_ = 0;
 };
 
 }  // namespace rvsm::cuda
