@@ -209,26 +209,24 @@ class TableBuilder : public LaunchList<Table> {
     std::memset(static_cast<void*>(&e), 0, sizeof e);
     const Precision& p = args.precision;
     bool vectors = offset % kRun == 0;
-    // Where an array begins, and the number of its type. Without a mixture all arrays have the type of the weights.
-    const auto place = [&](void* array, Dtype dtype, int64_t size, void*& to, uint8_t& type) {
-      type = uint8_t(dtype);
-      if (array == nullptr) return;
-      to = static_cast<char*>(array) + offset * size;
-      vectors = vectors && begins_on_boundary(to);
+    // Where the entry's part of an array begins, and the number of its type. Without a mixture all arrays have the type
+    // of the weights.
+    const auto place = [&](void* array, int64_t size) -> void* {
+      if (array == nullptr) return nullptr;
+      void* const begin = static_cast<char*>(array) + offset * size;
+      vectors = vectors && begins_on_boundary(begin);
+      return begin;
     };
-    const auto size_of = [](Dtype dtype) { return with_storage(dtype, [](auto s) { return int64_t(sizeof s); }); };
     const auto place_typed = [&](void* array, Dtype dtype, void*& to, uint8_t& type) {
-      place(array, dtype, size_of(dtype), to, type);
+      type = uint8_t(dtype);
+      to = place(array, with_storage(dtype, [](auto s) { return int64_t(sizeof s); }));
     };
     place_typed(args.w, args.dtype, e.w, e.weight_type);
     place_typed(args.g, p.mixed ? p.grad : args.dtype, e.g, e.grad_type);
     for (int k = 0; k < args.states(); ++k)
       place_typed(args.state[size_t(k)], p.mixed ? p.states[size_t(k)] : args.dtype, e.state[k], e.state_type[k]);
-    if (p.mixed && p.master != Master::none) {
-      const int64_t size = p.master == Master::low ? sizeof(int16_t) : sizeof(float);
-      uint8_t none;
-      place(args.master_state(), args.dtype, size, e.state[args.states()], none);
-    }
+    if (p.mixed && p.master != Master::none)
+      e.state[args.states()] = place(args.master_state(), p.master == Master::low ? sizeof(int16_t) : sizeof(float));
     e.vectors = vectors;
     e.numel = numel;
     e.offset = offset;
