@@ -7,6 +7,7 @@ from .model.param_groups import describe, param_groups
 from .model.sparsity import SparsityReport, sparsity
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
 from .optim.checkpoint import to_torch_state_dict
+from .optim.unwrap import unwrap
 from .version import __version__
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "reference",
     "sparsity",
     "to_torch_state_dict",
+    "unwrap",
 ]

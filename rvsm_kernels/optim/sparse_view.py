@@ -22,7 +22,7 @@ from ..method.precision import MASTER_STATES, as_parameter, has_master, join, ma
 from ..method.selection import thresholded
 from ..method.split import is_split
 from ..method.warn import some, warn
-from ..model.sparsity import SparsityReport, is_all_zero, measure
+from ..model.sparsity import SparsityReport, SparsityRow, is_all_zero, measure
 from . import marks
 
 if TYPE_CHECKING:
@@ -296,9 +296,13 @@ class SparseView:
                 total = total + more_than_prox.value_of(whole(w), whole(u), group).to(total.device)
         return total
 
-    @torch.no_grad()
     def sparsity(self) -> SparsityReport:
         """See :meth:`SplitOptimizer.sparsity`."""
+        return SparsityReport(row for _, row in self.rows())
+
+    @torch.no_grad()
+    def rows(self) -> list[tuple[Tensor, SparsityRow]]:
+        """Every parameter with a penalty, and what is counted of it."""
         with self._optimizer._lock:
             self._optimizer._check_options()
         rows = []
@@ -315,7 +319,7 @@ class SparseView:
                     if is_split(group) and w.numel() > 0 and p.requires_grad and not self._is_u(p, group):
                         self._check(p, w, group, name)
                         u = self._u_of(p, w, group, self._engine_of(w, name)).to(w.dtype)
-                    rows.append(measure(name, whole(u), group["group_dim"]))
+                    rows.append((p, measure(name, whole(u), group["group_dim"])))
                 except (AssertionError, NotImplementedError, RuntimeError) as error:
                     raise named(error, w, name) from error
-        return SparsityReport(rows)
+        return rows
