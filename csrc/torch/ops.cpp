@@ -60,13 +60,16 @@ std::vector<std::vector<size_t>> by_turn(at::TensorList tensors) {
 // Makes arguments and keeps their records, to which the arguments point.
 class ArgsList {
  public:
-  ArgsList(const PenaltyOptions& options, const OptionalDims& group_dim)
-      : options_(options), dims_(group_dim ? Dims(group_dim->vec()) : Dims()) {}
+  ArgsList(const PenaltyOptions& options, const OptionalDims& group_dim, int64_t group_block)
+      : options_(options), dims_(group_dim ? Dims(group_dim->vec()) : Dims()), block_(group_block) {
+    TORCH_CHECK_VALUE(block_ == 1 || dims_, "Invalid group_block value: ", block_,
+                      " needs a group_dim of one dimension");
+  }
 
   TensorArgs of(const at::Tensor& dense) {
     TensorArgs args;
     try {
-      args = args_of(dense, dims_);
+      args = args_of(dense, dims_, block_);
     } catch (const std::invalid_argument& error) {
       TORCH_CHECK_VALUE(false, "Invalid group_dim value: ", error.what());
     }
@@ -86,12 +89,13 @@ class ArgsList {
  private:
   PenaltyOptions options_;
   Dims dims_;
+  int64_t block_;
   std::deque<std::array<double, kMostNumbers>> records_;
 };
 
 void prox_(at::TensorList params, Names penalty, double lam, double beta, double a, OptionalDims group_dim,
-           bool group_scale) {
-  ArgsList list({penalty, lam, beta, a, group_scale}, group_dim);
+           bool group_scale, int64_t group_block) {
+  ArgsList list({penalty, lam, beta, a, group_scale}, group_dim, group_block);
   for (const at::Tensor& w : params) check(w);
   std::vector<Staged> staged;
   std::vector<TensorArgs> all;
@@ -112,9 +116,9 @@ void prox_(at::TensorList params, Names penalty, double lam, double beta, double
   for (const at::Tensor& w : params) bump_version(w);
 }
 
-at::Tensor prox(const at::Tensor& w, Names penalty, double tau, double a, OptionalDims group_dim) {
+at::Tensor prox(const at::Tensor& w, Names penalty, double tau, double a, OptionalDims group_dim, int64_t group_block) {
   check(w);
-  ArgsList list({penalty, tau, 1, a, false}, group_dim);
+  ArgsList list({penalty, tau, 1, a, false}, group_dim, group_block);
   at::Tensor u = at::empty_like(w);
   DeviceEngines engines(Action::prox);
   DeviceEngine& engine = engines[engines.of(w.device())];
@@ -133,8 +137,8 @@ at::Tensor prox(const at::Tensor& w, Names penalty, double tau, double a, Option
 }
 
 at::Tensor penalty_value(at::TensorList params, Names penalty, double lam, double beta, double a,
-                         OptionalDims group_dim, bool group_scale) {
-  ArgsList list({penalty, lam, beta, a, group_scale}, group_dim);
+                         OptionalDims group_dim, bool group_scale, int64_t group_block) {
+  ArgsList list({penalty, lam, beta, a, group_scale}, group_dim, group_block);
   DeviceEngines engines(Action::penalty);
   std::vector<Staged> staged;
   for (const at::Tensor& w : params) {
@@ -158,9 +162,9 @@ void check_meta(at::TensorList tensors) {
   for (const at::Tensor& t : tensors)
     TORCH_CHECK_TYPE(t.is_meta(), "rvsm_kernels does not support meta tensors beside tensors on ", t.device());
 }
-at::Tensor prox_meta(const at::Tensor& w, Names, double, double, OptionalDims) { return at::empty_like(w); }
-void prox_meta_(at::TensorList w, Names, double, double, double, OptionalDims, bool) { check_meta(w); }
-at::Tensor penalty_value_meta(at::TensorList params, Names, double, double, double, OptionalDims, bool) {
+at::Tensor prox_meta(const at::Tensor& w, Names, double, double, OptionalDims, int64_t) { return at::empty_like(w); }
+void prox_meta_(at::TensorList w, Names, double, double, double, OptionalDims, bool, int64_t) { check_meta(w); }
+at::Tensor penalty_value_meta(at::TensorList params, Names, double, double, double, OptionalDims, bool, int64_t) {
   check_meta(params);
   TORCH_CHECK_VALUE(!params.empty(), "penalty_value needs a tensor");
   return at::empty({}, params.front().options().dtype(at::kDouble));
@@ -168,13 +172,13 @@ at::Tensor penalty_value_meta(at::TensorList params, Names, double, double, doub
 }  // namespace
 
 TORCH_LIBRARY(rvsm_kernels, m) {
-  m.def("prox(Tensor w, str? penalty, float tau, float a=1.0, int[]? group_dim=None) -> Tensor");
+  m.def("prox(Tensor w, str? penalty, float tau, float a=1.0, int[]? group_dim=None, int group_block=1) -> Tensor");
   m.def(
       "prox_(Tensor(a!)[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
-      "bool group_scale=False) -> ()");
+      "bool group_scale=False, int group_block=1) -> ()");
   m.def(
       "penalty_value(Tensor[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
-      "bool group_scale=False) -> Tensor");
+      "bool group_scale=False, int group_block=1) -> Tensor");
 }
 
 // The same functions for every device: they ask each tensor for its own.

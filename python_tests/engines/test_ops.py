@@ -14,10 +14,11 @@ import rvsm_kernels as rk
 from runner import check_u, real, same_bits
 
 SCHEMAS = {
-    "prox": "(Tensor w, str? penalty, float tau, float a, int[]? group_dim) -> Tensor",
-    "prox_": "(Tensor(a!)[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale) -> ()",
-    "penalty_value": "(Tensor[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale)"
-    " -> Tensor",
+    "prox": "(Tensor w, str? penalty, float tau, float a, int[]? group_dim, int group_block) -> Tensor",
+    "prox_": "(Tensor(a!)[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale,"
+    " int group_block) -> ()",
+    "penalty_value": "(Tensor[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale,"
+    " int group_block) -> Tensor",
 }
 PENALTIES = [("l0", None), ("l1", [0]), ("tl1", [1]), ("tl1", []), ("l0", [0, 1]), (None, None)]
 each_kind = pytest.mark.parametrize(
@@ -93,6 +94,8 @@ def test_ops_are_the_optimizer(penalty: str | None, dims: list[int] | None, dtyp
     params, ws = [nn.Parameter(w) for w in weights(dtype)], weights(dtype)
     split: dict[str, Any] = {"penalty": penalty, "lam": 0.2, "beta": 0.5, "a": 2.0, "group_dim": dims}
     optimizer = rk.RVSM(params, lr=0.1, **split, group_scale=True, engine="native")
+    with pytest.raises(ValueError, match="group_block"):
+        op("prox")(ws[0], penalty, 0.4, 2.0, dims, 7919)
     value = op("penalty_value")(ws, penalty, 0.2, 0.5, 2.0, dims, True)
     assert value.dtype == torch.float64 and value.shape == ()
     assert penalty is None or value == optimizer.penalty_value()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..method.groups import GroupDim, group_dims, to_memory_order
+from ..method.groups import Grouping, group_count, sums, to_memory_order
 from ..method.precision import Stored, join, master_name
 from ..method.selection import thresholded
 from ..method.step_options import StepOptions
@@ -27,7 +27,7 @@ class _Part(NamedTuple):
 
     ranks: tuple[Any, ...]
     rows: Callable[[], Sequence[Tensor]]
-    group_dim: GroupDim
+    group_dim: Grouping
     room: Tensor
 
 
@@ -38,7 +38,7 @@ class SharedNorms:
         self._parts: list[_Part] = []
 
     def room_for(
-        self, shard: Tensor, group_dim: GroupDim, ranks: tuple[Any, ...], rows: Callable[[], Sequence[Tensor]], count: int
+        self, shard: Tensor, group_dim: Grouping, ranks: tuple[Any, ...], rows: Callable[[], Sequence[Tensor]], count: int
     ) -> Tensor:
         """Room for the norms of a shard's groups, in the form of :attr:`StepInputs.norms`; it holds nothing yet.
 
@@ -47,10 +47,7 @@ class SharedNorms:
             rows: gives the tensors whose norms are wanted, when the room is filled.
             count: how many these are.
         """
-        groups = 1
-        for d in group_dims(group_dim, shard.dim()) or ():
-            groups *= shard.shape[d]
-        room = torch.empty(count, groups, dtype=torch.float64, device=shard.device)
+        room = torch.empty(count, group_count(shard.shape, group_dim), dtype=torch.float64, device=shard.device)
         self._parts.append(_Part(ranks, rows, group_dim, room))
         return room
 
@@ -71,12 +68,9 @@ class SharedNorms:
                 part.room.copy_(norms.reshape(part.room.shape))
 
 
-def _squares(row: Tensor, group_dim: GroupDim) -> Tensor:
+def _squares(row: Tensor, group_dim: Grouping) -> Tensor:
     """The sum of squares of each group of a shard, in the order of its memory."""
-    dims = group_dims(group_dim, row.dim()) or ()
-    reduced = [d for d in range(row.dim()) if d not in dims]
-    squares = row.double().square()
-    return to_memory_order(squares.sum(dim=reduced) if reduced else squares, row, group_dim)
+    return to_memory_order(sums(row.double().square(), group_dim), row, group_dim)
 
 
 def rows_of(shard: Tensor, options: StepOptions, states: Mapping[str, Any]) -> list[Tensor]:
