@@ -207,8 +207,16 @@ def test_a_tensor_without_elements(engine: str) -> None:
 def test_edits(engine: str) -> None:
     """A block is read anew in each step."""
     optimizer = rk.RVSM([weight(12, 4)], lr=0.1, penalty="tl1", engine=engine, **SPLIT)
-    for block, dims in ((3, 0), (4, 0), (1, 0), (2, 1), (6, 0), (1, None)):
+    for block, dims in ((3, 0), (4, 0), (1, 0), (2, 1), (6, 0), (1, (0, 1)), (1, None)):
         optimizer.param_groups[0].update(group_block=block, group_dim=dims)
+        checked_step(optimizer, f"{block} of {dims}")
+
+
+def test_a_block_is_no_pair_of_dimensions(engine: str) -> None:
+    """Blocks of two rows, after kernels (0, 2)."""
+    optimizer = rk.RVSM([weight(6, 4, 3)], lr=0.1, penalty="tl1", engine=engine, **{**SPLIT, "group_block": 1})
+    for dims, block in (((0, 2), 1), (0, 2), ((0, 2), 1)):
+        optimizer.param_groups[0].update(group_dim=dims, group_block=block)
         checked_step(optimizer, f"{block} of {dims}")
 
 

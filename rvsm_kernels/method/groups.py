@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ GroupDim = int | Sequence[int] | None
 """The dimensions that index the groups (docs/method.md, section 2): None is elementwise, () the whole tensor."""
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:  # no tuple, which would equal a group_dim of two dimensions
     """Groups that are blocks of one dimension: ``group_dim`` with a ``group_block`` above 1.
 
     Attributes:

@@ -148,7 +148,7 @@ def weights_of(
         elif structure != HEADS:
             dim, left = structure_dim(module, structure, local)
         elif (id(module), local) in heads:
-            dim, block = heads[id(module), local]
+            dim, block = heads[id(module), local].dim, heads[id(module), local].size
         else:
             left = NO_HEADS
         weights.append(Weight(name, p, module, left, dim, block))
