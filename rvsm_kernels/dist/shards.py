@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.groups import Grouping, block_of, group_dims
+from ..method.groups import Grouping, group_dims, size_of_block
 
 
 def is_sharded(t: Any) -> bool:
@@ -100,7 +100,7 @@ def ranks_of_groups(p: Tensor, group_dim: Grouping, name: str = "the tensor") ->
 
 def _refuse_cut_blocks(p: Tensor, group_dim: Grouping, name: str) -> None:
     """Raise ValueError where the border of a shard is inside a block; every rank finds the same."""
-    block = block_of(group_dim)
+    block = size_of_block(group_dim)
     if block == 1:
         return
     (dim,) = group_dims(group_dim, p.dim()) or (0,)

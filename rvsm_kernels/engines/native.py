@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..method.bases import BASES
-from ..method.groups import Grouping, as_dims, block_of, group_dims
+from ..method.groups import Grouping, as_dims, group_dims, size_of_block
 from ..method.penalties import PENALTIES
 from ..method.prox import PROX_NUMBERS
 from ..method.split import SPLIT_NUMBERS
@@ -156,7 +156,7 @@ def _probe() -> str | None:
 
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: Grouping = None) -> Tensor:
     """Twin of :func:`rvsm_kernels.reference.prox`."""
-    return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, group_dims(group_dim, w.dim()), block_of(group_dim))
+    return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, group_dims(group_dim, w.dim()), size_of_block(group_dim))
 
 
 class NativeEngine(Engine):

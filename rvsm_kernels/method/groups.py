@@ -50,7 +50,7 @@ def as_dims(group_dim: Grouping) -> tuple[int, ...] | None:
     return tuple(dims)
 
 
-def block_of(group_dim: Grouping) -> int:
+def size_of_block(group_dim: Grouping) -> int:
     """``group_block``: how many consecutive indices of the dimension make a group."""
     return group_dim.size if isinstance(group_dim, Blocks) else 1
 
@@ -108,7 +108,7 @@ def _shown(group_dim: Grouping) -> str:
 
 def check_grouping(shape: Sequence[int], group_dim: Grouping, name: str = "the tensor") -> None:
     """Raise as :func:`group_dims`, and ValueError for a dimension that is no whole number of blocks."""
-    dims, block = group_dims(group_dim, len(shape), name), block_of(group_dim)
+    dims, block = group_dims(group_dim, len(shape), name), size_of_block(group_dim)
     if dims is not None and block > 1 and shape[dims[0]] % block != 0:
         raise ValueError(
             f"Invalid group_block value: {block}: dimension {dims[0]} of {name} has {shape[dims[0]]} indices, no"
@@ -119,12 +119,12 @@ def check_grouping(shape: Sequence[int], group_dim: Grouping, name: str = "the t
 def group_size(shape: torch.Size, group_dim: Grouping) -> int:
     """The number of elements of one group (1 for elementwise)."""
     dims = group_dims(group_dim, len(shape))
-    return 1 if dims is None else block_of(group_dim) * math.prod(n for d, n in enumerate(shape) if d not in dims)
+    return 1 if dims is None else size_of_block(group_dim) * math.prod(n for d, n in enumerate(shape) if d not in dims)
 
 
 def group_count(shape: torch.Size, group_dim: Grouping) -> int:
     """The number of groups of a tensor with a ``group_dim``, also where it has no elements."""
-    return math.prod(shape[d] for d in group_dims(group_dim, len(shape)) or ()) // block_of(group_dim)
+    return math.prod(shape[d] for d in group_dims(group_dim, len(shape)) or ()) // size_of_block(group_dim)
 
 
 class GroupView(NamedTuple):
@@ -183,16 +183,16 @@ def view_of(t: Tensor, group_dim: Grouping) -> GroupView | None:
     if dims is None or t.numel() == 0:
         return None
     strides = (t if is_dense(t) else torch.empty_like(t, device="meta")).stride()
-    return group_view(t.shape, strides, dims, block_of(group_dim))
+    return group_view(t.shape, strides, dims, size_of_block(group_dim))
 
 
 def _apart(w: Tensor, group_dim: Grouping) -> tuple[Tensor, list[int]]:
     """w with the indices of a block in a dimension of its own, and the dimensions that the groups are summed over."""
     dims = group_dims(group_dim, w.dim()) or ()
-    if block_of(group_dim) == 1:
+    if size_of_block(group_dim) == 1:
         return w, [d for d in range(w.dim()) if d not in dims]
     (dim,) = dims
-    apart = w.unflatten(dim, (w.shape[dim] // block_of(group_dim), block_of(group_dim)))
+    apart = w.unflatten(dim, (w.shape[dim] // size_of_block(group_dim), size_of_block(group_dim)))
     return apart, [d for d in range(apart.dim()) if d != dim]
 
 
@@ -202,7 +202,7 @@ def _beside(numbers: Tensor, w: Tensor, group_dim: Grouping) -> Tensor:
     Args:
         numbers: of :func:`_apart`. Where groups are blocks, every index of a block gets the block's number.
     """
-    block = block_of(group_dim)
+    block = size_of_block(group_dim)
     if block == 1:
         return numbers
     (dim,) = group_dims(group_dim, w.dim()) or (0,)
@@ -212,7 +212,7 @@ def _beside(numbers: Tensor, w: Tensor, group_dim: Grouping) -> Tensor:
 
 def once(numbers: Tensor, group_dim: Grouping) -> Tensor:
     """What broadcasts over a tensor (:func:`magnitudes`), with the number of each group once."""
-    block = block_of(group_dim)
+    block = size_of_block(group_dim)
     if block == 1:
         return numbers
     (dim,) = group_dims(group_dim, numbers.dim()) or (0,)
@@ -254,8 +254,8 @@ def from_memory_order(norms: Tensor, w: Tensor, group_dim: Grouping) -> Tensor:
     """
     dims = group_dims(group_dim, w.dim()) or ()
     in_memory = _in_memory_order(dims, w)
-    if block_of(group_dim) > 1:  # the blocks of one dimension are in its order
-        norms = norms.repeat_interleave(block_of(group_dim))
+    if size_of_block(group_dim) > 1:  # the blocks of one dimension are in its order
+        norms = norms.repeat_interleave(size_of_block(group_dim))
     by_dim = norms.reshape([w.shape[d] for d in in_memory]).permute([in_memory.index(d) for d in dims])
     return by_dim.reshape([n if d in dims else 1 for d, n in enumerate(w.shape)]).to(w.dtype)
 
@@ -267,7 +267,7 @@ def to_memory_order(numbers: Tensor, w: Tensor, group_dim: Grouping) -> Tensor:
         numbers: in the shape of :func:`magnitudes`.
     """
     dims = group_dims(group_dim, w.dim()) or ()
-    if block_of(group_dim) > 1:
+    if size_of_block(group_dim) > 1:
         return once(numbers, group_dim).reshape(-1)
     by_dim = numbers.reshape([w.shape[d] for d in dims])
     return by_dim.permute([dims.index(d) for d in _in_memory_order(dims, w)]).reshape(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import device_numbers
 from .bases import Base
-from .groups import Grouping, as_dims, block_of, grouping_of
+from .groups import Grouping, as_dims, grouping_of, size_of_block
 from .methods import METHODS, Method
 from .options import PLAIN_TYPES
 from .precision import MASTER_STATES, STATE_TYPES, has_master, is_stochastic
@@ -150,7 +150,7 @@ class StepOptions:
     @property
     def block(self) -> int:
         """How many consecutive indices of them make a group."""
-        return block_of(self.grouping)
+        return size_of_block(self.grouping)
 
     @property
     def master(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...method.groups import Grouping, block_of, group_dims, grouping, grouping_of, view_of
+from ...method.groups import Grouping, group_dims, grouping, grouping_of, size_of_block, view_of
 from ...method.prox import prox_numbers
 from ...method.split import strength
 from .launch import Launch, TensorArgs
@@ -98,4 +98,4 @@ def _(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: list[int]
 def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: Grouping = None) -> Tensor:
     """Twin of :func:`rvsm_kernels.reference.prox`, an op of its own under torch.compile."""
     dims = group_dims(group_dim, w.dim())
-    return _prox(w, penalty, float(tau), float(a), None if dims is None else list(dims), block_of(group_dim))
+    return _prox(w, penalty, float(tau), float(a), None if dims is None else list(dims), size_of_block(group_dim))
