@@ -66,7 +66,8 @@ def test_counts_and_values(engine: str) -> None:
     assert p[3:].count_nonzero() == 0 and p[:3].count_nonzero() == 12
     model = nn.Linear(4, 6, bias=False)
     model.weight = p
-    assert rk.sparsity(model, 0, 3).rows == [rk.SparsityReport([row]).rows[0].__class__("weight", (6, 4), 12, 24, 1, 2)]
+    (row,) = rk.sparsity(model, 0, 3).rows
+    assert (row.zero_groups, row.groups, row.zeros, row.numel) == (1, 2, 12, 24)
     assert optimizer.penalty_value() == 0.5
 
 
@@ -179,6 +180,13 @@ def test_errors_of_prox() -> None:
             rk.prox(weight(), "l0", 0.1, group_dim=dims, group_block=2)
     with pytest.raises(TypeError, match="integer"):
         rk.prox(weight(), "l0", 0.1, group_dim=0, group_block=1.5)  # type: ignore[arg-type]
+
+
+def test_errors_of_sparsity() -> None:
+    model = nn.Linear(4, 6)
+    for block, text in ((0, "group_block value: 0"), (4, "dimension 0 of weight has 6 indices")):
+        with pytest.raises(ValueError, match=text):
+            rk.sparsity(model, 0, block)
 
 
 def test_weights_of_another_shape(engine: str) -> None:

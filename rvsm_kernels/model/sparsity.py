@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..method.groups import GroupDim, Grouping, check_grouping, grouping, magnitudes, once
 from ..method.memory import kind_of, whole
+from ..method.options import at_least_one
 from .param_groups import counted_weights
 
 ZERO_NORM = 1e-15
@@ -155,6 +156,7 @@ def sparsity(model: nn.Module, group_dim: GroupDim = None, group_block: int = 1)
     if not isinstance(model, nn.Module):
         hint = "; an optimizer has a method: optimizer.sparsity()" if isinstance(model, torch.optim.Optimizer) else ""
         raise TypeError(f"sparsity takes a module, but got a {type(model).__name__}{hint}")
+    at_least_one("group_block", group_block)
     groups = grouping(group_dim, group_block)
     rows, uncounted = [], {}
     for name, weight, left in counted_weights(model):
