@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -62,18 +63,17 @@ class Layout:
         return view, buffer
 
 
-def collapses(shape: Sequence[int], order: Sequence[int], group_dim: definition.GroupDim) -> bool:
+def collapses(shape: Sequence[int], order: Sequence[int], group_dim: definition.Grouping) -> bool:
     """Whether the dimensions of group_dim are next to each other in memory (dimensions of size 1 lie anywhere).
 
-    The kernels (0, 1) of a channels-last weight, which are not, must work too.
+    Or in two such runs of which one is the slowest: the kernels (0, 1) of a channels-last weight.
     """
     if group_dim is None:
         return True
     dims = definition.group_dims(group_dim, len(shape))
-    if dims == {0, 1} and tuple(order) == (0, *range(2, len(shape)), 1):
-        return True
     where = [k for k, d in enumerate(d for d in order if shape[d] != 1) if d in dims]
-    return not where or where[-1] - where[0] + 1 == len(where)
+    runs = 1 + sum(after != k + 1 for k, after in itertools.pairwise(where))
+    return runs == 1 or (runs == 2 and where[0] == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +170,7 @@ def _draw_group_dim(rng: random.Random, shape: tuple[int, ...], order: tuple[int
     options: list[definition.GroupDim] = [()]
     options += [d for d in (0, 1, -1, -2) if -ndim <= d < ndim]
     options += [(0, 1)] * 2 if ndim >= 2 else []
+    options += [(order[0], order[2])] * 2 if ndim >= 3 else []
     for length in range(1, ndim + 1):  # a run of dimensions in memory, in any order of naming
         start = rng.randint(0, ndim - length)
         run = [d - ndim * rng.randint(0, 1) for d in order[start : start + length]]
@@ -178,13 +179,21 @@ def _draw_group_dim(rng: random.Random, shape: tuple[int, ...], order: tuple[int
     return rng.choice([d for d in options if collapses(shape, order, d)])
 
 
+def _draw_block(rng: random.Random, shape: tuple[int, ...], group_dim: definition.GroupDim) -> int:
+    """A group_block: 1, or a divisor of the one dimension."""
+    dims = [] if group_dim is None else list(definition.group_dims(group_dim, len(shape)))
+    n = shape[dims[0]] if len(dims) == 1 else 1
+    return rng.choice([k for k in range(1, n + 1) if n % k == 0] or [1]) if rng.random() < 0.4 else 1
+
+
 def _draw_group(rng: random.Random, dtypes: Sequence[torch.dtype], methods: bool) -> GroupCase:
     """Group options first for one tensor; further tensors of the group must allow its group_dim."""
     spread = 10 ** rng.uniform(-3, 1)
     shape = _draw_shape(rng)
     layout = _draw_layout(rng, len(shape))
     group_dim = _draw_group_dim(rng, shape, layout.order) if rng.random() < 0.55 else None
-    options = _draw_options(rng, shape, group_dim, spread)
+    block = _draw_block(rng, shape, group_dim)
+    options = _draw_options(rng, shape, group_dim, block, spread)
     if methods:
         options["method"] = rng.choice(("rvsm-delayed", "admm"))
         if options["penalty"] is not None and rng.random() < 0.4:
@@ -197,6 +206,7 @@ def _draw_group(rng: random.Random, dtypes: Sequence[torch.dtype], methods: bool
         dims = [] if group_dim is None else [group_dim] if isinstance(group_dim, int) else list(group_dim)
         ndim = len(shape)
         fits = all(-ndim <= d < ndim for d in dims) and len({d % max(ndim, 1) for d in dims}) == len(dims)
+        fits = fits and all(shape[d] % block == 0 for d in dims)
         if group_dim is None or (fits and collapses(shape, layout.order, group_dim)):
             tensors.append(_draw_tensor(rng, dtypes, shape, layout, options, spread))
     return GroupCase(options, tuple(tensors), rng.choice((None, None, None, None, torch.float32, torch.float64)))
@@ -218,12 +228,12 @@ def _draw_tensor(
 
 
 def _draw_options(
-    rng: random.Random, shape: tuple[int, ...], group_dim: definition.GroupDim, spread: float
+    rng: random.Random, shape: tuple[int, ...], group_dim: definition.GroupDim, block: int, spread: float
 ) -> dict[str, Any]:
     penalty = rng.choice(("l0", "l1", "tl1", "tl1", "l0", "l1", "tl1", None))
     a = rng.choice((0.01, 0.1, 1.0, 3.7, 100.0, 10 ** rng.uniform(-2, 2)))
     beta = 10 ** rng.uniform(-3, 1) if rng.random() < 0.95 else 0.0
-    size = definition.group_size(shape, group_dim)
+    size = definition.group_size(shape, definition.groups_of({"group_dim": group_dim, "group_block": block}))
     scaled = rng.random() < 0.3
     tau = tau_of_cut(penalty, spread * math.sqrt(size) * rng.uniform(0.1, 2.0), a) if penalty else rng.random()
     if penalty == "tl1" and rng.random() < 0.1:
@@ -243,6 +253,7 @@ def _draw_options(
         "beta": beta,
         "a": a,
         "group_dim": group_dim,
+        "group_block": block,
         "group_scale": scaled,
         "group_lasso": 10 ** rng.uniform(-4, 0) if group_dim is not None and rng.random() < 0.35 else 0.0,
         "decoupled": rng.random() < 0.5,
@@ -288,7 +299,7 @@ def plant(values: Tensor, options: dict[str, Any], dtype: torch.dtype, gen: torc
     tau = definition.step_tau(options, values.shape)
     cut_by_data = tau is None or options["penalty"] == "topk"
     at = None if cut_by_data else float(definition.cut(options["penalty"], tau, options["a"]))
-    dims = options["group_dim"]
+    dims = definition.groups_of(options)
     # A subnormal group whose 1 / norm overflows, but whose norm float32 still holds to 1e-6.
     tiny = 2e-39 if dtype == torch.float32 else 1e-7 if dtype == torch.float16 else 1e-37
     if dims is None:

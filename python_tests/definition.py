@@ -100,27 +100,55 @@ def _tl1_stationary(r: Array, t: REAL, b: REAL) -> Array:
 # ---- groups (section 2) ----------------------------------------------------------------------------------------------
 
 
-def group_dims(group_dim: GroupDim, ndim: int) -> set[int]:
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Groups of ``size`` consecutive indices of a dimension: a group_dim with a group_block."""
+
+    dim: int
+    size: int
+
+
+Grouping = GroupDim | Blocks
+
+
+def groups_of(options: Mapping[str, Any]) -> Grouping:
+    """What makes the groups of a param group."""
+    block, dims = options.get("group_block", 1), options["group_dim"]
+    if block == 1:
+        return dims  # type: ignore[no-any-return]
+    return Blocks(dims if isinstance(dims, int) else dims[0], block)
+
+
+def group_dims(group_dim: Grouping, ndim: int) -> set[int]:
     """The dimensions that index the groups, counted from the front."""
     assert group_dim is not None
+    if isinstance(group_dim, Blocks):
+        return {group_dim.dim % ndim}
     return {d % ndim for d in ([group_dim] if isinstance(group_dim, int) else group_dim)}
 
 
-def group_indices(shape: Sequence[int], group_dim: GroupDim) -> Iterator[tuple[Any, ...]]:
-    """The index of every group: a number for each dimension of group_dim, everything for the others."""
+def group_indices(shape: Sequence[int], group_dim: Grouping) -> Iterator[tuple[Any, ...]]:
+    """The index of every group: a number or a block for each dimension of group_dim, everything for the others."""
     dims = group_dims(group_dim, len(shape))
-    yield from itertools.product(*(range(n) if d in dims else (slice(None),) for d, n in enumerate(shape)))
+
+    def indices(n: int) -> Any:
+        if isinstance(group_dim, Blocks):
+            return [slice(k, k + group_dim.size) for k in range(0, n, group_dim.size)]
+        return range(n)
+
+    yield from itertools.product(*(indices(n) if d in dims else (slice(None),) for d, n in enumerate(shape)))
 
 
-def group_size(shape: Sequence[int], group_dim: GroupDim) -> int:
+def group_size(shape: Sequence[int], group_dim: Grouping) -> int:
     """Elements of a group."""
     if group_dim is None:
         return 1
     dims = group_dims(group_dim, len(shape))
-    return math.prod(n for d, n in enumerate(shape) if d not in dims)
+    block = group_dim.size if isinstance(group_dim, Blocks) else 1
+    return block * math.prod(n for d, n in enumerate(shape) if d not in dims)
 
 
-def magnitudes(w: Array, group_dim: GroupDim) -> Array:
+def magnitudes(w: Array, group_dim: Grouping) -> Array:
     """For every element |w_i|, or the norm of the group that it belongs to."""
     if group_dim is None:
         return np.abs(w)
@@ -130,7 +158,7 @@ def magnitudes(w: Array, group_dim: GroupDim) -> Array:
     return r
 
 
-def over_groups(values: Array, group_dim: GroupDim) -> Array:
+def over_groups(values: Array, group_dim: Grouping) -> Array:
     """One value per group, from values that are equal inside each group."""
     if group_dim is None:
         return values.ravel()
@@ -155,7 +183,7 @@ def threshold(options: Mapping[str, Any], v: Array) -> tuple[str | None, REAL] |
     tau = step_tau(options, v.shape)
     if tau is None or options["penalty"] != "topk":
         return None if tau is None else (options["penalty"], tau)
-    r = np.sort(over_groups(magnitudes(v, options["group_dim"]), options["group_dim"]))
+    r = np.sort(over_groups(magnitudes(v, groups_of(options)), groups_of(options)))
     dropped = r.size - math.ceil(Fraction(str(options["density"])) * r.size)
     if dropped == 0 or r[dropped - 1] == 0:
         return None, REAL(0)
@@ -165,12 +193,12 @@ def threshold(options: Mapping[str, Any], v: Array) -> tuple[str | None, REAL] |
 
 def strength(options: Mapping[str, Any], shape: Sequence[int]) -> REAL:
     """lambda of a tensor, with group_scale."""
-    root = np.sqrt(REAL(group_size(shape, options["group_dim"]))) if options["group_scale"] else REAL(1)
+    root = np.sqrt(REAL(group_size(shape, groups_of(options)))) if options["group_scale"] else REAL(1)
     return REAL(options["lam"]) * root
 
 
 def prox(
-    w: Array, penalty: str | None, tau: float, a: float, group_dim: GroupDim = None, keep: Array | None = None
+    w: Array, penalty: str | None, tau: float, a: float, group_dim: Grouping = None, keep: Array | None = None
 ) -> Array:
     """u = v shrink(||v||) / ||v|| for every group v."""
     w = np.asarray(w, REAL)
@@ -186,8 +214,8 @@ def penalty_value(w: Array, options: Mapping[str, Any], v: Array | None = None) 
     found = threshold(options, v) if w.size else None
     if found is None:
         return REAL(0)
-    u = prox(v, *found, options["a"], options["group_dim"])
-    norms = over_groups(magnitudes(u, options["group_dim"]), options["group_dim"])
+    u = prox(v, *found, options["a"], groups_of(options))
+    norms = over_groups(magnitudes(u, groups_of(options)), groups_of(options))
     kind = None if options["penalty"] == "topk" else options["penalty"]
     penalty = strength(options, w.shape) * np.sum(g(kind, norms, options["a"]))
     return penalty + REAL(options["beta"]) / 2 * np.sum(np.square(w - u))
@@ -230,7 +258,7 @@ def split(
     if found is None:
         pull = pull_scale = np.zeros_like(w)
     else:
-        u = prox(v, *found, options["a"], options["group_dim"]) if u is None else u
+        u = prox(v, *found, options["a"], groups_of(options)) if u is None else u
         if method == "rvsm-delayed":
             assert kept is not None
             pull, new_kept = w - kept, u
@@ -245,7 +273,7 @@ def split(
             pull = w - u
             pull_scale = beta * np.where((u == 0) | (u == w), np.abs(pull), np.abs(w) + np.abs(u))
     if lasso != 0:
-        norms = magnitudes(w, options["group_dim"])
+        norms = magnitudes(w, groups_of(options))
         unit = np.where(norms == 0, 0, w / np.where(norms == 0, 1, norms))
         d = d + lasso * unit
         d_scale = d_scale + np.abs(lasso * unit)

@@ -92,3 +92,24 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
     """Bit for bit."""
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert same_bits(p, q), f"{name} differs by {(p - q).abs().max().item()}"
+
+
+# ---- for param_groups ------------------------------------------------------------------------------------------------
+
+
+class Conv1D(nn.Module):
+    """transformers' linear layer: (inputs, outputs)."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
+def dims_of(model: nn.Module, structure: str) -> dict[str, Any]:
+    """The group_dim of what is penalised, by name."""
+    groups = rk.param_groups(model, structure=structure)
+    return {name: g["group_dim"] for g in groups for name, _ in g["params"] if g.get("penalty", "l0") is not None}

@@ -133,7 +133,7 @@ def argument(w: Array, kept: Array | None, options: Mapping[str, Any], arithmeti
 
 def right_u(w: Array, options: Mapping[str, Any], arithmetic: type) -> list[tuple[Array, Array]]:
     """Every u that is right, as (low, high): the prox; near the cut both choices; near the critical tau a range."""
-    found, a, dims = definition.threshold(options, w) if w.size else None, options["a"], options["group_dim"]
+    found, a, dims = definition.threshold(options, w) if w.size else None, options["a"], definition.groups_of(options)
     if found is None or found[0] is None:
         return [(w, w)]
     penalty, tau = found
@@ -253,7 +253,7 @@ def copied(value: Any) -> Any:
 def check_u(u: Tensor, w: Array, options: Mapping[str, Any]) -> None:
     """u as read from an optimizer, of w (or w + dual): within the bound of shrink, zeros exactly where they belong."""
     arithmetic = ARITHMETIC[u.dtype]
-    found, a, dims = definition.threshold(options, w) if w.size else None, options["a"], options["group_dim"]
+    found, a, dims = definition.threshold(options, w) if w.size else None, options["a"], definition.groups_of(options)
     if found is None or found[0] is None:
         low, high = bracket(w, np.zeros_like(w), u.dtype)
         assert ((real(u) >= low) & (real(u) <= high)).all(), "u is not w without a splitting"

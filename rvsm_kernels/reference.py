@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from .method.prox import prox
+from torch import Tensor
+
+from .method.groups import GroupDim, grouping
+from .method.prox import prox as _prox
 from .optim import adamw, adaptive, rvsm
 
 __all__ = ["RVSM", "AdaptiveHardThreshold", "RVSMAdamW", "prox"]
+
+
+def prox(
+    w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None, group_block: int = 1
+) -> Tensor:
+    """:func:`rvsm_kernels.prox` in plain PyTorch, without its checks."""
+    return _prox(w, penalty, tau, a, grouping(group_dim, group_block))
 
 
 class RVSM(rvsm.RVSM):

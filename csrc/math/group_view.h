@@ -17,10 +17,21 @@ namespace rvsm {
 // groups.
 //
 // In memory order the dimensions collapse into runs of group and of reduced ones; the view holds group, reduced, group,
-// reduced at most. Two group runs are taken only where the group dimensions are neighbours in the tensor's own order,
-// as (0, 1) of a channels-last weight. Throws std::invalid_argument where they do not collapse.
+// reduced at most: (0, 1) of a channels-last weight has two group runs, and so has (0, 2) of a contiguous one.
+//
+// `group_block` consecutive indices of the one group dimension make one group; they are neighbours in memory.
+//
+// Throws std::invalid_argument where the dimensions do not collapse, and where a block does not divide its dimension.
 inline GroupView group_view(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                            std::vector<int64_t> group_dims) {
+                            std::vector<int64_t> group_dims, int64_t group_block = 1) {
+  if (group_block != 1) {
+    if (group_block < 1 || group_dims.size() != 1)
+      throw std::invalid_argument("group_block " + std::to_string(group_block) + " needs a group_dim of one dimension");
+    const int64_t size = sizes[size_t(group_dims[0])];
+    if (size % group_block != 0)
+      throw std::invalid_argument("group_block " + std::to_string(group_block) + " does not divide dimension " +
+                                  std::to_string(group_dims[0]) + ", which has " + std::to_string(size) + " indices");
+  }
   const auto is_group_dim = [&](size_t d) {
     return std::find(group_dims.begin(), group_dims.end(), int64_t(d)) != group_dims.end();
   };
@@ -42,8 +53,7 @@ inline GroupView group_view(const std::vector<int64_t>& sizes, const std::vector
     return v;
   }
   std::sort(group_dims.begin(), group_dims.end());
-  const bool neighbours = group_dims.back() - group_dims.front() + 1 == int64_t(group_dims.size());
-  const bool two = group_runs == 2 && runs.front().first && neighbours;
+  const bool two = group_runs == 2 && runs.front().first;
   if (group_runs > 1 && !two) {
     std::string dims;
     for (const auto d : group_dims) dims += (dims.empty() ? "" : ", ") + std::to_string(d);
@@ -54,8 +64,8 @@ inline GroupView group_view(const std::vector<int64_t>& sizes, const std::vector
   size_t i = 0;
   if (two) v.batch = runs[i++].second;
   if (!runs[i].first) v.outer = runs[i++].second;
-  v.groups = runs[i++].second;
-  if (i < runs.size()) v.inner = runs[i].second;
+  v.groups = runs[i++].second / group_block;
+  v.inner = group_block * (i < runs.size() ? runs[i].second : 1);
   return v;
 }
 

@@ -63,6 +63,7 @@ class GroupOptions {
   bool split = false, topk = false, lasso = false, scaled = false, writes_grad = false;
   bool starts_from_u = false;          // the method's state begins with u, else with zeros
   Dims dims;                           // group_dim; nullopt for elements, and where norms do not matter
+  int64_t block = 1;                   // group_block
   size_t base_states = 0, states = 0;  // how many states the base has, and the base and the method together
   py::object counter;                  // the name of the tensor that counts the steps of a parameter, or None
   bool has_counter = false;

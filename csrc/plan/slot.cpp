@@ -161,7 +161,7 @@ void Plan::refuse(const py::list& groups, const ParamSlot& slot) {
   const py::object counter = slot.counter == nullptr ? py::none() : py::reinterpret_borrow<py::object>(slot.counter);
   checks.attr("check_entry")(param, group, slot.group, slot.index, states, counter);
   const py::object name = checks.attr("param_name")(group, slot.group, slot.index);
-  checks.attr("check_groups")(param, group["group_dim"], name);
+  checks.attr("check_groups")(param, group, name);
   throw std::runtime_error(name.cast<std::string>() + " cannot be stepped, for a reason that no check names");
 }
 

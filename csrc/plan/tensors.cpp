@@ -113,7 +113,7 @@ void Staged::store() {
   if (is_copy()) tensor_.copy_(dense_);
 }
 
-TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim) {
+TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim, int64_t group_block) {
   TensorArgs args;
   args.numel = dense.numel();
   args.dtype = dtype_of(dense.scalar_type());
@@ -126,7 +126,7 @@ TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim) {
                                     std::to_string(dense.dim()));
       dims.push_back(d < 0 ? d + dense.dim() : d);
     }
-    args.view = group_view(dense.sizes().vec(), dense.strides().vec(), dims);
+    args.view = group_view(dense.sizes().vec(), dense.strides().vec(), dims, group_block);
   }
   return args;
 }

@@ -71,8 +71,8 @@ class Staged {
 };
 
 // The arguments of a dense tensor: shape, type and grouping; pointers are left empty. Throws std::invalid_argument
-// where a dimension does not exist or where they do not collapse.
-TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim);
+// where a dimension does not exist, where they do not collapse, and where a block does not divide its dimension.
+TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim, int64_t group_block);
 
 // The number in a 1-element float32 tensor of the CPU, null for any other tensor. A thousand parameters ask in each
 // step. `keys`: those of a tensor that holds its values in memory of its own.

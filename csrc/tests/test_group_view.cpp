@@ -21,9 +21,10 @@ std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const std:
   return strides;
 }
 
-// Whether the view puts two elements into one group exactly if their indices of the group dimensions agree.
+// Whether the view puts two elements into one group exactly if their indices of the group dimensions agree, or are in
+// the same block.
 void walk(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-          const std::vector<int64_t>& group_dims, const GroupView& v) {
+          const std::vector<int64_t>& group_dims, const GroupView& v, int64_t block = 1) {
   const int64_t n = std::accumulate(sizes.begin(), sizes.end(), int64_t(1), std::multiplies<>());
   CHECK(v.batch * v.outer * v.groups * v.inner == n, "the view has %lld elements of %lld",
         static_cast<long long>(v.batch * v.outer * v.groups * v.inner), static_cast<long long>(n));
@@ -36,7 +37,7 @@ void walk(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides
       const int64_t index = rest % sizes[d];
       rest /= sizes[d];
       offset += index * strides[d];
-      if (std::find(group_dims.begin(), group_dims.end(), int64_t(d)) != group_dims.end()) key.push_back(index);
+      if (std::find(group_dims.begin(), group_dims.end(), int64_t(d)) != group_dims.end()) key.push_back(index / block);
     }
     const int64_t group = offset / (v.outer * v.groups * v.inner) * v.groups + offset / v.inner % v.groups;
     ++members[group];
@@ -50,9 +51,9 @@ void walk(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides
 }
 
 bool refused(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-             const std::vector<int64_t>& group_dims) {
+             const std::vector<int64_t>& group_dims, int64_t block = 1) {
   try {
-    group_view(sizes, strides, group_dims);
+    group_view(sizes, strides, group_dims, block);
   } catch (const std::invalid_argument&) {
     return true;
   }
@@ -86,8 +87,20 @@ int main() {
       if (integer(0, 1)) group_dims.push_back(int64_t(d));
     if (!refused(sizes, strides, group_dims)) walk(sizes, strides, group_dims, group_view(sizes, strides, group_dims));
     ++cases;
+    // Blocks of any dimension, in any permutation: one dimension is always one run.
+    const int64_t block = integer(1, 4), d = integer(0, int(sizes.size()) - 1);
+    std::vector<int64_t> blocked = sizes;
+    blocked[size_t(d)] *= block;
+    const auto wider = dense_strides(blocked, contiguous);
+    walk(blocked, wider, {d}, group_view(blocked, wider, {d}, block), block);
+    ++cases;
   }
-  CHECK(refused({2, 3, 4, 5}, {60, 20, 5, 1}, {0, 2}), "(0, 2) of a contiguous weight does not collapse");
+  CHECK(refused({6, 4}, {4, 1}, {0}, 4), "6 indices are no multiple of 4");
+  CHECK(refused({6, 4}, {4, 1}, {0, 1}, 2), "blocks of two dimensions");
+  CHECK(refused({6, 4}, {4, 1}, {}, 2), "blocks of no dimension");
+  CHECK(refused({6, 4}, {4, 1}, {0}, 0), "blocks of no index");
+  CHECK(refused({2, 3, 4, 5}, {60, 20, 5, 1}, {1, 3}), "(1, 3) of a contiguous weight does not collapse");
+  CHECK(!refused({2, 3, 4, 5}, {60, 20, 5, 1}, {0, 2}), "(0, 2) of a contiguous weight");
   CHECK(!refused({2, 3, 4, 5}, {60, 1, 15, 3}, {0, 1}), "(0, 1) of a channels-last weight");
   CHECK(!refused({2, 3, 1, 5}, {15, 5, 5, 1}, {0, 1}), "a dimension of size 1 is in nobody's way");
   return finish("group_view", cases);

@@ -87,20 +87,22 @@ PYBIND11_MODULE(_C, m) {
         "Run CPU tensors through the CUDA engine's lines, interpreted on the host: for tests.");
   m.def(
       "group_view",
-      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-         const std::vector<int64_t>& group_dims) {
-        const rvsm::GroupView v = rvsm::group_view(sizes, strides, group_dims);
+      [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& group_dims,
+         int64_t group_block) {
+        const rvsm::GroupView v = rvsm::group_view(sizes, strides, group_dims, group_block);
         return py::make_tuple(v.batch, v.outer, v.groups, v.inner);
       },
+      py::arg("sizes"), py::arg("strides"), py::arg("group_dims"), py::arg("group_block") = 1,
       "The (batch, outer, groups, inner) view of a dense tensor; ValueError where the group dimensions do not "
       "collapse.");
   m.def(
       "check",
-      [](const std::vector<at::Tensor>& params, const std::vector<int64_t>& group_dim) {
+      [](const std::vector<at::Tensor>& params, const std::vector<int64_t>& group_dim, int64_t group_block) {
         for (const at::Tensor& p : params)
-          rvsm::args_of(p.is_non_overlapping_and_dense() ? p : at::empty_like(p), group_dim);
+          rvsm::args_of(p.is_non_overlapping_and_dense() ? p : at::empty_like(p), group_dim, group_block);
       },
-      "ValueError unless the group_dim of every tensor collapses in memory.");
+      py::arg("params"), py::arg("group_dim"), py::arg("group_block") = 1,
+      "ValueError unless the group_dim of every tensor collapses in memory, and is a multiple of group_block.");
   py::class_<Plan>(m, "Plan", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
                      auto* type = &heap_type->ht_type;
                      type->tp_flags |= Py_TPFLAGS_HAVE_GC;

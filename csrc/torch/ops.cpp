@@ -58,22 +58,25 @@ std::vector<std::vector<size_t>> by_turn(at::TensorList tensors) {
 }
 
 // The number of groups of a tensor.
-int64_t groups_of(const at::Tensor& w, at::IntArrayRef group_dim) {
+int64_t groups_of(const at::Tensor& w, at::IntArrayRef group_dim, int64_t group_block) {
   int64_t count = 1;
   for (const int64_t d : group_dim) count *= w.size(d);
-  return count;
+  return count / group_block;
 }
 
 // Makes arguments and keeps their records, to which the arguments point.
 class ArgsList {
  public:
-  ArgsList(const PenaltyOptions& options, const OptionalDims& group_dim)
-      : options_(options), dims_(group_dim ? Dims(group_dim->vec()) : Dims()) {}
+  ArgsList(const PenaltyOptions& options, const OptionalDims& group_dim, int64_t group_block)
+      : options_(options), dims_(group_dim ? Dims(group_dim->vec()) : Dims()), block_(group_block) {
+    TORCH_CHECK_VALUE(block_ == 1 || dims_, "Invalid group_block value: ", block_,
+                      " needs a group_dim of one dimension");
+  }
 
   TensorArgs of(const at::Tensor& dense) {
     TensorArgs args;
     try {
-      args = args_of(dense, dims_);
+      args = args_of(dense, dims_, block_);
     } catch (const std::invalid_argument& error) {
       TORCH_CHECK_VALUE(false, "Invalid group_dim value: ", error.what());
     }
@@ -93,12 +96,13 @@ class ArgsList {
  private:
   PenaltyOptions options_;
   Dims dims_;
+  int64_t block_;
   std::deque<std::array<double, kMostNumbers>> records_;
 };
 
 void prox_(at::TensorList params, Names penalty, double lam, double beta, double a, OptionalDims group_dim,
-           bool group_scale) {
-  ArgsList list({penalty, lam, beta, a, group_scale}, group_dim);
+           bool group_scale, int64_t group_block) {
+  ArgsList list({penalty, lam, beta, a, group_scale}, group_dim, group_block);
   for (const at::Tensor& w : params) check(w);
   std::vector<Staged> staged;
   std::vector<TensorArgs> all;
@@ -119,9 +123,9 @@ void prox_(at::TensorList params, Names penalty, double lam, double beta, double
   for (const at::Tensor& w : params) bump_version(w);
 }
 
-at::Tensor prox(const at::Tensor& w, Names penalty, double tau, double a, OptionalDims group_dim) {
+at::Tensor prox(const at::Tensor& w, Names penalty, double tau, double a, OptionalDims group_dim, int64_t group_block) {
   check(w);
-  ArgsList list({penalty, tau, 1, a, false}, group_dim);
+  ArgsList list({penalty, tau, 1, a, false}, group_dim, group_block);
   at::Tensor u = at::empty_like(w);
   DeviceEngines engines(Action::prox);
   DeviceEngine& engine = engines[engines.of(w.device())];
@@ -140,8 +144,8 @@ at::Tensor prox(const at::Tensor& w, Names penalty, double tau, double a, Option
 }
 
 at::Tensor penalty_value(at::TensorList params, Names penalty, double lam, double beta, double a,
-                         OptionalDims group_dim, bool group_scale) {
-  ArgsList list({penalty, lam, beta, a, group_scale}, group_dim);
+                         OptionalDims group_dim, bool group_scale, int64_t group_block) {
+  ArgsList list({penalty, lam, beta, a, group_scale}, group_dim, group_block);
   DeviceEngines engines(Action::penalty);
   std::vector<Staged> staged;
   for (const at::Tensor& w : params) {
@@ -159,8 +163,8 @@ at::Tensor penalty_value(at::TensorList params, Names penalty, double lam, doubl
   return total;
 }
 
-std::vector<at::Tensor> squares(at::TensorList tensors, at::IntArrayRef group_dim) {
-  ArgsList list({std::nullopt, 0, 1, 1, false}, group_dim);
+std::vector<at::Tensor> squares(at::TensorList tensors, at::IntArrayRef group_dim, int64_t group_block) {
+  ArgsList list({std::nullopt, 0, 1, 1, false}, group_dim, group_block);
   DeviceEngines engines(Action::squares);
   std::vector<Staged> staged;
   std::vector<at::Tensor> sums;
@@ -169,7 +173,7 @@ std::vector<at::Tensor> squares(at::TensorList tensors, at::IntArrayRef group_di
     staged.emplace_back(w, w.scalar_type());
     staged.back().load();
     TensorArgs args = list.of(staged.back().dense());
-    const int64_t count = args.numel > 0 ? args.view.count() : groups_of(w, group_dim);
+    const int64_t count = args.numel > 0 ? args.view.count() : groups_of(w, group_dim, group_block);
     sums.push_back(at::zeros({count}, w.options().dtype(at::kDouble)));
     if (args.numel == 0) continue;
     args.sums = sums.back().mutable_data_ptr<double>();
@@ -186,31 +190,31 @@ void check_meta(at::TensorList tensors) {
   for (const at::Tensor& t : tensors)
     TORCH_CHECK_TYPE(t.is_meta(), "rvsm_kernels does not support meta tensors beside tensors on ", t.device());
 }
-at::Tensor prox_meta(const at::Tensor& w, Names, double, double, OptionalDims) { return at::empty_like(w); }
-void prox_meta_(at::TensorList w, Names, double, double, double, OptionalDims, bool) { check_meta(w); }
-at::Tensor penalty_value_meta(at::TensorList params, Names, double, double, double, OptionalDims, bool) {
+at::Tensor prox_meta(const at::Tensor& w, Names, double, double, OptionalDims, int64_t) { return at::empty_like(w); }
+void prox_meta_(at::TensorList w, Names, double, double, double, OptionalDims, bool, int64_t) { check_meta(w); }
+at::Tensor penalty_value_meta(at::TensorList params, Names, double, double, double, OptionalDims, bool, int64_t) {
   check_meta(params);
   TORCH_CHECK_VALUE(!params.empty(), "penalty_value needs a tensor");
   return at::empty({}, params.front().options().dtype(at::kDouble));
 }
-std::vector<at::Tensor> squares_meta(at::TensorList tensors, at::IntArrayRef group_dim) {
+std::vector<at::Tensor> squares_meta(at::TensorList tensors, at::IntArrayRef group_dim, int64_t group_block) {
   check_meta(tensors);
   std::vector<at::Tensor> sums;
   for (const at::Tensor& w : tensors)
-    sums.push_back(at::empty({groups_of(w, group_dim)}, w.options().dtype(at::kDouble)));
+    sums.push_back(at::empty({groups_of(w, group_dim, group_block)}, w.options().dtype(at::kDouble)));
   return sums;
 }
 }  // namespace
 
 TORCH_LIBRARY(rvsm_kernels, m) {
-  m.def("prox(Tensor w, str? penalty, float tau, float a=1.0, int[]? group_dim=None) -> Tensor");
+  m.def("prox(Tensor w, str? penalty, float tau, float a=1.0, int[]? group_dim=None, int group_block=1) -> Tensor");
   m.def(
       "prox_(Tensor(a!)[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
-      "bool group_scale=False) -> ()");
+      "bool group_scale=False, int group_block=1) -> ()");
   m.def(
       "penalty_value(Tensor[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
-      "bool group_scale=False) -> Tensor");
-  m.def("squares(Tensor[] w, int[] group_dim) -> Tensor[]");
+      "bool group_scale=False, int group_block=1) -> Tensor");
+  m.def("squares(Tensor[] w, int[] group_dim, int group_block=1) -> Tensor[]");
 }
 
 // The same functions for every device: they ask each tensor for its own.

@@ -345,7 +345,7 @@ def test_a_broken_weight_stays_in_its_group(engine: str, penalty: str, group_dim
 # ---- group_dim in memory ---------------------------------------------------------------------------------------------
 
 SCATTERED = [
-    pytest.param((2, 3, 4), (0, 2), False, id="a summed dimension between"),
+    pytest.param((2, 3, 4, 5), (1, 3), False, id="a summed dimension between"),
     pytest.param((4, 3, 2, 5), (1, 2), True, id="neighbours by name, in memory 0 2 3 1"),
     pytest.param((2, 3, 4, 5, 6), (0, 2, 4), False, id="three runs"),
 ]

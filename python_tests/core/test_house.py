@@ -15,7 +15,7 @@ PACKAGE = ROOT / "rvsm_kernels"
 MAY_IMPORT = {
     "method": {"method"},
     "engines": {"method", "engines", "_C"},
-    "model": {"method", "model"},
+    "model": {"method", "dist", "model"},
     "dist": {"method", "engines", "dist"},
     "optim": {"method", "engines", "model", "dist", "optim"},
 }

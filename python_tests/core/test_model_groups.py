@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import rvsm_kernels as rk
-from models import Small, small, train
+from models import Conv1D, Small, dims_of, small, train
 from runner import same_bits
 
 BASE: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
@@ -111,24 +113,6 @@ def test_other_optimizers(engine: str, kind: str) -> None:
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def dims(model: nn.Module, structure: str) -> dict[str, Any]:
-    """group_dim by name, and None for what is left dense."""
-    groups = rk.param_groups(model, structure=structure, **SPLIT)
-    return {name: g["group_dim"] for g in groups for name, _ in g["params"] if g["penalty"] is not None}
-
-
-class Conv1D(nn.Module):
-    """transformers' linear layer: (inputs, outputs)."""
-
-    def __init__(self, outputs: int, inputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-
-Conv1D.__module__ = "transformers.pytorch_utils"
-
-
 class Net(nn.Module):
     """One of each."""
 
@@ -152,7 +136,7 @@ class Net(nn.Module):
 
 def test_groups_are_channels() -> None:
     with pytest.warns(UserWarning, match=r"multiplied\.weight, grouped\.weight.*groups"):
-        inputs = dims(Net(), "in_channels")
+        inputs = dims_of(Net(), "in_channels")
     assert inputs == {
         **{"plain.weight": 1, "depthwise.weight": 0, "up.weight": 0, "grouped_up.weight": 0, "depthwise_up.weight": 0},
         **{"mlp.weight": 0, "lstm.weight_ih_l0": 1, "lstm.weight_hh_l0": 1, "lstm.weight_hr_l0": 1},
@@ -160,7 +144,7 @@ def test_groups_are_channels() -> None:
         **{f"attention.{x}_proj_weight": 1 for x in "qkv"},
     }
     with pytest.warns(UserWarning, match=r"grouped_up\.weight"):
-        outputs = dims(Net(), "out_channels")
+        outputs = dims_of(Net(), "out_channels")
     assert outputs == {
         **{"plain.weight": 0, "depthwise.weight": 0, "multiplied.weight": 0, "grouped.weight": 0, "up.weight": 1},
         **{"depthwise_up.weight": 0, "mlp.weight": 1, "lstm.weight_hr_l0": 0, "rnn.weight_ih_l0": 0},
@@ -256,4 +240,6 @@ def test_plain_tensors_for_wrappers() -> None:
 
 
 def test_transformers_is_not_imported() -> None:
-    assert "transformers" not in sys.modules
+    code = "import sys, torch, rvsm_kernels as rk; rk.param_groups(torch.nn.Linear(2, 2)); assert {}"
+    code = code.format("'transformers' not in sys.modules")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=Path(rk.__file__).parents[1])

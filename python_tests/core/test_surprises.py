@@ -186,7 +186,7 @@ def test_sparsity_during_a_warm_up(engine: str) -> None:
 
 def test_group_dim_that_does_not_collapse(native: str) -> None:
     """Reading u names the parameter, as the step does."""
-    optimizer = rk.RVSM([("odd", one(2, 3, 4))], lam=0.1, beta=1.0, group_dim=(0, 2), engine=native)
+    optimizer = rk.RVSM([("odd", one(2, 3, 4, 5))], lam=0.1, beta=1.0, group_dim=(1, 3), engine=native)
     for read in (optimizer.sparsity, optimizer.penalty_value, optimizer.sparsify_):
         with pytest.raises(ValueError, match="odd"):
             read()

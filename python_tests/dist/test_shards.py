@@ -40,11 +40,17 @@ class Pair:
     """An optimizer of sharded parameters, and one of whole ones that gets the same gradients."""
 
     def __init__(
-        self, cls: type, mesh: Any, placement: Sequence[Any], dtype: torch.dtype = torch.float32, **options: Any
+        self,
+        cls: type,
+        mesh: Any,
+        placement: Sequence[Any],
+        dtype: torch.dtype = torch.float32,
+        shapes: Sequence[Sequence[int]] = SHAPES,
+        **options: Any,
     ) -> None:
         self._share = lambda t: distribute_tensor(t.clone(), mesh, list(placement))
         self._gen = torch.Generator().manual_seed(3)
-        whole = [torch.randn(shape, generator=self._gen).to(dtype) for shape in SHAPES]
+        whole = [torch.randn(shape, generator=self._gen).to(dtype) for shape in shapes]
         self.sharded = [nn.Parameter(self._share(w)) for w in whole]
         self.whole = [nn.Parameter(w.clone()) for w in whole]
         options = {"lr": 0.1, "penalty": "l0", "lam": 0.3, "beta": 1.0, **options}
@@ -105,6 +111,32 @@ def follow_one_process(folder: Path) -> None:
                 assert torch.equal(p.full_tensor() == 0, q == 0)
         assert str(pair.ours.sparsity()) == str(pair.theirs.sparsity())
         torch.testing.assert_close(pair.ours.penalty_value(), pair.theirs.penalty_value())
+
+
+def blocks_follow_one_process(folder: Path) -> None:
+    """Blocks of indices of which each is whole on its rank, or is divided along another dimension."""
+    mesh, shapes = mesh_of(), ((8, 4), (4, 8, 3))
+    for placement, dim, method in itertools.product(placements(), (0, 1), METHODS):
+        options = {"group_dim": dim, "group_block": 2, "group_scale": method != "admm", **GROUPED}
+        pair = Pair(rk.RVSM, mesh, [placement], shapes=shapes, method=method, **options)
+        pair.step(3)
+        pair.check(exact=False)
+        with pair.ours.sparse_weights(), pair.theirs.sparse_weights():
+            for p, q in zip(pair.sharded, pair.whole, strict=True):
+                assert torch.equal(p.full_tensor() == 0, q == 0)
+        assert str(pair.ours.sparsity()) == str(pair.theirs.sparsity())
+        torch.testing.assert_close(pair.ours.penalty_value(), pair.theirs.penalty_value())
+
+
+def blocks_that_a_shard_cuts(folder: Path) -> None:
+    """An error on every rank, before anything changes or is sent."""
+    pair = Pair(rk.RVSM, mesh_of(), placements()[:1], shapes=((4, 2), (6, 2)), group_dim=0, group_block=2, **GROUPED)
+    before = [p.full_tensor().clone() for p in pair.sharded]
+    pair.give_gradients()
+    for action in (pair.ours.step, pair.ours.sparsify_):
+        with pytest.raises(ValueError, match="group_block value: 2: dimension 0 of parameter 1 .* shards of 3"):
+            action()
+    assert all(same_bits(p.full_tensor(), w) for p, w in zip(pair.sharded, before, strict=True))
 
 
 def half_types_follow(folder: Path) -> None:
@@ -279,7 +311,8 @@ def gradients_elsewhere(folder: Path) -> None:
 def what_looks_at_whole_tensors(folder: Path) -> None:
     """Top-k, the unit norm, u for good; one rank has no elements of one of the tensors."""
     topk = {"penalty": "topk", "density": 0.5}
-    for options in (topk, {**topk, "group_dim": 1}, {**topk, "method": "admm"}, {"unit_norm": True}, {}):
+    blocks = {**topk, "group_dim": 0, "group_block": 2, "shapes": ((8, 4), (4, 8, 3))}
+    for options in (topk, {**topk, "group_dim": 1}, blocks, {**topk, "method": "admm"}, {"unit_norm": True}, {}):
         for placement in placements():
             pair = Pair(rk.RVSM, mesh_of(), [placement], **options)
             pair.step(3)
@@ -315,8 +348,9 @@ def ddp_keeps_ranks_equal(folder: Path) -> None:
 
 
 CHECKS = (
-    half_types_follow, send_one_message, found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused,
-    gradients_elsewhere, reading_gathers_nothing, prox_of_dtensors, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
+    blocks_follow_one_process, blocks_that_a_shard_cuts, half_types_follow, send_one_message,
+    found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused, gradients_elsewhere,
+    reading_gathers_nothing, prox_of_dtensors, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
 )  # fmt: skip
 
 

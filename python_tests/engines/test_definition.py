@@ -11,7 +11,7 @@ from torch import nn
 
 import rvsm_kernels as rk
 from cases import Built, Case, Layout, TensorCase, build, draw, gradient, over_adamw, tau_of_cut
-from definition import group_size, is_adamw, magnitudes
+from definition import Blocks, group_size, is_adamw, magnitudes
 from runner import STATES_OF_BASES, bits, check_reading, checked_step, real
 
 PER_TEST = 100
@@ -137,6 +137,11 @@ LARGE: list[tuple[tuple[int, ...], Any]] = [
     ((64, 32, 3, 3), 1),
     ((64, 32, 3, 3), (0, 1)),
     ((64, 32, 3, 3), None),
+    ((5, 130, 257), (0, 2)),
+    ((3, 2_001, 9), (0, 2)),
+    ((700, 24), Blocks(0, 70)),
+    ((24, 700), Blocks(1, 70)),
+    ((6, 9, 513), Blocks(1, 3)),
 ]
 
 
@@ -155,6 +160,8 @@ def test_large_tensors(engine: str, threads: int, penalty: str, channels_last: b
             **{"penalty": penalty, "lam": 0.5 * tau_of_cut(penalty, cut, 1.0), "beta": 0.5, "a": 1.0},
             **{"group_dim": group_dim, "group_lasso": 0.01 if group_dim is not None else 0.0},
         }
+        if isinstance(group_dim, Blocks):
+            options |= {"group_dim": group_dim.dim, "group_block": group_dim.size}
         p = nn.Parameter(torch.randn(shape, generator=gen) * 0.05)
         if channels_last:
             p.data = p.data.to(memory_format=torch.channels_last)

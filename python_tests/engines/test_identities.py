@@ -82,7 +82,7 @@ def u_of(p: Tensor, split: dict[str, Any]) -> Tensor:
     group = {"a": 1.0, "group_dim": None, "group_scale": False, **split}
     tau = definition.step_tau(group, p.shape)
     assert tau is not None
-    u = definition.prox(real(p), group["penalty"], tau, group["a"], group["group_dim"])
+    u = definition.prox(real(p), group["penalty"], tau, group["a"], definition.groups_of(group))
     return on_device(u.astype(np.float64)).to(p.dtype)
 
 

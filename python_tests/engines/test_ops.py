@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 import rvsm_kernels as rk
 from runner import check_u, real, same_bits
-from rvsm_kernels.method.groups import to_memory_order
+from rvsm_kernels.method.groups import Blocks, to_memory_order
+from rvsm_kernels.method.groups import sums as sums_of
 
 SCHEMAS = {
-    "prox": "(Tensor w, str? penalty, float tau, float a, int[]? group_dim) -> Tensor",
-    "prox_": "(Tensor(a!)[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale) -> ()",
-    "penalty_value": "(Tensor[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale)"
-    " -> Tensor",
-    "squares": "(Tensor[] w, int[] group_dim) -> Tensor[]",
+    "prox": "(Tensor w, str? penalty, float tau, float a, int[]? group_dim, int group_block) -> Tensor",
+    "prox_": "(Tensor(a!)[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale,"
+    " int group_block) -> ()",
+    "penalty_value": "(Tensor[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale,"
+    " int group_block) -> Tensor",
+    "squares": "(Tensor[] w, int[] group_dim, int group_block) -> Tensor[]",
 }
 PENALTIES = [("l0", None), ("l1", [0]), ("tl1", [1]), ("tl1", []), ("l0", [0, 1]), (None, None)]
 each_kind = pytest.mark.parametrize(
@@ -99,6 +101,8 @@ def test_ops_are_the_optimizer(penalty: str | None, dims: list[int] | None, dtyp
     params, ws = [nn.Parameter(w) for w in weights(dtype)], weights(dtype)
     split: dict[str, Any] = {"penalty": penalty, "lam": 0.2, "beta": 0.5, "a": 2.0, "group_dim": dims}
     optimizer = rk.RVSM(params, lr=0.1, **split, group_scale=True, engine="native")
+    with pytest.raises(ValueError, match="group_block"):
+        op("prox")(ws[0], penalty, 0.4, 2.0, dims, 7919)
     value = op("penalty_value")(ws, penalty, 0.2, 0.5, 2.0, dims, True)
     assert value.dtype == torch.float64 and value.shape == ()
     assert penalty is None or value == optimizer.penalty_value()
@@ -127,6 +131,12 @@ def test_squares(dims: list[int], dtype: torch.dtype) -> None:
         exact = w.double().square().sum(dim=reduced) if reduced else w.double().square()
         assert sums.dtype == torch.float64
         torch.testing.assert_close(sums, to_memory_order(exact, w, dims), rtol=1e-13, atol=0)
+    if len(dims) == 1:
+        for w in (torch.randn(6, 8, generator=gen), torch.randn(8, 6, 5, generator=gen)):
+            blocks = Blocks(dims[0], 2)
+            (found,) = op("squares")([w], dims, 2)
+            exact = to_memory_order(sums_of(w.double().square(), blocks), w, blocks)
+            torch.testing.assert_close(found, exact, rtol=1e-13, atol=0)
     fakes = [w.to("meta") for w in tensors]
     assert [s.shape for s in op("squares")(fakes, dims)] == [s.shape for s in op("squares")(tensors, dims)]
 

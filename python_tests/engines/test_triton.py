@@ -83,18 +83,16 @@ def test_prox_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     need("triton")
     monkeypatch.setattr(proximal, "engine_name_for", lambda requested, device_type: "triton")
     for dtype in (torch.float32, torch.float64):
-        for group_dim in (None, 0, 1, (0, 1), ()):
-            w = torch.randn(5, 7, 3, dtype=dtype)
+        for group_dim, block in ((None, 1), (0, 1), (1, 1), ((0, 1), 1), ((0, 2), 1), ((), 1), (0, 3), (1, 4), (-1, 3)):
+            w = torch.randn(6, 8, 3, dtype=dtype)
             for x in (w, w.permute(0, 2, 1).contiguous().permute(0, 2, 1), w[:, ::2]):
-                if group_dim == (0, 1) and x.stride()[1] == 1:
-                    continue  # those groups do not collapse
                 leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-                u = rk.prox(leaf, "tl1", 0.3, 1.5, group_dim)
-                torch.testing.assert_close(u, rk.reference.prox(x, "tl1", 0.3, 1.5, group_dim))
+                u = rk.prox(leaf, "tl1", 0.3, 1.5, group_dim, block)
+                torch.testing.assert_close(u, rk.reference.prox(x, "tl1", 0.3, 1.5, group_dim, block))
                 u.sum().backward()
                 assert leaf.grad is not None
     with pytest.raises(ValueError, match="group_dim"):
-        rk.prox(torch.randn(3, 4, 5), "l0", 0.1, group_dim=(0, 2))
+        rk.prox(torch.randn(3, 4, 5, 6), "l0", 0.1, group_dim=(1, 3))
 
 
 # ---- the compiler ----------------------------------------------------------------------------------------------------
@@ -165,14 +163,15 @@ def test_group_view_is_that_of_cpp() -> None:
         order = draw.sample(range(n), n)
         w = torch.empty([shape[d] for d in order]).permute([order.index(d) for d in range(n)])
         dims = draw.sample(range(n), draw.randint(0, n))
+        block = draw.choice((1, 1, 2, 3, 5))
         try:
-            want = native_engine._C.group_view(list(w.shape), list(w.stride()), dims)
+            want = native_engine._C.group_view(list(w.shape), list(w.stride()), dims, block)
         except ValueError:
-            with pytest.raises(ValueError, match="collapse"):
-                group_view(w.shape, w.stride(), dims)
+            with pytest.raises(ValueError, match="collapse" if block == 1 else "group_block"):
+                group_view(w.shape, w.stride(), dims, block)
             refused += 1
             continue
-        assert tuple(group_view(w.shape, w.stride(), dims)) == tuple(want), (shape, order, dims)
+        assert tuple(group_view(w.shape, w.stride(), dims, block)) == tuple(want), (shape, order, dims, block)
         agreed += 1
     assert agreed > 500 and refused > 50
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..engines.interface import Engine, Group, Ready, StepInputs
 from ..method.dtypes import to_opmath
-from ..method.groups import from_memory_order, group_dims, group_size
+from ..method.groups import from_memory_order, group_size, grouping_of
 from ..method.parameters import param_name
 from ..method.prox import threshold
 from ..method.split import strength, strength_of_size
@@ -101,8 +101,7 @@ class ShardEngine(Engine):
         if grad is None:
             return
         shard = shard_of(p)
-        dims = group_dims(options.dims, p.dim(), name)
-        ranks = () if dims is None else ranks_of_groups(p, dims)
+        ranks = ranks_of_groups(p, options.grouping, name)
         if ranks:
             options = self._options_for(i, options, p)
         of_group = local.group_of(i, group, options)
@@ -122,7 +121,7 @@ class ShardEngine(Engine):
             local.cuts[shard] = shard_of(inputs.cuts[p])
         if ranks:
             rows = partial(rows_of, shard, options, {**states, **local.instead.get(shard, {})})
-            room = self._norms.room_for(shard, options.dims, ranks, rows, options.norm_rows)
+            room = self._norms.room_for(shard, options.grouping, ranks, rows, options.norm_rows)
             if shard.numel() > 0:
                 local.norms[shard] = room
 
@@ -133,7 +132,7 @@ class ShardEngine(Engine):
         """
         if not options.scaled:
             return options
-        size = group_size(p.shape, options.dims)
+        size = group_size(p.shape, options.grouping)
         known = self._scaled.get((i, size))
         if known is None or known[0] is not options or options.on_device:  # what a tensor holds may have changed
             on_host = options.on_host()
@@ -190,40 +189,37 @@ class ShardEngine(Engine):
 
     # ---- u -----------------------------------------------------------------------------------------------------------
 
+    def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
+        ranks_of_groups(p, grouping_of(group), name)
+
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-        norms, across = SharedNorms(), []
+        norms, across, groups = SharedNorms(), [], grouping_of(group)
         for p in params:
-            shard, ranks = shard_of(p), _ranks_of(p, group)
+            shard = shard_of(p)
+            ranks = ranks_of_groups(p, groups)
             if ranks:
-                dims = group_dims(group["group_dim"], p.dim())
-                room = norms.room_for(shard, dims, ranks, partial(only, shard), 1)
+                room = norms.room_for(shard, groups, ranks, partial(only, shard), 1)
                 across.append((shard, strength(group, p.shape) / float(group["beta"]), room))
             elif shard.numel() > 0:
                 self._engine.prox_([shard], group)
         norms.fill()
-        penalty, a, dims = group["penalty"], float(group["a"]), group["group_dim"]
+        penalty, a = group["penalty"], float(group["a"])
         for shard, tau, room in across:
             v = to_opmath(shard)
-            shard.copy_(threshold(v, from_memory_order(room, v, dims), penalty, tau, a, dims))
+            shard.copy_(threshold(v, from_memory_order(room, v, groups), penalty, tau, a, groups))
         note_writes(params)
 
     def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=shard_of(params[0]).device)
         of_shards = []
         for p in params:
-            if _ranks_of(p, group):
+            if ranks_of_groups(p, grouping_of(group)):
                 total += value_across(p, group)
             else:
                 shard = shard_of(p)
                 value = self._engine.penalty_value([shard], group) if shard.numel() > 0 else torch.zeros_like(total)
                 of_shards.append((p, value))
         return total + add_by_ranks(of_shards) if of_shards else total
-
-
-def _ranks_of(p: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The process groups over which the groups of a parameter lie."""
-    dims = group_dims(group["group_dim"], p.dim())
-    return () if dims is None else ranks_of_groups(p, dims)
 
 
 def shard_or_none(t: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engines.squares import squares
-from ..method.groups import GroupDim, group_dims
+from ..method.groups import Grouping, group_count
 from ..method.precision import Stored, join, master_name
 from ..method.selection import thresholded
 from ..method.step_options import StepOptions
@@ -28,7 +28,7 @@ class _Part(NamedTuple):
 
     ranks: tuple[Any, ...]
     rows: Callable[[], Sequence[Tensor]]
-    group_dim: GroupDim
+    group_dim: Grouping
     room: Tensor
 
 
@@ -39,7 +39,7 @@ class SharedNorms:
         self._parts: list[_Part] = []
 
     def room_for(
-        self, shard: Tensor, group_dim: GroupDim, ranks: tuple[Any, ...], rows: Callable[[], Sequence[Tensor]], count: int
+        self, shard: Tensor, group_dim: Grouping, ranks: tuple[Any, ...], rows: Callable[[], Sequence[Tensor]], count: int
     ) -> Tensor:
         """Room for the norms of a shard's groups, in the form of :attr:`StepInputs.norms`; it holds nothing yet.
 
@@ -48,10 +48,7 @@ class SharedNorms:
             rows: gives the tensors whose norms are wanted, when the room is filled.
             count: how many these are.
         """
-        groups = 1
-        for d in group_dims(group_dim, shard.dim()) or ():
-            groups *= shard.shape[d]
-        room = torch.empty(count, groups, dtype=torch.float64, device=shard.device)
+        room = torch.empty(count, group_count(shard.shape, group_dim), dtype=torch.float64, device=shard.device)
         self._parts.append(_Part(ranks, rows, group_dim, room))
         return room
 

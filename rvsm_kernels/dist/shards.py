@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..method.groups import Grouping, group_dims, size_of_block
 from ..method.memory import kind_of
 
 
@@ -94,13 +95,38 @@ def dividing_ranks(p: Tensor) -> list[tuple[Any, int]]:
     return [(mesh.get_group(k), dim) for k, dim in divided if dim is not None and mesh.size(k) > 1]
 
 
-def ranks_of_groups(p: Tensor, dims: Sequence[int]) -> tuple[Any, ...]:
+def ranks_of_groups(p: Tensor, group_dim: Grouping, name: str = "the tensor") -> tuple[Any, ...]:
     """The process groups over which the groups of a parameter lie; empty where each group is inside one shard.
 
-    Args:
-        dims: the dimensions that index the groups, in [0, n).
+    Raises:
+        ValueError: shards that cut a block of indices.
     """
+    dims = group_dims(group_dim, p.dim(), name)
+    if dims is None:
+        return ()
+    _refuse_cut_blocks(p, group_dim, name)
     return tuple(ranks for ranks, dim in dividing_ranks(p) if dim not in dims)
+
+
+def _refuse_cut_blocks(p: Tensor, group_dim: Grouping, name: str) -> None:
+    """Raise ValueError where the border of a shard is inside a block; every rank finds the same."""
+    block = size_of_block(group_dim)
+    if block == 1:
+        return
+    (dim,) = group_dims(group_dim, p.dim()) or (0,)
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    divided = [k for k, placement in enumerate(placements) if _sharded_dim(placement) == dim]
+    divided.sort(key=lambda k: hasattr(placements[k], "split_factor"))  # a _StridedShard divides what the others leave
+    sizes = {p.shape[dim]}  # of the shards, uneven ones too: a dimension is divided by one of the mesh after the other
+    for ranks in (mesh.size(k) for k in divided):
+        largest = {n: -(-n // ranks) for n in sizes}
+        sizes = {min(most, max(n - k * most, 0)) for n, most in largest.items() for k in range(ranks)}
+    cut = sorted(n for n in sizes if n % block != 0)
+    if cut:
+        raise ValueError(
+            f"Invalid group_block value: {block}: dimension {dim} of {name} is divided into shards of {cut[-1]} indices,"
+            " no multiple of it: a block would lie on two ranks"
+        )
 
 
 def shards_of(states: Mapping[str, Any]) -> dict[str, Any]:

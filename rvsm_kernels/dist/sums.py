@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import to_opmath
-from ..method.groups import GroupDim, from_memory_order, group_dims
+from ..method.groups import Grouping, from_memory_order, group_dims, grouping_of
 from ..method.penalties import PENALTIES, shrink
 from ..method.prox import threshold
 from ..method.split import strength
@@ -18,20 +18,19 @@ from .norms import SharedNorms, only
 from .shards import dividing_ranks, ranks_of_groups, shard_of
 
 
-def group_norms(t: Tensor, group_dim: GroupDim) -> Tensor:
+def group_norms(t: Tensor, group_dim: Grouping) -> Tensor:
     """||w_G|| of the groups that this rank's shard has a part of, float64, in the order of the shard's memory.
 
     A group that lies on several ranks is whole here, and on each of them.
     """
     shard = shard_of(t)
     norms = SharedNorms()
-    ranks = ranks_of_groups(t, group_dims(group_dim, t.dim()) or ())
-    room = norms.room_for(shard, group_dim, ranks, partial(only, shard), 1)
+    room = norms.room_for(shard, group_dim, ranks_of_groups(t, group_dim), partial(only, shard), 1)
     norms.fill()
     return room.reshape(-1)
 
 
-def add_ranks(numbers: Tensor, t: Tensor, group_dim: GroupDim) -> Tensor:
+def add_ranks(numbers: Tensor, t: Tensor, group_dim: Grouping) -> Tensor:
     """(a sum over elements, a sum over groups) of the whole of a DTensor, from those of this rank's shard; in place.
 
     Args:
@@ -43,7 +42,7 @@ def add_ranks(numbers: Tensor, t: Tensor, group_dim: GroupDim) -> Tensor:
     return numbers
 
 
-def zeros_of(t: Tensor, group_dim: GroupDim, zero_norm: float) -> tuple[int, int]:
+def zeros_of(t: Tensor, group_dim: Grouping, zero_norm: float) -> tuple[int, int]:
     """(zero elements, groups with a norm below ``zero_norm``) of a DTensor, on every rank."""
     shard = shard_of(t)
     zeros = shard.numel() - torch.count_nonzero(shard)
@@ -54,7 +53,7 @@ def zeros_of(t: Tensor, group_dim: GroupDim, zero_norm: float) -> tuple[int, int
 
 def value_across(p: Tensor, group: Mapping[str, Any]) -> Tensor:
     """lam P(u) + beta/2 ||w - u||^2 of a DTensor whose groups lie on several ranks: 0-dim float64, on every rank."""
-    dims, penalty = group["group_dim"], group["penalty"]
+    dims, penalty = grouping_of(group), group["penalty"]
     a, beta, lam = float(group["a"]), float(group["beta"]), strength(group, p.shape)
     shard, norms = to_opmath(shard_of(p)), group_norms(p, dims)
     u = threshold(shard, from_memory_order(norms, shard, dims), penalty, lam / beta, a, dims)

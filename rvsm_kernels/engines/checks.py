@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import DTYPES
-from ..method.groups import GroupDim, group_dims, group_size, view_of
+from ..method.groups import check_grouping, group_size, grouping_of, view_of
 from ..method.memory import kind_of, refuse
 from ..method.options import shown
 from ..method.parameters import is_left_alone, param_name
@@ -21,7 +21,7 @@ def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
 
     Raises:
         TypeError: a dtype or layout without a kernel, of a parameter that is trained.
-        ValueError: a ``group_dim`` that the tensor does not have.
+        ValueError: a ``group_dim`` that the tensor does not have, a ``group_block`` that does not divide it.
     """
     if torch.nn.parameter.is_lazy(p) or is_left_alone(p):
         return  # a lazy parameter has no shape yet; one that is left alone is never trained
@@ -29,7 +29,7 @@ def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         raise TypeError(f"RVSM does not support parameters of layout {p.layout} ({name})")
     if p.dtype not in DTYPES:
         raise TypeError(f"RVSM does not support parameters of dtype {p.dtype} ({name})")
-    group_dims(group["group_dim"], p.dim(), name)
+    check_grouping(p.shape, grouping_of(group), name)
 
 
 def refuse_expanded(p: Tensor, name: str) -> None:
@@ -38,12 +38,12 @@ def refuse_expanded(p: Tensor, name: str) -> None:
         raise RuntimeError(f"{name} is expanded: several of its elements are one in memory")
 
 
-def check_groups(p: Tensor, group_dim: GroupDim, name: str) -> None:
+def check_groups(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     """Raise ValueError for groups that do not collapse in memory into one index, as the kernels need them to."""
     try:
-        view_of(p, group_dim)
+        view_of(p, grouping_of(group))
     except ValueError as error:
-        raise ValueError(f"Invalid group_dim value for {name}: {group_dim!r}: {error}") from None
+        raise ValueError(f"Invalid group_dim value for {name}: {group['group_dim']!r}: {error}") from None
 
 
 def check_state(state: Any, p: Tensor, name: str, key: str) -> None:
@@ -71,9 +71,9 @@ def check_norms(norms: Tensor, p: Tensor, options: StepOptions) -> None:
 
     Args:
         norms: as :class:`~rvsm_kernels.engines.interface.StepInputs` describes them.
-        p: has elements, and options with ``dims``.
+        p: has elements, and options with a ``grouping``.
     """
-    count = options.norm_rows * (p.numel() // group_size(p.shape, options.dims))
+    count = options.norm_rows * (p.numel() // group_size(p.shape, options.grouping))
     if norms.dtype != torch.float64 or norms.numel() != count or not norms.is_contiguous() or norms.device != p.device:
         raise ValueError(
             f"norms that were made elsewhere must be {count} contiguous float64 numbers on the device of their"
@@ -125,7 +125,7 @@ def check_entry(
         RuntimeError: a sparse or complex gradient; a gradient or a state of another shape or on another device; a
             parameter or state whose elements share memory; freed memory.
         TypeError: a dtype or layout without a kernel; a gradient or state without memory.
-        ValueError: a ``group_dim`` that the parameter does not have.
+        ValueError: a ``group_dim`` that the parameter does not have, a ``group_block`` that does not divide it.
     """
     grad, name = p.grad, param_name(group, i, j)
     assert grad is not None

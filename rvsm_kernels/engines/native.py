@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..method.bases import BASES
-from ..method.groups import GroupDim, group_dims
+from ..method.groups import Grouping, as_dims, group_dims, size_of_block
 from ..method.penalties import PENALTIES
 from ..method.prox import PROX_NUMBERS
 from ..method.split import SPLIT_NUMBERS
@@ -75,7 +75,7 @@ def _fault() -> str | None:
     try:
         w = torch.tensor([[-3.0, 0.5], [2.0, 0.0]], dtype=torch.float32, device="cpu")
         _C.check([w], [0])
-        u = torch.ops.rvsm_kernels.prox(w, "l1", 1.0, 1.0, None).tolist()
+        u = torch.ops.rvsm_kernels.prox(w, "l1", 1.0, 1.0, None, 1).tolist()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None if u == [[-2.0, 0.0], [1.0, 0.0]] else f"a proximal step gives {u}"
@@ -154,9 +154,9 @@ def _probe() -> str | None:
     return None
 
 
-def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
+def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: Grouping = None) -> Tensor:
     """Twin of :func:`rvsm_kernels.reference.prox`."""
-    return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, group_dims(group_dim, w.dim()))
+    return torch.ops.rvsm_kernels.prox(w, penalty, tau, a, group_dims(group_dim, w.dim()), size_of_block(group_dim))
 
 
 class NativeEngine(Engine):
@@ -183,7 +183,7 @@ class NativeEngine(Engine):
         self._plan.drop()
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
-        check_groups(p, group["group_dim"], name)
+        check_groups(p, group, name)
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         torch.ops.rvsm_kernels.prox_(params, *_penalty_arguments(group))
@@ -193,13 +193,14 @@ class NativeEngine(Engine):
 
 
 def _penalty_arguments(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """(penalty, lam, beta, a, group_dim, group_scale), the order of the ops' schemas."""
-    dims = group["group_dim"]
+    """(penalty, lam, beta, a, group_dim, group_scale, group_block), the order of the ops' schemas."""
+    dims = as_dims(group["group_dim"])
     return (
         group["penalty"],
         float(group["lam"]),
         float(group["beta"]),
         float(group["a"]),
-        dims if dims is None else [dims] if isinstance(dims, int) else list(dims),
+        dims if dims is None else list(dims),
         bool(group["group_scale"]),
+        int(group["group_block"]),
     )

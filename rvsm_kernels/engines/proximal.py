@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ..method import prox as plain
 from ..method.dtypes import DTYPES
-from ..method.groups import GroupDim, group_dims
+from ..method.groups import GroupDim, Grouping, check_grouping, grouping
 from ..method.memory import named, serves_ops
+from ..method.options import at_least_one
 from ..method.penalties import PENALTIES
 from . import native
 from .registry import engine_name_for
 
 
-def _forward(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: GroupDim) -> Tensor:
+def _forward(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: Grouping) -> Tensor:
     if not serves_ops(w):
         try:
             return plain.prox(w, penalty, tau, a, group_dim)
@@ -35,7 +36,7 @@ class _Prox(torch.autograd.Function):
     """The prox with its derivative with respect to w."""
 
     @staticmethod
-    def forward(w: Tensor, penalty: str, tau: float, a: float, group_dim: GroupDim) -> Tensor:
+    def forward(w: Tensor, penalty: str, tau: float, a: float, group_dim: Grouping) -> Tensor:
         return _forward(w, penalty, tau, a, group_dim)
 
     @staticmethod
@@ -49,7 +50,14 @@ class _Prox(torch.autograd.Function):
         return plain.prox_derivative(w, grad, *ctx.options), None, None, None, None
 
 
-def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
+def prox(
+    w: Tensor,
+    penalty: str | None,
+    tau: float,
+    a: float = 1.0,
+    group_dim: GroupDim = None,
+    group_block: int = 1,
+) -> Tensor:
     """u = argmin_u ||u - w||^2 / 2 + tau * P(u): the sparse point next to w.
 
     Args:
@@ -58,13 +66,15 @@ def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: 
         tau: lam / beta, >= 0.
         a: the parameter of tl1, > 0.
         group_dim: the dimensions that index the groups, None for elements (see :class:`rvsm_kernels.RVSM`).
+        group_block: how many consecutive indices of ``group_dim``, one dimension then, make one group.
 
     Returns:
         u, a new tensor like ``w``. Differentiable with respect to ``w`` wherever the prox is (almost everywhere);
         on the cut, where it is not, the derivative is taken as 0.
 
     Raises:
-        ValueError: an unknown penalty, tau < 0, a <= 0, a dimension that ``w`` does not have.
+        ValueError: an unknown penalty, tau < 0, a <= 0, a dimension that ``w`` does not have, blocks that do not
+            divide it.
         TypeError: a dtype without a kernel, or something else than a tensor.
     """
     if not isinstance(w, Tensor):
@@ -79,9 +89,11 @@ def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: 
         raise ValueError(f"Invalid a value: {a}")
     if w.dtype not in DTYPES or w.layout != torch.strided:
         raise TypeError(f"prox does not support {w.layout} tensors of dtype {w.dtype}")
-    group_dims(group_dim, w.dim())
+    at_least_one("group_block", group_block)
+    groups = grouping(group_dim, group_block)
+    check_grouping(w.shape, groups)
     if penalty is None or tau == 0 or w.numel() == 0:
         return w.clone()
     if torch.is_grad_enabled() and w.requires_grad:
-        return _Prox.apply(w, penalty, tau, a, group_dim)
-    return _forward(w.detach(), penalty, tau, a, group_dim)
+        return _Prox.apply(w, penalty, tau, a, groups)
+    return _forward(w.detach(), penalty, tau, a, groups)

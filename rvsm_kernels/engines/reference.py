@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import to_opmath
-from ..method.groups import from_memory_order, magnitudes
+from ..method.groups import from_memory_order, grouping_of, magnitudes, once
 from ..method.memory import kind_of, named, turns_of, whole
 from ..method.parameters import param_name, with_gradient
 from ..method.penalties import PENALTIES
@@ -76,15 +76,15 @@ def _norms(
         v: the weights, or weights + dual, in the type of the arithmetic.
         row: the row of v among norms that were made elsewhere. Where there is one row only, it is that of v.
     """
-    dims = options.values["group_dim"]
+    groups = grouping_of(options.values)
     norms = []
     for p, x in zip(params, v, strict=True):
         given = inputs.norms.get(p)
         if given is None:
-            norms.append(magnitudes(x, dims))
+            norms.append(magnitudes(x, groups))
         else:
             rows = given.reshape(-1, given.shape[-1])
-            norms.append(from_memory_order(rows[min(row, len(rows) - 1)], x, dims))
+            norms.append(from_memory_order(rows[min(row, len(rows) - 1)], x, groups))
     return norms
 
 
@@ -101,7 +101,7 @@ def _step(
         states, counts: of each parameter.
     """
     values, method = options.values, options.method
-    lr, beta, dims = values["lr"], values["beta"], values["group_dim"]
+    lr, beta, groups = values["lr"], values["beta"], grouping_of(values)
     masters = _find_masters(params, states, options)
     w = [join(p.detach(), master) for p, master in zip(params, masters, strict=True)]
     g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
@@ -124,7 +124,7 @@ def _step(
         else:
             taus = [strength(values, x.shape) / beta for x in v]
             of_each = zip(v, norms, taus, strict=True)
-            u = [threshold(x, r, values["penalty"], tau, values["a"], dims) for x, r, tau in of_each]
+            u = [threshold(x, r, values["penalty"], tau, values["a"], groups) for x, r, tau in of_each]
         gap, after = method.gap(w, v, u, before)
         if lr != 0:  # else nothing moves
             for x, new_x in zip(method_states, after, strict=True):
@@ -187,7 +187,7 @@ class ReferenceEngine(Engine):
                     states = {name: inputs.state_of(p, name) for name in options.states_of(p.dtype)}
                     counter = None if options.counter is None else inputs.state_of(p, options.counter)
                     check_entry(p, group, i, j, states, counter)
-                    if p in inputs.norms and options.dims is not None and p.numel() > 0:
+                    if p in inputs.norms and options.grouping is not None and p.numel() > 0:
                         check_norms(inputs.norms[p], p, options)
                     starts_from_u = options.method.starts_from_u and p.numel() > 0
                     lacks_u |= starts_from_u and states[options.states[-1]] is None
@@ -221,13 +221,14 @@ class ReferenceEngine(Engine):
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         for p in params:
             tau = strength(group, p.shape) / group["beta"]
-            p.copy_(prox(p, group["penalty"], tau, group["a"], group["group_dim"]))
+            p.copy_(prox(p, group["penalty"], tau, group["a"], grouping_of(group)))
 
     def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        groups = grouping_of(group)
         for p in params:
             w, lam = to_opmath(whole(p)), strength(group, p.shape)
-            u = prox(w, group["penalty"], lam / group["beta"], group["a"], group["group_dim"])
-            value = PENALTIES[group["penalty"]].value(magnitudes(u.double(), group["group_dim"]), group["a"])
+            u = prox(w, group["penalty"], lam / group["beta"], group["a"], groups)
+            value = PENALTIES[group["penalty"]].value(once(magnitudes(u.double(), groups), groups), group["a"])
             total += lam * value.sum() + group["beta"] / 2 * (w.double() - u.double()).square().sum()
         return total

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import DTYPES
-from ..method.groups import GroupDim, group_dims, to_memory_order
+from ..method.groups import Grouping, group_dims, size_of_block, sums, to_memory_order
 from .registry import served_device_types
 
 
-def squares(tensors: Sequence[tuple[Tensor, GroupDim]]) -> list[Tensor]:
+def squares(tensors: Sequence[tuple[Tensor, Grouping]]) -> list[Tensor]:
     """||w_G||_2^2 of each group of several tensors.
 
     The compiled kernels make them where they serve the device: one read of each tensor. In torch the conversion to
@@ -26,22 +26,16 @@ def squares(tensors: Sequence[tuple[Tensor, GroupDim]]) -> list[Tensor]:
         :func:`rvsm_kernels.method.groups.to_memory_order`.
     """
     served = served_device_types("native")
-    by_dims: dict[tuple[int, ...], list[int]] = {}
-    sums: list[Tensor] = [torch.empty(0)] * len(tensors)
+    alike: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    found: list[Tensor] = [torch.empty(0)] * len(tensors)
     for i, (w, group_dim) in enumerate(tensors):
-        dims = group_dims(group_dim, w.dim()) or ()
         if w.device.type in served and w.dtype in DTYPES:
-            by_dims.setdefault(dims, []).append(i)
+            alike.setdefault((group_dims(group_dim, w.dim()) or (), size_of_block(group_dim)), []).append(i)
         else:
-            sums[i] = _in_torch(w, dims)
-    for dims, places in by_dims.items():
-        found = torch.ops.rvsm_kernels.squares([tensors[i][0] for i in places], dims)
-        for i, of_tensor in zip(places, found, strict=True):
-            sums[i] = of_tensor
-    return sums
-
-
-def _in_torch(w: Tensor, dims: tuple[int, ...]) -> Tensor:
-    reduced = [d for d in range(w.dim()) if d not in dims]
-    all_squares = w.double().square()
-    return to_memory_order(all_squares.sum(dim=reduced) if reduced else all_squares, w, dims)
+            found[i] = to_memory_order(sums(w.double().square(), group_dim), w, group_dim)
+    for (dims, block), places in alike.items():
+        for i, of_tensor in zip(
+            places, torch.ops.rvsm_kernels.squares([tensors[i][0] for i in places], dims, block), strict=True
+        ):
+            found[i] = of_tensor
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .device_numbers import is_on_device
-from .groups import as_dims
+from .groups import as_dims, grouping_of
 from .methods import METHODS
 from .penalties import PENALTIES
 from .precision import STATE_TYPES
@@ -118,6 +118,14 @@ def _choice(names: tuple[str, ...], *, or_none: bool = False) -> Callable[[str, 
     return check
 
 
+def at_least_one(name: str, value: Any) -> None:
+    """A check for an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"Invalid {name} value: {shown(value)} (an integer is needed)")
+    if value < 1:
+        raise ValueError(f"Invalid {name} value: {value}")
+
+
 def _dims(name: str, value: Any) -> None:
     """A check for the type of ``group_dim``; whether a parameter has the dimensions, only its shape tells."""
     as_dims(value)
@@ -157,6 +165,7 @@ SPLIT_OPTIONS = (
         "the share of elements or groups that survive top-k, in (0, 1]",
     ),
     Option("group_dim", None, _dims, "the dimensions that index the groups, None for elements"),
+    Option("group_block", 1, at_least_one, "how many consecutive indices of group_dim make one group, >= 1"),
     Option("group_scale", False, None, "multiply lam by sqrt(group size)"),
     Option("group_lasso", 0.0, _number("group_lasso value"), "strength of group_lasso * sum ||w_G||, >= 0"),
     Option("decoupled", True, None, "the gap pulls the weights (True) or is added to the gradient (False)"),
@@ -214,6 +223,7 @@ def check_split(group: Mapping[str, Any]) -> None:
     if group["group_lasso"] != 0 and group["group_dim"] is None:
         lasso = float(group["group_lasso"])
         raise ValueError(f"Invalid group_lasso value: {lasso}: group_lasso needs a group_dim")
+    grouping_of(group)
     if group["penalty"] == "topk" and group["density"] is None:
         raise ValueError("penalty='topk' needs a density: the share of elements or groups that survive")
 

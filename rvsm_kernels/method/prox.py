@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import to_opmath
-from .groups import GroupDim, group_dims, magnitudes
+from .groups import Grouping, magnitudes, sums
 from .penalties import PENALTIES, shrink
 
 PROX_NUMBERS = ("penalty", "cut", "tau", "a", "rho", "edge")
@@ -33,7 +33,7 @@ def prox_numbers(penalty: str | None, tau: float, a: float) -> tuple[float, ...]
     return float(PENALTY_NUMBER[penalty]), cut, tau, a, rho, rho - a
 
 
-def threshold(v: Tensor, r: Tensor, penalty: str, tau: float, a: float, group_dim: GroupDim) -> Tensor:
+def threshold(v: Tensor, r: Tensor, penalty: str, tau: float, a: float, group_dim: Grouping) -> Tensor:
     """The prox of v, in the type of the arithmetic, from its magnitudes (or the norms of its groups) r."""
     if tau == 0:
         return v.clone()
@@ -41,7 +41,7 @@ def threshold(v: Tensor, r: Tensor, penalty: str, tau: float, a: float, group_di
     return torch.copysign(s, v) if group_dim is None else v * torch.where(r == 0, torch.zeros_like(r), s / r)
 
 
-def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
+def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: Grouping = None) -> Tensor:
     """u = argmin_u ||u - w||^2 / 2 + tau * P(u), out of place; shape, dtype and layout of ``w``.
 
     P(u) = sum over elements (or groups, see ``group_dim``) of g(|u_i|) (or g(||u_G||_2)).
@@ -52,7 +52,7 @@ def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: 
     return threshold(v, magnitudes(v, group_dim), penalty, tau, a, group_dim).to(w.dtype)
 
 
-def prox_derivative(w: Tensor, direction: Tensor, penalty: str, tau: float, a: float, group_dim: GroupDim) -> Tensor:
+def prox_derivative(w: Tensor, direction: Tensor, penalty: str, tau: float, a: float, group_dim: Grouping) -> Tensor:
     """The derivative of :func:`prox` at w, applied to a direction; a new tensor like w.
 
     With r = |v| (or the group's norm) and s = shrink(r), u = v s / r and
@@ -67,8 +67,6 @@ def prox_derivative(w: Tensor, direction: Tensor, penalty: str, tau: float, a: f
         return (slope * dv).to(w.dtype)
     safe = torch.where(alive, r, 1)
     ratio = torch.where(alive, s, 0) / safe
-    dims = group_dims(group_dim, w.dim()) or ()
-    reduced = [d for d in range(w.dim()) if d not in dims]
-    along = (v * dv).sum(dim=reduced, keepdim=True) if reduced else v * dv
+    along = sums(v * dv, group_dim)
     dw = ratio * dv + torch.where(alive, slope - ratio, 0) * (along / safe) * (v / safe)
     return dw.to(w.dtype)

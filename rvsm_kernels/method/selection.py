@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import opmath_type, to_opmath
-from .groups import GroupDim, magnitudes
+from .groups import Grouping, grouping_of, magnitudes, once
 from .memory import kind_of, turns_of, whole
 from .parameters import with_gradient
 from .precision import Stored, join, master_name
@@ -24,7 +24,7 @@ def survivors(density: float, count: int) -> int:
     return math.ceil(density * count * _BELOW_1)
 
 
-def cut_of(v: Tensor, density: float, group_dim: GroupDim = None) -> Tensor:
+def cut_of(v: Tensor, density: float, group_dim: Grouping = None) -> Tensor:
     """The magnitude up to which elements (or groups) go to zero, so that ceil(density * n) survive.
 
     Args:
@@ -35,7 +35,7 @@ def cut_of(v: Tensor, density: float, group_dim: GroupDim = None) -> Tensor:
         Magnitudes that tie with it go to zero too, as ties do under l0, so that fewer survive. Between norms of groups
         it is halfway to the smallest survivor: another order of summation cannot move a group across.
     """
-    r = whole(magnitudes(v, group_dim)).reshape(-1)
+    r = once(whole(magnitudes(v, group_dim)), group_dim).reshape(-1)
     n = r.numel()
     dropped = n - survivors(density, n)
     if dropped == 0:
@@ -96,7 +96,7 @@ class Cuts:
                         for name in (master_name(step.values, p.dtype), step.method.state)
                     )
                     v = thresholded(join(p.detach(), master), dual if step.method.adds_state else None)
-                    self._cut[p].copy_(cut_of(v, step.values["density"], step.values["group_dim"]))
+                    self._cut[p].copy_(cut_of(v, step.values["density"], grouping_of(step.values)))
 
 
 def _room_for_cut(p: Tensor) -> Tensor:

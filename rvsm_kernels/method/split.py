@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .device_numbers import is_positive
-from .groups import group_size
+from .groups import group_size, grouping_of
 from .methods import METHODS
 
 SPLIT_NUMBERS = ("grad", "pull", "coupling", "lasso")
@@ -45,7 +45,7 @@ def strength_of_size(group: Mapping[str, Any], size: int) -> float:
 
 def strength(group: Mapping[str, Any], shape: torch.Size) -> float:
     """:func:`strength_of_size` of one tensor of the group."""
-    return strength_of_size(group, group_size(shape, group["group_dim"]) if group["group_scale"] else 1)
+    return strength_of_size(group, group_size(shape, grouping_of(group)) if group["group_scale"] else 1)
 
 
 def split_numbers(group: Mapping[str, Any], split: bool) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import device_numbers
 from .bases import Base
-from .groups import as_dims
+from .groups import Grouping, as_dims, grouping_of, size_of_block
 from .methods import METHODS, Method
 from .options import PLAIN_TYPES
 from .precision import MASTER_STATES, STATE_TYPES, has_master, is_stochastic
@@ -33,8 +33,8 @@ class StepOptions:
         method: the group's method; that without a state where there is no splitting.
         split: whether there is a splitting.
         topk: whether the cut comes from the magnitudes of each tensor.
-        dims: ``group_dim`` as a tuple, as it was given (negative numbers too); None for elements, and where the norms
-            of groups do not matter to a step.
+        grouping: what indexes the groups, as it was given (negative numbers too); None for elements, and where the
+            norms of groups do not matter to a step.
         lasso: whether there is a group lasso.
         scaled: whether the numbers differ by the size of the groups.
         states: the names of the states, the base's first, then the method's.
@@ -56,7 +56,7 @@ class StepOptions:
     method: Method
     split: bool
     topk: bool
-    dims: tuple[int, ...] | None
+    grouping: Grouping
     lasso: bool
     scaled: bool
     states: tuple[str, ...]
@@ -83,7 +83,7 @@ class StepOptions:
                 values[name] = tuple(value) if isinstance(value, list) else float(value)
         split, lasso = is_split(values), values["group_lasso"] != 0
         penalty = values["penalty"] if split else None
-        dims = as_dims(values["group_dim"]) if split or lasso else None
+        grouping = grouping_of(values) if split or lasso else None
         method = METHODS[values["method"]] if split else METHODS["rvsm"]
         base_states = base.states(values)
         states = base_states if method.state is None else (*base_states, method.state)
@@ -98,7 +98,7 @@ class StepOptions:
             method=method,
             split=split,
             topk=penalty == "topk",
-            dims=dims,
+            grouping=grouping,
             lasso=lasso,
             scaled=scaled,
             states=states,
@@ -109,7 +109,7 @@ class StepOptions:
             precision=precision,
             writes_gradient=writes_gradient,
             structure=(
-                *(base.name, method.name, penalty, dims, lasso, scaled, states, writes_gradient, precision),
+                *(base.name, method.name, penalty, grouping, lasso, scaled, states, writes_gradient, precision),
                 *tensors,
             ),
         )
@@ -141,6 +141,16 @@ class StepOptions:
             name, master_type = MASTER_STATES[dtype]
             types[name] = master_type
         return types
+
+    @property
+    def dims(self) -> tuple[int, ...] | None:
+        """The dimensions of ``grouping``."""
+        return as_dims(self.grouping)
+
+    @property
+    def block(self) -> int:
+        """How many consecutive indices of them make a group."""
+        return size_of_block(self.grouping)
 
     @property
     def master(self) -> bool:

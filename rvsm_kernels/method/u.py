@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .groups import magnitudes
+from .groups import grouping_of, magnitudes, once
 from .methods import METHODS
 from .penalties import PENALTIES
 from .selection import cut_of, keep_above, thresholded
@@ -29,8 +29,8 @@ def u_of(
     """
     v = thresholded(w, dual)
     if is_topk(group):
-        cut = cut_of(v, group["density"], group["group_dim"])
-        return keep_above(v, magnitudes(v, group["group_dim"]), cut)
+        cut = cut_of(v, group["density"], grouping_of(group))
+        return keep_above(v, magnitudes(v, grouping_of(group)), cut)
     v = v.clone() if dual is None else v
     prox_([v], group)
     return v
@@ -41,5 +41,5 @@ def value_of(w: Tensor, u: Tensor, group: Mapping[str, Any]) -> Tensor:
     value = float(group["beta"]) / 2 * (w.double() - u.double()).square().sum()
     if is_topk(group):
         return value
-    r = magnitudes(u.double(), group["group_dim"])
+    r = once(magnitudes(u.double(), grouping_of(group)), grouping_of(group))
     return value + strength(group, w.shape) * PENALTIES[group["penalty"]].value(r, float(group["a"])).sum()

@@ -13,6 +13,17 @@ from ..method.dtypes import DTYPES
 from ..method.groups import GroupDim
 from ..method.options import OPTION_NAMES, unknown_option
 from ..method.warn import some, warn
+from .structures import (
+    HEADS,
+    NO_HEADS,
+    NOT_WHOLE,
+    check_structure,
+    heads_of,
+    is_conv1d,
+    is_experts,
+    is_router,
+    structure_dim,
+)
 
 PENALISED: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -27,7 +38,7 @@ PENALISED: tuple[type[nn.Module], ...] = (
     nn.RNNBase,
     nn.RNNCellBase,
 )
-"""The modules whose weights are penalised, together with ``Conv1D`` of transformers."""
+"""The modules whose weights are penalised, together with ``Conv1D`` and the experts of transformers."""
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _PRUNED = ("_orig", "_g", "_v", "_mask")  # what torch.nn.utils.prune, weight_norm and spectral_norm make of a weight
@@ -37,56 +48,7 @@ _CHANGED = "pruned or parametrised: the layer computes with another tensor"
 _THIN = "a bias, a norm or another parameter of fewer than two dimensions"
 _BIAS = "a bias"
 _FROZEN = "frozen"
-
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-STRUCTURES: dict[str, tuple[GroupDim, GroupDim]] = {
-    # structure: (group_dim of Conv and Linear, group_dim of a transposed convolution)
-    "in_channels": (1, 0),
-    "out_channels": (0, 1),
-    "kernels": ((0, 1), (0, 1)),
-    "layers": ((), ()),
-}
-
-
-NOT_WHOLE = "no whole dimension of this weight indexes"
-"""How a reason begins why a weight cannot express a structure."""
-
-
-def structure_dim(
-    module: nn.Module, structure: str | None, name: str = "weight", swapped: bool = False
-) -> tuple[GroupDim, str | None]:
-    """The ``group_dim`` that a structure means for a weight of a module: its groups are channels of the network.
-
-    Args:
-        name: the name of the weight in the module.
-        swapped: the weight is (inputs, outputs), as a transposed convolution's.
-
-    Returns:
-        (group_dim, None), or (None, why the weight cannot express the structure).
-
-    Raises:
-        ValueError: an unknown structure.
-    """
-    if structure is None:
-        return None, None
-    if structure not in STRUCTURES:
-        raise ValueError(f"Invalid structure: {structure!r} (choose one of None, {', '.join(map(repr, STRUCTURES))})")
-    transposed = isinstance(module, _TRANSPOSED)
-    dim = STRUCTURES[structure][transposed or swapped]
-    groups = getattr(module, "groups", 1) if isinstance(module, nn.modules.conv._ConvNd) else 1
-    if groups > 1 and (structure, transposed) in (("in_channels", False), ("out_channels", True)):
-        inputs, outputs = module.in_channels, module.out_channels
-        if groups == inputs == outputs:  # depthwise: channel i is filter i
-            return 0, None
-        return None, f"{NOT_WHOLE} its {structure.replace('_', ' ')}, for it has {groups} groups"
-    if isinstance(module, nn.Bilinear) and structure == "in_channels":
-        return None, f"{NOT_WHOLE} its input channels, for it has two inputs"
-    gated = isinstance(module, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)) and not name.startswith("weight_hr")
-    if gated and structure == "out_channels":
-        return None, f"{NOT_WHOLE} its units, for each gate has a row of its own"
-    return dim, None
+_ROUTER = "a router, which chooses the experts; include its type to penalise it"
 
 
 class InOrder(list[Any]):
@@ -106,7 +68,7 @@ class Weight(NamedTuple):
         param: the parameter.
         owner: the module that has it.
         left: why it is not penalised, None where it is.
-        group_dim: the dimensions of its groups, where a structure was asked for.
+        group_dim, group_block: those of its groups, where a structure was asked for.
     """
 
     name: str
@@ -114,11 +76,7 @@ class Weight(NamedTuple):
     owner: nn.Module
     left: str | None
     group_dim: GroupDim = None
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, a linear layer whose weight is (inputs, outputs)."""
-    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers") for c in type(module).__mro__)
+    group_block: int = 1
 
 
 def is_changed(name: str, module: nn.Module) -> bool:
@@ -164,11 +122,13 @@ def weights_of(
     by_default = types == PENALISED
     wants_embeddings = any(issubclass(t, _EMBEDDINGS) for t in types)
     embeddings = {id(p) for m in model.modules() if isinstance(m, _EMBEDDINGS) for p in m.parameters(recurse=False)}
+    heads = heads_of(model) if structure == HEADS else {}
     weights = []
     for name, local, p, module in owners(model):
-        included = isinstance(module, types) or (by_default and is_conv1d(module))
+        included = isinstance(module, types) or (by_default and (is_conv1d(module) or is_experts(module, local)))
         left: str | None = None
         dim: GroupDim = None
+        block = 1
         if is_changed(local, module):
             left = _CHANGED
         elif not is_lazy(p) and p.dim() < 2:
@@ -177,15 +137,21 @@ def weights_of(
             left = _BIAS
         elif id(p) in embeddings and not wants_embeddings:
             left = "an embedding"
+        elif by_default and is_router(module):
+            left = _ROUTER
         elif not included:
             left = f"a parameter of {type(module).__name__}, which is not included"
         elif not p.requires_grad:
             left = _FROZEN
         elif p.dtype not in DTYPES:
             left = f"of {p.dtype}, which is not trained"
+        elif structure != HEADS:
+            dim, left = structure_dim(module, structure, local)
+        elif (id(module), local) in heads:
+            dim, block = heads[id(module), local].dim, heads[id(module), local].size
         else:
-            dim, left = structure_dim(module, structure, local, is_conv1d(module))
-        weights.append(Weight(name, p, module, left, dim))
+            left = NO_HEADS
+        weights.append(Weight(name, p, module, left, dim, block))
     return weights
 
 
@@ -209,19 +175,22 @@ def param_groups(
         model: any module.
         structure: None (elementwise, or ``group_dim`` as given), ``"in_channels"``, ``"out_channels"``,
             ``"kernels"`` or ``"layers"``: sets ``group_dim`` so that a group is a channel of the network, by module
-            type (transposed convolutions, transformers' Conv1D and depthwise convolutions have theirs in other
-            dimensions, and get groups of their own). A weight that cannot express them in whole dimensions (a grouped
-            convolution by input channels, an LSTM by outputs) stays dense, with a warning.
+            type (transposed convolutions, transformers' Conv1D and experts and depthwise convolutions have theirs in
+            other dimensions, and get groups of their own). A weight that cannot express them in whole dimensions (a
+            grouped convolution by input channels, an LSTM by outputs) stays dense, with a warning. ``"heads"``: sets
+            ``group_dim`` and ``group_block`` so that a group is an attention head, as rows of the projections to q, k
+            and v and as columns of the output projection; what is no such projection stays dense.
         include: module types whose weights (two dimensions or more, trained, no biases) are penalised: by default
-            convolutions, linear and bilinear layers, attention, recurrent layers, transformers' Conv1D. Another type
-            (experts of your own, an Embedding) takes all such parameters that belong to it directly.
+            convolutions, linear and bilinear layers, attention, recurrent layers, transformers' Conv1D and experts.
+            Another type (experts of your own, a router, an Embedding) takes all such parameters that belong to it
+            directly.
         named: False: plain tensors in the place of (name, tensor), for wrappers that know no names
             (``ZeroRedundancyOptimizer``).
         verbose: print which weights are taken and which are left, and why (see :func:`describe`).
         **penalty_options: any option of :class:`rvsm_kernels.RVSM`, for the penalised groups.
 
     Returns:
-        Groups for an optimizer: the penalised ones (one for each ``group_dim`` that a structure needs), then the rest
+        Groups for an optimizer: the penalised ones (one for each place of groups that a structure needs), then the rest
         (biases, norms, embeddings, frozen weights) with ``penalty=None``.
 
     Raises:
@@ -233,9 +202,11 @@ def param_groups(
     for key in penalty_options:
         if key not in OPTION_NAMES:
             raise TypeError(f"unknown option: {unknown_option(key, OPTION_NAMES, 'param_groups')}")
-    structure_dim(nn.Module(), structure)
-    if structure is not None and penalty_options.get("group_dim") is not None:
-        raise ValueError(f"structure={structure!r} sets group_dim; give one of the two")
+    check_structure(structure)
+    taken = {"group_dim": None, "group_block": 1} if structure == HEADS else {"group_dim": None}
+    for key, default in taken.items() if structure is not None else ():
+        if penalty_options.get(key, default) != default:
+            raise ValueError(f"structure={structure!r} sets {key}; give one of the two")
     types = _types(include)
     weights = weights_of(model, types, structure)
     if verbose:
@@ -244,6 +215,7 @@ def param_groups(
         if weights and all(not w.param.requires_grad for w in weights):
             raise ValueError("no weight is penalised: every parameter of the model is frozen (requires_grad=False)")
         among = "" if types == PENALISED else f" under include=({', '.join(t.__name__ for t in types)})"
+        among += f" under structure={structure!r}: it has {NO_HEADS}" if structure == HEADS else ""
         raise ValueError(
             f"no weight of the model is penalised{among}: {_hint(model, weights)}; name those types in include, and"
             " see rvsm_kernels.describe(model)"
@@ -256,19 +228,25 @@ def param_groups(
     _warn_of_left(weights, structure)
 
     order = {id(p): k for k, p in enumerate(model.parameters())}
-    by_dim: dict[Any, list[Weight]] = {}
+    by_place: dict[tuple[GroupDim, int], list[Weight]] = {}
     for w in weights:
         if w.left is None:
-            by_dim.setdefault(w.group_dim, []).append(w)
+            by_place.setdefault((w.group_dim, w.group_block), []).append(w)
     groups = []
-    for dim, members in by_dim.items():
+    for (dim, block), members in by_place.items():
         groups.append({**_members(members, named, order), **penalty_options})
         if structure is not None:
             groups[-1]["group_dim"] = dim
+        if structure == HEADS:
+            groups[-1]["group_block"] = block
     rest = [w for w in weights if w.left is not None]
     if rest:
-        groups.append({**_members(rest, named, order), "penalty": None, "group_dim": None, "group_lasso": 0.0})
+        groups.append({**_members(rest, named, order), "penalty": None, **_NO_GROUPS})
     return groups
+
+
+_NO_GROUPS = {"group_dim": None, "group_block": 1, "group_lasso": 0.0}
+"""What dense parameters have, whatever the defaults of their optimizer are."""
 
 
 def _members(weights: list[Weight], named: bool, order: dict[int, int]) -> dict[str, Any]:
@@ -299,6 +277,7 @@ def _text(weights: list[Weight]) -> str:
         shape = "lazy" if is_lazy(w.param) else "x".join(map(str, w.param.shape)) or "1"
         what = "dense: " + w.left if w.left is not None else "penalised"
         what += "" if w.group_dim is None else f", group_dim={w.group_dim!r}"
+        what += "" if w.group_block == 1 else f", group_block={w.group_block}"
         lines.append(f"{w.name:<{width}}  {shape:>16}  {what}")
     return "\n".join(lines)
 
@@ -307,7 +286,7 @@ def describe(model: nn.Module, *, structure: str | None = None, include: Iterabl
     """Which weights :func:`param_groups` takes and which it leaves dense, with the reasons, as a table to print."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"describe takes a module, but got a {type(model).__name__}")
-    structure_dim(nn.Module(), structure)
+    check_structure(structure)
     return _text(weights_of(model, include, structure))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from ..dist.shards import is_of_shards
 from ..dist.sums import zeros_of
-from ..method.groups import GroupDim, group_dims, magnitudes
+from ..method.groups import GroupDim, Grouping, check_grouping, group_count, grouping, magnitudes, once
 from ..method.memory import kind_of, whole
+from ..method.options import at_least_one
 from .param_groups import counted_weights
 
 ZERO_NORM = 1e-15
@@ -128,23 +128,23 @@ def is_all_zero(t: Tensor) -> bool:
         return False  # a tensor without values, on the meta device for example
 
 
-def measure(name: str, u: Tensor, group_dim: GroupDim = None, left: str | None = None) -> SparsityRow:
+def measure(name: str, u: Tensor, group_dim: Grouping = None, left: str | None = None) -> SparsityRow:
     """Count the zeros of one tensor; of a DTensor, those of all ranks."""
-    dims = group_dims(group_dim, u.dim(), name)  # an error names the parameter
+    check_grouping(u.shape, group_dim, name)  # an error names the parameter
     if is_of_shards(u):
-        groups = u.numel() if dims is None else math.prod(u.shape[d] for d in dims)
+        groups = u.numel() if group_dim is None else group_count(u.shape, group_dim)
         zeros, zero_groups = zeros_of(u, group_dim, ZERO_NORM)
         return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zero_groups, groups, left)
     u = _dense(whole(u))
     zeros = u.numel() - int(torch.count_nonzero(u))
     if group_dim is None:
         return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zeros, u.numel(), left)
-    norms = magnitudes(u if u.is_floating_point() else u.float(), group_dim)
+    norms = once(magnitudes(u if u.is_floating_point() else u.float(), group_dim), group_dim)
     return SparsityRow(name, tuple(u.shape), zeros, u.numel(), int((norms < ZERO_NORM).sum()), norms.numel(), left)
 
 
 @torch.no_grad()
-def sparsity(model: nn.Module, group_dim: GroupDim = None) -> SparsityReport:
+def sparsity(model: nn.Module, group_dim: GroupDim = None, group_block: int = 1) -> SparsityReport:
     """How sparse a model is as it stands: all its weights of two dimensions and more.
 
     The report says which of them :func:`rvsm_kernels.param_groups` would leave dense, and which cannot be counted. Of a
@@ -153,19 +153,21 @@ def sparsity(model: nn.Module, group_dim: GroupDim = None) -> SparsityReport:
 
     Args:
         model: any module.
-        group_dim: what a group is (see :class:`rvsm_kernels.RVSM`); None counts elements.
+        group_dim, group_block: what a group is (see :class:`rvsm_kernels.RVSM`); None counts elements.
 
     Raises:
         TypeError: something else than a module.
-        ValueError: a ``group_dim`` that one of the weights does not have.
+        ValueError: a ``group_dim`` that one of the weights does not have, a ``group_block`` that does not divide one.
     """
     if not isinstance(model, nn.Module):
         hint = "; an optimizer has a method: optimizer.sparsity()" if isinstance(model, torch.optim.Optimizer) else ""
         raise TypeError(f"sparsity takes a module, but got a {type(model).__name__}{hint}")
+    at_least_one("group_block", group_block)
+    groups = grouping(group_dim, group_block)
     rows, uncounted = [], {}
     for name, weight, left in counted_weights(model):
         try:
-            rows.append(measure(name, weight, group_dim, left))
+            rows.append(measure(name, weight, groups, left))
         except (NotImplementedError, RuntimeError) as error:
             kind = kind_of(weight)
             uncounted[name] = kind if kind is not None else str(error).splitlines()[0]

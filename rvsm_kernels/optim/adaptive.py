@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engines.interface import Engine
 from ..method.bases import SGD
 from ..method.dtypes import to_opmath
-from ..method.groups import GroupDim, magnitudes
+from ..method.groups import GroupDim, grouping_of, magnitudes
 from ..method.parameters import with_gradient
 from ..method.selection import cut_of
 from ..method.split import is_topk
@@ -33,7 +33,7 @@ class AdaptiveHardThreshold(SplitOptimizer):
         params: tensors, groups or named parameters, as in torch.optim.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
         density: the share of elements or groups that survive, in (0, 1]; can differ per group.
-        group_dim: the dimensions that index the groups, None for elements (see :class:`RVSM`).
+        group_dim, group_block: what indexes the groups, None and 1 for elements (see :class:`RVSM`).
         unit_norm: w <- w / ||w|| of each tensor at the end of the step.
         engine: see :class:`RVSM`.
 
@@ -56,6 +56,7 @@ class AdaptiveHardThreshold(SplitOptimizer):
         nesterov: bool = False,
         *,
         group_dim: GroupDim = None,
+        group_block: int = 1,
         unit_norm: bool = False,
         maximize: bool = False,
         amp_scaling: bool = True,
@@ -96,4 +97,5 @@ class AdaptiveHardThreshold(SplitOptimizer):
 def _support(p: Tensor, group: Mapping[str, Any]) -> Tensor:
     w = to_opmath(p.detach())
     # Not "above": NaN is above nothing, and must stay visible.
-    return ~(magnitudes(w, group["group_dim"]) <= cut_of(w, group["density"], group["group_dim"]))
+    groups = grouping_of(group)
+    return ~(magnitudes(w, groups) <= cut_of(w, group["density"], groups))

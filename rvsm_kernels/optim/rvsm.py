@@ -51,6 +51,9 @@ class RVSM(SplitOptimizer):
         a: shape of tl1, > 0: small is near l0, large is near l1.
         group_dim: the dimensions that index the groups: None (elements), 1 (input channels of a Conv or Linear
             weight), 0 (output channels), (0, 1) (kernels), () (the whole tensor).
+        group_block: how many consecutive indices of ``group_dim`` make one group, for a ``group_dim`` of one dimension
+            whose size is a multiple of it: an attention head of 64 is ``group_dim=0, group_block=64`` of a projection
+            to queries.
         group_scale: multiply lam by sqrt(group size).
         group_lasso: strength of group_lasso * sum ||w_G||_2, added to the gradient (needs ``group_dim``).
         decoupled: the pull moves the weights before the SGD step (True) or is added to the gradient and so passes
@@ -111,6 +114,7 @@ class RVSM(SplitOptimizer):
         a: float = 1.0,
         density: float | None = None,
         group_dim: GroupDim = None,
+        group_block: int = 1,
         group_scale: bool = False,
         group_lasso: float = 0.0,
         decoupled: bool = True,

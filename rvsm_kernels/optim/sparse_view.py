@@ -15,6 +15,7 @@ from ..engines.checks import check_state, refuse_expanded
 from ..engines.interface import Engine, Group
 from ..method import device_numbers
 from ..method import u as more_than_prox
+from ..method.groups import grouping_of
 from ..method.memory import kind_of, named, refuse, whole
 from ..method.methods import METHODS
 from ..method.parameters import is_left_alone, param_name
@@ -319,7 +320,7 @@ class SparseView:
                     if is_split(group) and w.numel() > 0 and p.requires_grad and not self._is_u(p, group):
                         self._check(p, w, group, name)
                         u = self._u_of(p, w, group, self._engine_of(w, name)).to(w.dtype)
-                    rows.append((p, measure(name, u, group["group_dim"])))
+                    rows.append((p, measure(name, u, grouping_of(group))))
                 except (AssertionError, NotImplementedError, RuntimeError) as error:
                     raise named(error, w, name) from error
         return rows

@@ -23,6 +23,7 @@ from ..dist.shards import is_sharded
 from ..engines.checks import validate_param
 from ..engines.interface import Engine, Ready, StepInputs
 from ..method.bases import Base, validate
+from ..method.groups import grouping_of
 from ..method.methods import METHODS
 from ..method.options import make_plain, may_differ, names_of, shown, snapshot
 from ..method.parameters import is_left_alone, param_name, with_gradient
@@ -151,7 +152,7 @@ class SplitOptimizer(Optimizer):
         checked = {} if old is None else old.same_on_device(group)
         self._validate({**group, **checked} if checked else group)
         new = self._step_options(group)
-        if old is None or old.values["group_dim"] != new.values["group_dim"]:
+        if old is None or grouping_of(old.values) != grouping_of(new.values):
             self._validate_params(i, group)
         if old is None or new.differ(old):
             self._options[i : i + 1] = [new]

@@ -45,7 +45,7 @@ class RVSMWrapper(SplitOptimizer):
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose groups have an ``lr``; step the wrapper, not this.
-        penalty, lam, beta, a, density, group_dim, group_scale, group_lasso, decoupled, method, engine: see
+        penalty, lam, beta, a, density, group_dim, group_block, group_scale, group_lasso, decoupled, method, engine: see
             :class:`rvsm_kernels.RVSM`; for groups that do not set them.
 
     Raises:
@@ -73,6 +73,7 @@ class RVSMWrapper(SplitOptimizer):
         a: float = 1.0,
         density: float | None = None,
         group_dim: GroupDim = None,
+        group_block: int = 1,
         group_scale: bool = False,
         group_lasso: float = 0.0,
         decoupled: bool = True,

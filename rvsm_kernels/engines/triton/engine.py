@@ -129,7 +129,7 @@ class TritonEngine(Engine):
     # ---- u -----------------------------------------------------------------------------------------------------------
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
-        check_groups(p, group["group_dim"], name)
+        check_groups(p, group, name)
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         u.prox_(params, group)

@@ -196,11 +196,11 @@ class StepTable:
                 self._params.append(p)
                 self._active.append(moves)
                 if moves:
-                    if options.dims is not None:
-                        check_groups(p, group["group_dim"], param_name(group, i, j))
+                    if options.grouping is not None:
+                        check_groups(p, group, param_name(group, i, j))
                         if p in inputs.norms:
                             check_norms(inputs.norms[p], p, options)
-                    slots.append(ParamSlot(p, i, options, view_of(p, options.dims), list(states.values()), counter))
+                    slots.append(ParamSlot(p, i, options, view_of(p, options.grouping), list(states.values()), counter))
         self._lengths = [len(group["params"]) for group in groups]
         self._all_active = all(self._active)
         return slots

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...method.groups import GroupDim, group_dims, view_of
+from ...method.groups import Grouping, group_dims, grouping, grouping_of, size_of_block, view_of
 from ...method.prox import prox_numbers
 from ...method.split import strength
 from .launch import Launch, TensorArgs
@@ -25,7 +25,7 @@ def prox_(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
     tensors = []
     for s in staged:
         tau = strength(group, s.dense.shape) / beta
-        tensors.append(_args_of(s.dense, s.dense, group["group_dim"], prox_numbers(group["penalty"], tau, a)))
+        tensors.append(_args_of(s.dense, s.dense, grouping_of(group), prox_numbers(group["penalty"], tau, a)))
     for launch in _launches("prox", tensors):
         launch.run(captured=capturing(launch.device))
     for s in staged:
@@ -42,7 +42,7 @@ def penalty_value(params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
         staged.load()
         lam = strength(group, p.shape)
         numbers = (*prox_numbers(group["penalty"], lam / beta, a), lam, beta)
-        tensors.append(_args_of(staged.dense, staged.dense, group["group_dim"], numbers))
+        tensors.append(_args_of(staged.dense, staged.dense, grouping_of(group), numbers))
     total = torch.zeros((), dtype=torch.float64, device=params[0].device)
     norms = []
     for launch in _launches("penalty", tensors):
@@ -56,7 +56,7 @@ def penalty_value(params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
     return total
 
 
-def _args_of(w: Tensor, source: Tensor, group_dim: GroupDim, numbers: tuple[float, ...]) -> TensorArgs:
+def _args_of(w: Tensor, source: Tensor, group_dim: Grouping, numbers: tuple[float, ...]) -> TensorArgs:
     return TensorArgs(w, source, view_of(w, group_dim), numbers)
 
 
@@ -75,12 +75,14 @@ def _launches(action: str, tensors: Sequence[TensorArgs]) -> Iterator[Launch]:
 
 
 @torch.library.custom_op("rvsm_kernels_triton::prox", mutates_args=())
-def _prox(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: list[int] | None) -> Tensor:
+def _prox(
+    w: Tensor, penalty: str | None, tau: float, a: float, group_dim: list[int] | None, group_block: int
+) -> Tensor:
     u = torch.empty_like(w)
     staged = Staged(w.detach(), w.dtype, u)
     staged.load()
     try:
-        args = _args_of(u, staged.dense, group_dim, prox_numbers(penalty, tau, a))
+        args = _args_of(u, staged.dense, grouping(group_dim, group_block), prox_numbers(penalty, tau, a))
     except ValueError as error:
         raise ValueError(f"Invalid group_dim value: {error}") from None
     for launch in _launches("prox", [args]):
@@ -89,11 +91,11 @@ def _prox(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: list[
 
 
 @_prox.register_fake
-def _(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: list[int] | None) -> Tensor:
+def _(w: Tensor, penalty: str | None, tau: float, a: float, group_dim: list[int] | None, group_block: int) -> Tensor:
     return torch.empty_like(w)
 
 
-def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: GroupDim = None) -> Tensor:
+def prox(w: Tensor, penalty: str | None, tau: float, a: float = 1.0, group_dim: Grouping = None) -> Tensor:
     """Twin of :func:`rvsm_kernels.reference.prox`, an op of its own under torch.compile."""
     dims = group_dims(group_dim, w.dim())
-    return _prox(w, penalty, float(tau), float(a), None if dims is None else list(dims))
+    return _prox(w, penalty, float(tau), float(a), None if dims is None else list(dims), size_of_block(group_dim))
