@@ -1,0 +1,101 @@
+"""What the callbacks share: u in the weights between two hooks of a framework, and the numbers that are logged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+
+class HeldSparseWeights:
+    """Puts u into the weights at one call and w back at another.
+
+    ``optimizer.sparse_weights()`` gives w back at the end of a ``with`` block. A framework calls one hook before a
+    validation and another after it, and this object is what both know.
+    """
+
+    def __init__(self) -> None:
+        self._stack: contextlib.ExitStack | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the weights are u now."""
+        return self._stack is not None
+
+    def open(self, optimizers: Sequence[Any], model: nn.Module | None) -> None:
+        """Put u into the weights of these optimizers, which may be none."""
+        self.close()
+        with contextlib.ExitStack() as stack:
+            for optimizer in optimizers:
+                stack.enter_context(_averages(optimizer))
+                stack.enter_context(optimizer.sparse_weights(model))
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Put w back. Does nothing where the weights are w."""
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    @contextlib.contextmanager
+    def holding(self, u: bool, optimizers: Sequence[Any], model: nn.Module | None) -> Iterator[None]:
+        """u (True) or w (False) for the body of a ``with``, and afterwards what was there before."""
+        before = self.is_open
+        if u == before:
+            yield
+            return
+        self._switch(u, optimizers, model)
+        try:
+            yield
+        finally:
+            self._switch(before, optimizers, model)
+
+    def _switch(self, u: bool, optimizers: Sequence[Any], model: nn.Module | None) -> None:
+        if u:
+            self.open(optimizers, model)
+        else:
+            self.close()
+
+
+@contextlib.contextmanager
+def _averages(optimizer: Any) -> Iterator[None]:
+    """schedulefree's averages, inside an RVSMWrapper: their u is what ships. Does nothing to other optimizers."""
+    groups = getattr(optimizer, "param_groups", [])
+    if not (groups and groups[0].get("train_mode")):
+        yield
+        return
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+
+
+def measured(optimizers: Sequence[Any], loss: float | None) -> dict[str, float]:
+    """What is logged of the weights as they are now.
+
+    Args:
+        loss: of the same step, if there is one to be had.
+
+    Returns:
+        ``sparsity``: the share of zeros of u among the penalised weights; ``penalty_value``: lam P(u) + beta/2
+        ||w - u||^2; ``L_beta``: loss and penalty together.
+    """
+    totals = [optimizer.sparsity().total for optimizer in optimizers]
+    numel = sum(total.numel for total in totals)
+    penalty = sum(float(optimizer.penalty_value()) for optimizer in optimizers)
+    numbers = {"sparsity": sum(total.zeros for total in totals) / numel if numel else 0.0, "penalty_value": penalty}
+    return numbers if loss is None else {**numbers, "L_beta": loss + penalty}
+
+
+def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """The value of an option of a callback.
+
+    Raises:
+        ValueError: it is none of the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"Invalid {name} value: {value!r} (one of {', '.join(map(repr, choices))} is needed)")
+    return str(value)
