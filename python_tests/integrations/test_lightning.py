@@ -319,6 +319,36 @@ def test_logs(tmp_path: Path, accumulate: int) -> None:
     assert rows[-1]["sparsity"] == pytest.approx(rk.unwrap(trainer.optimizers[0]).sparsity().share)
 
 
+@pytest.mark.parametrize("save", ["w", "u"])
+def test_the_tuner_gives_w_back(tmp_path: Path, save: str) -> None:
+    """It saves the weights, trains with many rates, and loads the weights again."""
+    trainer, module = trainer_of(tmp_path, SparseWeightsCallback(save=save)), Module()
+    module.lr = 0.1
+    before = all_bits(module)
+    pl.tuner.Tuner(trainer).lr_find(module, loader(), loader(), num_training=4, update_attr=False)
+    assert equal(before, all_bits(module))
+
+
+# ---- Fabric ----------------------------------------------------------------------------------------------------------
+
+
+def test_fabric() -> None:
+    """It needs nothing but ``rk.unwrap``."""
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", precision="bf16-mixed")
+    torch.manual_seed(0)
+    net = nn.Linear(8, 2)
+    model, optimizer = fabric.setup(net, sgd(rk.param_groups(net, **SPLIT)))
+    for x, y in loader():
+        optimizer.zero_grad()
+        fabric.backward(nn.functional.cross_entropy(model(x), y))
+        fabric.clip_gradients(model, optimizer, max_norm=0.5)
+        optimizer.step()
+    ours, w = rk.unwrap(optimizer), bits(net.weight)
+    with ours.sparse_weights(model):
+        assert int((net.weight == 0).sum()) == ours.sparsity().total.zeros > 0
+    assert torch.equal(w, bits(net.weight))
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -121,18 +121,23 @@ def loss_of(trainer: Any, u: bool) -> float:
             {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True},
         ),
         (lambda groups: rk.RVSMWrapper(torch.optim.NAdam(groups, lr=1e-2)), {"lr_scheduler_type": "cosine"}),
+        (None, {"optimizer_cls_and_kwargs": (rk.RVSMAdamW, SPLIT), "learning_rate": 1e-2, "weight_decay": 0.1}),
     ],
-    ids=["AdamW", "admm, accumulation, clipping, bf16", "wrapper, cosine"],
+    ids=["AdamW", "admm, accumulation, clipping, bf16", "wrapper, cosine", "optimizer_cls_and_kwargs"],
 )
 def test_it_resumes_bit_for_bit(tmp_path: Path, make: Any, options: dict[str, Any]) -> None:
     """A checkpoint that is written right after an evaluation of u holds w and everything else."""
     options = {**options, "save_strategy": "steps", "save_steps": 4}
-    model = model_of()
-    straight = trainer_of(tmp_path / "a", model, optimizer=make(rk.param_groups(model, **SPLIT)), **options)
-    straight.train()
-    model = model_of(1)
-    resumed = trainer_of(tmp_path / "b", model, optimizer=make(rk.param_groups(model, **SPLIT)), **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+
+    def run(folder: Path, seed: int, checkpoint: str | None) -> Any:
+        model = model_of(seed)
+        optimizer = None if make is None else make(rk.param_groups(model, **SPLIT))
+        trainer = trainer_of(folder, model, optimizer=optimizer, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    straight = run(tmp_path / "a", 0, None)
+    resumed = run(tmp_path / "b", 1, str(tmp_path / "a" / "checkpoint-4"))
     assert equal(states(straight), states(resumed))
     assert not equal(all_bits(straight.model), all_bits(model_of()))
     assert 0.2 < rk.unwrap(resumed.optimizer).sparsity().share < 1

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import wraps
 from typing import Any
@@ -76,10 +77,12 @@ class SparseWeightsCallback(pl.Callback):
             return
 
         @wraps(original)
-        def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> Any:
             ours = _ours(trainer)
-            with self._held.holding(self.save == "u" and bool(ours), ours, trainer.lightning_module):
-                return original(*args, **kwargs)
+            # The tuner (LearningRateFinder, BatchSizeFinder) saves to a hidden file, to undo what it does.
+            u = self.save == "u" and bool(ours) and not os.path.basename(filepath).startswith(".")
+            with self._held.holding(u, ours, trainer.lightning_module):
+                return original(filepath, *args, **kwargs)
 
         save_checkpoint.of_callback = self  # type: ignore[attr-defined]
         trainer.save_checkpoint = save_checkpoint

@@ -22,9 +22,8 @@ from transformers import Trainer, TrainerCallback
 
 from ..method.options import SPLIT_OPTIONS, names_of
 from ..model.param_groups import InOrder, param_groups
-from ..optim.split_optimizer import SplitOptimizer
+from ..optim import RVSM, RVSMAdamW
 from ..optim.unwrap import unwrap
-from ..optim.wrapper import RVSMWrapper
 from .held import HeldSparseWeights, checked_choice, measured
 
 
@@ -63,7 +62,7 @@ class SparseWeightsCallback(TrainerCallback):
         self.sparsify_at_end = bool(sparsify_at_end)
 
     def attach(self, trainer: Trainer) -> None:
-        """Put the callback around the methods of a Trainer that evaluate, save and log; a second call does nothing."""
+        """Put the callback around what a Trainer does to evaluate, save and log; a second call does nothing."""
         # The Trainer has no hook before an evaluation, and none after one that raises. Its calls of optimizer.eval()
         # and optimizer.train() could hold u too, but an error in between would leave u in the weights.
         before = getattr(trainer, "_sparse_weights", None)
@@ -71,16 +70,13 @@ class SparseWeightsCallback(TrainerCallback):
             if before.callback is not self:
                 raise ValueError("this Trainer has a SparseWeightsCallback already")
             return
+        cls = _class_for(trainer)
+        if cls is not None and trainer.optimizer is not None:
+            raise ValueError(
+                f"the Trainer has made {cls.__name__} of all parameters alike before it knew the callback: give it to"
+                " the constructor, Trainer(callbacks=[SparseWeightsCallback()])"
+            )
         trainer._sparse_weights = _Attached(self, trainer)
-        cls, options = trainer.optimizer_cls_and_kwargs or (None, {})
-        if isinstance(cls, type) and issubclass(cls, SplitOptimizer) and not issubclass(cls, RVSMWrapper):
-            if trainer.optimizer is not None:
-                raise ValueError(
-                    f"the Trainer has made {cls.__name__} of all parameters alike before it knew the callback: give it"
-                    " to the constructor, Trainer(callbacks=[SparseWeightsCallback()])"
-                )
-            # What is no optimizer class is called without arguments, and what it returns gets the model.
-            trainer.optimizer_cls_and_kwargs = (lambda: partial(_optimizer_for, trainer, cls), options)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.attach(_calling_trainer())
@@ -98,13 +94,13 @@ class SparseWeightsCallback(TrainerCallback):
 
 
 class _Attached:
-    """A callback in a Trainer: its methods that evaluate, save and log, with u where the callback wants it."""
+    """A callback in a Trainer: methods of the Trainer, with u where the callback wants it."""
 
     def __init__(self, callback: SparseWeightsCallback, trainer: Trainer) -> None:
         self.callback = callback
         self._trainer = trainer
         self._held = HeldSparseWeights()
-        for name in ("evaluation_loop", "save_model", "log"):
+        for name in ("create_optimizer", "evaluation_loop", "save_model", "log"):
             original = getattr(trainer, name)
             setattr(trainer, name, wraps(original)(partial(getattr(self, name), original)))
 
@@ -112,6 +108,13 @@ class _Attached:
     def _optimizers(self) -> list[Any]:
         """The optimizer of this library; none before the Trainer has made it."""
         return [] if self._trainer.optimizer is None else [unwrap(self._trainer.optimizer)]
+
+    def create_optimizer(self, original: Callable[..., Any], model: nn.Module | None = None) -> Any:
+        trainer, cls = self._trainer, _class_for(self._trainer)
+        if cls is not None and trainer.optimizer is None:
+            options = trainer.optimizer_cls_and_kwargs[1]
+            trainer.optimizer = _optimizer_for(trainer, cls, trainer.model if model is None else model, **options)
+        return original() if model is None else original(model)  # keeps an optimizer that is there
 
     def evaluation_loop(
         self,
@@ -170,7 +173,13 @@ def _calling_trainer() -> Trainer:
     raise RuntimeError("no Trainer calls this SparseWeightsCallback: give it the Trainer, callback.attach(trainer)")
 
 
-def _optimizer_for(trainer: Trainer, cls: type[SplitOptimizer], model: nn.Module, **options: Any) -> SplitOptimizer:
+def _class_for(trainer: Trainer) -> type[RVSM | RVSMAdamW] | None:
+    """The class of this library in ``optimizer_cls_and_kwargs``, which the Trainer would hand two plain groups."""
+    cls = (trainer.optimizer_cls_and_kwargs or (None,))[0]
+    return cls if isinstance(cls, type) and issubclass(cls, (RVSM, RVSMAdamW)) else None
+
+
+def _optimizer_for(trainer: Trainer, cls: type[RVSM | RVSMAdamW], model: nn.Module, **options: Any) -> RVSM | RVSMAdamW:
     """The optimizer of ``optimizer_cls_and_kwargs`` over the groups of ``rk.param_groups``."""
     options = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay, **options}
     of_groups = {*inspect.signature(param_groups).parameters, *names_of(SPLIT_OPTIONS)}
