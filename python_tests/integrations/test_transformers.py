@@ -354,11 +354,19 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         SparseWeightsCallback().on_init_end(None, None, None)
 
 
-def test_added_later(tmp_path: Path) -> None:
+def test_added_and_removed(tmp_path: Path) -> None:
     callback = SparseWeightsCallback()
     trainer = trainer_of(tmp_path, model_of(), callbacks=[])
-    trainer.add_callback(callback)
+    assert "eval_sparsity" not in trainer.evaluate()
     callback.attach(trainer)
-    assert "eval_sparsity" in trainer.evaluate()
+    callback.attach(trainer)
+    assert trainer.callback_handler.callbacks.count(callback) == 1 and "eval_sparsity" in trainer.evaluate()
+    trainer.remove_callback(callback)
+    assert "eval_sparsity" not in trainer.evaluate()
+    trainer.add_callback(callback)
     trainer.train()
-    assert "sparsity" in trainer.state.log_history[0]
+    assert "sparsity" in next(row for row in trainer.state.log_history if "loss" in row)
+    added = trainer_of(tmp_path, model_of(), callbacks=[])
+    added.add_callback(SparseWeightsCallback())
+    added.train()
+    assert "eval_sparsity" in added.evaluate()

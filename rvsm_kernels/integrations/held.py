@@ -73,6 +73,12 @@ def _averages(optimizer: Any) -> Iterator[None]:
         optimizer.train()
 
 
+def share_of_zeros(optimizers: Sequence[Any]) -> float:
+    """The share of zeros of u among the penalised weights of all optimizers."""
+    totals = [optimizer.sparsity().total for optimizer in optimizers]
+    return sum(total.zeros for total in totals) / max(1, sum(total.numel for total in totals))
+
+
 def measured(optimizers: Sequence[Any], loss: float | None) -> dict[str, float]:
     """What is logged of the weights as they are now.
 
@@ -80,13 +86,11 @@ def measured(optimizers: Sequence[Any], loss: float | None) -> dict[str, float]:
         loss: of the same step, if there is one to be had.
 
     Returns:
-        ``sparsity``: the share of zeros of u among the penalised weights; ``penalty_value``: lam P(u) + beta/2
-        ||w - u||^2; ``L_beta``: loss and penalty together.
+        ``sparsity``: the share of zeros; ``penalty_value``: lam P(u) + beta/2 ||w - u||^2; ``L_beta``: loss and penalty
+        together.
     """
-    totals = [optimizer.sparsity().total for optimizer in optimizers]
-    numel = sum(total.numel for total in totals)
     penalty = sum(float(optimizer.penalty_value()) for optimizer in optimizers)
-    numbers = {"sparsity": sum(total.zeros for total in totals) / numel if numel else 0.0, "penalty_value": penalty}
+    numbers = {"sparsity": share_of_zeros(optimizers), "penalty_value": penalty}
     return numbers if loss is None else {**numbers, "L_beta": loss + penalty}
 
 

@@ -24,7 +24,7 @@ from ..method.options import SPLIT_OPTIONS, names_of
 from ..model.param_groups import InOrder, param_groups
 from ..optim import RVSM, RVSMAdamW
 from ..optim.unwrap import unwrap
-from .held import HeldSparseWeights, checked_choice, measured
+from .held import HeldSparseWeights, checked_choice, measured, share_of_zeros
 
 
 class SparseWeightsCallback(TrainerCallback):
@@ -40,8 +40,9 @@ class SparseWeightsCallback(TrainerCallback):
       ``weight_decay`` are those of the TrainingArguments where the options have none, and biases and norms do not
       decay, as in the Trainer.
 
-    Give it to the constructor, ``Trainer(..., callbacks=[SparseWeightsCallback()])``. After ``trainer.add_callback``
-    it begins with the training, or at once with :meth:`attach`.
+    Give it to the constructor, ``Trainer(..., callbacks=[SparseWeightsCallback()])``, or to a Trainer that exists,
+    ``SparseWeightsCallback().attach(trainer)``. ``trainer.add_callback`` does the same, but only when the training
+    begins; ``trainer.remove_callback`` ends it.
 
     Args:
         evaluate: ``"u"``; ``"w"``; ``"both"``: ``eval_loss`` and the other metrics are those of u, and ``eval_w_loss``
@@ -62,7 +63,7 @@ class SparseWeightsCallback(TrainerCallback):
         self.sparsify_at_end = bool(sparsify_at_end)
 
     def attach(self, trainer: Trainer) -> None:
-        """Put the callback around what a Trainer does to evaluate, save and log; a second call does nothing."""
+        """Add the callback to a Trainer, around what that does to evaluate, save and log; once is enough."""
         # The Trainer has no hook before an evaluation, and none after one that raises. Its calls of optimizer.eval()
         # and optimizer.train() could hold u too, but an error in between would leave u in the weights.
         before = getattr(trainer, "_sparse_weights", None)
@@ -77,6 +78,8 @@ class SparseWeightsCallback(TrainerCallback):
                 " the constructor, Trainer(callbacks=[SparseWeightsCallback()])"
             )
         trainer._sparse_weights = _Attached(self, trainer)
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.attach(_calling_trainer())
@@ -106,8 +109,9 @@ class _Attached:
 
     @property
     def _optimizers(self) -> list[Any]:
-        """The optimizer of this library; none before the Trainer has made it."""
-        return [] if self._trainer.optimizer is None else [unwrap(self._trainer.optimizer)]
+        """The optimizer of this library; none before the Trainer has made it, or once the callback is removed."""
+        removed = self.callback not in self._trainer.callback_handler.callbacks
+        return [] if removed or self._trainer.optimizer is None else [unwrap(self._trainer.optimizer)]
 
     def create_optimizer(self, original: Callable[..., Any], model: nn.Module | None = None) -> Any:
         trainer, cls = self._trainer, _class_for(self._trainer)
@@ -135,7 +139,7 @@ class _Attached:
             switch()
         with self._held.holding(True, optimizers, trainer.model):
             output = evaluate(metric_key_prefix=metric_key_prefix)
-        output.metrics[f"{metric_key_prefix}_sparsity"] = measured(optimizers, None)["sparsity"]
+        output.metrics[f"{metric_key_prefix}_sparsity"] = share_of_zeros(optimizers)
         if self.callback.evaluate == "both":
             # A data loader draws a seed, even where it shuffles nothing; the training must not see the second draw.
             random = torch.get_rng_state()
