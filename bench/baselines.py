@@ -51,8 +51,13 @@ _OPTIMIZERS: dict[str, Callable[[Any, str], torch.optim.Optimizer]] = {
 """Base of a case to (param groups, engine) -> the optimizer under test."""
 
 
+def optimizer_over(groups: list[dict[str, Any]], base: str, engine: str) -> torch.optim.Optimizer:
+    """The optimizer under test over the base of a case."""
+    return _OPTIMIZERS[base](groups, engine)
+
+
 def _engine(name: str) -> Callable[[Problem], Step]:
-    return lambda problem: _OPTIMIZERS[problem.case.base](problem.groups(problem.parameters()), name).step
+    return lambda problem: optimizer_over(problem.groups(problem.parameters()), problem.case.base, name).step
 
 
 def _needs(problem: Problem, *bases: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import crowd
+from . import crowd, shards
 from .baselines import Unavailable, start
 from .cases import CONV, MATRIX, Case, small
 from .config import Config
@@ -193,6 +193,17 @@ def crowded(case: Case, other: str) -> Measure:
     return run
 
 
+def sharded(case: Case) -> Measure:
+    """Time of a sharded step over that of a plain one of the shards' size; see :mod:`bench.shards`."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        found, messages = shards.measure(_sized(case, smoke), config.engines[0], config.effort, more)
+        note = f"{shards.RANKS} ranks of 1 thread, {messages} messages, {found.seconds * 1e3:.3g} ms per step"
+        return Measured(found.ratio, note=note)
+
+    return run
+
+
 _OVER_SGD = "time over torch.optim.SGD(fused=True)"
 _OVER_ADAMW = "AdamW, l0: time over torch.optim.AdamW(fused=True)"
 
@@ -235,6 +246,11 @@ def _cpu() -> list[Floor]:
             crowded(Case("5M", base="adamw"), "fused_adamw"),
         ),
     ]
+    for measure, limit, case in (
+        ("l0: time of a sharded step over a plain one", 1.1, Case(MATRIX)),
+        ("l0 groups across the ranks (group_dim 1): the same", 1.5, Case(MATRIX, "l0", 1)),
+    ):
+        floors.append(at_most(f"CPU, {shards.RANKS} ranks, {MATRIX} per rank", measure, limit, sharded(case)))
     return floors
 
 

@@ -49,7 +49,8 @@ void TaskList::divide_reduction(int32_t index, int64_t threads) {
   const int64_t columns = v.groups * v.inner;
   const bool by_rows = v.outer >= v.inner;
   // Groups that are consecutive in memory and summed by one task: the same task then applies their factors.
-  const Kind kind = v.outer == 1 && args.parts == 1 && action_ != Action::penalty ? Kind::both : Kind::reduce;
+  const bool applies = action_ == Action::step || action_ == Action::prox;
+  const Kind kind = v.outer == 1 && args.parts == 1 && applies ? Kind::both : Kind::reduce;
   // Several rows: a width that gives each thread work, but no less than 1 KB of consecutive memory per row.
   int64_t width = v.outer == 1 ? kTask : std::clamp<int64_t>(columns / (2 * threads), 256, kStrip);
   width = args.parts > 1 && !by_rows ? v.inner : std::max<int64_t>(1, width / v.inner) * v.inner;
@@ -93,6 +94,7 @@ void TaskList::divide_for(int64_t threads) {
   for (int32_t i = 0; i < int32_t(tensors.size()); ++i) {
     const TensorArgs& args = tensors[i];
     if (args.grouped) divide_reduction(i, threads);
+    if (action_ == Action::squares) continue;
     if (args.grouped && action_ == Action::penalty)
       add(i, Kind::apply, {0, 0, 1, 0, args.view.groups * args.view.inner});  // a function of the norms alone
     else if (!args.grouped || reductions_[i] > 0)
@@ -215,6 +217,8 @@ void TaskList::run(int64_t index) {
       break;
     case Action::penalty:
       sums_[index] = k.elements.penalty(args, task.block);
+      break;
+    case Action::squares:  // all of its tasks reduce
       break;
   }
 }

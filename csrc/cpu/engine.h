@@ -35,8 +35,8 @@ struct ElementKernels {
 
 // The norms of groups, compiled once per instruction set (norms.cpp).
 struct NormKernels {
-  // Writes the norms of the groups in a block. Where the tensor has parts: the sums of squares of one part, which
-  // join() adds up.
+  // Writes the norms of the groups in a block, or their sums of squares where those are wanted. Where the tensor has
+  // parts: the sums of squares of one part, which join() adds up.
   void (*squares)(const TensorArgs&, const Block&, int64_t part);
   // Adds the parts of every group up, in their order.
   void (*join)(const TensorArgs&);

@@ -168,6 +168,8 @@ void norm_row_squares(const Source source, const TensorArgs& args, const Block& 
   if (args.parts > 1) {
     double* sums = args.partials + (norm_row * args.parts + part) * groups + first;
     block_squares(source, args, block, [&](int64_t g, double sum) { sums[g] = sum; });
+  } else if (args.sums != nullptr) {
+    block_squares(source, args, block, [&](int64_t g, double sum) { args.sums[first + g] = sum; });
   } else {
     T* norms = static_cast<T*>(args.factor_norms) + norm_row * groups + first;
     block_squares(source, args, block, [&](int64_t g, double sum) { norms[g] = T(std::sqrt(sum)); });
@@ -223,7 +225,10 @@ void join(const TensorArgs& args) {
       for (int64_t g = 0; g < groups; ++g) {
         double sum = 0;
         for (int64_t p = 0; p < args.parts; ++p) sum += partials[p * groups + g];
-        static_cast<T*>(args.factor_norms)[norm_row * groups + g] = T(std::sqrt(sum));
+        if (args.sums != nullptr)
+          args.sums[g] = sum;
+        else
+          static_cast<T*>(args.factor_norms)[norm_row * groups + g] = T(std::sqrt(sum));
       }
     }
   });

@@ -60,7 +60,7 @@ void Launches::divide(int64_t limit) {
       const int64_t stored = element_size(args.dtype);
       g.dtype = args.dtype;
       g.general = action_ == Action::step && args.general();
-      g.resident = action_ != Action::penalty && is_resident(v, stored) && args.method == Method::rvsm && !args.topk &&
+      g.resident = writes_weights() && is_resident(v, stored) && args.method == Method::rvsm && !args.topk &&
                    args.norms == nullptr && !g.general;
       for (auto& [layout, size] : {std::pair{&g.stored, stored}, std::pair{&g.widened, int64_t(sizeof(float))}}) {
         if (g.resident) layout->tiles = make_tiles(v, size);
@@ -103,7 +103,7 @@ int64_t Launches::finished_records() const {
 // what is thresholded: the norm of w, for a group lasso.
 bool Launches::has_lengths(const TensorArgs& args, const Groups& groups) const {
   if (groups.general) return args.norm_rows() > 1;
-  return action_ != Action::penalty && groups.lasso;
+  return writes_weights() && groups.lasso;
 }
 
 int64_t Launches::scratch_bytes() const {
@@ -131,7 +131,7 @@ void Launches::set_scratch(void* memory) {
     const GroupView& v = tensors[i].view;
     const int64_t factors = v.count() * element_size(opmath(tensors[i].dtype));
     const bool value = action_ == Action::penalty;
-    g.ratio = value ? nullptr : take(factors);
+    g.ratio = writes_weights() ? take(factors) : nullptr;
     g.length = value || has_lengths(tensors[i], g) ? take(factors) : nullptr;
     if (g.general && g.length == nullptr) g.length = g.ratio;
     g.parts = reinterpret_cast<double*>(take(tensors[i].norm_rows() * g.partials * int64_t(sizeof(double))));
@@ -142,7 +142,8 @@ void Launches::set_scratch(void* memory) {
       g.pieces.push_back({offset, piece.count() * piece.size(),
                           factor_place(piece, g.ratio + from, g.lasso || g.general ? g.length + from : nullptr)});
     });
-    const Finish finish = value || g.general ? Finish::norms : Finish::factors;
+    Finish finish = value || g.general ? Finish::norms : Finish::factors;
+    if (action_ == Action::squares) finish = Finish::total;
     for (Layout* layout : {&g.stored, &g.widened}) {
       for (SumEntry& e : layout->sums) {
         e.finish = uint16_t(e.parts == 1 ? finish : Finish::part);
@@ -192,6 +193,7 @@ void Launches::add_norm_row(const TensorArgs& args, const Groups& groups, int no
     if (norm_row > 0) s->out = nullptr;
     if (!lengths) s->length = nullptr;
     if (groups.general) s->length = norm_row == 0 ? groups.ratio : groups.length;
+    if (action_ == Action::squares) s->out = args.sums;
   }
   const bool mixed = args.precision.mixed && action_ == Action::step;
   if (mixed)
@@ -313,6 +315,7 @@ void Launches::run(const Stream& stream, const Scaling& scaling, double* total) 
     const TensorArgs& args = tensors[i];
     if (!args.active || args.numel == 0) continue;
     if (args.grouped && !groups_[i].resident) add_norms(args, groups_[i]);
+    if (action_ == Action::squares) continue;
     if (action_ == Action::step && args.general())
       add_general(args, groups_[i]);
     else

@@ -65,6 +65,8 @@ class Launches {
     const Layout& layout(Dtype type) const { return type == dtype ? stored : widened; }
   };
 
+  // Whether the factors of groups are wanted, and not what they are made of alone.
+  bool writes_weights() const { return action_ == Action::step || action_ == Action::prox; }
   TableBuilder& tables(const Key& key);
   template <class S>
   void add(const TensorArgs& args, const Groups& groups);

@@ -10,7 +10,7 @@
 
 namespace rvsm {
 
-enum class Action { step, prox, penalty };
+enum class Action { step, prox, penalty, squares };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -55,6 +55,7 @@ struct TensorArgs {
   double scale = 1;          // 1 / grad_scale where the host knows it, else 1
   double lam = 0;            // for the penalty's value: already times sqrt(group size) with group_scale
   double beta = 0;
+  double* sums = nullptr;  // Action::squares: where the sum of squares of each group goes
 
   int states() const { return base.states + method_states(method); }
   // The rest of the weights, where there is a master.

@@ -1,4 +1,4 @@
-// The dispatcher ops: u and the value of a penalty, with mutation visible in the schema.
+// The dispatcher ops: u, the value of a penalty and the squares of norms, with mutation visible in the schema.
 
 #include <torch/library.h>
 
@@ -55,6 +55,13 @@ std::vector<std::vector<size_t>> by_turn(at::TensorList tensors) {
     places[turns[i]].push_back(i);
   }
   return places;
+}
+
+// The number of groups of a tensor.
+int64_t groups_of(const at::Tensor& w, at::IntArrayRef group_dim) {
+  int64_t count = 1;
+  for (const int64_t d : group_dim) count *= w.size(d);
+  return count;
 }
 
 // Makes arguments and keeps their records, to which the arguments point.
@@ -152,6 +159,27 @@ at::Tensor penalty_value(at::TensorList params, Names penalty, double lam, doubl
   return total;
 }
 
+std::vector<at::Tensor> squares(at::TensorList tensors, at::IntArrayRef group_dim) {
+  ArgsList list({std::nullopt, 0, 1, 1, false}, group_dim);
+  DeviceEngines engines(Action::squares);
+  std::vector<Staged> staged;
+  std::vector<at::Tensor> sums;
+  for (const at::Tensor& w : tensors) {
+    check(w);
+    staged.emplace_back(w, w.scalar_type());
+    staged.back().load();
+    TensorArgs args = list.of(staged.back().dense());
+    const int64_t count = args.numel > 0 ? args.view.count() : groups_of(w, group_dim);
+    sums.push_back(at::zeros({count}, w.options().dtype(at::kDouble)));
+    if (args.numel == 0) continue;
+    args.sums = sums.back().mutable_data_ptr<double>();
+    engines[engines.of(w.device())].tensors.push_back(args);
+  }
+  engines.divide();
+  engines.run();
+  return sums;
+}
+
 // Tracing needs shapes and types only. torch also comes here with a list that mixes meta tensors with others, and
 // nothing would be done with the others: that is an error.
 void check_meta(at::TensorList tensors) {
@@ -165,6 +193,13 @@ at::Tensor penalty_value_meta(at::TensorList params, Names, double, double, doub
   TORCH_CHECK_VALUE(!params.empty(), "penalty_value needs a tensor");
   return at::empty({}, params.front().options().dtype(at::kDouble));
 }
+std::vector<at::Tensor> squares_meta(at::TensorList tensors, at::IntArrayRef group_dim) {
+  check_meta(tensors);
+  std::vector<at::Tensor> sums;
+  for (const at::Tensor& w : tensors)
+    sums.push_back(at::empty({groups_of(w, group_dim)}, w.options().dtype(at::kDouble)));
+  return sums;
+}
 }  // namespace
 
 TORCH_LIBRARY(rvsm_kernels, m) {
@@ -175,6 +210,7 @@ TORCH_LIBRARY(rvsm_kernels, m) {
   m.def(
       "penalty_value(Tensor[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
       "bool group_scale=False) -> Tensor");
+  m.def("squares(Tensor[] w, int[] group_dim) -> Tensor[]");
 }
 
 // The same functions for every device: they ask each tensor for its own.
@@ -182,6 +218,7 @@ static void implement(torch::Library& m) {
   m.impl("prox", prox);
   m.impl("prox_", prox_);
   m.impl("penalty_value", penalty_value);
+  m.impl("squares", squares);
 }
 
 TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) { implement(m); }
@@ -193,6 +230,7 @@ TORCH_LIBRARY_IMPL(rvsm_kernels, Meta, m) {
   m.impl("prox", prox_meta);
   m.impl("prox_", prox_meta_);
   m.impl("penalty_value", penalty_value_meta);
+  m.impl("squares", squares_meta);
 }
 
 }  // namespace rvsm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,79 @@ def send_one_message(folder: Path) -> None:
         assert messages.get_total_counts() == (0 if inside else 1), (placement, dims)
 
 
+def reading_gathers_nothing(folder: Path) -> None:
+    """Counts and values are sums of what each rank finds in its shards, and u is made there."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh = mesh_of()
+    for placement, dims in itertools.product(placements(), DIMS):
+        pair = Pair(rk.RVSM, mesh, [placement], group_dim=dims, **({} if dims is None else GROUPED))
+        model = nn.ParameterList(pair.sharded)
+        whole = nn.ParameterList(pair.whole)
+        with CommDebugMode() as messages:
+            report, value = pair.ours.sparsity(), pair.ours.penalty_value()
+            of_model = rk.sparsity(model, dims)
+        assert {str(kind) for kind in messages.get_comm_counts()} <= {"c10d.allreduce_"}, messages.get_comm_counts()
+        assert str(report) == str(pair.theirs.sparsity())
+        assert str(of_model) == str(rk.sparsity(whole, dims))
+        torch.testing.assert_close(value, pair.theirs.penalty_value())
+
+
+def prox_of_dtensors(folder: Path) -> None:
+    """rk.prox and its derivative keep the placements."""
+    for placement, dims in itertools.product(placements(), DIMS):
+        whole = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+        w = distribute_tensor(whole, mesh_of(), [placement]).requires_grad_()
+        whole.requires_grad_()
+        u, want = rk.prox(w, "tl1", 0.3, 1.0, dims), rk.prox(whole, "tl1", 0.3, 1.0, dims)
+        u.sum().backward()
+        want.sum().backward()
+        assert u.placements == w.placements
+        torch.testing.assert_close(u.full_tensor(), want)
+        torch.testing.assert_close(w.grad.full_tensor(), whole.grad)
+    with pytest.raises((NotImplementedError, RuntimeError), match="sharding strategy"):  # torch's words, of any op
+        torch.ops.rvsm_kernels.prox(w, "l0", 0.1)
+
+
+def a_nan_on_one_rank(folder: Path) -> None:
+    """It goes where it goes in one process: into its group on every rank, and no further."""
+    for dims, method in itertools.product((None, 1), METHODS):
+        more = {} if dims is None else {"group_dim": dims, **GROUPED}
+        pair = Pair(rk.RVSM, mesh_of(), placements()[:1], method=method, **more)
+        pair.step()
+        pair.give_gradients()
+        with torch.no_grad():
+            pair.whole[0].grad[0, 2] = float("nan")
+            pair.sharded[0].grad = distribute_tensor(pair.whole[0].grad.clone(), mesh_of(), placements()[:1])
+        pair.ours.step()
+        pair.theirs.step()
+        pair.step()
+        for p, q in zip(pair.sharded, pair.whole, strict=True):
+            assert torch.equal(p.full_tensor().isnan(), q.isnan())
+        assert pair.whole[0].isnan().any() and not pair.whole[0].isnan().all()
+
+
+def a_rank_that_dies(folder: Path) -> None:
+    """The others raise what torch raises, long before the time-out."""
+    pair = Pair(rk.RVSM, mesh_of(), placements()[:1], group_dim=1, **GROUPED)
+    pair.step()
+    before = [p.to_local().clone() for p in pair.sharded]
+    pair.give_gradients()
+    if dist.get_rank() == 1:
+        os._exit(0)
+    with pytest.raises(RuntimeError, match="(?i)gloo|connection|peer"):
+        pair.ours.step()
+    for p, w in zip(pair.sharded, before, strict=True):
+        assert same_bits(p.to_local().detach(), w)
+    (folder / "raised").touch()
+    os._exit(0)
+
+
+def test_a_rank_that_dies(tmp_path: Path, on_cpu: None) -> None:
+    on_ranks(a_rank_that_dies, 2, tmp_path)
+    assert (tmp_path / "raised").exists()
+
+
 def two_dimensional_meshes(folder: Path) -> None:
     """Sharded along both dimensions of a mesh, along one of them, and twice along the same."""
     from torch.distributed.tensor import Replicate, Shard, init_device_mesh
@@ -242,7 +316,7 @@ def ddp_keeps_ranks_equal(folder: Path) -> None:
 
 CHECKS = (
     half_types_follow, send_one_message, found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused,
-    gradients_elsewhere, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
+    gradients_elsewhere, reading_gathers_nothing, prox_of_dtensors, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
 )  # fmt: skip
 
 

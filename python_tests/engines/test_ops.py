@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 import rvsm_kernels as rk
 from runner import check_u, real, same_bits
+from rvsm_kernels.method.groups import to_memory_order
 
 SCHEMAS = {
     "prox": "(Tensor w, str? penalty, float tau, float a, int[]? group_dim) -> Tensor",
     "prox_": "(Tensor(a!)[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale) -> ()",
     "penalty_value": "(Tensor[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale)"
     " -> Tensor",
+    "squares": "(Tensor[] w, int[] group_dim) -> Tensor[]",
 }
 PENALTIES = [("l0", None), ("l1", [0]), ("tl1", [1]), ("tl1", []), ("l0", [0, 1]), (None, None)]
 each_kind = pytest.mark.parametrize(
@@ -76,6 +78,10 @@ def test_opcheck_penalty_value(penalty: str | None, dims: list[int] | None) -> N
     torch.library.opcheck(op("penalty_value"), (weights(), penalty, 0.2, 0.5, 2.0, dims, False))
 
 
+def test_opcheck_squares() -> None:
+    torch.library.opcheck(op("squares"), (weights(), [1]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_opcheck_other_dtypes(dtype: torch.dtype) -> None:
     w = weights(dtype)
@@ -107,6 +113,22 @@ def test_prox_op_is_rk_prox() -> None:
         assert same_bits(u, rk.prox(w, "tl1", 0.4, 2.0, 1)) and u.stride() == w.stride()
         options = {"penalty": "tl1", "lam": 0.4, "beta": 1.0, "a": 2.0, "group_dim": (1,), "group_scale": False}
         check_u(u, real(w), options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dims", [[0], [1], [0, 1], []])
+def test_squares(dims: list[int], dtype: torch.dtype) -> None:
+    """Sums in float64, in the order of memory; also of groups so long that they are summed in parts, and of none."""
+    gen = generator(5)
+    long = [torch.randn(shape, generator=gen).to(dtype) for shape in ((3, 300_000), (300_000, 3), (70, 5000))]
+    tensors = [*weights(dtype), *long, torch.randn(8, 12, generator=gen).to(dtype)[:, ::2], torch.zeros(0, 4).to(dtype)]
+    for w, sums in zip(tensors, op("squares")(tensors, dims), strict=True):
+        reduced = [d for d in range(w.dim()) if d not in dims]
+        exact = w.double().square().sum(dim=reduced) if reduced else w.double().square()
+        assert sums.dtype == torch.float64
+        torch.testing.assert_close(sums, to_memory_order(exact, w, dims), rtol=1e-13, atol=0)
+    fakes = [w.to("meta") for w in tensors]
+    assert [s.shape for s in op("squares")(fakes, dims)] == [s.shape for s in op("squares")(tensors, dims)]
 
 
 def test_what_is_written_has_a_new_version() -> None:

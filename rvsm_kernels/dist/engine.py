@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ..engines.interface import Engine, Group, Ready, StepInputs
-from ..engines.reference import ReferenceEngine
 from ..method.dtypes import to_opmath
 from ..method.groups import from_memory_order, group_dims, group_size
 from ..method.parameters import param_name
 from ..method.prox import threshold
 from ..method.split import strength, strength_of_size
 from ..method.step_options import StepOptions
-from .norms import SharedNorms, rows_of
+from .norms import SharedNorms, only, rows_of
 from .shards import gradient_of, note_writes, ranks_of_groups, refuse_partial, shard_of, sharded_like, shards_of
+from .sums import add_by_ranks, value_across
 
 
 @dataclass
@@ -66,7 +66,6 @@ class ShardEngine(Engine):
     def __init__(self, engine: Engine) -> None:
         self.name = f"{engine.name}, by shards"
         self._engine = engine
-        self._whole = ReferenceEngine()  # for the penalty's value, which is taken of the whole tensor
         self._states: dict[Tensor, dict[str, Any]] = {}  # of each shard
         # Of the step: the parameters that move, their shards and options.
         self._params: list[tuple[Tensor, Tensor, StepOptions]] = []
@@ -194,11 +193,10 @@ class ShardEngine(Engine):
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         norms, across = SharedNorms(), []
         for p in params:
-            shard = shard_of(p)
-            dims = group_dims(group["group_dim"], p.dim())
-            ranks = () if dims is None else ranks_of_groups(p, dims)
+            shard, ranks = shard_of(p), _ranks_of(p, group)
             if ranks:
-                room = norms.room_for(shard, dims, ranks, partial(_only, shard), 1)
+                dims = group_dims(group["group_dim"], p.dim())
+                room = norms.room_for(shard, dims, ranks, partial(only, shard), 1)
                 across.append((shard, strength(group, p.shape) / float(group["beta"]), room))
             elif shard.numel() > 0:
                 self._engine.prox_([shard], group)
@@ -210,11 +208,22 @@ class ShardEngine(Engine):
         note_writes(params)
 
     def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
-        return self._whole.penalty_value(params, group)
+        total = torch.zeros((), dtype=torch.float64, device=shard_of(params[0]).device)
+        of_shards = []
+        for p in params:
+            if _ranks_of(p, group):
+                total += value_across(p, group)
+            else:
+                shard = shard_of(p)
+                value = self._engine.penalty_value([shard], group) if shard.numel() > 0 else torch.zeros_like(total)
+                of_shards.append((p, value))
+        return total + add_by_ranks(of_shards) if of_shards else total
 
 
-def _only(shard: Tensor) -> list[Tensor]:
-    return [shard]
+def _ranks_of(p: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The process groups over which the groups of a parameter lie."""
+    dims = group_dims(group["group_dim"], p.dim())
+    return () if dims is None else ranks_of_groups(p, dims)
 
 
 def shard_or_none(t: Tensor | None) -> Tensor | None:

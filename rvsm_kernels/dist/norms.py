@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..method.groups import GroupDim, group_dims, to_memory_order
+from ..engines.squares import squares
+from ..method.groups import GroupDim, group_dims
 from ..method.precision import Stored, join, master_name
 from ..method.selection import thresholded
 from ..method.step_options import StepOptions
@@ -63,7 +64,7 @@ class SharedNorms:
         for part in self._parts:
             by_ranks.setdefault((part.ranks, part.room.device), []).append(part)
         for (ranks, _), parts in by_ranks.items():
-            flat = torch.cat([_squares(row, part.group_dim) for part in parts for row in part.rows()])
+            flat = torch.cat(squares([(row, part.group_dim) for part in parts for row in part.rows()]))
             for group in ranks:
                 torch.distributed.all_reduce(flat, group=group)
             flat.sqrt_()
@@ -71,12 +72,9 @@ class SharedNorms:
                 part.room.copy_(norms.reshape(part.room.shape))
 
 
-def _squares(row: Tensor, group_dim: GroupDim) -> Tensor:
-    """The sum of squares of each group of a shard, in the order of its memory."""
-    dims = group_dims(group_dim, row.dim()) or ()
-    reduced = [d for d in range(row.dim()) if d not in dims]
-    squares = row.double().square()
-    return to_memory_order(squares.sum(dim=reduced) if reduced else squares, row, group_dim)
+def only(shard: Tensor) -> list[Tensor]:
+    """The rows of a shard of which nothing but its own norms is wanted."""
+    return [shard]
 
 
 def rows_of(shard: Tensor, options: StepOptions, states: Mapping[str, Any]) -> list[Tensor]:

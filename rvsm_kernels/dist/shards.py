@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..method.memory import kind_of
+
 
 def is_sharded(t: Any) -> bool:
     """Whether a tensor is a DTensor: each rank has a shard of it, or a copy."""
@@ -26,6 +28,11 @@ def shard_of(t: Tensor) -> Tensor:
     local: Tensor = t.to_local()  # type: ignore[attr-defined]
     wait = getattr(local, "trigger_wait", None)  # the result of a collective that may still be on its way
     return local if wait is None else wait()
+
+
+def is_of_shards(t: Any) -> bool:
+    """Whether a tensor is a DTensor with shards in memory, none of whose values is a sum that is still to be made."""
+    return is_sharded(t) and not any(p.is_partial() for p in t.placements) and kind_of(shard_of(t)) is None
 
 
 def placed_like(t: Tensor, p: Tensor) -> Tensor:
@@ -80,16 +87,20 @@ def gradient_of(p: Tensor, name: str) -> Tensor | None:
     return shard_of(grad)
 
 
+def dividing_ranks(p: Tensor) -> list[tuple[Any, int]]:
+    """(process group, dimension) of each dimension that lies on several ranks, in the order of the mesh."""
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    divided = [(k, _sharded_dim(placement)) for k, placement in enumerate(placements)]
+    return [(mesh.get_group(k), dim) for k, dim in divided if dim is not None and mesh.size(k) > 1]
+
+
 def ranks_of_groups(p: Tensor, dims: Sequence[int]) -> tuple[Any, ...]:
     """The process groups over which the groups of a parameter lie; empty where each group is inside one shard.
 
     Args:
         dims: the dimensions that index the groups, in [0, n).
     """
-    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-    divided = [_sharded_dim(placement) for placement in placements]
-    across = [k for k, dim in enumerate(divided) if dim is not None and dim not in dims]
-    return tuple(mesh.get_group(k) for k in across if mesh.size(k) > 1)
+    return tuple(ranks for ranks, dim in dividing_ranks(p) if dim not in dims)
 
 
 def shards_of(states: Mapping[str, Any]) -> dict[str, Any]:

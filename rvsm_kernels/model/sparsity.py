@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..dist.shards import is_of_shards
+from ..dist.sums import zeros_of
 from ..method.groups import GroupDim, group_dims, magnitudes
 from ..method.memory import kind_of, whole
 from .param_groups import counted_weights
@@ -126,12 +129,16 @@ def is_all_zero(t: Tensor) -> bool:
 
 
 def measure(name: str, u: Tensor, group_dim: GroupDim = None, left: str | None = None) -> SparsityRow:
-    """Count the zeros of one tensor."""
-    u = _dense(u)
+    """Count the zeros of one tensor; of a DTensor, those of all ranks."""
+    dims = group_dims(group_dim, u.dim(), name)  # an error names the parameter
+    if is_of_shards(u):
+        groups = u.numel() if dims is None else math.prod(u.shape[d] for d in dims)
+        zeros, zero_groups = zeros_of(u, group_dim, ZERO_NORM)
+        return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zero_groups, groups, left)
+    u = _dense(whole(u))
     zeros = u.numel() - int(torch.count_nonzero(u))
     if group_dim is None:
         return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zeros, u.numel(), left)
-    group_dims(group_dim, u.dim(), name)  # an error names the parameter
     norms = magnitudes(u if u.is_floating_point() else u.float(), group_dim)
     return SparsityRow(name, tuple(u.shape), zeros, u.numel(), int((norms < ZERO_NORM).sum()), norms.numel(), left)
 
@@ -158,7 +165,7 @@ def sparsity(model: nn.Module, group_dim: GroupDim = None) -> SparsityReport:
     rows, uncounted = [], {}
     for name, weight, left in counted_weights(model):
         try:
-            rows.append(measure(name, whole(weight), group_dim, left))
+            rows.append(measure(name, weight, group_dim, left))
         except (NotImplementedError, RuntimeError) as error:
             kind = kind_of(weight)
             uncounted[name] = kind if kind is not None else str(error).splitlines()[0]

@@ -319,7 +319,7 @@ class SparseView:
                     if is_split(group) and w.numel() > 0 and p.requires_grad and not self._is_u(p, group):
                         self._check(p, w, group, name)
                         u = self._u_of(p, w, group, self._engine_of(w, name)).to(w.dtype)
-                    rows.append((p, measure(name, whole(u), group["group_dim"])))
+                    rows.append((p, measure(name, u, group["group_dim"])))
                 except (AssertionError, NotImplementedError, RuntimeError) as error:
                     raise named(error, w, name) from error
         return rows
