@@ -252,12 +252,13 @@ def test_schedulefree(tmp_path: Path) -> None:
     found = []
     for switches in (False, True):
         module = Module(make)
-        trainer = trainer_of(tmp_path, SparseWeightsCallback(), max_epochs=3)
+        trainer = trainer_of(tmp_path, SparseWeightsCallback(sparsify_at_end=True), max_epochs=3)
         module.on_train_epoch_start = lambda module=module: module.optimizers().train()
         if switches:
             module.on_validation_epoch_start = lambda module=module: module.optimizers().eval()
         trainer.fit(module, loader(), loader())
         found.append(module.zeros["validation"])
+        assert int((module.net[0].weight == 0).sum()) == found[-1]
     assert found[0] == found[1] > 0
 
 

@@ -29,7 +29,7 @@ class HeldSparseWeights:
         self.close()
         with contextlib.ExitStack() as stack:
             for optimizer in optimizers:
-                stack.enter_context(_averages(optimizer))
+                stack.enter_context(_average(optimizer))
                 stack.enter_context(optimizer.sparse_weights(model))
             self._stack = stack.pop_all()
 
@@ -59,11 +59,16 @@ class HeldSparseWeights:
             self.close()
 
 
+def _holds_no_average(optimizer: Any) -> bool:
+    """Whether the weights are not yet schedulefree's average, of which u is evaluated and shipped."""
+    groups = optimizer.param_groups
+    return bool(groups and groups[0].get("train_mode"))
+
+
 @contextlib.contextmanager
-def _averages(optimizer: Any) -> Iterator[None]:
-    """schedulefree's averages, inside an RVSMWrapper: their u is what ships. Does nothing to other optimizers."""
-    groups = getattr(optimizer, "param_groups", [])
-    if not (groups and groups[0].get("train_mode")):
+def _average(optimizer: Any) -> Iterator[None]:
+    """schedulefree's average, inside an RVSMWrapper; nothing changes for other optimizers."""
+    if not _holds_no_average(optimizer):
         yield
         return
     optimizer.eval()
@@ -71,6 +76,14 @@ def _averages(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         optimizer.train()
+
+
+def sparsify(optimizers: Sequence[Any]) -> None:
+    """w <- u for good; of the average, where there is one."""
+    for optimizer in optimizers:
+        if _holds_no_average(optimizer):
+            optimizer.eval()
+        optimizer.sparsify_()
 
 
 def share_of_zeros(optimizers: Sequence[Any]) -> float:

@@ -14,10 +14,13 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
-import lightning.pytorch as pl
+try:
+    import lightning.pytorch as pl
+except ImportError:  # the same library under its other name; with both, the callback serves the Trainers of both
+    import pytorch_lightning as pl
 
 from ..optim.unwrap import unwrap
-from .held import HeldSparseWeights, checked_choice, measured
+from .held import HeldSparseWeights, checked_choice, measured, sparsify
 
 
 class SparseWeightsCallback(pl.Callback):
@@ -108,8 +111,7 @@ class SparseWeightsCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.sparsify_at_end:
-            for optimizer in _ours(trainer):
-                optimizer.sparsify_()
+            sparsify(_ours(trainer))
 
 
 def _ours(trainer: pl.Trainer) -> list[Any]:

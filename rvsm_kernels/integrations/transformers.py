@@ -24,7 +24,7 @@ from ..method.options import SPLIT_OPTIONS, names_of
 from ..model.param_groups import InOrder, param_groups
 from ..optim import RVSM, RVSMAdamW
 from ..optim.unwrap import unwrap
-from .held import HeldSparseWeights, checked_choice, measured, share_of_zeros
+from .held import HeldSparseWeights, checked_choice, measured, share_of_zeros, sparsify
 
 
 class SparseWeightsCallback(TrainerCallback):
@@ -90,10 +90,7 @@ class SparseWeightsCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if self.sparsify_at_end:
-            ours = unwrap(optimizer)
-            if getattr(optimizer, "eval", None) is not None:  # schedulefree's averages are what ships
-                optimizer.eval()
-            ours.sparsify_()
+            sparsify([unwrap(optimizer)])
 
 
 class _Attached:
