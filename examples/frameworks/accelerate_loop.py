@@ -48,7 +48,7 @@ def main() -> None:
     )
     ours = rk.unwrap(optimizer)  # what accelerator.prepare returns has no sparse_weights()
     with tempfile.TemporaryDirectory() as folder:
-        for epoch in range(6 if options.smoke else 40):
+        for epoch in range(3 if options.smoke else 40):
             for x, y in batches:
                 with accelerator.accumulate(model):
                     loss = functional.cross_entropy(model(x), y)

@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
             accelerator="cpu",
-            max_epochs=4 if options.smoke else 12,
+            max_epochs=3 if options.smoke else 12,
             callbacks=[callback],
             default_root_dir=folder,
             log_every_n_steps=45,

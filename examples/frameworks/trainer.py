@@ -52,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=options.out or folder,
-            num_train_epochs=6 if options.smoke else 30,
+            num_train_epochs=3 if options.smoke else 30,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=512,
             learning_rate=2e-3,
