@@ -33,7 +33,7 @@ test: build $(VENV)/triton
 
 # The Python tests that test-all runs, as a marker; MARKER=slow leaves out what `make test` has just run.
 MARKER ?=
-test-all: test-cpp build $(VENV)/triton
+test-all: test-cpp build $(VENV)/triton $(VENV)/frameworks
 	$(PYTEST) $(if $(MARKER),-m "$(MARKER)")
 
 # Installs nothing: with the torch, the pytest and the CMake of that Python.
@@ -55,6 +55,11 @@ $(VENV)/installed: constraints.txt
 # Its cuobjdump reads the kernels for `python -m bench static`. Without what it depends on: torch has come already.
 $(VENV)/triton: $(VENV)/installed
 	$(PIP) --no-deps triton
+	touch $@
+
+# What rvsm_kernels.integrations is for; torch has come already.
+$(VENV)/frameworks: $(VENV)/installed
+	$(PIP) transformers accelerate lightning
 	touch $@
 
 build: build/module.stamp
@@ -88,11 +93,14 @@ ptx ptx-full ptx-mutants: $(VENV)/installed
 
 # ---- for people who work on the project -----------------------------------------------------------------------------
 
-smoke: build
+smoke: build $(VENV)/frameworks
 	$(BIN)/python -m bench --smoke
 	$(BIN)/python examples/one_layer.py --quick --out build/one_layer
 	$(BIN)/python examples/train.py --smoke
 	$(BIN)/python examples/robust.py --smoke
+	$(BIN)/python examples/frameworks/trainer.py --smoke
+	$(BIN)/python examples/frameworks/accelerate_loop.py --smoke
+	$(BIN)/python examples/frameworks/lightning_module.py --smoke
 	$(BIN)/python examples/runs.py --smoke  # needs Fashion-MNIST, see examples/README.md
 
 $(VENV)/linters: $(VENV)/installed

@@ -336,6 +336,12 @@ def test_biases_among_the_penalised(engine: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     (said,) = heard(lambda: rk.RVSM(model.named_parameters(), engine=engine))
     assert "0.bias" in said and "param_groups" in said
+    # The two groups that many training scripts make: with weight decay, and without.
+    weights = {"params": [model[0].weight]}
+    for more, count in (({}, 1), ({"penalty": None}, 0), ({"penalty": "l1"}, 0)):
+        biases = {"params": [model[0].bias, *model[1].parameters()], "weight_decay": 0.0, **more}
+        said = heard(lambda biases=biases: rk.RVSM([weights, biases], engine=engine))
+        assert len(said) == count and all("group 1 penalises biases and norms as the group before" in s for s in said)
 
 
 def test_options_set_on_the_optimizer(engine: str) -> None:

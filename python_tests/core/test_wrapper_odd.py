@@ -26,6 +26,15 @@ def gradients(model: nn.Module) -> None:
         p.grad = torch.ones_like(p)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_options_of_the_optimizer_are_not_taken_for_misspelt_ones(engine: str) -> None:
+    model = model_of()
+    optimizer = rk.RVSMWrapper(T.NAdam(model[:1].parameters(), lr=0.01), penalty=None, engine=engine)
+    optimizer.add_param_group({"params": [*model[1:].parameters()], "momentum_decay": 0.1})
+    with pytest.warns(UserWarning, match="'lamda' is no option"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lamda": 0.1})
+
+
 # ---- groups that are left to the optimizer ---------------------------------------------------------------------------
 
 

@@ -86,11 +86,12 @@ def _warn_of_half_types(index: int, group: Mapping[str, Any], lr: float, beta: f
 # ---- options of a new group ------------------------------------------------------------------------------------------
 
 
-def of_group(index: int, group: Mapping[str, Any], explicit: Collection[str]) -> None:
+def of_group(index: int, group: Mapping[str, Any], explicit: Collection[str], before: Mapping[str, Any] | None) -> None:
     """Warn about a new param group: options that have no effect, penalties on biases.
 
     Args:
         explicit: the keys that the group was given itself; the others come from the optimizer's defaults.
+        before: the group before it, None for the first.
     """
     for key in explicit:
         if key == "structure":
@@ -120,7 +121,7 @@ def of_group(index: int, group: Mapping[str, Any], explicit: Collection[str]) ->
         warn(f"group {index}: group_scale has no effect without a group_dim")
     params = [(param_name(group, index, j), p) for j, p in enumerate(group["params"]) if not is_lazy(p)]
     _of_dims(index, group, params)
-    _of_biases(index, params)
+    _of_biases(index, params, None if "penalty" in explicit else before)
 
 
 def _of_dims(index: int, group: Mapping[str, Any], params: Sequence[tuple[str, Tensor]]) -> None:
@@ -136,11 +137,19 @@ def _of_dims(index: int, group: Mapping[str, Any], params: Sequence[tuple[str, T
         )
 
 
-def _of_biases(index: int, params: Sequence[tuple[str, Tensor]]) -> None:
+def _of_biases(index: int, params: Sequence[tuple[str, Tensor]], before: Mapping[str, Any] | None) -> None:
+    """Warn of biases and norms among the weights of a group, or in a group of their own after that of the weights."""
     trained = [(name, p.dim()) for name, p in params if p.requires_grad]
     thin = [name for name, n in trained if n <= 1]
-    if thin and len(thin) < len(trained):
-        warn(
-            f"group {index} penalises biases and norms together with weights: {some(thin)}. Small ones among them go to"
-            " zero, which prunes nothing and hurts; rvsm_kernels.param_groups(model, ...) leaves them dense"
-        )
+    if not thin:
+        return
+    if len(thin) < len(trained):
+        together = " together with weights"
+    elif before is not None and before["penalty"] and any(not is_lazy(p) and p.dim() > 1 for p in before["params"]):
+        together = " as the group before it penalises weights"
+    else:
+        return
+    warn(
+        f"group {index} penalises biases and norms{together}: {some(thin)}. Small ones among them go to zero, which"
+        " prunes nothing and hurts; rvsm_kernels.param_groups(model, ...) leaves them dense"
+    )

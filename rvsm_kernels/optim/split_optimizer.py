@@ -355,7 +355,7 @@ class SplitOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        advice.of_group(index, group, explicit)
+        advice.of_group(index, group, explicit, self.param_groups[index - 1] if index else None)
         self._pull_rates.watch(index, group)
 
     def state_dict(self) -> dict[str, Any]:

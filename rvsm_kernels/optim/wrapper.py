@@ -95,7 +95,8 @@ class RVSMWrapper(SplitOptimizer):
         strange = sorted(set(optimizer.defaults) & set(defaults) - {"maximize"})
         if strange:
             raise ValueError(f"{type(optimizer).__name__} has options of its own named {', '.join(strange)}")
-        explicit = [list(group) for group in optimizer.param_groups]
+        # NAdam's momentum_decay is no misspelt momentum: the options of the wrapped optimizer are not advised about.
+        explicit = [[key for key in group if key not in optimizer.defaults] for group in optimizer.param_groups]
         completed = [_completed(group, defaults, i, optimizer) for i, group in enumerate(optimizer.param_groups)]
         for i, group in enumerate(completed):
             self._check_new_group(i, group)
@@ -107,7 +108,7 @@ class RVSMWrapper(SplitOptimizer):
         self._take_over_states()
         _WRAPPED.add(optimizer)
         for i, group in enumerate(self.param_groups):
-            advice.of_group(i, group, explicit[i])
+            advice.of_group(i, group, explicit[i], self.param_groups[i - 1] if i else None)
 
     # ---- shared with the optimizer -----------------------------------------------------------------------------------
 
@@ -278,7 +279,8 @@ class RVSMWrapper(SplitOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; options that it does not name are those of the constructor."""
-        explicit = list(param_group) if isinstance(param_group, dict) else []
+        given = param_group if isinstance(param_group, dict) else {}
+        explicit = [key for key in given if key not in self.optimizer.defaults]
         self.optimizer.add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
@@ -289,7 +291,7 @@ class RVSMWrapper(SplitOptimizer):
             self.param_groups.pop()
             raise
         group.update(full)
-        advice.of_group(index, group, explicit)
+        advice.of_group(index, group, explicit, self.param_groups[index - 1] if index else None)
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict of the wrapped optimizer, with the options of the splitting, and ``u`` or ``dual``."""
