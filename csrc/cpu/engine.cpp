@@ -5,6 +5,8 @@
 #include <string_view>
 #include <thread>
 
+#include "selection.h"
+
 namespace rvsm::cpu {
 
 namespace {
@@ -229,10 +231,11 @@ double TaskList::total() const {
   return sum;
 }
 
-#define RVSM_DECLARE(isa)                            \
-  extern const ElementKernels element_kernels_##isa; \
-  extern const NormKernels norm_kernels_##isa;       \
-  static const Kernels kernels_##isa{element_kernels_##isa, norm_kernels_##isa};
+#define RVSM_DECLARE(isa)                                \
+  extern const ElementKernels element_kernels_##isa;     \
+  extern const NormKernels norm_kernels_##isa;           \
+  extern const MagnitudeKernels magnitude_kernels_##isa; \
+  static const Kernels kernels_##isa{element_kernels_##isa, norm_kernels_##isa, magnitude_kernels_##isa};
 RVSM_DECLARE(base)
 #if defined(RVSM_X86)
 RVSM_DECLARE(avx2)

@@ -42,9 +42,12 @@ struct NormKernels {
   void (*join)(const TensorArgs&);
 };
 
+struct MagnitudeKernels;  // see selection.h
+
 struct Kernels {
   const ElementKernels& elements;
   const NormKernels& norms;
+  const MagnitudeKernels& magnitudes;
 };
 
 // The kernels for this processor; RVSM_ISA=base|avx2|avx512 in the environment asks for less than it has.

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../math/precision.h"
 #include "engine.h"
 #include "isa.h"
+#include "weights.h"
 
 namespace rvsm::cpu {
 
@@ -22,37 +22,6 @@ constexpr int kAhead = 8;
 constexpr int64_t kPiece = 64;
 
 // ---- sums of squares -------------------------------------------------------------------------------------------
-
-// What is summed: elements of w, or of w + dual as the step thresholds them. value(i): element i in the type of the
-// arithmetic, at(i): in double precision. S: a type with that arithmetic.
-template <class Storage>
-struct Weights {
-  using S = Storage;
-  const S* w;
-  Opmath<S> value(int64_t i) const { return load(w[i]); }
-  double at(int64_t i) const { return double(value(i)); }
-  Weights operator+(int64_t n) const { return {w + n}; }
-};
-
-// The float32 weights behind a parameter of a half type.
-template <class Half, class Rest>
-struct Joined {
-  using S = float;
-  const Half* param;
-  const Rest* rest;
-  float value(int64_t i) const { return rvsm::join(param[i], rest[i]); }
-  double at(int64_t i) const { return double(value(i)); }
-  Joined operator+(int64_t n) const { return {param + n, rest + n}; }
-};
-
-template <class Source, class Storage>
-struct WithDual {
-  using S = typename Source::S;
-  Source w;
-  const Storage* dual;
-  double at(int64_t i) const { return double(w.value(i) + load(dual[i])); }
-  WithDual operator+(int64_t n) const { return {w + n, dual + n}; }
-};
 
 // sum + x^2 in double: squares of float are exact, and the rounding of a long sum stays far below the ulp of a float
 // norm. Because they are exact, a fused multiply-add, where the processor has it, gives the same bits.
@@ -186,32 +155,19 @@ void take_norms(const TensorArgs& args, int64_t from, int64_t to) {
 }
 
 void squares(const TensorArgs& args, const Block& block, int64_t part) {
-  with_storage(args.dtype, [&](auto s) {
-    using S = decltype(s);
-    if (args.norms != nullptr) {
-      const int64_t first = block.batch * args.view.groups;
-      if (args.parts == 1)
-        take_norms<Opmath<S>>(args, first + block.c0 / args.view.inner, first + ceil_div(block.c1, args.view.inner));
-      return;  // in parts: join() takes them
-    }
-    // A dual has the type of the weights: float32 where these stand behind the parameter.
-    const auto sum = [&](const auto& weights) {
-      using D = typename std::decay_t<decltype(weights)>::S;
-      const bool dual = args.method == Method::admm;
-      if (dual)
-        norm_row_squares(
-            WithDual<std::decay_t<decltype(weights)>, D>{weights, static_cast<const D*>(args.method_state())}, args,
-            block, part, 0);
-      if (!dual || args.norm_rows() == 2) norm_row_squares(weights, args, block, part, args.norm_rows() - 1);
-    };
-    const S* const w = static_cast<const S*>(args.w);
-    if constexpr (std::is_same_v<S, BFloat16>)
-      if (args.precision.master == Master::low)
-        return sum(Joined<S, int16_t>{w, static_cast<const int16_t*>(args.master_state())});
-    if constexpr (std::is_same_v<S, Float16>)
-      if (args.precision.master == Master::whole)
-        return sum(Joined<S, float>{w, static_cast<const float*>(args.master_state())});
-    sum(Weights<S>{w});
+  if (args.norms != nullptr) {
+    const int64_t first = block.batch * args.view.groups;
+    if (args.parts == 1)
+      with_storage(args.dtype, [&](auto s) {
+        take_norms<Opmath<decltype(s)>>(args, first + block.c0 / args.view.inner,
+                                        first + ceil_div(block.c1, args.view.inner));
+      });
+    return;  // in parts: join() takes them
+  }
+  with_weights(args, [&](const auto weights) {
+    const bool dual = args.method == Method::admm;
+    if (dual) norm_row_squares(with_dual(weights, args), args, block, part, 0);
+    if (!dual || args.norm_rows() == 2) norm_row_squares(weights, args, block, part, args.norm_rows() - 1);
   });
 }
 

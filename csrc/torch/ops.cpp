@@ -1,5 +1,8 @@
-// The dispatcher ops: u, the value of a penalty and the squares of norms, with mutation visible in the schema.
+// The dispatcher ops: u, the value of a penalty, the squares of norms and the cuts of top-k, with mutation visible in
+// the schema.
 
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <array>
@@ -7,6 +10,7 @@
 #include <deque>
 #include <string>
 
+#include "../cpu/selection.h"
 #include "../math/penalty.h"
 #include "../plan/device_engine.h"
 #include "../plan/tensors.h"
@@ -184,6 +188,81 @@ std::vector<at::Tensor> squares(at::TensorList tensors, at::IntArrayRef group_di
   return sums;
 }
 
+// What stands beside a tensor of weights, dense and in the order of its elements.
+class Beside {
+ public:
+  Beside(const std::optional<at::Tensor>& tensor, const at::Tensor& weights, at::ScalarType type) {
+    if (!tensor || !tensor->defined()) return;
+    TORCH_CHECK(has_memory(*tensor) && tensor->is_cpu() && is_allocated(*tensor) && tensor->sizes() == weights.sizes(),
+                "a state does not fit its tensor of shape ", weights.sizes());
+    staged_.emplace(*tensor, weights, type);
+    staged_->load();
+  }
+
+  bool is_there() const { return staged_.has_value(); }
+  void* data() const { return const_cast<void*>(staged_->dense().const_data_ptr()); }
+
+ private:
+  std::optional<Staged> staged_;
+};
+
+const cpu::Parallel& parallel() {
+  static thread_local cpu::Parallel torchs{
+      1, [](int64_t threads, const auto& work) { at::parallel_for(0, threads, 1, work); }};
+  torchs.threads = at::get_num_threads();
+  return torchs;
+}
+
+// Writes the low bytes of `bits`, as many as the number has.
+void write_bits(const at::Tensor& number, int64_t bits) {
+  std::memcpy(number.mutable_data_ptr(), &bits, number.itemsize());
+  bump_version(number);
+}
+
+void cuts_(at::TensorList cuts, at::TensorList last, at::TensorList tensors,
+           const c10::List<std::optional<at::Tensor>>& masters, const c10::List<std::optional<at::Tensor>>& duals,
+           at::IntArrayRef survivors, bool between) {
+  const size_t count = tensors.size();
+  TORCH_CHECK(cuts.size() == count && last.size() == count && masters.size() == count && duals.size() == count &&
+                  survivors.size() == count,
+              "cuts_ needs as many cuts, last cuts, masters, duals and survivors as tensors");
+  for (size_t i = 0; i < count; ++i) {
+    check(tensors[i]);
+    TORCH_CHECK(tensors[i].is_cpu() && cuts[i].is_cpu() && last[i].is_cpu(), "cuts_ is for tensors on the CPU");
+    const at::ScalarType type = at::toOpMathType(tensors[i].scalar_type());
+    TORCH_CHECK_TYPE(cuts[i].scalar_type() == type && cuts[i].numel() == 1, "a cut is one number of type ", type);
+    TORCH_CHECK_TYPE(last[i].scalar_type() == at::kLong && last[i].numel() == 2 && last[i].is_contiguous(),
+                     "a last cut is two numbers of type ", at::kLong);
+    TORCH_CHECK_VALUE(survivors[i] > 0 || tensors[i].numel() == 0, "Invalid survivors value: ", survivors[i]);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    Staged staged(tensors[i], tensors[i].scalar_type());
+    staged.load();
+    const at::Tensor& dense = staged.dense();
+    TensorArgs args;
+    args.numel = dense.numel();
+    args.dtype = dtype_of(dense.scalar_type());
+    args.w = args.numel > 0 ? const_cast<void*>(dense.const_data_ptr()) : nullptr;
+    const bool low = dense.scalar_type() == at::kBFloat16;
+    const Beside master(masters.get(i), dense, low ? at::kShort : at::kFloat);
+    const Beside dual(duals.get(i), dense, master.is_there() ? at::kFloat : dense.scalar_type());
+    if (dual.is_there() && args.numel > 0) {
+      args.method = Method::admm;
+      args.state[0] = dual.data();
+    }
+    if (master.is_there() && args.numel > 0) {
+      args.precision.master = low ? Master::low : Master::whole;
+      args.state[size_t(args.states())] = master.data();
+    }
+    int64_t* const kept = last[i].mutable_data_ptr<int64_t>();
+    cpu::LastCut where{kept[0], kept[1]};
+    write_bits(cuts[i], cpu::cut(args, survivors[i], between, where, parallel()));
+    kept[0] = where.magnitude;
+    kept[1] = where.reach;
+    bump_version(last[i]);
+  }
+}
+
 // Tracing needs shapes and types only. torch also comes here with a list that mixes meta tensors with others, and
 // nothing would be done with the others: that is an error.
 void check_meta(at::TensorList tensors) {
@@ -204,6 +283,11 @@ std::vector<at::Tensor> squares_meta(at::TensorList tensors, at::IntArrayRef gro
     sums.push_back(at::empty({groups_of(w, group_dim, group_block)}, w.options().dtype(at::kDouble)));
   return sums;
 }
+void cuts_meta(at::TensorList cuts, at::TensorList, at::TensorList tensors, const c10::List<std::optional<at::Tensor>>&,
+               const c10::List<std::optional<at::Tensor>>&, at::IntArrayRef, bool) {
+  check_meta(cuts);
+  check_meta(tensors);
+}
 }  // namespace
 
 TORCH_LIBRARY(rvsm_kernels, m) {
@@ -215,6 +299,9 @@ TORCH_LIBRARY(rvsm_kernels, m) {
       "penalty_value(Tensor[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
       "bool group_scale=False, int group_block=1) -> Tensor");
   m.def("squares(Tensor[] w, int[] group_dim, int group_block=1) -> Tensor[]");
+  m.def(
+      "cuts_(Tensor(a!)[] cuts, Tensor(b!)[] last, Tensor[] w, Tensor?[] masters, Tensor?[] duals, int[] survivors, "
+      "bool between=False) -> ()");
 }
 
 // The same functions for every device: they ask each tensor for its own.
@@ -225,7 +312,10 @@ static void implement(torch::Library& m) {
   m.impl("squares", squares);
 }
 
-TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) {
+  implement(m);
+  m.impl("cuts_", cuts_);
+}
 #if defined(RVSM_CUDA)
 TORCH_LIBRARY_IMPL(rvsm_kernels, CUDA, m) { implement(m); }
 #endif
@@ -235,6 +325,7 @@ TORCH_LIBRARY_IMPL(rvsm_kernels, Meta, m) {
   m.impl("prox_", prox_meta_);
   m.impl("penalty_value", penalty_value_meta);
   m.impl("squares", squares_meta);
+  m.impl("cuts_", cuts_meta);
 }
 
 }  // namespace rvsm

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..method.selection import Selection, select
 from ..method.step_options import StepOptions
 
 Group = MutableMapping[str, Any]
@@ -95,6 +96,10 @@ class Engine(ABC):
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:  # noqa: B027 - most need none
         """Raise ValueError if this engine cannot sum over the groups of a parameter."""
+
+    def select(self, selections: Sequence[Selection]) -> None:
+        """Fill the cuts of top-k of parameters that this engine serves."""
+        select(selections)
 
     @abstractmethod
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:

@@ -19,7 +19,9 @@ from ..method.bases import BASES
 from ..method.groups import Grouping, as_dims, group_dims, size_of_block
 from ..method.penalties import PENALTIES
 from ..method.prox import PROX_NUMBERS
+from ..method.selection import Selection
 from ..method.split import SPLIT_NUMBERS
+from . import cuts
 from .checks import check_groups
 from .interface import Engine, Group, Ready, StepInputs
 
@@ -181,6 +183,9 @@ class NativeEngine(Engine):
 
     def drop(self) -> None:
         self._plan.drop()
+
+    def select(self, selections: Sequence[Selection]) -> None:
+        cuts.select(selections)
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
         check_groups(p, group, name)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dtypes import opmath_type, to_opmath
 from .groups import Grouping, grouping_of, magnitudes, once
-from .memory import kind_of, turns_of, whole
+from .memory import kind_of, tracer, turns_of, whole
 from .parameters import with_gradient
 from .precision import Stored, join, master_name
 from .step_options import StepOptions
@@ -60,34 +61,100 @@ def thresholded(w: Tensor, dual: Tensor | None) -> Tensor:
     return v if dual is None else v + dual.to(v.dtype)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """A cut that is wanted: from which tensor, and where it goes.
+
+    Attributes:
+        cut: 0-dim, in the type of the arithmetic: where the cut goes.
+        last: two int64 numbers beside the cut, for an engine that looks around the last cut first; -1 at the
+            beginning. What they are must not matter to the result.
+        w: a parameter, or weights in the type of the arithmetic.
+        master, dual: the states beside w that say what is thresholded, or None.
+    """
+
+    cut: Tensor
+    last: Tensor
+    w: Tensor
+    master: Tensor | None
+    dual: Tensor | None
+    density: float
+    group_dim: Grouping
+
+    def thresholded(self) -> Tensor:
+        """What the magnitudes are of, in the type of the arithmetic; it may be w itself."""
+        return thresholded(join(self.w, self.master), self.dual)
+
+
+Select = Callable[[Sequence[Selection]], None]
+"""Fills cuts: :func:`select`, or what an engine has in its place."""
+
+
+def select(selections: Sequence[Selection]) -> None:
+    """Fill cuts by torch's own selection."""
+    for s in selections:
+        s.cut.copy_(cut_of(s.thresholded(), s.density, s.group_dim))
+
+
+class Room(NamedTuple):
+    """Where a cut and what an engine remembers of it stay from step to step; see :class:`Selection`."""
+
+    cut: Tensor
+    last: Tensor
+
+    @classmethod
+    def like(cls, p: Tensor) -> Room:
+        """Room for the cut of a parameter."""
+        last = torch.full((2,), -1, dtype=torch.int64, device=p.device)
+        return cls(torch.zeros((), dtype=opmath_type(p.dtype), device=p.device), last)
+
+    def serves(self, p: Tensor) -> bool:
+        """Whether the room of an earlier step serves this one: not on another device, nor left by a traced step."""
+        writable = torch.is_inference_mode_enabled() or not self.cut.is_inference()
+        here = self.cut.device == p.device and self.cut.dtype == opmath_type(p.dtype)
+        return writable and here and kind_of(self.cut) is None
+
+
+def cut_by(select: Select, v: Tensor, density: float, group_dim: Grouping) -> Tensor:
+    """:func:`cut_of` by an engine, for a tensor that it can work on."""
+    if kind_of(v) is not None or tracer() is not None:
+        return cut_of(v, density, group_dim)
+    room = Room.like(v)
+    select([Selection(*room, v, None, None, density, group_dim)])
+    return room.cut
+
+
 class Cuts:
     """The cuts of parameters with top-k, each in memory that stays where it is from step to step."""
 
     def __init__(self) -> None:
-        self._cut: dict[Tensor, Tensor] = {}
+        self._rooms: dict[Tensor, Room] = {}
 
     def find(self, groups: Sequence[Mapping[str, Any]], options: Sequence[StepOptions]) -> dict[Tensor, Tensor]:
         """Room for the cuts of a step, by parameter; :meth:`select` fills it."""
-        cuts: dict[Tensor, Tensor] = {}
+        rooms: dict[Tensor, Room] = {}
         for group, step in zip(groups, options, strict=True):
             if step.topk:
                 for _, p in with_gradient(group):
-                    cut = self._cut.get(p)
-                    cuts[p] = cut if cut is not None and _can_hold_cut(cut, p) else _room_for_cut(p)
-        self._cut = cuts
-        return cuts
+                    room = self._rooms.get(p)
+                    rooms[p] = room if room is not None and room.serves(p) else Room.like(p)
+        self._rooms = rooms
+        return {p: room.cut for p, room in rooms.items()}
 
     def select(
         self,
         groups: Sequence[Mapping[str, Any]],
         options: Sequence[StepOptions],
         state_of: Callable[[Tensor, str], Tensor | None],
+        select: Select,
     ) -> None:
         """Fill the cuts from the weights of this step.
 
         Args:
             state_of: a state of a parameter by its name, None where it is missing.
+            select: an engine's.
         """
+        selections = []
         for group, step in zip(groups, options, strict=True):
             if step.topk:
                 for _, p in with_gradient(group):
@@ -95,18 +162,10 @@ class Cuts:
                         None if name is None else state_of(p, name)
                         for name in (master_name(step.values, p.dtype), step.method.state)
                     )
-                    v = thresholded(join(p.detach(), master), dual if step.method.adds_state else None)
-                    self._cut[p].copy_(cut_of(v, step.values["density"], grouping_of(step.values)))
-
-
-def _room_for_cut(p: Tensor) -> Tensor:
-    return torch.zeros((), dtype=opmath_type(p.dtype), device=p.device)
-
-
-def _can_hold_cut(cut: Tensor, p: Tensor) -> bool:
-    """Whether the room of an earlier step serves this one; it may be on another device, or left by a traced step."""
-    writable = torch.is_inference_mode_enabled() or not cut.is_inference()
-    return writable and kind_of(cut) is None and cut.device == p.device and cut.dtype == opmath_type(p.dtype)
+                    dual = dual if step.method.adds_state else None
+                    wanted = step.values["density"], grouping_of(step.values)
+                    selections.append(Selection(*self._rooms[p], p.detach(), master, dual, *wanted))
+        select(selections)
 
 
 def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .groups import grouping_of, magnitudes, once
 from .methods import METHODS
 from .penalties import PENALTIES
-from .selection import cut_of, keep_above, thresholded
+from .selection import Select, cut_by, keep_above, thresholded
 from .split import is_split, is_topk, strength
 
 
@@ -20,16 +20,21 @@ def is_more_than_prox(group: Mapping[str, Any]) -> bool:
 
 
 def u_of(
-    w: Tensor, dual: Tensor | None, group: Mapping[str, Any], prox_: Callable[[Sequence[Tensor], Any], None]
+    w: Tensor,
+    dual: Tensor | None,
+    group: Mapping[str, Any],
+    prox_: Callable[[Sequence[Tensor], Any], None],
+    select: Select,
 ) -> Tensor:
     """u where it is more than the prox of w, as a new tensor in the type of the arithmetic.
 
     Args:
         prox_: puts the prox into tensors in place; an engine's.
+        select: fills cuts; an engine's.
     """
     v = thresholded(w, dual)
     if is_topk(group):
-        cut = cut_of(v, group["density"], grouping_of(group))
+        cut = cut_by(select, v, group["density"], grouping_of(group))
         return keep_above(v, magnitudes(v, grouping_of(group)), cut)
     v = v.clone() if dual is None else v
     prox_([v], group)

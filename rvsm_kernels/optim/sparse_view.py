@@ -168,7 +168,8 @@ class SparseView:
     def _u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
         """u of a parameter with these weights, as a new tensor; in the type of the weights or of the arithmetic."""
         if more_than_prox.is_more_than_prox(group):
-            return placed_like(more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_), p)
+            u = more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_, engine.select)
+            return placed_like(u, p)
         u = w.detach().clone()
         engine.prox_([u], group)
         return u

@@ -237,17 +237,19 @@ class SplitOptimizer(Optimizer):
         if self._any_state_at_rest:
             states.copy_where_lr_is_0(groups)
         engines: list[Engine] = []
+        parts: list[tuple[Engine, Sequence[Any], Sequence[StepOptions]]] = []  # what each engine steps
         try:
             only = self._engines.the_only()
             inputs.changed = self._changed if only is self._told else None
             if only is not None and _prepare(only, groups, inputs, states):
-                engines = [only]
+                engines, parts = [only], [(only, groups, options)]
                 self._told, self._changed = only, set()
             else:
                 self._told, self._changed = None, set()
                 for share in self._engines.divide(groups):
                     engines.append(share.engine)
                     part = dataclasses.replace(inputs, options=[options[i] for i in share.places], changed=None)
+                    parts.append((share.engine, share.groups, part.options))
                     if not _prepare(share.engine, share.groups, part, states):
                         raise TypeError(f"engine {share.engine.name!r} does not serve all of its parameters")
             # A step that makes new states reads found_inf here, which waits for the device; other steps leave it to the
@@ -259,7 +261,8 @@ class SplitOptimizer(Optimizer):
                 method_states.drop_obsolete(self.param_groups, self._states)
                 self._has_obsolete_states = False
             if self._any_topk:
-                self._cuts.select(groups, options, inputs.state_of)
+                for engine, of_engine, their_options in parts:
+                    self._cuts.select(of_engine, their_options, inputs.state_of, engine.select)
             self._run(engines)
         finally:
             for engine in engines:

@@ -1,0 +1,274 @@
+#include "selection.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+namespace rvsm::cpu {
+
+namespace {
+
+// Up to so many magnitudes are put in order as they are.
+constexpr int64_t kFew = 2048;
+// Of more: one of so many is taken for the sample, at most kSample of them.
+constexpr int64_t kSampled = 16;
+constexpr int64_t kSample = 16384;
+// Half the width of a sample's bracket in standard deviations of a rank, so that it fails once in ten thousand times.
+constexpr double kDeviations = 4;
+// A read collects at most one of so many elements, and a few.
+constexpr int64_t kShare = 8;
+constexpr int64_t kSpare = 4096;
+// The bracket around the last cut is made so wide that it holds one of so many elements; of those that move fast, four
+// times their last move, but at most one of kMovingShare.
+constexpr int64_t kLastShare = 512;
+constexpr int64_t kMovingShare = 32;
+// Elements of a task.
+constexpr int64_t kTask = 32768;
+// Below this many elements one thread is done before a second one has woken up.
+constexpr int64_t kSerial = 65536;
+
+// Calls work(thread, at, n) for pieces that cover [0, numel). Each thread begins with its stretch of memory, the same
+// in every run, and takes from the others' when it is done.
+template <class Work>
+void for_pieces(int64_t numel, const Parallel& parallel, const Work& work) {
+  const int64_t threads = parallel.threads, tasks = ceil_div(numel, kTask);
+  const std::unique_ptr<std::atomic<int64_t>[]> next(new std::atomic<int64_t>[size_t(threads)]);
+  for (int64_t t = 0; t < threads; ++t) next[t] = tasks * t / threads;
+  const auto drain = [&](int64_t thread, int64_t lane) {
+    for (int64_t end = tasks * (lane + 1) / threads;;) {
+      const int64_t task = next[lane].fetch_add(1, std::memory_order_relaxed);
+      if (task >= end) return;
+      work(thread, task * kTask, std::min(kTask, numel - task * kTask));
+    }
+  };
+  const auto part = [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) drain(begin, t);
+    for (int64_t t = end; t < begin + threads; ++t) drain(begin, t % threads);
+  };
+  threads == 1 ? part(0, 1) : parallel.run(threads, part);
+}
+
+// The magnitude of a rank among an array's; M is their type.
+template <class M>
+class Selector {
+ public:
+  Selector(const TensorArgs& args, int64_t larger, LastCut& last, const Parallel& parallel)
+      : kernels_(kernels().magnitudes), args_(args), larger_(larger), last_(last), parallel_(parallel) {
+    if (args.numel < kSerial) parallel_.threads = 1;
+  }
+
+  int64_t select() {
+    if (args_.numel <= kFew) return of_few();
+    const bool warm = last_.magnitude >= 0 && last_.reach >= 0;
+    const int64_t room = 2 * args_.numel / kShare / (parallel_.threads + 1) + kSpare;
+    if (warm) look_in(around_last(), room);
+    if (!is_found_) look_in(sampled(), room);
+    while (!is_found_) narrow();
+    remember(warm);
+    return cut_;
+  }
+
+ private:
+  int64_t of_few() {
+    M all[kFew];
+    kernels_.load(args_, 0, args_.numel, all);
+    std::nth_element(all, all + larger_, all + args_.numel, std::greater<M>());
+    return all[larger_];
+  }
+
+  Bracket around_last() const {
+    const int64_t up = std::min(last_.reach, std::max<int64_t>(kMost - last_.magnitude, 0));
+    return {last_.magnitude - last_.reach, last_.magnitude + up};
+  }
+
+  // One read. Either the cut is found, or the range becomes narrower; it stays where too many magnitudes lie inside.
+  void look_in(Bracket bracket, int64_t room) {
+    bracket = {std::max(bracket.low, range_.low), std::min(bracket.high, range_.high)};
+    if (bracket.low > bracket.high) return;
+    const int64_t threads = parallel_.threads;
+    const std::unique_ptr<M[]> memory(new M[size_t(threads * room)]);  // untouched pages cost nothing
+    std::vector<Part> parts(static_cast<size_t>(threads));
+    for (int64_t t = 0; t < threads; ++t) {
+      parts[t].found.inside = memory.get() + t * room;
+      parts[t].found.room = room;
+    }
+    std::atomic<bool> full{false};
+    for_pieces(args_.numel, parallel_, [&](int64_t thread, int64_t at, int64_t n) {
+      if (!full.load(std::memory_order_relaxed) && !kernels_.scan(args_, at, n, bracket, parts[thread].found))
+        full.store(true, std::memory_order_relaxed);
+    });
+    if (full.load()) return;
+    Found all;
+    for (const Part& part : parts) {
+      M* const inside = static_cast<M*>(part.found.inside);
+      if (inside != memory.get() + all.collected)
+        std::memmove(memory.get() + all.collected, inside, size_t(part.found.collected) * sizeof(M));
+      all.collected += part.found.collected;
+      all.above += part.found.above;
+      all.from_high += part.found.from_high;
+      all.from_low += part.found.from_low;
+    }
+    if (larger_ < all.above) {
+      range_.low = bracket.high + 1;
+    } else if (larger_ >= all.from_low) {
+      range_.high = bracket.low - 1;
+      above_range_ = all.from_low;
+    } else {
+      is_found_ = true;
+      const int64_t rank = larger_ - all.from_high;
+      if (rank < 0)
+        cut_ = bracket.high;
+      else if (rank >= all.collected)
+        cut_ = bracket.low;
+      else
+        cut_ = among(memory.get(), all.collected, rank);
+      // Beyond an open end there may be nothing for long.
+      const Bracket closed = {bracket.low == 0 ? cut_ : bracket.low, bracket.high == kMost ? cut_ : bracket.high};
+      const int64_t above_cut = closed.high == cut_ ? 0 : larger_ - all.above;
+      const int64_t below_cut = closed.low == cut_ ? 0 : all.from_low - larger_;
+      spread_ = double(closed.high - closed.low) / double(std::max<int64_t>(above_cut + below_cut, 1));
+    }
+  }
+
+  // The same question about those that were collected: they are the bits of numbers without a sign.
+  int64_t among(const M* magnitudes, int64_t count, int64_t rank) {
+    TensorArgs args;
+    args.numel = count;
+    args.dtype = sizeof(M) == 8 ? Dtype::f64 : Dtype::f32;
+    args.w = const_cast<M*>(magnitudes);
+    LastCut none;
+    return Selector(args, rank, none, parallel_).select();
+  }
+
+  // A bracket that holds the cut of most tensors: around its rank in a sample.
+  Bracket sampled() const {
+    const std::vector<int64_t> places = sample_places(args_.numel);
+    const int64_t count = int64_t(places.size());
+    std::vector<M> sample(places.size());
+    for (int64_t i = 0; i < count; ++i) kernels_.load(args_, places[i], 1, &sample[i]);
+    const double share = (double(larger_) + 0.5) / double(args_.numel);
+    const double rank = share * double(count);
+    const double reach = kDeviations * std::sqrt(rank * (1 - share)) + 2;
+    const int64_t first = int64_t(std::floor(rank - reach)), last = int64_t(std::ceil(rank + reach));
+    Bracket bracket = range_;
+    if (first >= 0) {
+      std::nth_element(sample.begin(), sample.begin() + first, sample.end(), std::greater<M>());
+      bracket.high = sample[first];
+    }
+    if (last < count) {
+      std::nth_element(sample.begin() + std::max<int64_t>(first, 0), sample.begin() + last, sample.end(),
+                       std::greater<M>());
+      bracket.low = sample[last];
+    }
+    return bracket;
+  }
+
+  // One read for a histogram of the range, and one more where few enough are left in a bin to be collected.
+  void narrow() {
+    const Bins bins(range_);
+    const int64_t threads = parallel_.threads;
+    std::vector<int32_t> counts(static_cast<size_t>(threads * Bins::kCounts));
+    for_pieces(args_.numel, parallel_, [&](int64_t thread, int64_t at, int64_t n) {
+      kernels_.histogram(args_, at, n, bins, counts.data() + thread * Bins::kCounts);
+    });
+    std::vector<int64_t> total(static_cast<size_t>(Bins::kCount));
+    for (size_t i = 0; i < counts.size(); ++i) {
+      const size_t bin = i % (Bins::kCount + 1);
+      if (bin < size_t(Bins::kCount)) total[bin] += counts[i];
+    }
+    // What lies above the range is known from the read that narrowed it, or there is nothing.
+    int64_t bin = Bins::kCount - 1, before = above_range_;
+    while (bin > 0 && before + total[bin] <= larger_) before += total[bin--];
+    range_.low += bin << bins.shift;
+    range_.high = range_.low + std::min(range_.high - range_.low, (int64_t(1) << bins.shift) - 1);
+    above_range_ = before;
+    if (range_.low >= range_.high) {  // above it only if somebody writes meanwhile
+      is_found_ = true;
+      cut_ = range_.low;
+    } else if (total[bin] <= args_.numel / kShare) {
+      look_in(range_, total[bin] + kSpare);
+    }
+  }
+
+  // Where to look the next time: around this cut, so far that the bracket would hold a given share of the elements if
+  // they lay as densely as in the bracket where it was found.
+  void remember(bool warm) {
+    const double width = spread_ / 2;
+    const auto reach = [&](int64_t share) { return width * double(std::max<int64_t>(args_.numel / share, 64)); };
+    double far = reach(kLastShare);
+    if (warm) far = std::max(far, std::min(4 * std::fabs(double(cut_ - last_.magnitude)), reach(kMovingShare)));
+    last_ = {cut_, int64_t(std::min(far, double(kMost / 4))) + 1};
+  }
+
+  struct alignas(64) Part {
+    Found found;
+  };
+
+  static constexpr int64_t kMost = std::numeric_limits<M>::max();
+
+  const MagnitudeKernels& kernels_;
+  const TensorArgs& args_;
+  const int64_t larger_;
+  LastCut& last_;
+  Parallel parallel_;
+  Bracket range_{0, kMost};  // holds the cut
+  int64_t above_range_ = 0;  // elements above it
+  bool is_found_ = false;
+  int64_t cut_ = 0;
+  double spread_ = 0;  // mean distance of neighbours around it
+};
+
+template <class T>
+int64_t bits_of_number(T x) {
+  std::conditional_t<sizeof(T) == 8, int64_t, int32_t> bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+template <class T>
+T number_of(int64_t bits) {
+  const std::conditional_t<sizeof(T) == 8, int64_t, int32_t> narrow(bits);
+  T x;
+  std::memcpy(&x, &narrow, sizeof x);
+  return x;
+}
+
+}  // namespace
+
+std::vector<int64_t> sample_places(int64_t numel) {
+  const int64_t count = std::min(kSample, numel / kSampled);
+  std::vector<int64_t> places(static_cast<size_t>(count));
+  uint32_t random = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t from = numel * i / count, to = numel * (i + 1) / count;
+    random = random * 1664525u + 1013904223u;  // the generator of Numerical Recipes, whose upper bits are the good ones
+    places[i] = from + int64_t(uint64_t(random >> 8) * uint64_t(to - from) >> 24);
+  }
+  return places;
+}
+
+int64_t select(const TensorArgs& args, int64_t larger, LastCut& last, const Parallel& parallel) {
+  if (args.dtype == Dtype::f64) return Selector<int64_t>(args, larger, last, parallel).select();
+  return Selector<int32_t>(args, larger, last, parallel).select();
+}
+
+int64_t cut(const TensorArgs& args, int64_t survivors, bool between, LastCut& last, const Parallel& parallel) {
+  return with_storage(args.dtype, [&](auto s) -> int64_t {
+    using T = Opmath<decltype(s)>;
+    if (survivors >= args.numel) return bits_of_number(T(-1));
+    const int64_t low_bits = select(args, survivors, last, parallel);
+    if (!between) return low_bits;
+    LastCut nearby = last;
+    const T low = number_of<T>(low_bits), high = number_of<T>(select(args, survivors - 1, nearby, parallel));
+    const T middle = low + (high - low) / 2;
+    // The middle of two neighbouring floats may be rounded up to high.
+    return bits_of_number(std::isfinite(high) && middle < high ? middle : low);
+  });
+}
+
+}  // namespace rvsm::cpu
