@@ -1,6 +1,7 @@
 // Counts and collections of magnitudes for a selection. Compiled once per instruction set, with RVSM_ISA naming it.
 // Integers only: every instruction set gives the same.
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -17,7 +18,11 @@ namespace rvsm::cpu {
 namespace {
 
 // Magnitudes that are made at a time; they stay in the first-level cache.
-constexpr int64_t kTile = 512;
+constexpr int64_t kTile = 128;
+// Places of memory that are read in turns, and how far ahead of each: a processor that reads one place alone waits for
+// half of the time, and it does not look beyond the end of a page by itself.
+constexpr int64_t kStreams = 4;
+constexpr int64_t kAhead = 512;
 // Magnitudes that are counted together before those inside are looked for.
 constexpr int64_t kPiece = 64;
 // What a vector may write behind the last magnitude that it collects.
@@ -59,8 +64,12 @@ bool for_tiles(const TensorArgs& args, int64_t at, int64_t n, const F& f) {
   return with_thresholded(args, [&](const auto source) {
     using Source = std::decay_t<decltype(source)>;
     using M = Magnitude<typename Source::S>;
-    for (int64_t i = at; i < at + n; i += kTile) {
-      const int64_t m = std::min(kTile, at + n - i);
+    const int64_t length = ceil_div(ceil_div(n, kTile), kStreams) * kTile;
+    for (int64_t k = 0; k < length * kStreams / kTile; ++k) {
+      const int64_t offset = k % kStreams * length + k / kStreams * kTile;
+      if (offset >= n) continue;
+      const int64_t i = at + offset, m = std::min(kTile, n - offset);
+      prefetch(source + i + kAhead, kTile);
       if constexpr (std::is_same_v<Source, Weights<float>> || std::is_same_v<Source, Weights<double>>) {
         if (!f(reinterpret_cast<const typename Aliased<M>::type*>(source.w + i), m)) return false;
       } else {

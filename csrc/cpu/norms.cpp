@@ -68,26 +68,6 @@ inline void add_squares(double* __restrict sums, const Source w, int64_t stride,
   }
 }
 
-// The processor prefetches up to the end of a piece of a row by itself, but not the piece in the next row.
-template <class S>
-inline void prefetch(const Weights<S> p, int64_t n) {
-  constexpr int64_t kLine = 64 / sizeof(S);
-  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p.w + i);
-}
-
-template <class Half, class Rest>
-inline void prefetch(const Joined<Half, Rest> p, int64_t n) {
-  prefetch(Weights<Half>{p.param}, n);
-  constexpr int64_t kLine = 64 / sizeof(Rest);
-  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p.rest + i);
-}
-
-template <class Source, class S>
-inline void prefetch(const WithDual<Source, S> p, int64_t n) {
-  prefetch(p.w, n);
-  prefetch(Weights<S>{p.dual}, n);
-}
-
 // Calls emit(group, sum) for every group that the block touches.
 template <class Source, class Emit>
 void block_squares(const Source all, const TensorArgs& args, const Block& block, const Emit& emit) {
@@ -116,6 +96,7 @@ void block_squares(const Source all, const TensorArgs& args, const Block& block,
       const int64_t ahead = o + 2 * kAhead <= block.o1 ? kAhead : 0;
       for (int64_t i = 0; i < n; i += kPiece) {
         const int64_t m = std::min(kPiece, n - i);
+        // The processor prefetches up to the end of a piece of a row by itself, but not the piece in the next row.
         for (int64_t r = ahead; r < 2 * ahead; ++r) prefetch(rows + r * columns + i, m);
         add_squares<kAhead>(sums + i, rows + i, columns, m);
       }

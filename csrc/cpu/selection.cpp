@@ -27,8 +27,11 @@ constexpr int64_t kSpare = 4096;
 // times their last move, but at most one of kMovingShare.
 constexpr int64_t kLastShare = 512;
 constexpr int64_t kMovingShare = 32;
-// Elements of a task.
-constexpr int64_t kTask = 32768;
+// Tasks of each thread, and elements of a task: long stretches of memory are read faster, but a thread that is done
+// must find something to take from the others.
+constexpr int64_t kTasks = 8;
+constexpr int64_t kShortTask = 32768;
+constexpr int64_t kLongTask = 1048576;
 // Below this many elements one thread is done before a second one has woken up.
 constexpr int64_t kSerial = 65536;
 
@@ -36,14 +39,16 @@ constexpr int64_t kSerial = 65536;
 // in every run, and takes from the others' when it is done.
 template <class Work>
 void for_pieces(int64_t numel, const Parallel& parallel, const Work& work) {
-  const int64_t threads = parallel.threads, tasks = ceil_div(numel, kTask);
+  const int64_t threads = parallel.threads;
+  const int64_t size = std::clamp(ceil_div(numel, kTasks * threads), kShortTask, kLongTask);
+  const int64_t tasks = ceil_div(numel, size);
   const std::unique_ptr<std::atomic<int64_t>[]> next(new std::atomic<int64_t>[size_t(threads)]);
   for (int64_t t = 0; t < threads; ++t) next[t] = tasks * t / threads;
   const auto drain = [&](int64_t thread, int64_t lane) {
     for (int64_t end = tasks * (lane + 1) / threads;;) {
       const int64_t task = next[lane].fetch_add(1, std::memory_order_relaxed);
       if (task >= end) return;
-      work(thread, task * kTask, std::min(kTask, numel - task * kTask));
+      work(thread, task * size, std::min(size, numel - task * size));
     }
   };
   const auto part = [&](int64_t begin, int64_t end) {
@@ -142,7 +147,7 @@ class Selector {
     args.dtype = sizeof(M) == 8 ? Dtype::f64 : Dtype::f32;
     args.w = const_cast<M*>(magnitudes);
     LastCut none;
-    return Selector(args, rank, none, parallel_).select();
+    return Selector(args, rank, none, Parallel()).select();
   }
 
   // A bracket that holds the cut of most tensors: around its rank in a sample.

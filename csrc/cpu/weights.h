@@ -44,6 +44,26 @@ struct WithDual {
   WithDual operator+(int64_t n) const { return {w + n, dual + n}; }
 };
 
+// Asks for the next n elements of everything that is read.
+template <class S>
+inline void prefetch(const Weights<S> p, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p.w + i);
+}
+
+template <class Half, class Rest>
+inline void prefetch(const Joined<Half, Rest> p, int64_t n) {
+  prefetch(Weights<Half>{p.param}, n);
+  constexpr int64_t kLine = 64 / sizeof(Rest);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p.rest + i);
+}
+
+template <class Source, class S>
+inline void prefetch(const WithDual<Source, S> p, int64_t n) {
+  prefetch(p.w, n);
+  prefetch(Weights<S>{p.dual}, n);
+}
+
 // Calls f(weights), without the dual.
 template <class F>
 auto with_weights(const TensorArgs& args, const F& f) {
