@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from . import crowd, shards
-from .baselines import Unavailable, start
+from .baselines import Unavailable, optimizer_over, start
 from .cases import CONV, MATRIX, Case, small
 from .config import Config
 from .peak import RSS_RESOLUTION, in_child
-from .problems import build
+from .problems import CUT, DENSITY, build
 from .results import Results, Row, read_json
 from .throughput import COPY, copier, release, too_large
 from .timing import clock_for, interleave, launched
@@ -108,6 +110,49 @@ def over(case: Case, other: str | Case, inverse: bool = False) -> Measure:
         ratio = timings.ratio(*pair)
         seconds = timings.seconds("engine").median
         return Measured(ratio.median, note=f"{ratio.samples} rounds, {seconds * 1e3:.3g} ms per step")
+
+    return run
+
+
+def first_over(case: Case, other: Case) -> Measure:
+    """Time of the first step of an optimizer over that of one on another case: states are made, no cut is known."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        engine, steps = config.engines[0], {}
+        for name, of in (("engine", _sized(case, smoke)), ("other", _sized(other, smoke))):
+            _fits(of, 2, config)
+            problem = build(of, config.device)
+            groups = problem.groups(problem.parameters())
+            steps[name] = lambda groups=groups, of=of: optimizer_over(groups, of.base, engine).step()
+        ratio = interleave(steps, clock_for(config.device), config.effort, more).ratio("engine", "other")
+        return Measured(ratio.median, note=f"{ratio.samples} rounds")
+
+    return run
+
+
+def cut_over_copy(case: Case, ties: bool) -> Measure:
+    """Time of the cut of a tensor alone, of which nothing is known, over that of a copy of the tensor.
+
+    Args:
+        ties: of a tensor of two values.
+    """
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        case_here = _sized(case, smoke)
+        _fits(case_here, 2, config)
+        w = build(case_here, config.device).weights[0]
+        w = torch.where(w > 0, CUT, -2 * CUT) if ties else w
+        cut, last, target = torch.zeros(()), torch.zeros(2, dtype=torch.int64), torch.zeros_like(w)
+        survivors = math.ceil(DENSITY * w.numel())
+
+        def select() -> None:
+            last.fill_(-1)
+            torch.ops.rvsm_kernels.cuts_([cut], [last], [w], [None], [None], [survivors])
+
+        steps = {"cut": select, COPY: lambda: target.copy_(w)}
+        timings = interleave(steps, clock_for(config.device), config.effort, more)
+        ratio = timings.ratio("cut", COPY)
+        return Measured(ratio.median, note=f"{ratio.samples} rounds, {timings.seconds('cut').median * 1e3:.3g} ms")
 
     return run
 
@@ -233,11 +278,16 @@ def _cpu() -> list[Floor]:
     pull = Case("25M", base="pull")
     half, stochastic = (Case("25M", dtype="bfloat16", precision=p) for p in ("", "stochastic rounding"))
     master = Case("25M", dtype="bfloat16", precision="master weights")
+    topk = Case("25M", "topk")
     many, fewer = Case("21000 of 16"), Case("5250 of 16")
     floors += [
         at_most(big, "the wrapper's pull: time over w.mul_(c)", 1.2, over(pull, "scaled")),
         at_most(big, "bfloat16 with master weights: time over float32", 1.1, over(master, Case("25M"))),
         at_most(big, "bfloat16, stochastic rounding: time over nearest", 1.5, over(stochastic, half)),
+        at_most(big, "topk: time over l0", 1.3, over(topk, Case("25M"))),
+        at_most(big, "topk: the first step over that of l0", 2.0, first_over(topk, Case("25M"))),
+        at_most(big, "topk: the cut alone over a copy of w", 0.8, cut_over_copy(topk, ties=False)),
+        at_most(big, "topk: the same, a tensor of ties", 1.6, cut_over_copy(topk, ties=True)),
         at_most("CPU, 21,000 tensors", "time over 5,250 tensors (linear: 4)", 5.0, over(many, fewer)),
         at_most(
             "CPU, 4 processes of 2 threads, 5 M elements each",

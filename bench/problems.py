@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .cases import PRECISIONS, Case
 
 LR, MOMENTUM, WEIGHT_DECAY, BETA, A = 1e-3, 0.9, 5e-4, 8e-2, 1.0
+DENSITY = 0.5
 SGD_OPTIONS: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 ADAMW_OPTIONS: dict[str, Any] = {"lr": LR, "weight_decay": WEIGHT_DECAY}
 CUT = 0.05
@@ -22,8 +23,8 @@ _GRADIENT = 2e-3
 
 
 def strength(penalty: str) -> float:
-    """The lam that puts the cut of a penalty at CUT (for tl1 with a = 1 while lam / beta <= 1/4)."""
-    return {"l0": BETA * CUT**2 / 2, "l1": BETA * CUT, "tl1": BETA * CUT * A / (A + 1)}[penalty]
+    """The lam that puts the cut of a penalty at CUT (for tl1 with a = 1 while lam / beta <= 1/4; topk needs none)."""
+    return {"topk": 1.0, "l0": BETA * CUT**2 / 2, "l1": BETA * CUT, "tl1": BETA * CUT * A / (A + 1)}[penalty]
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Problem:
             "a": A,
             "group_dim": case.group_dim,
             "method": case.method,
+            **({"density": DENSITY} if case.penalty == "topk" else {}),
         }
 
     def parameters(self) -> list[nn.Parameter]:
