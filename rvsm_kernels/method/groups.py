@@ -91,7 +91,8 @@ def group_dims(group_dim: Grouping, ndim: int, name: str = "the tensor") -> tupl
         if not -ndim <= d < ndim:
             has = f"{name} has {ndim} dimension{'' if ndim == 1 else 's'}"
             hint = (
-                " (rvsm_kernels.param_groups puts biases and norms into a group without a penalty)"
+                " (rvsm_kernels.param_groups puts biases and norms into a group without a penalty; what FSDP1 or"
+                " DeepSpeed has flattened has no groups left: fully_shard, FSDP2, keeps them)"
                 if ndim < 2
                 else f", 0 to {ndim - 1}: 0 indexes the outputs of a Linear or Conv weight, 1 its inputs"
             )

@@ -113,6 +113,13 @@ class SplitOptimizer(Optimizer):
 
     def _validate_params(self, i: int, group: Mapping[str, Any]) -> None:
         """Check that the parameters of a group can be stepped with its options."""
+        names = group.get("param_names")
+        if group["group_dim"] is not None and names is not None and len(names) != len(group["params"]):
+            raise ValueError(
+                f"Invalid group_dim value: {group['group_dim']!r}: group {i} has {len(names)} names for"
+                f" {len(group['params'])} parameters: if DeepSpeed has flattened them, no groups are left; shard with"
+                " fully_shard (FSDP2), or leave group_dim=None"
+            )
         for j, p in enumerate(group["params"]):
             validate_param(p, group, param_name(group, i, j))
 
