@@ -27,7 +27,6 @@ try:
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
-    from bench import text
     from torch import Tensor, nn
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -39,6 +38,7 @@ try:
     from tqdm import tqdm
 
     import rvsm_kernels as rk
+    from bench import text
 except ModuleNotFoundError as error:
     explain(error, __name__)
     raise
