@@ -354,7 +354,7 @@ def test_fabric() -> None:
 
 
 def test_what_it_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Invalid evaluate value: 'both'"):
+    with pytest.raises(ValueError, match="Invalid evaluate: 'both'"):
         SparseWeightsCallback("both")
     with pytest.raises(ValueError, match="Invalid save value: None"):
         SparseWeightsCallback(save=None)  # type: ignore[arg-type]

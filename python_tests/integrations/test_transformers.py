@@ -334,7 +334,7 @@ def test_what_decays(tmp_path: Path) -> None:
 
 
 def test_what_it_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Invalid evaluate value: 'v'"):
+    with pytest.raises(ValueError, match="Invalid evaluate: 'v'"):
         SparseWeightsCallback("v")
     with pytest.raises(ValueError, match="Invalid save value: None"):
         SparseWeightsCallback(save=None)  # type: ignore[arg-type]

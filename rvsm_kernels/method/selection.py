@@ -49,6 +49,49 @@ def cut_of(v: Tensor, density: float, group_dim: Grouping = None) -> Tensor:
     return torch.where(high.isfinite() & (middle < high), middle, low)
 
 
+_SAMPLE = 1 << 16
+_MARGIN = 4.0
+"""A bracket reaches so many standard deviations of a sample's quantile to each side of it."""
+
+
+def cut_among(magnitudes: Sequence[Tensor], zeros: int) -> float | None:
+    """The cut that takes the ``zeros`` smallest of all the magnitudes of several tensors; None for 0.
+
+    It lies halfway to the smallest one that stays, so that no rounding of what follows from it moves one across. Exact:
+    a bracket from a sample is counted, and where it misses, all magnitudes are looked at.
+
+    Args:
+        magnitudes: flat, of one device, at least ``zeros`` in all.
+    """
+    if zeros <= 0:
+        return None
+    low, high = _neighbours(magnitudes, zeros)
+    return low if math.isinf(high) else (low + high) / 2
+
+
+def _neighbours(magnitudes: Sequence[Tensor], k: int) -> tuple[float, float]:
+    """The k-th smallest of all magnitudes and the next larger one that is not in it, infinity where there is none."""
+    n = sum(m.numel() for m in magnitudes)
+    if n > 16 * _SAMPLE:
+        step = n // _SAMPLE
+        sample = torch.cat([m[::step] for m in magnitudes])
+        share, size = k / n, sample.numel()
+        width = _MARGIN * math.sqrt(share * (1 - share) * size) + 2
+        first, last = (min(max(round(share * size + d), 1), size) for d in (-width, width))
+        lo, hi = (float(torch.kthvalue(sample, place).values) for place in (first, last))
+        below = sum(int((m < lo).sum()) for m in magnitudes)
+        inside = torch.cat([m[(m >= lo) & (m <= hi)] for m in magnitudes])
+        if below < k < below + inside.numel():  # the next larger one lies inside too
+            return _two(inside, k - below)
+    return _two(torch.cat(list(magnitudes)), k)
+
+
+def _two(values: Tensor, k: int) -> tuple[float, float]:
+    low = float(torch.kthvalue(values, k).values)
+    high = float(torch.kthvalue(values, k + 1).values) if k < values.numel() else math.inf
+    return low, high
+
+
 def keep_above(v: Tensor, r: Tensor, cut: Tensor) -> Tensor:
     """The l0 rule: v where its magnitude (or its group's norm) r is above the cut, else 0. NaN stays visible."""
     return torch.where(r <= cut, torch.zeros_like(v), v)
