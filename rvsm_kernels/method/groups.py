@@ -58,7 +58,7 @@ def group_dims(group_dim: GroupDim, ndim: int, name: str = "the tensor") -> tupl
 def group_size(shape: torch.Size, group_dim: GroupDim) -> int:
     """The number of elements of one group (1 for elementwise)."""
     dims = group_dims(group_dim, len(shape))
-    return 1 if dims is None else math.prod(n for d, n in enumerate(shape) if d not in dims)
+    return 1 if dims is None else math.prod([n for d, n in enumerate(shape) if d not in dims])
 
 
 class GroupView(NamedTuple):

@@ -95,13 +95,16 @@ def ends_scaling(step: Callable[..., Any]) -> Callable[..., Any]:
 def outside_graphs(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step that torch.compile calls as it is, in one piece: one break of the graph.
 
-    A kernel's launch is no graph. But a closure, which computes the loss, may be compiled.
+    A kernel's launch is no graph. But a closure, which computes the loss, may be compiled; and the reference engine,
+    which calls torch's operators alone, is traced.
     """
     in_one_piece = torch._disable_dynamo(step)
 
     @functools.wraps(step)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and (not args or args == (None,)):
+            if torch.compiler.is_dynamo_compiling() and self._can_be_traced():
+                return self._traced_step()
             return in_one_piece(self)
         return step(self, *args, **kwargs)
 
