@@ -165,7 +165,6 @@ class SplitOptimizer(Optimizer):
     @outside_graphs
     @ends_scaling
     @Optimizer.profile_hook_step
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step for every parameter that has a gradient.
 
@@ -215,6 +214,14 @@ class SplitOptimizer(Optimizer):
         self._do_step()
 
     def _do_step(self) -> None:
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # torch.no_grad() as a decorator costs two microseconds
+        try:
+            self._do_step_without_grad()
+        finally:
+            torch._C._set_grad_enabled(grad)
+
+    def _do_step_without_grad(self) -> None:
         self._check_options()
         # What a GradScaler hands over is there or not; asking by attribute would raise each time.
         scaling = self.__dict__
