@@ -120,7 +120,9 @@ def check_grouping(shape: Sequence[int], group_dim: Grouping, name: str = "the t
 def group_size(shape: torch.Size, group_dim: Grouping) -> int:
     """The number of elements of one group (1 for elementwise)."""
     dims = group_dims(group_dim, len(shape))
-    return 1 if dims is None else size_of_block(group_dim) * math.prod(n for d, n in enumerate(shape) if d not in dims)
+    return (
+        1 if dims is None else size_of_block(group_dim) * math.prod([n for d, n in enumerate(shape) if d not in dims])
+    )
 
 
 def group_count(shape: torch.Size, group_dim: Grouping) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -103,6 +104,19 @@ def thresholded(w: Tensor, dual: Tensor | None) -> Tensor:
     return v if dual is None else v + dual.to(v.dtype)
 
 
+def fresh_cut(p: Tensor, step: StepOptions, state_of: Callable[[str], Tensor | None]) -> Tensor:
+    """The cut of the weights of a parameter as they are now; see :func:`cut_of`.
+
+    Args:
+        state_of: a state of the parameter by its name, None where it is missing.
+    """
+    master, dual = (
+        None if name is None else state_of(name) for name in (master_name(step.values, p.dtype), step.method.state)
+    )
+    v = thresholded(join(p.detach(), master), dual if step.method.adds_state else None)
+    return cut_of(v, step.values["density"], grouping_of(step.values))
+
+
 class Cuts:
     """The cuts of parameters with top-k, each in memory that stays where it is from step to step."""
 
@@ -134,12 +148,7 @@ class Cuts:
         for group, step in zip(groups, options, strict=True):
             if step.topk:
                 for _, p in with_gradient(group):
-                    master, dual = (
-                        None if name is None else state_of(p, name)
-                        for name in (master_name(step.values, p.dtype), step.method.state)
-                    )
-                    v = thresholded(join(p.detach(), master), dual if step.method.adds_state else None)
-                    self._cut[p].copy_(cut_of(v, step.values["density"], grouping_of(step.values)))
+                    self._cut[p].copy_(fresh_cut(p, step, functools.partial(state_of, p)))
 
 
 def _room_for_cut(p: Tensor) -> Tensor:
@@ -162,23 +171,27 @@ def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = No
     turns = turns_of(params)
     kinds = [(turn, p.device, p.dtype, kind_of(p)) for turn, p in zip(turns, params, strict=True)]
     for kind in sorted(dict.fromkeys(kinds), key=lambda kind: kind[0]):
-        device = kind[1]
-        members = [t for t, other in zip(tensors, kinds, strict=True) if other == kind]
-        ws = [t.load() for t in members]
-        # ||w|| = largest * ||w / largest||, whose squares neither overflow nor vanish.
-        largest = torch.stack(torch._foreach_norm(ws, torch.inf)).double()
-        largest = torch.where(largest == 0, 1.0, largest)
-        scaled = torch._foreach_div(ws, list(largest.unbind()))
-        rest = torch.stack(torch._foreach_norm(scaled, 2, dtype=torch.float64))
-        unchanged = rest == 0
-        if found_inf is not None:
-            unchanged |= found_inf.to(device).reshape(()) > 0
-        if isinstance(lr, Tensor):
-            unchanged |= lr.to(device).reshape(()) == 0
-        # One division, unless the norm itself is out of range.
-        norms = torch.where(unchanged, 1.0, largest * rest)
-        once = norms.to(ws[0].dtype).isfinite() & (norms >= torch.finfo(ws[0].dtype).tiny)
-        for factors in (torch.where(once, norms, largest), torch.where(once, 1.0, rest)):
-            torch._foreach_div_(ws, list(factors.unbind()))
-        for t, w in zip(members, ws, strict=True):
-            t.store(w)
+        normalize_together_([t for t, other in zip(tensors, kinds, strict=True) if other == kind], found_inf, lr)
+
+
+def normalize_together_(members: Sequence[Stored], found_inf: Tensor | None, lr: Any = None) -> None:
+    """:func:`normalize_` of tensors of one kind, dtype and device that share no memory."""
+    device = members[0].p.device
+    ws = [t.load() for t in members]
+    # ||w|| = largest * ||w / largest||, whose squares neither overflow nor vanish.
+    largest = torch.stack(torch._foreach_norm(ws, torch.inf)).double()
+    largest = torch.where(largest == 0, 1.0, largest)
+    scaled = torch._foreach_div(ws, list(largest.unbind()))
+    rest = torch.stack(torch._foreach_norm(scaled, 2, dtype=torch.float64))
+    unchanged = rest == 0
+    if found_inf is not None:
+        unchanged |= found_inf.to(device).reshape(()) > 0
+    if isinstance(lr, Tensor):
+        unchanged |= lr.to(device).reshape(()) == 0
+    # One division, unless the norm itself is out of range.
+    norms = torch.where(unchanged, 1.0, largest * rest)
+    once = norms.to(ws[0].dtype).isfinite() & (norms >= torch.finfo(ws[0].dtype).tiny)
+    for factors in (torch.where(once, norms, largest), torch.where(once, 1.0, rest)):
+        torch._foreach_div_(ws, list(factors.unbind()))
+    for t, w in zip(members, ws, strict=True):
+        t.store(w)
