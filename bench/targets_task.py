@@ -23,7 +23,7 @@ from torch import nn
 
 import rvsm_kernels as rk
 
-from . import digits, markdown
+from . import digits, markdown, training
 from .config import require
 from .results import Result
 from .training import Method, Run, Task, last, methods_of, rows_of
@@ -144,12 +144,14 @@ def table(result: Result) -> str:
         "with u, %",
         "with u, batch norms made anew, %",
     ]
-    seeds = len({row["seed"] for row in result["rows"]})
-    repeated = f"{seeds} seeds: mean (least–greatest)" if seeds > 1 else "1 seed"
+    seeds = training.seeds_of(result)
+    repeated = f"{seeds} seeds: mean (least–greatest) over all engines and seeds" if seeds > 1 else "1 seed"
     note = f"{repeated}. {result['epochs']} epochs; `rk.SparsitySchedule`, no lam is set."
     note += " Zeros: of the penalised weights, or of their input channels."
-    caution = ["*A smoke run: too short to say anything about quality.*"] if result["smoke"] else []
-    return "\n\n".join([markdown.table(header, lines), note, *caution, markdown.stamp(result)])
+    doubt = training.caution(
+        result, "accuracies that differ by less than a point", "python -m bench train --task targets"
+    )
+    return "\n\n".join([markdown.table(header, lines), note, *doubt, markdown.stamp(result)])
 
 
 TASK = Task(
