@@ -169,6 +169,13 @@ def test_pull_rate() -> None:
         assert cut == pytest.approx(schedule._cuts["elements"])
 
 
+@pytest.mark.parametrize("penalty", ["l1", "tl1"])
+def test_a_growing_pull_on_survivors_is_warned_about(penalty: str) -> None:
+    optimizer = rk.RVSM(rk.param_groups(model_of(), penalty=penalty, beta=1.0), lr=0.01)
+    with pytest.warns(UserWarning, match=r"group 0: .*pulls the weights that survive"):
+        rk.SparsitySchedule(optimizer, 0.5, end=10, pull_rate=0.2)
+
+
 def test_wrapper_and_a_group_that_comes_later() -> None:
     model = model_of()
     weights = _weights(model)
@@ -190,7 +197,7 @@ def test_wrapper_and_a_group_that_comes_later() -> None:
 def test_resume_gives_the_same_bits() -> None:
     def start() -> tuple[nn.Module, Any, Any]:
         model = model_of()
-        optimizer = rk.RVSM(rk.param_groups(model, penalty="tl1", beta=1.0), lr=0.01, momentum=0.9)
+        optimizer = rk.RVSM(rk.param_groups(model, penalty="l0", beta=1.0), lr=0.01, momentum=0.9)
         return model, optimizer, rk.SparsitySchedule(optimizer, 0.8, end=12, every=4, pull_rate=0.1)
 
     straight, first, second = start(), start(), start()

@@ -17,6 +17,7 @@ from ..method.options import shown
 from ..method.parameters import is_left_alone
 from ..method.penalties import PENALTIES
 from ..method.selection import cut_among, thresholded
+from ..method.warn import warn
 from .split_optimizer import SplitOptimizer
 from .unwrap import unwrap
 
@@ -32,6 +33,10 @@ def _whole_number(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"Invalid {name} value: {shown(value)} (a whole number of steps >= {least} is needed)")
     return value
+
+
+_KEEP_SURVIVORS = ("l0", "topk")
+"""The penalties that leave the weights above the cut as they are."""
 
 
 class _Population(NamedTuple):
@@ -77,7 +82,8 @@ class SparsitySchedule:
         scope: ``"global"``: one cut for all tensors, so that a layer with small weights loses more of them;
             ``"tensor"``: the target for each tensor, of groups with one tensor each or with top-k.
         pull_rate: rho: keeps lr * beta = rho, whatever schedule lr has, by setting ``beta``; (first, last): rho goes
-            from one to the other between ``begin`` and ``end``. None leaves beta alone.
+            from one to the other between ``begin`` and ``end``. None leaves beta alone. For l0 and top-k: the pull of
+            l1 and tl1 on the weights that survive would grow as lr falls, which is warned about.
 
     Raises:
         ValueError, TypeError: an argument out of range; ``scope="global"`` with top-k, which cuts each tensor;
@@ -122,6 +128,7 @@ class SparsitySchedule:
         self._cuts: dict[str, float | None] = {}  # of each kind, or of each group; None where nothing goes to zero
         for i, group in self._groups():
             self._check(i, group)
+        self._checked = len(self._optimizer.param_groups)
         self._apply()
 
     def _groups(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -135,6 +142,11 @@ class SparsitySchedule:
             raise ValueError(
                 f"group {i} has {len(group['params'])} tensors, which share one lam: scope='tensor' needs groups of one"
                 " tensor each, or penalty='topk'"
+            )
+        if self.pull_rate is not None and group["penalty"] not in _KEEP_SURVIVORS:
+            warn(
+                f"group {i}: {group['penalty']} pulls the weights that survive too; with a pull_rate that pull grows as"
+                " lr falls, until it shrinks the network away: leave pull_rate=None and set beta, or take l0"
             )
         if self.pull_rate is None and not device_numbers.is_positive(group["beta"]):
             raise ValueError(f"group {i}: beta is 0, so that nothing pulls; set beta, or give a pull_rate")
@@ -176,7 +188,9 @@ class SparsitySchedule:
         populations: dict[str, _Population] = {}
         seen: set[int] = set()
         for i, group in self._groups():
-            self._check(i, group)
+            if i >= self._checked:
+                self._check(i, group)
+                self._checked = i + 1
             if group["penalty"] == "topk":
                 continue
             key = self._key(i, group)
