@@ -214,6 +214,21 @@ def prox_of_dtensors(folder: Path) -> None:
         torch.ops.rvsm_kernels.prox(w, "l0", 0.1)
 
 
+def a_schedule_finds_the_same_cuts(folder: Path) -> None:
+    for placement, dims in itertools.product(placements(), (None, 0, 1)):
+        more = {} if dims is None else {"group_dim": dims, "group_scale": True}
+        pair = Pair(rk.RVSM, mesh_of(), [placement], lam=0.0, **more)
+        of = "elements" if dims is None else "groups"
+        ours, theirs = (rk.SparsitySchedule(o, 0.5, end=3, every=1, of=of) for o in (pair.ours, pair.theirs))
+        for _ in range(3):
+            pair.step()
+            ours.step()
+            theirs.step()
+        assert pair.ours.param_groups[0]["lam"] == pytest.approx(pair.theirs.param_groups[0]["lam"], rel=1e-6)
+        assert str(pair.ours.sparsity()) == str(pair.theirs.sparsity())
+        pair.check(exact=False)
+
+
 def a_nan_on_one_rank(folder: Path) -> None:
     """It goes where it goes in one process: into its group on every rank, and no further."""
     for dims, method in itertools.product((None, 1), METHODS):
@@ -399,7 +414,7 @@ def ddp_keeps_ranks_equal(folder: Path) -> None:
 CHECKS = (
     blocks_follow_one_process, blocks_that_a_shard_cuts, half_types_follow, send_one_message,
     found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused, gradients_elsewhere,
-    reading_gathers_nothing, prox_of_dtensors, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
+    reading_gathers_nothing, prox_of_dtensors, a_schedule_finds_the_same_cuts, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
 )  # fmt: skip
 
 
