@@ -101,6 +101,7 @@ smoke: build $(VENV)/frameworks
 	$(BIN)/python examples/frameworks/trainer.py --smoke
 	$(BIN)/python examples/frameworks/accelerate_loop.py --smoke
 	$(BIN)/python examples/frameworks/lightning_module.py --smoke
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 examples/gpt2.py --smoke
 	$(BIN)/python examples/runs.py --smoke  # needs Fashion-MNIST, see examples/README.md
 
 $(VENV)/linters: $(VENV)/installed

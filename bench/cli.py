@@ -17,6 +17,7 @@ from .config import FULL, QUICK, RESULTS, ROOT, SMOKE, Config, MissingPackage, a
 _MEASURES: dict[str, Callable[[Config], object]] = {
     "train": train.digits,
     "text": train.text,
+    "targets": train.targets,
     "throughput": throughput.run,
     "host": host.run,
     "memory": memory.run,
@@ -40,7 +41,7 @@ _COMMANDS = {
     "report": "Markdown tables and plots from the JSON",
 }
 
-_TASKS = {"digits": "train", "text": "text"}
+_TASKS = {"digits": "train", "text": "text", "targets": "targets"}
 """A value of ``train --task`` to its measure, whose name its result file has too."""
 
 _KNOWN_ENGINES = (*ENGINES, "reference")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,8 +120,27 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer, data: Images) ->
         }
 
 
-def train(method: Method, engine: str, seed: int, data: tuple[Images, Images], epochs: int, every: int = 1) -> Run:
-    """Train on the first part of the data from scratch; measure on the second every ``every`` epochs and at the end."""
+def measured(model: nn.Module, optimizer: torch.optim.Optimizer, images: Images, held_out: Images) -> Run:
+    """:func:`measure` on the images that were held out."""
+    return dict(measure(model, optimizer, held_out))
+
+
+def train(
+    method: Method,
+    engine: str,
+    seed: int,
+    data: tuple[Images, Images],
+    epochs: int,
+    every: int = 1,
+    lead: Callable[[Method, torch.optim.Optimizer, int], Any] = lambda method, optimizer, steps: None,
+    measure: Callable[[nn.Module, torch.optim.Optimizer, Images, Images], Run] = measured,
+) -> Run:
+    """Train on the first part of the data from scratch; measure on the second every ``every`` epochs and at the end.
+
+    Args:
+        lead: (method, optimizer, number of steps) -> a schedule of the penalty, which goes on after each step, or None.
+        measure: (model, optimizer, images to train with, images held out) -> what is known of them.
+    """
     images, held_out = data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -129,6 +148,7 @@ def train(method: Method, engine: str, seed: int, data: tuple[Images, Images], e
     order = torch.Generator().manual_seed(seed)
     optimizer = optimizer_for(method, model, engine)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    schedule = lead(method, optimizer, epochs * -(-len(images) // BATCH))
     loss_of = nn.CrossEntropyLoss()
     watch = Stopwatch()
     curve = []
@@ -137,7 +157,9 @@ def train(method: Method, engine: str, seed: int, data: tuple[Images, Images], e
             optimizer.zero_grad()
             loss_of(model(x), y).backward()
             watch.step(optimizer)
+            if schedule is not None:
+                schedule.step()
         scheduler.step()
         if epoch % every == 0 or epoch == epochs:
-            curve.append({"epoch": epoch, **measure(model, optimizer, held_out)})
+            curve.append({"epoch": epoch, **measure(model, optimizer, images, held_out)})
     return {"method": method.name, "engine": engine, "seed": seed, **watch.times(), "curve": curve}

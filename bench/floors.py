@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import crowd, shards
+from . import backward, crowd, shards
 from .baselines import Unavailable, optimizer_over, start
 from .cases import CONV, MATRIX, Case, small
 from .config import Config
@@ -249,6 +249,17 @@ def sharded(case: Case) -> Measure:
     return run
 
 
+def in_backward_us(case: Case, other: str) -> Measure:
+    """Microseconds a parameter that steps in backward() take more than a baseline's; see :mod:`bench.backward`."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        names = config.engines[0], other
+        found = backward.measure(_sized(case, smoke), names, config.device, config.effort, more)
+        return Measured(found.median * 1e6, note=f"{found.samples} rounds, {backward.COUNT} parameters")
+
+    return run
+
+
 _OVER_SGD = "time over torch.optim.SGD(fused=True)"
 _OVER_ADAMW = "AdamW, l0: time over torch.optim.AdamW(fused=True)"
 
@@ -275,6 +286,10 @@ def _cpu() -> list[Floor]:
         at_most("CPU, ResNet-20-shaped (65 tensors)", _OVER_ADAMW, 0.5, over(resnet_20, "fused_adamw")),
         at_most("CPU, 1,000 one-element parameters", "AdamW: step()", 130.0, host_us(tiny), "us"),
     ]
+    for base, name in (("sgd", "SGD"), ("adamw", "AdamW")):
+        more_than = f"{name}, l0, in backward, an optimizer a parameter: more than torch.optim.{name}(fused=True)"
+        run = in_backward_us(Case("1 of 1", base=base), f"fused_{base}")
+        floors.append(at_most("CPU, one-element parameters", more_than, 2.0, run, "us"))
     pull = Case("25M", base="pull")
     half, stochastic = (Case("25M", dtype="bfloat16", precision=p) for p in ("", "stochastic rounding"))
     master = Case("25M", dtype="bfloat16", precision="master weights")

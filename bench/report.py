@@ -26,6 +26,7 @@ _SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "overview": ("Overview", ("speedup",)),
     "train": ("The main job: handwritten digits", ("train",)),
     "text": ("A language model: a transformer over bytes (`--task text`)", ("text",)),
+    "targets": ("The main job with a sparsity asked for (`--task targets`)", ()),
     "throughput": ("Speed", ("bandwidth",)),
     "floors": ("The floors that the project holds itself to (`python -m bench floors`)", ()),
     "host": ("Host time", ()),
@@ -37,7 +38,7 @@ _PLOTS = {"speedup": "throughput", "bandwidth": "throughput", "train": "train", 
 """Plot to the result file that it is drawn from."""
 
 
-_COMMANDS = {"text": "train --task text"}
+_COMMANDS = {"text": "train --task text", "targets": "train --task targets"}
 """Result file to the command that makes it, where the two names differ."""
 
 

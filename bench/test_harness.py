@@ -480,7 +480,7 @@ def test_the_table_of_one_seed_says_so(task: training.Task) -> None:
     result["rows"] = [row for row in result["rows"] if row["seed"] == 0 and row["engine"] == "native"]
     short = task.table(result)
     assert "\n1 seed. " in short and "*One seed: " in short and "over all engines" not in short
-    assert f"train{' --task text' if task.kind == 'text' else ''} --full`" in short
+    assert f"train{'' if task.kind == 'train' else f' --task {task.kind}'} --full`" in short
 
 
 def _floor_row(measure: str, passed: bool | None) -> results.Row:

@@ -223,24 +223,24 @@ def table(
             if rows:
                 lines.append([method.label, engine_label(method, engine), *(cell(rows) for _, cell in columns)])
     header = ["method", "engine", *(name for name, _ in columns)]
-    seeds = _seeds(result)
+    seeds = seeds_of(result)
     repeated = f"{seeds} seeds: mean (least–greatest)" if seeds > 1 else "1 seed"
     several = seeds > 1 or len({row["engine"] for row in result["rows"]}) > 1
     over = ", over all engines and seeds" if several else ""
     dense = next(method.label for method in methods_of(result) if method.dense)
-    parts = [markdown.table(header, lines), f"{repeated}. {note}", *_caution(result, doubt, command)]
+    parts = [markdown.table(header, lines), f"{repeated}. {note}", *caution(result, doubt, command)]
     return "\n\n".join([*parts, "\n".join([f"Against {dense}{over}:", "", *against]), markdown.stamp(result)])
 
 
-def _seeds(result: Result) -> int:
+def seeds_of(result: Result) -> int:
     return len({row["seed"] for row in result["rows"]})
 
 
-def _caution(result: Result, doubt: str, command: str) -> list[str]:
+def caution(result: Result, doubt: str, command: str) -> list[str]:
     """What a short run cannot say."""
     if result["smoke"]:
         return ["*A smoke run: too short to say anything about quality.*"]
-    if _seeds(result) > 1:
+    if seeds_of(result) > 1:
         return []
     return [
         f"*One seed: {doubt} say nothing. `{command} --full` repeats the job with {len(SEEDS)} seeds, and with the"
@@ -320,7 +320,7 @@ def plot(result: Result, path: Path, title: str, over: str, panels: Sequence[Pan
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    seeds = _seeds(result)
+    seeds = seeds_of(result)
     several = len(result["rows"]) > len(methods_of(result))
     bands = f", mean of {seeds} seed{'s' if seeds > 1 else ''} and all engines; bands: least to greatest"
     figure.suptitle(f"{title}{bands if several else ', one seed'}", x=0.01, ha="left", fontsize=11)

@@ -7,15 +7,18 @@ from .model.param_groups import describe, param_groups
 from .model.sparsity import SparsityReport, sparsity
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
 from .optim.checkpoint import to_torch_state_dict
+from .optim.schedules import PenaltySchedule, SparsitySchedule
 from .optim.unwrap import unwrap
 from .version import __version__
 
 __all__ = [
     "RVSM",
     "AdaptiveHardThreshold",
+    "PenaltySchedule",
     "RVSMAdamW",
     "RVSMWrapper",
     "SparsityReport",
+    "SparsitySchedule",
     "__version__",
     "describe",
     "engines",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -167,6 +168,16 @@ def send_one_message(folder: Path) -> None:
         divided = getattr(placement, "dim", None)
         inside = dims is None or divided is None or divided in (dims if isinstance(dims, tuple) else (dims,))
         assert messages.get_total_counts() == (0 if inside else 1), (placement, dims)
+        pair.give_gradients()
+        with torch.profiler.profile(record_shapes=True) as profile:
+            pair.ours.step()
+        numbers = [math.prod(e.input_shapes[0]) for e in profile.events() if e.name == "gloo:all_reduce"]
+        groups = sum(row.groups for row in pair.theirs.sparsity().rows)
+        # float64, of the groups that this rank's shards have a part of
+        assert not inside or not numbers
+        assert inside or (len(numbers) == 1 and 0 < numbers[0] <= groups)
+        if divided == 0 and dims == 1:
+            assert numbers == [groups]
 
 
 def reading_gathers_nothing(folder: Path) -> None:
@@ -201,6 +212,21 @@ def prox_of_dtensors(folder: Path) -> None:
         torch.testing.assert_close(w.grad.full_tensor(), whole.grad)
     with pytest.raises((NotImplementedError, RuntimeError), match="sharding strategy"):  # torch's words, of any op
         torch.ops.rvsm_kernels.prox(w, "l0", 0.1)
+
+
+def a_schedule_finds_the_same_cuts(folder: Path) -> None:
+    for placement, dims in itertools.product(placements(), (None, 0, 1)):
+        more = {} if dims is None else {"group_dim": dims, "group_scale": True}
+        pair = Pair(rk.RVSM, mesh_of(), [placement], lam=0.0, **more)
+        of = "elements" if dims is None else "groups"
+        ours, theirs = (rk.SparsitySchedule(o, 0.5, end=3, every=1, of=of) for o in (pair.ours, pair.theirs))
+        for _ in range(3):
+            pair.step()
+            ours.step()
+            theirs.step()
+        assert pair.ours.param_groups[0]["lam"] == pytest.approx(pair.theirs.param_groups[0]["lam"], rel=1e-6)
+        assert str(pair.ours.sparsity()) == str(pair.theirs.sparsity())
+        pair.check(exact=False)
 
 
 def a_nan_on_one_rank(folder: Path) -> None:
@@ -253,6 +279,44 @@ def two_dimensional_meshes(folder: Path) -> None:
             pair = Pair(rk.RVSMAdamW, mesh, placement, method="admm", **more)
             pair.step(3)
             pair.check(exact=dims is None)
+
+
+def tensor_parallel_under_fsdp(folder: Path) -> None:
+    """Placements of both (_StridedShard), on two of three layers; then a layer that is no DTensor begins to learn."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def parts() -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(7, 10), nn.Tanh(), nn.Linear(10, 6)), nn.Linear(6, 3)
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    (inner, last), (whole, whole_last) = parts(), parts()
+    parallelize_module(inner, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(inner, mesh=mesh["dp"])
+    assert any("Strided" in str(p.placements) for p in inner.parameters())
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+    for dims in (None, 0, 1):
+        more = {} if dims is None else {"group_dim": dims, **GROUPED}
+        options: dict[str, Any] = {"lam": 0.05, "beta": 0.5, "penalty": "l1", **more}
+        ours, theirs = (
+            rk.RVSMAdamW(rk.param_groups(nn.ModuleList(modules), **options), lr=0.05)
+            for modules in ((inner, last), (whole, whole_last))
+        )
+        for learns in (False, False, True, True, False):
+            for body, head, optimizer in ((inner, last, ours), (whole, whole_last, theirs)):
+                head.requires_grad_(learns)
+                optimizer.zero_grad()
+                head(body(x)).square().mean().backward()
+                optimizer.step()
+        for p, q in zip([*inner.parameters(), *last.parameters()], [*whole.parameters(), *whole_last.parameters()],
+                        strict=True):
+            torch.testing.assert_close(getattr(p, "full_tensor", lambda p=p: p)(), q, rtol=1e-4, atol=1e-5)
+        last.requires_grad_(True)
+        whole_last.requires_grad_(True)
+        assert ours.sparsity().to_dict()["total"] == theirs.sparsity().to_dict()["total"]
+        torch.testing.assert_close(ours.penalty_value(), theirs.penalty_value(), rtol=1e-4, atol=1e-6)
 
 
 def found_inf_changes_nothing(folder: Path) -> None:
@@ -350,7 +414,7 @@ def ddp_keeps_ranks_equal(folder: Path) -> None:
 CHECKS = (
     blocks_follow_one_process, blocks_that_a_shard_cuts, half_types_follow, send_one_message,
     found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused, gradients_elsewhere,
-    reading_gathers_nothing, prox_of_dtensors, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
+    reading_gathers_nothing, prox_of_dtensors, a_schedule_finds_the_same_cuts, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
 )  # fmt: skip
 
 
@@ -359,7 +423,12 @@ def all_checks(folder: Path) -> None:
         check(folder)
 
 
-SLOW = [pytest.param(*c, marks=pytest.mark.slow) for c in ((follow_one_process, 3), (two_dimensional_meshes, 4))]
+def on_two_dimensional_meshes(folder: Path) -> None:
+    two_dimensional_meshes(folder)
+    tensor_parallel_under_fsdp(folder)
+
+
+SLOW = [pytest.param(*c, marks=pytest.mark.slow) for c in ((follow_one_process, 3), (on_two_dimensional_meshes, 4))]
 
 
 @pytest.mark.parametrize("work, ranks", [(follow_one_process, 2), (all_checks, 2), *SLOW])

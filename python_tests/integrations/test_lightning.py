@@ -354,9 +354,9 @@ def test_fabric() -> None:
 
 
 def test_what_it_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Invalid evaluate value: 'both'"):
+    with pytest.raises(ValueError, match="Invalid evaluate: 'both'"):
         SparseWeightsCallback("both")
-    with pytest.raises(ValueError, match="Invalid save value: None"):
+    with pytest.raises(ValueError, match="Invalid save: None"):
         SparseWeightsCallback(save=None)  # type: ignore[arg-type]
     foreign = Module(lambda groups: torch.optim.SGD([p for g in groups for _, p in g["params"]]))
     with pytest.raises(TypeError, match="no optimizer of rvsm_kernels in a SGD"):

@@ -334,9 +334,9 @@ def test_what_decays(tmp_path: Path) -> None:
 
 
 def test_what_it_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Invalid evaluate value: 'v'"):
+    with pytest.raises(ValueError, match="Invalid evaluate: 'v'"):
         SparseWeightsCallback("v")
-    with pytest.raises(ValueError, match="Invalid save value: None"):
+    with pytest.raises(ValueError, match="Invalid save: None"):
         SparseWeightsCallback(save=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has a SparseWeightsCallback already"):
         trainer_of(tmp_path, model_of(), callbacks=[SparseWeightsCallback(), SparseWeightsCallback()])

@@ -6,9 +6,8 @@ on several ranks are made before (:mod:`rvsm_kernels.dist.norms`), in one all-re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +15,45 @@ from torch import Tensor
 
 from ..engines.interface import Engine, Group, Ready, StepInputs
 from ..method.dtypes import to_opmath
-from ..method.groups import from_memory_order, group_size, grouping_of
+from ..method.groups import Grouping, from_memory_order, group_size, grouping_of
 from ..method.parameters import param_name
 from ..method.prox import threshold
 from ..method.split import strength, strength_of_size
 from ..method.step_options import StepOptions
-from .norms import SharedNorms, only, rows_of
+from .norms import SharedNorms, rows_of
 from .shards import gradient_of, note_writes, ranks_of_groups, refuse_partial, shard_of, sharded_like, shards_of
 from .sums import add_by_ranks, value_across
 
 
-@dataclass
+@dataclass(slots=True)
+class _Seen:
+    """A parameter as the last step has seen it.
+
+    Attributes:
+        place, name: its group and its place there, and how errors call it.
+        ranks: the process groups over which its groups lie, by ``grouping``.
+        states: of the shard, as the engine sees them: the same dict in every step.
+        whole: the states of the parameter that those are shards of.
+    """
+
+    p: Tensor
+    shard: Tensor
+    place: tuple[int, int]
+    name: str
+    grouping: Grouping
+    ranks: tuple[Any, ...]
+    states: dict[str, Any] = field(default_factory=dict)
+    whole: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, whole: Mapping[str, Any] | None) -> None:
+        """Take note of the states of the parameter, some of which may have been replaced since the last step."""
+        if not _same(self.whole, whole or {}):
+            self.whole = dict(whole or {})
+            self.states.clear()
+            self.states.update(shards_of(self.whole))
+
+
+@dataclass(slots=True)
 class _Local:
     """What an engine is shown of a step over DTensors: groups of shards, and what stands beside them."""
 
@@ -61,14 +88,16 @@ class ShardEngine(Engine):
 
     Args:
         engine: steps the shards.
+        serves: whether a parameter is a DTensor whose shards belong to that engine.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, serves: Callable[[Tensor], bool]) -> None:
         self.name = f"{engine.name}, by shards"
         self._engine = engine
-        self._states: dict[Tensor, dict[str, Any]] = {}  # of each shard
-        # Of the step: the parameters that move, their shards and options.
-        self._params: list[tuple[Tensor, Tensor, StepOptions]] = []
+        self._serves = serves
+        self._seen: dict[int, _Seen] = {}  # by the parameter's id
+        # Of the step: the parameters that move, and their options.
+        self._moved: list[tuple[_Seen, StepOptions]] = []
         self._norms = SharedNorms()
         self._inputs: StepInputs | None = None
         self._scaled: dict[tuple[int, int], tuple[StepOptions, StepOptions]] = {}
@@ -78,52 +107,64 @@ class ShardEngine(Engine):
     def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
         self.drop()
         self._inputs = inputs
+        ready = Ready.NO
         try:
             local = _Local(shard_or_none(inputs.grad_scale), shard_or_none(inputs.found_inf))
-            for i, group in enumerate(groups):
-                for j, p in enumerate(group["params"]):
-                    self._add(local, i, group, p, param_name(group, i, j))
-            self._states = local.states
-            ready = self._engine.prepare(local.groups, local.inputs())
-        except BaseException:
-            self.drop()
-            raise
-        if ready != Ready.YES:
-            self.drop()
+            if all(
+                self._add(local, i, j, group, p)
+                for i, group in enumerate(groups)
+                for j, p in enumerate(group["params"])
+                if p.grad is not None
+            ):
+                self._seen = {id(seen.p): seen for seen, _ in self._moved}
+                for shard, room in self._norms.rooms():
+                    if shard.numel() > 0:
+                        local.norms[shard] = room
+                ready = self._engine.prepare(local.groups, local.inputs())
+        finally:
+            if ready != Ready.YES:
+                self.drop()
         return ready
 
-    def _add(self, local: _Local, i: int, group: Group, p: Tensor, name: str) -> None:
-        """What the engine is shown of one parameter of group ``i``, if it has a gradient."""
+    def _see(
+        self, p: Tensor, shard: Tensor, place: tuple[int, int], group: Group, groups: Grouping
+    ) -> _Seen | None:
+        """A parameter that this engine has not seen as it is now; None where another engine serves it."""
+        if not self._serves(p):
+            return None
+        name = param_name(group, *place)
+        refuse_partial(p, name)
+        return _Seen(p, shard, place, name, groups, ranks_of_groups(p, groups, name))
+
+    def _add(self, local: _Local, i: int, j: int, group: Group, p: Tensor) -> bool:
+        """What the engine is shown of a parameter with a gradient; False where another engine serves it."""
         assert self._inputs is not None
         inputs, options = self._inputs, self._inputs.options[i]
-        refuse_partial(p, name)
-        grad = gradient_of(p, name)
-        if grad is None:
-            return
-        shard = shard_of(p)
-        ranks = ranks_of_groups(p, options.grouping, name)
-        if ranks:
+        shard, seen = shard_of(p), self._seen.get(id(p))
+        if seen is None or seen.shard is not shard or seen.place != (i, j) or seen.grouping != options.grouping:
+            before, seen = seen, self._see(p, shard, (i, j), group, options.grouping)
+            if seen is None:
+                return False
+            if before is not None and before.shard is shard:
+                seen.states, seen.whole = before.states, before.whole
+        grad = gradient_of(p, seen.name)
+        if seen.ranks:
             options = self._options_for(i, options, p)
         of_group = local.group_of(i, group, options)
         of_group["params"].append(shard)
-        of_group["param_names"].append(name)
+        of_group["param_names"].append(seen.name)
         shard.grad = grad
-        self._params.append((p, shard, options))
-        # The same dict in every step, so that an engine finds what it has seen before.
-        states = local.states[shard] = self._states.get(shard, {})
-        found = shards_of(inputs.states[p]) if p in inputs.states else {}
-        if not _same(states, found):
-            states.clear()
-            states.update(found)
-        if p in inputs.instead:
+        self._moved.append((seen, options))
+        seen.take(inputs.states.get(p))
+        local.states[shard] = seen.states
+        if inputs.instead and p in inputs.instead:
             local.instead[shard] = shards_of(inputs.instead[p])
-        if p in inputs.cuts:
+        if inputs.cuts and p in inputs.cuts:
             local.cuts[shard] = shard_of(inputs.cuts[p])
-        if ranks:
-            rows = partial(rows_of, shard, options, {**states, **local.instead.get(shard, {})})
-            room = self._norms.room_for(shard, options.grouping, ranks, rows, options.norm_rows)
-            if shard.numel() > 0:
-                local.norms[shard] = room
+        if seen.ranks:
+            states = {**seen.states, **local.instead.get(shard, {})}
+            self._norms.add(shard, seen.grouping, seen.ranks, rows_of(shard, options, states), options.norm_rows)
+        return True
 
     def _options_for(self, i: int, options: StepOptions, p: Tensor) -> StepOptions:
         """The options of a parameter whose groups are larger than what this rank has of them: lam is scaled here.
@@ -142,30 +183,39 @@ class ShardEngine(Engine):
 
     def launch(self) -> None:
         assert self._inputs is not None
-        inputs, params = self._inputs, self._params
+        inputs, moved = self._inputs, self._moved
         try:
             self._norms.fill()
             self._engine.launch()
-            for p, shard, options in params:
-                self._put_states(p, shard, options, inputs)
-            written = [p for p, _, _ in params]
-            note_writes(written + [p.grad for p, _, options in params if options.writes_gradient and p.grad is not None])
+            for seen, options in moved:
+                if seen.shard.numel() == 0 and seen.p.numel() > 0:
+                    self._step_without_elements(seen, options, inputs)
+                if seen.states.keys() != seen.whole.keys() or any(
+                    shard_of(whole) is not seen.states[name] for name, whole in seen.whole.items()
+                ):
+                    self._put_states(seen, options, inputs)
+            written = [seen.p for seen, _ in moved]
+            written += [
+                seen.p.grad for seen, options in moved if options.writes_gradient and seen.p.grad is not None
+            ]
+            note_writes(written)
         finally:
             self.drop()
 
-    def _put_states(self, p: Tensor, shard: Tensor, options: StepOptions, inputs: StepInputs) -> None:
+    def _put_states(self, seen: _Seen, options: StepOptions, inputs: StepInputs) -> None:
         """The states that the step has made of a shard become states of the parameter: DTensors like it."""
-        of_shape = options.states_of(p.dtype)
-        if shard.numel() == 0 and p.numel() > 0:
-            self._step_without_elements(shard, options, inputs)
-        for name, state in self._states[shard].items():
-            before = inputs.states[p].get(name) if p in inputs.states else None
+        of_shape = options.states_of(seen.p.dtype)
+        whole = inputs.states[seen.p]
+        for name, state in list(seen.states.items()):
+            before = whole.get(name)
             if not isinstance(before, Tensor) or shard_of(before) is not state:
-                inputs.states[p][name] = sharded_like(state, p) if name in of_shape else state
+                whole[name] = sharded_like(state, seen.p) if name in of_shape else state
+                seen.states[name] = shard_of(whole[name])  # the DTensor has an object of its own for it
+        seen.whole = {name: whole[name] for name in seen.states}
 
-    def _step_without_elements(self, shard: Tensor, options: StepOptions, inputs: StepInputs) -> None:
+    def _step_without_elements(self, seen: _Seen, options: StepOptions, inputs: StepInputs) -> None:
         """A rank without elements of a parameter has the states that the others have: a checkpoint is of all ranks."""
-        states, found_inf = self._states[shard], shard_or_none(inputs.found_inf)
+        shard, states, found_inf = seen.shard, seen.states, shard_or_none(inputs.found_inf)
         missing = {name: t for name, t in options.states_of(shard.dtype).items() if states.get(name) is None}
         counter = None if options.counter is None else states.get(options.counter)
         is_first = bool(missing) or (options.counter is not None and counter is None)
@@ -180,10 +230,10 @@ class ShardEngine(Engine):
             counter.add_(1 if found_inf is None else (found_inf <= 0).to(counter.device, counter.dtype).reshape(()))
 
     def drop(self) -> None:
-        for _, shard, _ in self._params:
-            shard.grad = None
-        self._params = []
-        self._norms = SharedNorms()
+        for seen, _ in self._moved:
+            seen.shard.grad = None
+        self._moved = []
+        self._norms.begin()
         self._inputs = None
         self._engine.drop()
 
@@ -193,18 +243,19 @@ class ShardEngine(Engine):
         ranks_of_groups(p, grouping_of(group), name)
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-        norms, across, groups = SharedNorms(), [], grouping_of(group)
+        norms, taus, groups = SharedNorms(), [], grouping_of(group)
         for p in params:
             shard = shard_of(p)
             ranks = ranks_of_groups(p, groups)
             if ranks:
-                room = norms.room_for(shard, groups, ranks, partial(only, shard), 1)
-                across.append((shard, strength(group, p.shape) / float(group["beta"]), room))
+                norms.add(shard, groups, ranks, [shard], 1)
+                taus.append(strength(group, p.shape) / float(group["beta"]))
             elif shard.numel() > 0:
                 self._engine.prox_([shard], group)
-        norms.fill()
         penalty, a = group["penalty"], float(group["a"])
-        for shard, tau, room in across:
+        rooms = norms.rooms()
+        norms.fill()
+        for (shard, room), tau in zip(rooms, taus, strict=True):
             v = to_opmath(shard)
             shard.copy_(threshold(v, from_memory_order(room, v, groups), penalty, tau, a, groups))
         note_writes(params)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,56 +21,84 @@ class _Part(NamedTuple):
 
     Attributes:
         ranks: the process groups over which the groups lie.
-        rows: gives the tensors whose norms are wanted, like the shard.
-        room: rows x groups in float64, for the norms.
+        norms: how many norms each group has.
     """
 
+    shard: Tensor
+    grouping: Grouping
     ranks: tuple[Any, ...]
-    rows: Callable[[], Sequence[Tensor]]
-    group_dim: Grouping
-    room: Tensor
+    norms: int
 
 
 class SharedNorms:
-    """Norms of the groups of several shards. First room is made for them, then all of it is filled at once."""
+    """Norms of the groups of several shards: parts are added, then get room, then all of them are filled at once.
+
+    The room of one round is that of the next one, if the same parts are added.
+    """
 
     def __init__(self) -> None:
         self._parts: list[_Part] = []
+        self._rows: list[Sequence[Tensor]] = []  # of each part: the tensors whose norms are wanted
+        self._has_room_for: list[_Part] = []
+        self._rooms: list[Tensor] = []
+        self._together: list[tuple[tuple[Any, ...], Tensor, list[int]]] = []  # ranks, the room of parts, their places
 
-    def room_for(
-        self, shard: Tensor, group_dim: Grouping, ranks: tuple[Any, ...], rows: Callable[[], Sequence[Tensor]], count: int
-    ) -> Tensor:
-        """Room for the norms of a shard's groups, in the form of :attr:`StepInputs.norms`; it holds nothing yet.
+    def begin(self) -> None:
+        """Begin a new round."""
+        self._parts, self._rows = [], []
+
+    def add(
+        self, shard: Tensor, grouping: Grouping, ranks: tuple[Any, ...], rows: Sequence[Tensor], count: int
+    ) -> None:
+        """Add the norms of a shard's groups.
 
         Args:
             ranks: the process groups over which the groups lie.
-            rows: gives the tensors whose norms are wanted, when the room is filled.
-            count: how many these are.
+            rows: ``count`` tensors like the shard, whose norms are wanted; read when the norms are filled.
         """
-        room = torch.empty(count, group_count(shard.shape, group_dim), dtype=torch.float64, device=shard.device)
-        self._parts.append(_Part(ranks, rows, group_dim, room))
-        return room
+        self._parts.append(_Part(shard, grouping, ranks, count))
+        self._rows.append(rows)
+
+    def rooms(self) -> list[tuple[Tensor, Tensor]]:
+        """(shard, room for its norms) of every part, in the form of :attr:`StepInputs.norms`; it holds nothing yet."""
+        if not _same_parts(self._parts, self._has_room_for):
+            self._make_rooms()
+        return [(part.shard, room) for part, room in zip(self._parts, self._rooms, strict=True)]
+
+    def _make_rooms(self) -> None:
+        by_ranks: dict[Any, list[int]] = {}
+        for i, part in enumerate(self._parts):
+            by_ranks.setdefault((part.ranks, part.shard.device), []).append(i)
+        self._rooms, self._together = [torch.empty(0)] * len(self._parts), []
+        for (ranks, device), places in by_ranks.items():
+            counts = [group_count(self._parts[i].shard.shape, self._parts[i].grouping) for i in places]
+            sizes = [self._parts[i].norms * n for i, n in zip(places, counts, strict=True)]
+            flat = torch.empty(sum(sizes), dtype=torch.float64, device=device)
+            for i, n, room in zip(places, counts, flat.split(sizes), strict=True):
+                self._rooms[i] = room.view(self._parts[i].norms, n)
+            self._together.append((ranks, flat, places))
+        self._has_room_for = self._parts
 
     def fill(self) -> None:
         """Sum the squares of every shard, add the sums of all ranks, take the roots.
 
         Every rank takes part with the same parameters in the same order, also with shards that have no elements.
         """
-        by_ranks: dict[Any, list[_Part]] = {}
-        for part in self._parts:
-            by_ranks.setdefault((part.ranks, part.room.device), []).append(part)
-        for (ranks, _), parts in by_ranks.items():
-            flat = torch.cat(squares([(row, part.group_dim) for part in parts for row in part.rows()]))
+        if not self._parts:
+            return
+        for ranks, flat, places in self._together:
+            rows = [(row, self._parts[i].grouping) for i in places for row in self._rows[i]]
+            torch.cat(squares(rows), out=flat)
             for group in ranks:
                 torch.distributed.all_reduce(flat, group=group)
             flat.sqrt_()
-            for part, norms in zip(parts, flat.split([part.room.numel() for part in parts]), strict=True):
-                part.room.copy_(norms.reshape(part.room.shape))
 
 
-def only(shard: Tensor) -> list[Tensor]:
-    """The rows of a shard of which nothing but its own norms is wanted."""
-    return [shard]
+def _same_parts(a: Sequence[_Part], b: Sequence[_Part]) -> bool:
+    """Whether the room of one list is right for the other; tensors are compared as objects."""
+    return len(a) == len(b) and all(
+        x.shard is y.shard and x[1:] == y[1:] for x, y in zip(a, b, strict=True)
+    )
 
 
 def rows_of(shard: Tensor, options: StepOptions, states: Mapping[str, Any]) -> list[Tensor]:
@@ -91,12 +118,11 @@ def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = No
     shards = [
         Stored(shard_of(t.p), None if t.master is None else shard_of(t.master), t.seed, t.step) for t in tensors
     ]
-    rooms = [
-        norms.room_for(s.p, (), ranks_of_groups(t.p, ()), partial(_loaded, s), 1)
-        for t, s in zip(tensors, shards, strict=True)
-    ]
+    for t, s in zip(tensors, shards, strict=True):
+        norms.add(s.p, (), ranks_of_groups(t.p, ()), [s.load()], 1)
+    rooms = norms.rooms()
     norms.fill()
-    for t, s, room in zip(tensors, shards, rooms, strict=True):
+    for s, (_, room) in zip(shards, rooms, strict=True):
         norm = room.reshape(())
         unchanged = norm == 0
         if found_inf is not None:
@@ -108,6 +134,3 @@ def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = No
         s.store(w)
     note_writes([t.p for t in tensors])
 
-
-def _loaded(stored: Stored) -> list[Tensor]:
-    return [stored.load()]

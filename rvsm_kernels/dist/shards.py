@@ -18,6 +18,8 @@ from ..method.memory import kind_of
 
 def is_sharded(t: Any) -> bool:
     """Whether a tensor is a DTensor: each rank has a shard of it, or a copy."""
+    if type(t) is Tensor:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
@@ -26,7 +28,10 @@ def shard_of(t: Tensor) -> Tensor:
     """What this rank has of a DTensor, or the tensor itself; the same object in every step. Call without gradients."""
     if not is_sharded(t):
         return t
-    local: Tensor = t.to_local()  # type: ignore[attr-defined]
+    # to_local() makes a new object of a parameter's shard each time.
+    local: Tensor = t._local_tensor  # type: ignore[attr-defined]
+    if type(local) is Tensor:
+        return local
     wait = getattr(local, "trigger_wait", None)  # the result of a collective that may still be on its way
     return local if wait is None else wait()
 

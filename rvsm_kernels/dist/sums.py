@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ..method.groups import Grouping, from_memory_order, group_dims, grouping_of
 from ..method.penalties import PENALTIES, shrink
 from ..method.prox import threshold
 from ..method.split import strength
-from .norms import SharedNorms, only
+from .norms import SharedNorms
 from .shards import dividing_ranks, ranks_of_groups, shard_of
 
 
@@ -23,9 +22,10 @@ def group_norms(t: Tensor, group_dim: Grouping) -> Tensor:
 
     A group that lies on several ranks is whole here, and on each of them.
     """
-    shard = shard_of(t)
     norms = SharedNorms()
-    room = norms.room_for(shard, group_dim, ranks_of_groups(t, group_dim), partial(only, shard), 1)
+    shard = shard_of(t)
+    norms.add(shard, group_dim, ranks_of_groups(t, group_dim), [shard], 1)
+    ((_, room),) = norms.rooms()
     norms.fill()
     return room.reshape(-1)
 

@@ -12,7 +12,7 @@ from ..method.dtypes import DTYPES
 from ..method.groups import check_grouping, group_size, grouping_of, view_of
 from ..method.memory import kind_of, refuse
 from ..method.options import shown
-from ..method.parameters import is_left_alone, param_name
+from ..method.parameters import is_flattened, is_left_alone, param_name
 from ..method.step_options import StepOptions
 
 
@@ -30,6 +30,11 @@ def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     if p.dtype not in DTYPES:
         raise TypeError(f"RVSM does not support parameters of dtype {p.dtype} ({name})")
     check_grouping(p.shape, grouping_of(group), name)
+    if group["group_dim"] is not None and is_flattened(p):
+        raise ValueError(
+            f"Invalid group_dim value: {group['group_dim']!r}: {name} was flattened by FullyShardedDataParallel, so"
+            " that its groups cannot be told; shard with fully_shard (FSDP2), or leave group_dim=None"
+        )
 
 
 def refuse_expanded(p: Tensor, name: str) -> None:

@@ -45,7 +45,7 @@ def _batches(group: Mapping[str, Any]) -> Iterator[list[Tensor]]:
     yield from (batches[key] for key in sorted(batches, key=lambda key: key[0]))
 
 
-def _find_states(p: Tensor, options: StepOptions, inputs: StepInputs) -> States:
+def find_states(p: Tensor, options: StepOptions, inputs: StepInputs) -> States:
     """The states of a parameter; one of another dtype is replaced by its conversion."""
     types = options.states_of(p.dtype)
     states: States = {name: inputs.state_of(p, name) for name in types}
@@ -88,17 +88,19 @@ def _norms(
     return norms
 
 
-def _step(
+def step_params(
     params: Sequence[Tensor],
     states: Sequence[States],
     counts: Sequence[int],
     options: StepOptions,
     inputs: StepInputs,
+    moves: bool,
 ) -> None:
     """One step of parameters of one param group: section 3 of docs/method.md, line by line.
 
     Args:
         states, counts: of each parameter.
+        moves: whether lr is not 0; else neither w nor the state of the method moves.
     """
     values, method = options.values, options.method
     lr, beta, groups = values["lr"], values["beta"], grouping_of(values)
@@ -126,7 +128,7 @@ def _step(
             of_each = zip(v, norms, taus, strict=True)
             u = [threshold(x, r, values["penalty"], tau, values["a"], groups) for x, r, tau in of_each]
         gap, after = method.gap(w, v, u, before)
-        if lr != 0:  # else nothing moves
+        if moves:
             for x, new_x in zip(method_states, after, strict=True):
                 x.copy_(new_x)
         if values["decoupled"]:
@@ -141,12 +143,12 @@ def _step(
     computed = [[s if s is None else s.to(x.dtype) for s, x in zip(state, w, strict=True)] for state in stored]
     options.base.step(w, g, computed, values, counts)
 
-    for p, x, d, master, steps in zip(params, w, g, masters, counts, strict=True):
+    for p, of_p, x, d, master, steps in zip(params, states, w, g, masters, counts, strict=True):
         if options.rounds(p.dtype):
             store_rounded(p, x, values["seed"], steps)
         elif x.dtype != p.dtype:  # else x is p: the step was in place
             store(p, x, master)
-        if master is not None:
+        if master is not None and of_p[MASTER_STATES[p.dtype][0]] is None:
             inputs.states[p][MASTER_STATES[p.dtype][0]] = master
         if options.writes_gradient and p.grad is not None:
             p.grad.copy_(d)
@@ -203,13 +205,14 @@ class ReferenceEngine(Engine):
         if inputs.found_inf is not None and inputs.found_inf.item() > 0:
             return
         for i, (group, options) in enumerate(zip(groups, inputs.options, strict=True)):
-            states = {p: _find_states(p, options, inputs) for _, p in with_gradient(group)}
+            states = {p: find_states(p, options, inputs) for _, p in with_gradient(group)}
             for params in _batches(group):
                 try:
                     if options.counter is not None:  # of a parameter that occurs twice, as its last turn has left them
-                        states = {p: _find_states(p, options, inputs) for p in params}
+                        states = {p: find_states(p, options, inputs) for p in params}
                     counts = counts_of(params, options, inputs)
-                    _step(params, [states[p] for p in params], counts, options, inputs)
+                    moves = options.values["lr"] != 0
+                    step_params(params, [states[p] for p in params], counts, options, inputs, moves)
                     advance(params, options, inputs)
                 except (AssertionError, NotImplementedError, RuntimeError) as error:
                     j = next(j for j, p in enumerate(group["params"]) if p is params[0])

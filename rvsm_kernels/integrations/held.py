@@ -105,14 +105,3 @@ def measured(optimizers: Sequence[Any], loss: float | None) -> dict[str, float]:
     penalty = sum(float(optimizer.penalty_value()) for optimizer in optimizers)
     numbers = {"sparsity": share_of_zeros(optimizers), "penalty_value": penalty}
     return numbers if loss is None else {**numbers, "L_beta": loss + penalty}
-
-
-def checked_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """The value of an option of a callback.
-
-    Raises:
-        ValueError: it is none of the choices.
-    """
-    if value not in choices:
-        raise ValueError(f"Invalid {name} value: {value!r} (one of {', '.join(map(repr, choices))} is needed)")
-    return str(value)

@@ -19,8 +19,9 @@ try:
 except ImportError:  # the same library under its other name; with both, the callback serves the Trainers of both
     import pytorch_lightning as pl
 
+from ..method.options import choice
 from ..optim.unwrap import unwrap
-from .held import HeldSparseWeights, checked_choice, measured, sparsify
+from .held import HeldSparseWeights, measured, sparsify
 
 
 class SparseWeightsCallback(pl.Callback):
@@ -47,8 +48,10 @@ class SparseWeightsCallback(pl.Callback):
     """
 
     def __init__(self, evaluate: str = "u", sparsify_at_end: bool = False, save: str = "w") -> None:
-        self.evaluate = checked_choice("evaluate", evaluate, ("u", "w"))
-        self.save = checked_choice("save", save, ("w", "u"))
+        choice(("u", "w"))("evaluate", evaluate)
+        self.evaluate = evaluate
+        choice(("w", "u"))("save", save)
+        self.save = save
         self.sparsify_at_end = bool(sparsify_at_end)
         self._held = HeldSparseWeights()
         self._steps_before = 0

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ..method.options import SPLIT_OPTIONS, names_of
+from ..method.options import SPLIT_OPTIONS, choice, names_of
 from ..model.param_groups import InOrder, param_groups
 from ..optim import RVSM, RVSMAdamW
 from ..optim.unwrap import unwrap
-from .held import HeldSparseWeights, checked_choice, measured, share_of_zeros, sparsify
+from .held import HeldSparseWeights, measured, share_of_zeros, sparsify
 
 
 class SparseWeightsCallback(TrainerCallback):
@@ -58,8 +58,10 @@ class SparseWeightsCallback(TrainerCallback):
     """
 
     def __init__(self, evaluate: str = "u", sparsify_at_end: bool = False, save: str = "w") -> None:
-        self.evaluate = checked_choice("evaluate", evaluate, ("u", "w", "both"))
-        self.save = checked_choice("save", save, ("w", "u", "both"))
+        choice(("u", "w", "both"))("evaluate", evaluate)
+        self.evaluate = evaluate
+        choice(("w", "u", "both"))("save", save)
+        self.save = save
         self.sparsify_at_end = bool(sparsify_at_end)
 
     def attach(self, trainer: Trainer) -> None:

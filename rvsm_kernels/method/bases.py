@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from .options import (
@@ -167,27 +166,27 @@ def _adamw_numbers(group: Mapping[str, Any], count: int) -> tuple[float, ...]:
 def _adamw_step(
     w: list[Tensor], g: list[Tensor], states: Sequence[State], group: Mapping[str, Any], counts: Sequence[int]
 ) -> None:
-    """torch's functional AdamW in its foreach form."""
+    """torch's AdamW in its foreach form.
+
+    Its function is not called, for where torch.compile traces it, it takes the corrections of the bias in float32.
+    """
+    lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
     moments: list[list[Tensor]] = []
     for state in states:
         moments.append([torch.zeros_like(x) if s is None else s for s, x in zip(state, w, strict=True)])
         state[:] = moments[-1]
-    adamw(
-        w,
-        g,
-        moments[0],
-        moments[1],
-        moments[2] if group["amsgrad"] else [],
-        [torch.tensor(float(count)) for count in counts],
-        foreach=True,
-        amsgrad=bool(group["amsgrad"]),
-        beta1=float(group["betas"][0]),
-        beta2=float(group["betas"][1]),
-        lr=float(group["lr"]),
-        weight_decay=float(group["weight_decay"]),
-        eps=float(group["eps"]),
-        maximize=False,
-    )
+    first, second, largest = moments[0], moments[1], moments[-1]  # without amsgrad the largest is the second
+    if group["weight_decay"] != 0:
+        torch._foreach_mul_(w, 1 - lr * float(group["weight_decay"]))
+    torch._foreach_lerp_(first, g, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, g, g, 1 - beta2)
+    if group["amsgrad"]:
+        torch._foreach_maximum_(largest, second)
+    root = torch._foreach_sqrt(largest)
+    torch._foreach_div_(root, [(1 - beta2 ** (count + 1)) ** 0.5 for count in counts])
+    torch._foreach_add_(root, float(group["eps"]))
+    torch._foreach_addcdiv_(w, first, root, [-(lr / (1 - beta1 ** (count + 1))) for count in counts])
 
 
 ADAMW = Base(

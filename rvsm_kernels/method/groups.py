@@ -91,7 +91,8 @@ def group_dims(group_dim: Grouping, ndim: int, name: str = "the tensor") -> tupl
         if not -ndim <= d < ndim:
             has = f"{name} has {ndim} dimension{'' if ndim == 1 else 's'}"
             hint = (
-                " (rvsm_kernels.param_groups puts biases and norms into a group without a penalty)"
+                " (rvsm_kernels.param_groups puts biases and norms into a group without a penalty; what FSDP1 or"
+                " DeepSpeed has flattened has no groups left: fully_shard, FSDP2, keeps them)"
                 if ndim < 2
                 else f", 0 to {ndim - 1}: 0 indexes the outputs of a Linear or Conv weight, 1 its inputs"
             )
@@ -119,7 +120,9 @@ def check_grouping(shape: Sequence[int], group_dim: Grouping, name: str = "the t
 def group_size(shape: torch.Size, group_dim: Grouping) -> int:
     """The number of elements of one group (1 for elementwise)."""
     dims = group_dims(group_dim, len(shape))
-    return 1 if dims is None else size_of_block(group_dim) * math.prod(n for d, n in enumerate(shape) if d not in dims)
+    return (
+        1 if dims is None else size_of_block(group_dim) * math.prod([n for d, n in enumerate(shape) if d not in dims])
+    )
 
 
 def group_count(shape: torch.Size, group_dim: Grouping) -> int:

@@ -107,7 +107,7 @@ def _optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def _choice(names: tuple[str, ...], *, or_none: bool = False) -> Callable[[str, Any], None]:
+def choice(names: tuple[str, ...], *, or_none: bool = False) -> Callable[[str, Any], None]:
     """A check for one of some names."""
     known = ", ".join(["None"] * or_none + [repr(name) for name in names])
 
@@ -154,7 +154,7 @@ ADAMW_OPTIONS = (
 """The options of ``torch.optim.AdamW``'s step."""
 
 SPLIT_OPTIONS = (
-    Option("penalty", "l0", _choice(PENALTY_NAMES, or_none=True), "the penalty P, None for none"),
+    Option("penalty", "l0", choice(PENALTY_NAMES, or_none=True), "the penalty P, None for none"),
     Option("lam", 1e-6, _number("lam value"), "strength of the penalty, in units of the loss; 0 switches it off"),
     Option("beta", 1e-2, _number("beta value"), "strength of the coupling; 0 switches the splitting off"),
     Option("a", 1.0, _number("a value", above=0.0), "shape of transformed l1, > 0"),
@@ -169,7 +169,7 @@ SPLIT_OPTIONS = (
     Option("group_scale", False, None, "multiply lam by sqrt(group size)"),
     Option("group_lasso", 0.0, _number("group_lasso value"), "strength of group_lasso * sum ||w_G||, >= 0"),
     Option("decoupled", True, None, "the gap pulls the weights (True) or is added to the gradient (False)"),
-    Option("method", "rvsm", _choice(tuple(METHODS)), "what pulls, and what is remembered of it"),
+    Option("method", "rvsm", choice(tuple(METHODS)), "what pulls, and what is remembered of it"),
     Option("maximize", False, None, "turn the gradient of the loss around"),
 )
 """The options of the splitting, whatever the base."""
@@ -178,9 +178,9 @@ UNIT_NORM = Option("unit_norm", False, None, "w <- w / ||w|| of each whole tenso
 
 PRECISION_OPTIONS = (
     Option("master_weights", False, None, "float32 weights behind parameters of a half type"),
-    Option("rounding", "nearest", _choice(("nearest", "stochastic")), "of a half-type parameter without a master"),
+    Option("rounding", "nearest", choice(("nearest", "stochastic")), "of a half-type parameter without a master"),
     Option("seed", 0, _seed, "of the random bits of rounding, an integer >= 0"),
-    Option("state_dtype", None, _choice(tuple(STATE_TYPES), or_none=True), "of the base's states; None: as torch"),
+    Option("state_dtype", None, choice(tuple(STATE_TYPES), or_none=True), "of the base's states; None: as torch"),
 )
 """What weights and states are stored in; see :mod:`rvsm_kernels.method.precision`."""
 

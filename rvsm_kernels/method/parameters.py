@@ -24,6 +24,11 @@ def is_left_alone(p: Tensor) -> bool:
     return not p.requires_grad and p.grad is None and (p.dtype not in DTYPES or p.layout != torch.strided)
 
 
+def is_flattened(p: Tensor) -> bool:
+    """Whether FSDP1 (``FullyShardedDataParallel``) has made a parameter a piece of a long vector, without its shape."""
+    return getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False)
+
+
 def with_gradient(group: Mapping[str, Any]) -> Iterator[tuple[int, Tensor]]:
     """The parameters of a group that a step moves, with their places: those that have a gradient and elements."""
     for j, p in enumerate(group["params"]):

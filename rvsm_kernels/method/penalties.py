@@ -25,6 +25,7 @@ class Penalty:
     Attributes:
         value: g(r), elementwise on a tensor of any shape; ``value(r, a)``.
         cut: the largest r that goes to zero, on the host in double precision; ``cut(tau, a)``.
+        tau: the tau with a certain cut, the inverse of ``cut``, elementwise on a tensor; ``tau(cut, a)``.
         shrink: the prox above the cut; ``shrink(r, tau, a)``. Its value below the cut has no meaning.
         curvature: g''(s) for s > 0, from which the derivative of shrink follows
             (1 / (1 + tau * g''(s))); ``curvature(s, a)``.
@@ -32,6 +33,7 @@ class Penalty:
 
     value: Callable[[Tensor, float], Tensor]
     cut: Callable[[float, float], float]
+    tau: Callable[[Tensor, float], Tensor]
     shrink: Callable[[Tensor, float, float], Tensor]
     curvature: Callable[[Tensor, float], Tensor]
 
@@ -40,6 +42,10 @@ def _tl1_cut(tau: float, a: float) -> float:
     if tau <= a * a / (2 * (a + 1)):
         return tau * (a + 1) / a
     return math.sqrt(2 * tau * (a + 1)) - a / 2
+
+
+def _tl1_tau(cut: Tensor, a: float) -> Tensor:
+    return torch.where(cut <= a / 2, cut * a / (a + 1), (cut + a / 2) ** 2 / (2 * (a + 1)))
 
 
 def _tl1_shrink(r: Tensor, tau: float, a: float) -> Tensor:
@@ -63,18 +69,21 @@ PENALTIES: dict[str, Penalty] = {
     "l1": Penalty(
         value=lambda r, a: r,
         cut=lambda tau, a: tau,
+        tau=lambda cut, a: cut,
         shrink=lambda r, tau, a: r - tau,
         curvature=lambda s, a: torch.zeros_like(s),
     ),
     "l0": Penalty(
         value=lambda r, a: (r != 0).to(r.dtype),
         cut=lambda tau, a: math.sqrt(2 * tau),
+        tau=lambda cut, a: cut * cut / 2,
         shrink=lambda r, tau, a: r,
         curvature=lambda s, a: torch.zeros_like(s),
     ),
     "tl1": Penalty(
         value=lambda r, a: (a + 1) * r / (a + r),
         cut=_tl1_cut,
+        tau=_tl1_tau,
         shrink=_tl1_shrink,
         curvature=lambda s, a: -2 * a * (a + 1) / (a + s) ** 3,
     ),

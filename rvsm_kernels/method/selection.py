@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,49 @@ def cut_of(v: Tensor, density: float, group_dim: Grouping = None) -> Tensor:
     middle = low + (high - low) / 2
     # The middle of two neighbouring floats may be rounded up to high.
     return torch.where(high.isfinite() & (middle < high), middle, low)
+
+
+_SAMPLE = 1 << 16
+_MARGIN = 4.0
+"""A bracket reaches so many standard deviations of a sample's quantile to each side of it."""
+
+
+def cut_among(magnitudes: Sequence[Tensor], zeros: int) -> float | None:
+    """The cut that takes the ``zeros`` smallest of all the magnitudes of several tensors; None for 0.
+
+    It lies halfway to the smallest one that stays, so that no rounding of what follows from it moves one across. Exact:
+    a bracket from a sample is counted, and where it misses, all magnitudes are looked at.
+
+    Args:
+        magnitudes: flat, of one device, at least ``zeros`` in all.
+    """
+    if zeros <= 0:
+        return None
+    low, high = _neighbours(magnitudes, zeros)
+    return low if math.isinf(high) else (low + high) / 2
+
+
+def _neighbours(magnitudes: Sequence[Tensor], k: int) -> tuple[float, float]:
+    """The k-th smallest of all magnitudes and the next larger one that is not in it, infinity where there is none."""
+    n = sum(m.numel() for m in magnitudes)
+    if n > 16 * _SAMPLE:
+        step = n // _SAMPLE
+        sample = torch.cat([m[::step] for m in magnitudes])
+        share, size = k / n, sample.numel()
+        width = _MARGIN * math.sqrt(share * (1 - share) * size) + 2
+        first, last = (min(max(round(share * size + d), 1), size) for d in (-width, width))
+        lo, hi = (float(torch.kthvalue(sample, place).values) for place in (first, last))
+        below = sum(int((m < lo).sum()) for m in magnitudes)
+        inside = torch.cat([m[(m >= lo) & (m <= hi)] for m in magnitudes])
+        if below < k < below + inside.numel():  # the next larger one lies inside too
+            return _two(inside, k - below)
+    return _two(torch.cat(list(magnitudes)), k)
+
+
+def _two(values: Tensor, k: int) -> tuple[float, float]:
+    low = float(torch.kthvalue(values, k).values)
+    high = float(torch.kthvalue(values, k + 1).values) if k < values.numel() else math.inf
+    return low, high
 
 
 def keep_above(v: Tensor, r: Tensor, cut: Tensor) -> Tensor:
@@ -124,6 +168,26 @@ def cut_by(select: Select, v: Tensor, density: float, group_dim: Grouping) -> Te
     return room.cut
 
 
+def _states_beside(
+    p: Tensor, step: StepOptions, state_of: Callable[[str], Tensor | None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(master, dual): what says beside a parameter what is thresholded."""
+    master, dual = (
+        None if name is None else state_of(name) for name in (master_name(step.values, p.dtype), step.method.state)
+    )
+    return master, dual if step.method.adds_state else None
+
+
+def fresh_cut(p: Tensor, step: StepOptions, state_of: Callable[[str], Tensor | None]) -> Tensor:
+    """The cut of the weights of a parameter as they are now; see :func:`cut_of`.
+
+    Args:
+        state_of: a state of the parameter by its name, None where it is missing.
+    """
+    master, dual = _states_beside(p, step, state_of)
+    return cut_of(thresholded(join(p.detach(), master), dual), step.values["density"], grouping_of(step.values))
+
+
 class Cuts:
     """The cuts of parameters with top-k, each in memory that stays where it is from step to step."""
 
@@ -158,13 +222,9 @@ class Cuts:
         for group, step in zip(groups, options, strict=True):
             if step.topk:
                 for _, p in with_gradient(group):
-                    master, dual = (
-                        None if name is None else state_of(p, name)
-                        for name in (master_name(step.values, p.dtype), step.method.state)
-                    )
-                    dual = dual if step.method.adds_state else None
+                    beside = _states_beside(p, step, functools.partial(state_of, p))
                     wanted = step.values["density"], grouping_of(step.values)
-                    selections.append(Selection(*self._rooms[p], p.detach(), master, dual, *wanted))
+                    selections.append(Selection(*self._rooms[p], p.detach(), *beside, *wanted))
         select(selections)
 
 
@@ -178,23 +238,27 @@ def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = No
     turns = turns_of(params)
     kinds = [(turn, p.device, p.dtype, kind_of(p)) for turn, p in zip(turns, params, strict=True)]
     for kind in sorted(dict.fromkeys(kinds), key=lambda kind: kind[0]):
-        device = kind[1]
-        members = [t for t, other in zip(tensors, kinds, strict=True) if other == kind]
-        ws = [t.load() for t in members]
-        # ||w|| = largest * ||w / largest||, whose squares neither overflow nor vanish.
-        largest = torch.stack(torch._foreach_norm(ws, torch.inf)).double()
-        largest = torch.where(largest == 0, 1.0, largest)
-        scaled = torch._foreach_div(ws, list(largest.unbind()))
-        rest = torch.stack(torch._foreach_norm(scaled, 2, dtype=torch.float64))
-        unchanged = rest == 0
-        if found_inf is not None:
-            unchanged |= found_inf.to(device).reshape(()) > 0
-        if isinstance(lr, Tensor):
-            unchanged |= lr.to(device).reshape(()) == 0
-        # One division, unless the norm itself is out of range.
-        norms = torch.where(unchanged, 1.0, largest * rest)
-        once = norms.to(ws[0].dtype).isfinite() & (norms >= torch.finfo(ws[0].dtype).tiny)
-        for factors in (torch.where(once, norms, largest), torch.where(once, 1.0, rest)):
-            torch._foreach_div_(ws, list(factors.unbind()))
-        for t, w in zip(members, ws, strict=True):
-            t.store(w)
+        normalize_together_([t for t, other in zip(tensors, kinds, strict=True) if other == kind], found_inf, lr)
+
+
+def normalize_together_(members: Sequence[Stored], found_inf: Tensor | None, lr: Any = None) -> None:
+    """:func:`normalize_` of tensors of one kind, dtype and device that share no memory."""
+    device = members[0].p.device
+    ws = [t.load() for t in members]
+    # ||w|| = largest * ||w / largest||, whose squares neither overflow nor vanish.
+    largest = torch.stack(torch._foreach_norm(ws, torch.inf)).double()
+    largest = torch.where(largest == 0, 1.0, largest)
+    scaled = torch._foreach_div(ws, list(largest.unbind()))
+    rest = torch.stack(torch._foreach_norm(scaled, 2, dtype=torch.float64))
+    unchanged = rest == 0
+    if found_inf is not None:
+        unchanged |= found_inf.to(device).reshape(()) > 0
+    if isinstance(lr, Tensor):
+        unchanged |= lr.to(device).reshape(()) == 0
+    # One division, unless the norm itself is out of range.
+    norms = torch.where(unchanged, 1.0, largest * rest)
+    once = norms.to(ws[0].dtype).isfinite() & (norms >= torch.finfo(ws[0].dtype).tiny)
+    for factors in (torch.where(once, norms, largest), torch.where(once, 1.0, rest)):
+        torch._foreach_div_(ws, list(factors.unbind()))
+    for t, w in zip(members, ws, strict=True):
+        t.store(w)

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from ..method.dtypes import DTYPES
 from ..method.groups import GroupDim
 from ..method.options import OPTION_NAMES, unknown_option
+from ..method.parameters import is_flattened
 from ..method.warn import some, warn
 from .structures import (
     HEADS,
@@ -47,6 +48,7 @@ _PRUNED = ("_orig", "_g", "_v", "_mask")  # what torch.nn.utils.prune, weight_no
 _CHANGED = "pruned or parametrised: the layer computes with another tensor"
 _THIN = "a bias, a norm or another parameter of fewer than two dimensions"
 _BIAS = "a bias"
+_FLAT = "flattened by FullyShardedDataParallel: it has no shape left"
 _FROZEN = "frozen"
 _ROUTER = "a router, which chooses the experts; include its type to penalise it"
 
@@ -131,6 +133,8 @@ def weights_of(
         block = 1
         if is_changed(local, module):
             left = _CHANGED
+        elif is_flattened(p):
+            left = _FLAT
         elif not is_lazy(p) and p.dim() < 2:
             left = _THIN
         elif "bias" in local:
@@ -214,6 +218,12 @@ def param_groups(
     if not any(w.left is None for w in weights):
         if weights and all(not w.param.requires_grad for w in weights):
             raise ValueError("no weight is penalised: every parameter of the model is frozen (requires_grad=False)")
+        if any(w.left == _FLAT for w in weights):
+            raise ValueError(
+                "no weight is penalised: FullyShardedDataParallel has flattened the parameters, so that weights cannot"
+                " be told from biases; shard with fully_shard (FSDP2), or penalise all elements alike:"
+                " RVSM(model.parameters(), ...)"
+            )
         among = "" if types == PENALISED else f" under include=({', '.join(t.__name__ for t in types)})"
         among += f" under structure={structure!r}: it has {NO_HEADS}" if structure == HEADS else ""
         raise ValueError(

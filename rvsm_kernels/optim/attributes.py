@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from ..method.options import shown, unknown_option
 
@@ -95,14 +96,17 @@ def ends_scaling(step: Callable[..., Any]) -> Callable[..., Any]:
 def outside_graphs(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step that torch.compile calls as it is, in one piece: one break of the graph.
 
-    A kernel's launch is no graph. But a closure, which computes the loss, may be compiled.
+    A kernel's launch is no graph. But a closure, which computes the loss, may be compiled; and the reference engine,
+    which calls torch's operators alone, is traced.
     """
     in_one_piece = torch._disable_dynamo(step)
 
     @functools.wraps(step)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs and (not args or args == (None,)):
-            return in_one_piece(self)
+        traced = torch.compiler.is_dynamo_compiling()
+        # Most steps are called where nothing is compiled; what keeps torch.compile out would cost them a microsecond.
+        if (traced or get_eval_frame_callback() is not None) and not kwargs and (not args or args == (None,)):
+            return self._traced_step() if traced and self._can_be_traced() else in_one_piece(self)
         return step(self, *args, **kwargs)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # see ends_scaling

@@ -58,7 +58,8 @@ class ChosenEngines:
     def _engine_for(self, key: tuple[str, bool]) -> Engine:
         if key not in self._engines:
             engine, of_shards = key
-            self._engines[key] = ShardEngine(make_engine(engine)) if of_shards else make_engine(engine)
+            made = make_engine(engine)
+            self._engines[key] = ShardEngine(made, lambda p: self._key_for(p, "") == key) if of_shards else made
         return self._engines[key]
 
     def _key_for(self, p: Tensor, name: str) -> tuple[str, bool]:
@@ -89,13 +90,12 @@ class ChosenEngines:
     def the_only(self) -> Engine | None:
         """The engine that served all parameters of the last step, if it knows whether it serves those of this step.
 
-        An engine of shards does not know, for each step has other gradients to find. Nor does the reference engine: it
-        serves every tensor, also those that belong to a faster engine.
+        The reference engine does not know: it serves every tensor, also those that belong to a faster engine.
         """
         if len(self._engines) != 1 or tracer() is not None:
             return None
         ((name, of_shards),) = self._engines
-        return None if name == "reference" or of_shards else self._engines[name, of_shards]
+        return None if name == "reference" else self._engines[name, of_shards]
 
     def divide(self, groups: Sequence[Group]) -> list[Share]:
         """Param groups, divided by the engine that serves each parameter. Engines that serve none are forgotten."""

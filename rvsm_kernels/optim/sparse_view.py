@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..dist.flat import has_flat_params
 from ..dist.shards import placed_like
 from ..engines.checks import check_state, refuse_expanded
 from ..engines.interface import Engine, Group
@@ -232,6 +233,11 @@ class SparseView:
         """See :meth:`SplitOptimizer.sparsify_`."""
         self.refuse_while_open("sparsify_()")
         optimizer = self._optimizer
+        if has_flat_params(optimizer.param_groups):
+            raise RuntimeError(
+                "sparsify_() cannot tell FullyShardedDataParallel to gather the new weights: save the model inside"
+                " `with optimizer.sparse_weights(model)`, or shard with fully_shard (FSDP2)"
+            )
         with optimizer._lock:
             parts = self._split_params(frozen)
             for part in parts:

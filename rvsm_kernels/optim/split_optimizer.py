@@ -32,7 +32,7 @@ from ..method.selection import Cuts, normalize_
 from ..method.split import state_name
 from ..method.step_options import StepOptions
 from ..model.sparsity import SparsityReport
-from . import advice, checkpoint, method_states
+from . import advice, checkpoint, method_states, traced
 from .attributes import FromScaler, OptionOfGroups, ends_scaling, outside_graphs
 from .chosen_engines import ChosenEngines
 from .sparse_view import SparseView
@@ -113,6 +113,13 @@ class SplitOptimizer(Optimizer):
 
     def _validate_params(self, i: int, group: Mapping[str, Any]) -> None:
         """Check that the parameters of a group can be stepped with its options."""
+        names = group.get("param_names")
+        if group["group_dim"] is not None and names is not None and len(names) != len(group["params"]):
+            raise ValueError(
+                f"Invalid group_dim value: {group['group_dim']!r}: group {i} has {len(names)} names for"
+                f" {len(group['params'])} parameters: if DeepSpeed has flattened them, no groups are left; shard with"
+                " fully_shard (FSDP2), or leave group_dim=None"
+            )
         for j, p in enumerate(group["params"]):
             validate_param(p, group, param_name(group, i, j))
 
@@ -166,7 +173,6 @@ class SplitOptimizer(Optimizer):
     @outside_graphs
     @ends_scaling
     @Optimizer.profile_hook_step
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step for every parameter that has a gradient.
 
@@ -195,12 +201,35 @@ class SplitOptimizer(Optimizer):
             (self._do_step if closure is None else self._do_step_outside_graphs)()
         return loss
 
+    @Optimizer.profile_hook_step
+    @torch.no_grad()
+    def _traced_step(self) -> None:
+        """:meth:`step` in a graph of torch.compile."""
+        traced.step(self)
+
+    def _can_be_traced(self) -> bool:
+        """Whether the reference alone steps, and there is no GradScaler, which may call the step off."""
+        alone = self._engines.requested == "reference" and self._at_once
+        return alone and "grad_scale" not in self.__dict__ and "found_inf" not in self.__dict__
+
+    def _init_group(self, group: dict[str, Any], params: list[Tensor], states: list[Any]) -> bool:
+        """What torch does not trace of :meth:`_traced_step`, but calls as it is: by this name, as in torch.optim."""
+        return traced.make_ready(self, group, params, states)
+
     @torch._disable_dynamo
     def _do_step_outside_graphs(self) -> None:
         """:meth:`_do_step` where torch.compile may be on."""
         self._do_step()
 
     def _do_step(self) -> None:
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # torch.no_grad() as a decorator costs two microseconds
+        try:
+            self._do_step_without_grad()
+        finally:
+            torch._C._set_grad_enabled(grad)
+
+    def _do_step_without_grad(self) -> None:
         self._check_options()
         # What a GradScaler hands over is there or not; asking by attribute would raise each time.
         scaling = self.__dict__

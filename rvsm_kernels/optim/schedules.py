@@ -1,0 +1,367 @@
+"""Schedules of the penalty: a sparsity that is reached in steps, without any lam, and plain ramps of lam or beta."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..method import device_numbers
+from ..method.groups import group_size, grouping_of, magnitudes, once
+from ..method.memory import whole
+from ..method.methods import METHODS
+from ..method.options import shown
+from ..method.parameters import is_left_alone
+from ..method.penalties import PENALTIES
+from ..method.selection import cut_among, thresholded
+from ..method.warn import warn
+from .split_optimizer import SplitOptimizer
+from .unwrap import unwrap
+
+
+def _optimizer_in(optimizer: Any, name: str) -> SplitOptimizer:
+    ours = unwrap(optimizer)
+    if not isinstance(ours, SplitOptimizer):
+        raise TypeError(f"{name} does not know the weights of other ranks that a ZeroRedundancyOptimizer has divided")
+    return ours
+
+
+def _whole_number(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Invalid {name} value: {shown(value)} (a whole number of steps >= {least} is needed)")
+    return value
+
+
+_KEEP_SURVIVORS = ("l0", "topk")
+"""The penalties that leave the weights above the cut as they are."""
+
+
+class _Population(NamedTuple):
+    """Magnitudes that are compared with each other.
+
+    Attributes:
+        magnitudes: of elements or groups of several tensors, flat.
+        sizes: how many elements each of a tensor's magnitudes stands for.
+    """
+
+    magnitudes: list[Tensor]
+    sizes: list[int]
+
+
+class SparsitySchedule:
+    """Lead the share of zeros of u to a target: name the sparsity, not lam.
+
+    ::
+
+        optimizer = rk.RVSM(rk.param_groups(model, penalty="l0", beta=1.0), lr=0.1, momentum=0.9)
+        schedule = rk.SparsitySchedule(optimizer, 0.9, begin=200, end=2000)
+        ...
+        optimizer.step()
+        schedule.step()
+
+    The share follows s(t) = target * (1 - (1 - t')^power), t' = (t - begin) / (end - begin) (Zhu & Gupta, arXiv
+    1710.01878, for power 3): 0 before ``begin``, the target from ``end`` on. Every few steps the cut that gives s(t) is
+    looked up among the magnitudes, and ``lam`` is set to what has that cut: beta * cut^2 / 2 for l0, beta * cut for l1,
+    the inverse of its cut for transformed l1; for top-k ``density`` is set to 1 - s(t). Nothing else is edited. With
+    ``group_scale`` norms are compared after each group's scale is divided out.
+
+    Elements and groups are not compared with each other: of an optimizer that has both, each kind has a cut of its
+    own, with the same target. Of sharded parameters each tensor is gathered where the cut is looked up.
+
+    Args:
+        optimizer: RVSM, RVSMAdamW, RVSMWrapper or a wrapper around one of them (:func:`rvsm_kernels.unwrap`). Its
+            groups with a penalty are led, those that are added later too; their lam is 0 until ``begin``.
+        target: the share of zeros at the end, in [0, 1).
+        end, begin: steps of the schedule.
+        power: 1 for a straight line; 3: fast at first, slow in the end.
+        every: steps from one look at the weights to the next.
+        of: what is counted: ``"elements"``, those of zero groups where the penalty is on groups; or ``"groups"``.
+        scope: ``"global"``: one cut for all tensors, so that a layer with small weights loses more of them;
+            ``"tensor"``: the target for each tensor, of groups with one tensor each or with top-k.
+        pull_rate: rho: keeps lr * beta = rho, whatever schedule lr has, by setting ``beta``; (first, last): rho goes
+            from one to the other between ``begin`` and ``end``. None leaves beta alone. For l0 and top-k: the pull of
+            l1 and tl1 on the weights that survive would grow as lr falls, which is warned about.
+
+    Raises:
+        ValueError, TypeError: an argument out of range; ``scope="global"`` with top-k, which cuts each tensor;
+            ``scope="tensor"`` with several tensors in a group, for they share a lam; a group whose beta is 0.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        target: float,
+        *,
+        end: int,
+        begin: int = 0,
+        power: float = 3.0,
+        every: int = 16,
+        of: str = "elements",
+        scope: str = "global",
+        pull_rate: float | tuple[float, float] | None = None,
+    ) -> None:
+        self._optimizer = _optimizer_in(optimizer, "SparsitySchedule")
+        if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 <= target < 1:
+            raise ValueError(f"Invalid target value: {shown(target)} (a share of zeros in [0, 1) is needed)")
+        self.target = float(target)
+        self.begin, self.every = _whole_number("begin", begin, 0), _whole_number("every", every, 1)
+        self.end = _whole_number("end", end, self.begin + 1)
+        if not (isinstance(power, (int, float)) and power > 0 and math.isfinite(power)):
+            raise ValueError(f"Invalid power value: {shown(power)} (a number above 0 is needed)")
+        self.power = float(power)
+        for name, value, choices in (("of", of, ("elements", "groups")), ("scope", scope, ("global", "tensor"))):
+            if value not in choices:
+                raise ValueError(
+                    f"Invalid {name} value: {shown(value)} (choose one of {', '.join(map(repr, choices))})"
+                )
+        self.of, self.scope = of, scope
+        self.pull_rate: tuple[float, float] | None = None
+        if pull_rate is not None:
+            rates = tuple(pull_rate) if isinstance(pull_rate, (tuple, list)) else (pull_rate, pull_rate)
+            if len(rates) != 2 or not all(isinstance(r, (int, float)) and 0 < r <= 1 for r in rates):
+                raise ValueError(f"Invalid pull_rate value: {shown(pull_rate)} (in (0, 1], or two such numbers)")
+            self.pull_rate = rates
+        self.last_step = 0
+        self._cuts: dict[str, float | None] = {}  # of each kind, or of each group; None where nothing goes to zero
+        for i, group in self._groups():
+            self._check(i, group)
+        self._checked = len(self._optimizer.param_groups)
+        self._apply()
+
+    def _groups(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return ((i, group) for i, group in enumerate(self._optimizer.param_groups) if group["penalty"] is not None)
+
+    def _check(self, i: int, group: Mapping[str, Any]) -> None:
+        topk = group["penalty"] == "topk"
+        if topk and self.scope == "global":
+            raise ValueError(f"group {i}: top-k cuts each tensor by itself: scope='tensor' is needed")
+        if self.scope == "tensor" and not topk and len(group["params"]) > 1:
+            raise ValueError(
+                f"group {i} has {len(group['params'])} tensors, which share one lam: scope='tensor' needs groups of one"
+                " tensor each, or penalty='topk'"
+            )
+        if self.pull_rate is not None and group["penalty"] not in _KEEP_SURVIVORS:
+            warn(
+                f"group {i}: {group['penalty']} pulls the weights that survive too; with a pull_rate that pull grows as"
+                " lr falls, until it shrinks the network away: leave pull_rate=None and set beta, or take l0"
+            )
+        if self.pull_rate is None and not device_numbers.is_positive(group["beta"]):
+            raise ValueError(f"group {i}: beta is 0, so that nothing pulls; set beta, or give a pull_rate")
+
+    # ---- where the schedule is ---------------------------------------------------------------------------------------
+
+    @property
+    def _progress(self) -> float:
+        return min(max((self.last_step - self.begin) / (self.end - self.begin), 0.0), 1.0)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros that the schedule asks for now."""
+        return self.target * (1 - (1 - self._progress) ** self.power)
+
+    def __repr__(self) -> str:
+        cuts = ", ".join(f"{key} {cut:.4g}" for key, cut in self._cuts.items() if cut is not None)
+        return (
+            f"SparsitySchedule(step {self.last_step} of {self.begin} to {self.end}: {self.sparsity:.2%} of"
+            f" {self.target:.2%} {self.of} zero, scope {self.scope!r}" + (f"; cuts: {cuts})" if cuts else ")")
+        )
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Go on by one step; call it after ``optimizer.step()``."""
+        self.last_step += 1
+        due = self.last_step - self.begin
+        if due >= 0 and (due % self.every == 0 or self.last_step == self.end):
+            self._select()
+        self._apply()
+
+    @torch.no_grad()
+    def _select(self) -> None:
+        """Look up the cuts that give the share of this step."""
+        self._cuts = {key: self._cut(population) for key, population in self._populations().items()}
+
+    def _populations(self) -> dict[str, _Population]:
+        populations: dict[str, _Population] = {}
+        seen: set[int] = set()
+        for i, group in self._groups():
+            if i >= self._checked:
+                self._check(i, group)
+                self._checked = i + 1
+            if group["penalty"] == "topk":
+                continue
+            key = self._key(i, group)
+            for p in group["params"]:
+                if id(p) in seen or is_left_alone(p) or not p.requires_grad or p.numel() == 0:
+                    continue
+                seen.add(id(p))
+                population = populations.setdefault(key, _Population([], []))
+                population.magnitudes.append(self._magnitudes(p, group))
+                population.sizes.append(group_size(p.shape, grouping_of(group)))
+        return populations
+
+    def _key(self, i: int, group: Mapping[str, Any]) -> str:
+        if self.scope == "tensor":
+            return f"group {i}"
+        if _is_scaled(group):
+            return f"groups by scale, {group['penalty']} of a {group['a']}"
+        return "elements" if group["group_dim"] is None else "groups"
+
+    def _magnitudes(self, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """The magnitudes of a parameter; with ``group_scale`` the lam / beta at which each of its groups goes."""
+        view, groups = self._optimizer._view, grouping_of(group)
+        dual = view._dual(p, group) if METHODS[group["method"]].adds_state else None
+        r = whole(magnitudes(thresholded(view._weights(p, group), dual), groups))
+        r = (r if groups is None else once(r, groups)).reshape(-1)
+        if not _is_scaled(group):
+            return r
+        return PENALTIES[group["penalty"]].tau(r.double(), float(group["a"])) / math.sqrt(group_size(p.shape, groups))
+
+    def _cut(self, population: _Population) -> float | None:
+        devices = {m.device for m in population.magnitudes}
+        found = [m if len(devices) == 1 else m.cpu() for m in population.magnitudes]
+        if self.of == "groups" or set(population.sizes) == {1}:
+            return cut_among(found, round(self.sparsity * sum(m.numel() for m in found)))
+        sizes = torch.cat(
+            [m.new_full(m.shape, n, dtype=torch.int64) for m, n in zip(found, population.sizes, strict=True)]
+        )
+        order = torch.cat([m.double() for m in found]).sort()
+        zeros = sizes[order.indices].cumsum(0)  # elements that are zero if so many groups are
+        wanted = self.sparsity * float(zeros[-1])
+        k = int((zeros <= wanted).sum())
+        if k < len(zeros) and float(zeros[k]) - wanted < wanted - (float(zeros[k - 1]) if k > 0 else 0.0):
+            k += 1
+        return cut_among([order.values], k)
+
+    def _apply(self) -> None:
+        """Set lam, density and beta of every group."""
+        for i, group in self._groups():
+            if self.pull_rate is not None:
+                first, last = self.pull_rate
+                rate, lr = first + (last - first) * self._progress, group["lr"]
+                positive = device_numbers.is_positive(lr)  # lr 0 moves nothing, whatever beta is
+                _set(group, "beta", rate / lr if positive else group["beta"])
+            if group["penalty"] == "topk":
+                group["density"] = max(1.0 - self.sparsity, 1e-12)
+                continue
+            cut = self._cuts.get(self._key(i, group))
+            if cut is None:
+                tau = 0.0
+            elif _is_scaled(group):
+                tau = cut  # what was looked up: see _magnitudes
+            else:
+                as_tensor = torch.tensor(cut, dtype=torch.float64)
+                tau = float(PENALTIES[group["penalty"]].tau(as_tensor, float(group["a"])))
+            _set(group, "lam", group["beta"] * tau)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule is, as plain values; what was given to the constructor is not in it."""
+        return {"last_step": self.last_step, "cuts": dict(self._cuts)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there; the optimizer's lam and beta are those of that step then."""
+        self.last_step, self._cuts = int(state_dict["last_step"]), dict(state_dict["cuts"])
+        self._apply()
+
+
+def _is_scaled(group: Mapping[str, Any]) -> bool:
+    return bool(group["group_scale"]) and group["group_dim"] is not None
+
+
+def _set(group: dict[str, Any], name: str, value: Any) -> None:
+    """Set an option; where it is a tensor on a device, what the tensor holds."""
+    if isinstance(group[name], Tensor) and device_numbers.is_on_device(group[name]):
+        group[name].copy_(torch.as_tensor(value), non_blocking=True)
+    else:
+        group[name] = float(value)
+
+
+SHAPES = {
+    "constant": lambda t: 1.0 if t >= 1 else 0.0,
+    "linear": lambda t: t,
+    "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2,
+}
+
+
+class PenaltySchedule:
+    """Lead lam or beta from one multiple of its value to another, in the style of ``torch.optim.lr_scheduler``.
+
+    ::
+
+        warm_up = rk.PenaltySchedule(optimizer, "lam", steps=1000)  # from 0 to the lam of each group
+        ...
+        optimizer.step()
+        warm_up.step()
+
+    Args:
+        optimizer: RVSM, RVSMAdamW, RVSMWrapper or a wrapper around one of them. Every group with a penalty is led.
+        option: ``"lam"`` or ``"beta"``.
+        steps: how many steps it takes.
+        begin: steps before it begins, in which the option has ``first`` times its value.
+        first, last: what the option's value is multiplied by at the beginning and at the end.
+        shape: ``"linear"``, ``"cosine"``, or ``"constant"``: ``first`` up to the end, then ``last``.
+
+    Raises:
+        ValueError, TypeError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        option: str = "lam",
+        *,
+        steps: int,
+        begin: int = 0,
+        first: float = 0.0,
+        last: float = 1.0,
+        shape: str = "linear",
+    ) -> None:
+        self._optimizer = _optimizer_in(optimizer, "PenaltySchedule")
+        for name, value, choices in (("option", option, ("lam", "beta")), ("shape", shape, tuple(SHAPES))):
+            if value not in choices:
+                raise ValueError(
+                    f"Invalid {name} value: {shown(value)} (choose one of {', '.join(map(repr, choices))})"
+                )
+        for name, number in (("first", first), ("last", last)):
+            if not (isinstance(number, (int, float)) and number >= 0 and math.isfinite(number)):
+                raise ValueError(f"Invalid {name} value: {shown(number)} (a number >= 0 is needed)")
+        self.option, self.shape, self.first, self.last = option, shape, float(first), float(last)
+        self.steps, self.begin = _whole_number("steps", steps, 1), _whole_number("begin", begin, 0)
+        self.last_step = 0
+        self.base_values: list[float] = []
+        self._apply()
+
+    @property
+    def factor(self) -> float:
+        """What the option's value is multiplied by now."""
+        t = min(max((self.last_step - self.begin) / self.steps, 0.0), 1.0)
+        return self.first + (self.last - self.first) * SHAPES[self.shape](t)
+
+    def step(self) -> None:
+        """Go on by one step; call it after ``optimizer.step()``."""
+        self.last_step += 1
+        self._apply()
+
+    def _apply(self) -> None:
+        groups = self._optimizer.param_groups
+        self.base_values += [float(group[self.option]) for group in groups[len(self.base_values) :]]
+        for group, base in zip(groups, self.base_values, strict=True):
+            if group["penalty"] is not None:
+                _set(group, self.option, base * self.factor)
+
+    def __repr__(self) -> str:
+        return f"PenaltySchedule(step {self.last_step}: {self.factor:.4g} times {self.option})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule is, and the values that it multiplies."""
+        return {"last_step": self.last_step, "base_values": list(self.base_values)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.last_step, self.base_values = int(state_dict["last_step"]), list(state_dict["base_values"])
+        self._apply()
