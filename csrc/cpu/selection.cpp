@@ -31,7 +31,7 @@ constexpr int64_t kMovingShare = 32;
 // must find something to take from the others.
 constexpr int64_t kTasks = 8;
 constexpr int64_t kShortTask = 32768;
-constexpr int64_t kLongTask = 1048576;
+constexpr int64_t kLongTask = 4194304;
 // Below this many elements one thread is done before a second one has woken up.
 constexpr int64_t kSerial = 65536;
 
