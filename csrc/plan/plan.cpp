@@ -52,7 +52,10 @@ void Plan::read_inputs(const py::object& inputs) {
   const py::list options = inputs.attr("options");
   const py::object changed = inputs.attr("changed");
   if (changed.is_none()) {
-    if (options_.size() > options.size()) options_.resize(options.size());
+    if (options_.size() > options.size()) {
+      built_ = false;  // the table may have parameters of the groups that are gone
+      options_.resize(options.size());
+    }
     for (size_t i = 0; i < options.size(); ++i) set_options(i, options[i]);
   } else {
     for (const py::handle& i : changed) set_options(i.cast<size_t>(), options[i.cast<size_t>()]);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from typing import Any
 
@@ -169,6 +170,71 @@ def test_pull_rate() -> None:
         assert cut == pytest.approx(schedule._cuts["elements"])
 
 
+def test_pull_rate_follows_a_scheduler_that_is_stepped_afterwards() -> None:
+    """beta is set again when a step begins: lr may have been raised by then. Copies do so too."""
+    w = nn.Parameter(torch.randn(100) * 0.1)
+    optimizer = rk.RVSM([w], lr=0.1, beta=1.0)
+    schedule = rk.SparsitySchedule(optimizer, 0.5, end=10, every=1, pull_rate=0.2)
+    restarts = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5, eta_min=1e-5)
+    seen = []
+
+    def watch(optimizer: Any, args: Any, kwargs: Any) -> None:
+        seen.append(optimizer.param_groups[0]["lr"] * optimizer.param_groups[0]["beta"])
+
+    for copied in (False, True):
+        if copied:
+            optimizer, schedule, restarts = copy.deepcopy((optimizer, schedule, restarts))
+            w = optimizer.param_groups[0]["params"][0]
+        optimizer.register_step_post_hook(watch)
+        for _ in range(12):
+            w.grad = torch.zeros_like(w)
+            optimizer.step()
+            schedule.step()
+            restarts.step()
+    assert len(seen) == 24 and seen == [pytest.approx(0.2)] * 24
+
+
+def test_a_schedule_that_nobody_holds_ends() -> None:
+    w = nn.Parameter(torch.randn(9))
+    optimizer = rk.RVSM([w], lr=0.1, beta=1.0)
+    rk.SparsitySchedule(optimizer, 0.5, end=10, pull_rate=0.2)
+    gc.collect()
+    optimizer.param_groups[0]["beta"] = 3.0
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert optimizer.param_groups[0]["beta"] == 3.0
+
+
+def test_an_edit_between_two_looks() -> None:
+    """A group whose groups are others now keeps its lam until the next look."""
+    w = nn.Parameter(torch.randn(20, 20))
+    optimizer = rk.RVSM([w], lr=0.1, beta=1.0)
+    schedule = rk.SparsitySchedule(optimizer, 0.5, end=4, every=4)
+    for _ in range(4):
+        schedule.step()
+    lam = optimizer.param_groups[0]["lam"]
+    optimizer.param_groups[0]["group_dim"] = 0
+    schedule.step()
+    assert optimizer.param_groups[0]["lam"] == lam > 0
+    for _ in range(3):
+        schedule.step()
+    assert optimizer.sparsity().group_share == 0.5
+
+
+def test_weights_that_are_not_finite() -> None:
+    w = nn.Parameter(torch.randn(100))
+    optimizer = rk.RVSM([w], lr=0.1, beta=1.0)
+    schedule = rk.SparsitySchedule(optimizer, 0.5, end=2, every=1)
+    schedule.step()
+    lam = optimizer.param_groups[0]["lam"]
+    with torch.no_grad():
+        w[:80] = float("nan")
+    with pytest.warns(UserWarning, match="elements are not finite"):
+        schedule.step()
+    assert optimizer.param_groups[0]["lam"] == lam
+    optimizer.sparsity()
+
+
 @pytest.mark.parametrize("penalty", ["l1", "tl1"])
 def test_a_growing_pull_on_survivors_is_warned_about(penalty: str) -> None:
     optimizer = rk.RVSM(rk.param_groups(model_of(), penalty=penalty, beta=1.0), lr=0.01)
@@ -288,6 +354,29 @@ def test_penalty_schedule(option: str, shape: str, values: list[float]) -> None:
     assert found == [pytest.approx(v, abs=1e-3) for v in values]
     assert optimizer.param_groups[1][option] == 0.7
     assert option in repr(schedule)
+
+
+def test_penalty_schedule_with_other_groups() -> None:
+    """A group that came later keeps its value; a checkpoint of more groups is refused, and changes nothing."""
+
+    def start(groups: int) -> tuple[Any, Any]:
+        lams = [0.1, 0.2, 0.4][:groups]
+        optimizer = rk.RVSM([{"params": [nn.Parameter(torch.ones(2))], "lam": lam} for lam in lams], lr=0.1)
+        return optimizer, rk.PenaltySchedule(optimizer, steps=4)
+
+    _, two = start(2)
+    for _ in range(2):
+        two.step()
+    optimizer, three = start(3)
+    three.load_state_dict(two.state_dict())
+    assert [group["lam"] for group in optimizer.param_groups] == [pytest.approx(v) for v in (0.05, 0.1, 0.2)]
+    with pytest.raises(ValueError, match="has 3 groups, the optimizer 2"):
+        two.load_state_dict(three.state_dict())
+    assert two.last_step == 2 and len(two.base_values) == 2
+    for group in optimizer.param_groups:
+        group["lam"] = 0.0
+    with pytest.warns(UserWarning, match="lam of group 0 is 0"):
+        rk.PenaltySchedule(optimizer, steps=4)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class Pair:
 
         for p, q in zip(self.sharded, self.whole, strict=True):
             self._close(p, q, exact)
-            assert self.ours.state[p].keys() == self.theirs.state[q].keys()
+            assert self.ours.state[p].keys() == self.theirs.state[q].keys(), (p.shape, self.ours.state[p].keys(), self.theirs.state[q].keys())
             for name, state in self.theirs.state[q].items():
                 mine = self.ours.state[p][name]
                 assert isinstance(mine, DTensor) == (name != "step")
@@ -152,6 +153,33 @@ def half_types_follow(folder: Path) -> None:
                 pair.check(exact=True)
             for p, q in zip(pair.sharded, pair.whole, strict=True):
                 torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=0.02, atol=0.02)
+            if dims is None:
+                _reads_what_one_process_reads(pair)
+
+
+def _reads_what_one_process_reads(pair: Pair) -> None:
+    """u for a while and for good, counts, values, and a first u: of the float32 weights behind half types too."""
+    assert str(pair.ours.sparsity()) == str(pair.theirs.sparsity())
+    torch.testing.assert_close(pair.ours.penalty_value(), pair.theirs.penalty_value())
+    with pair.ours.sparse_weights(), pair.theirs.sparse_weights():
+        for p, q in zip(pair.sharded, pair.whole, strict=True):
+            assert same_bits(p.full_tensor().detach(), q.detach())
+    for optimizer in (pair.ours, pair.theirs):
+        optimizer.param_groups[0]["method"] = "rvsm-delayed"
+    pair.step(2)
+    pair.check(exact=True)
+    for optimizer in (pair.ours, pair.theirs):
+        optimizer.sparsify_()
+    pair.check(exact=True)
+
+
+def topk_with_masters(folder: Path) -> None:
+    """The cut is that of the float32 weights."""
+    for placement in placements():
+        options = {"penalty": "topk", "density": 0.5, "master_weights": True}
+        pair = Pair(rk.RVSM, mesh_of(), [placement], torch.bfloat16, **options)
+        pair.step(6)
+        pair.check(exact=True)
 
 
 def send_one_message(folder: Path) -> None:
@@ -227,6 +255,53 @@ def a_schedule_finds_the_same_cuts(folder: Path) -> None:
         assert pair.ours.param_groups[0]["lam"] == pytest.approx(pair.theirs.param_groups[0]["lam"], rel=1e-6)
         assert str(pair.ours.sparsity()) == str(pair.theirs.sparsity())
         pair.check(exact=False)
+
+
+def a_group_without_gradients(folder: Path) -> None:
+    """Biases that are frozen after a warm-up, and learn again; of shards alone, and beside a plain parameter."""
+    for plain in (False, True):
+        sharded, whole = sharded_model(), model_of()
+        heads = [nn.Linear(1, 2), nn.Linear(1, 2)]
+        heads[1].load_state_dict(heads[0].state_dict())
+        optimizers = []
+        for model, head in zip((sharded, whole), heads, strict=True):
+            groups = rk.param_groups(nn.ModuleList([model, head]) if plain else model, penalty="l0", lam=0.01, beta=1.0)
+            optimizers.append(rk.RVSM([{"params": [g]} if isinstance(g, Tensor) else g for g in groups], lr=0.1))
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+        for step in range(6):
+            for model, head, optimizer in zip((sharded, whole), heads, optimizers, strict=True):
+                for name, p in model.named_parameters():
+                    p.requires_grad_(not name.endswith("bias") or step not in (2, 3))
+                optimizer.zero_grad()
+                head(model(x)).square().mean().backward()
+                optimizer.step()
+        for p, q in zip(wholes(sharded), wholes(whole), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def twice_across_ranks_is_refused(folder: Path) -> None:
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh_of(), placements()[:1]))
+    p.grad = distribute_tensor(torch.ones(4, 3), mesh_of(), placements()[:1])
+    for dims, raises in ((1, True), (0, False), (None, False)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = rk.RVSM([p, p], lr=0.1, group_dim=dims)
+        if raises:
+            with pytest.raises(ValueError, match="occurs twice"):
+                optimizer.step()
+            assert (p.full_tensor() == 1).all()
+        else:
+            optimizer.step()
+
+
+def a_gradient_of_another_type(folder: Path) -> None:
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        return
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 3).bfloat16(), mesh_of(), placements()[:1]))
+    p.grad_dtype = torch.float32
+    p.grad = distribute_tensor(torch.ones(4, 3), mesh_of(), placements()[:1])
+    rk.RVSM([p], lr=0.5, penalty=None).step()
+    assert (p.full_tensor() == 0.5).all()
 
 
 def a_nan_on_one_rank(folder: Path) -> None:
@@ -414,7 +489,7 @@ def ddp_keeps_ranks_equal(folder: Path) -> None:
 CHECKS = (
     blocks_follow_one_process, blocks_that_a_shard_cuts, half_types_follow, send_one_message,
     found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused, gradients_elsewhere,
-    reading_gathers_nothing, prox_of_dtensors, a_schedule_finds_the_same_cuts, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
+    reading_gathers_nothing, topk_with_masters, a_group_without_gradients, twice_across_ranks_is_refused, a_gradient_of_another_type, prox_of_dtensors, a_schedule_finds_the_same_cuts, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
 )  # fmt: skip
 
 
@@ -522,6 +597,47 @@ def train_with_fsdp(folder: Path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def evaluate_with_fsdp(folder: Path) -> None:
+    """FSDP2 keeps what its root has gathered after a forward pass without gradients: u must not stay there, nor w."""
+    from torch.distributed.fsdp import fully_shard
+
+    sharded, plain = model_of(), model_of()
+    fully_shard(sharded[0])
+    fully_shard(sharded)
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for model in (sharded, plain):
+        optimizer = rk.RVSM(rk.param_groups(model, penalty="l0", lam=0.05, beta=1.0), lr=0.05)
+        found = []
+
+        def evaluate(model: nn.Module = model, found: list[float] = found) -> None:
+            with torch.no_grad():
+                found.append(model(x).square().mean().item())
+
+        for epoch in range(4):
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                optimizer.step()
+                found.append(loss.item())
+            if epoch % 2:
+                evaluate()
+            with optimizer.sparse_weights(model if epoch < 2 else None):
+                evaluate()
+            evaluate()
+        optimizer.sparsify_()
+        evaluate()
+        losses.append(found)
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-6)
+    assert abs(losses[1][2] - losses[1][3]) > 1e-3  # u is another network than w
+
+
+def with_fsdp(folder: Path) -> None:
+    evaluate_with_fsdp(folder)
+    train_with_fsdp(folder)
+
+
 @pytest.mark.slow
 def test_fsdp(tmp_path: Path, on_cpu: None) -> None:
-    on_ranks(train_with_fsdp, 2, tmp_path)
+    on_ranks(with_fsdp, 2, tmp_path)

@@ -134,6 +134,9 @@ class ShardEngine(Engine):
             return None
         name = param_name(group, *place)
         refuse_partial(p, name)
+        wanted = getattr(p, "grad_dtype", p.dtype)  # of newer versions of torch: a gradient may have another type
+        if wanted != shard.dtype:
+            shard.grad_dtype = wanted
         return _Seen(p, shard, place, name, groups, ranks_of_groups(p, groups, name))
 
     def _add(self, local: _Local, i: int, j: int, group: Group, p: Tensor) -> bool:
@@ -208,7 +211,9 @@ class ShardEngine(Engine):
         whole = inputs.states[seen.p]
         for name, state in list(seen.states.items()):
             before = whole.get(name)
-            if not isinstance(before, Tensor) or shard_of(before) is not state:
+            if before is None and name not in of_shape and name != options.counter:
+                del seen.states[name]  # the optimizer has dropped it since: no method needs it any more
+            elif not isinstance(before, Tensor) or shard_of(before) is not state:
                 whole[name] = sharded_like(state, seen.p) if name in of_shape else state
                 seen.states[name] = shard_of(whole[name])  # the DTensor has an object of its own for it
         seen.whole = {name: whole[name] for name in seen.states}

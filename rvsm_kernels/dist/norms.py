@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..engines.squares import squares
 from ..method.groups import Grouping, group_count
+from ..method.memory import turns_of
 from ..method.precision import Stored, join, master_name
 from ..method.selection import thresholded
 from ..method.step_options import StepOptions
@@ -66,6 +67,11 @@ class SharedNorms:
         return [(part.shard, room) for part, room in zip(self._parts, self._rooms, strict=True)]
 
     def _make_rooms(self) -> None:
+        if any(turns_of([part.shard for part in self._parts])):
+            raise ValueError(
+                "a parameter whose groups lie on several ranks occurs twice in the optimizer, or shares its memory with"
+                " another one: the second update would need norms that are made after the first"
+            )
         by_ranks: dict[Any, list[int]] = {}
         for i, part in enumerate(self._parts):
             by_ranks.setdefault((part.ranks, part.shard.device), []).append(i)

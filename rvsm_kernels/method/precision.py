@@ -75,7 +75,8 @@ def join(p: Tensor, master: Tensor | None) -> Tensor:
     # What a magnitude of 0 or of infinity cannot have beside it was left there by an edit.
     low = torch.where(magnitude == 0, low.clamp(min=0), low)
     low = torch.where(magnitude == _INF >> 16, low.clamp(max=0), low)
-    return ((high << 16) + low).view(torch.float32)  # the sign stands above: no carry reaches it
+    # Not `high << 16`, which does nothing to a DTensor. The sign stands above: no carry reaches it.
+    return (torch.bitwise_left_shift(high, 16) + low).view(torch.float32)
 
 
 def split(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +86,8 @@ def split(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     bits = w.view(torch.int32)
     magnitude = bits & _MAGNITUDE
-    high = (magnitude + 0x8000) >> 16
-    low = magnitude - (high << 16)
+    high = torch.bitwise_right_shift(magnitude + 0x8000, 16)
+    low = magnitude - torch.bitwise_left_shift(high, 16)
     is_nan = magnitude > _INF
     high = torch.where(is_nan, _NAN >> 16, torch.where(bits < 0, high - 0x8000, high))
     return high.to(torch.int16).view(torch.bfloat16), torch.where(is_nan, 0, low).to(torch.int16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -30,9 +32,13 @@ def _optimizer_in(optimizer: Any, name: str) -> SplitOptimizer:
 
 
 def _whole_number(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"Invalid {name} value: {shown(value)} (a whole number of steps >= {least} is needed)")
-    return value
+    return int(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _KEEP_SURVIVORS = ("l0", "topk")
@@ -104,12 +110,12 @@ class SparsitySchedule:
         pull_rate: float | tuple[float, float] | None = None,
     ) -> None:
         self._optimizer = _optimizer_in(optimizer, "SparsitySchedule")
-        if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 <= target < 1:
+        if not _is_number(target) or not 0 <= target < 1:
             raise ValueError(f"Invalid target value: {shown(target)} (a share of zeros in [0, 1) is needed)")
         self.target = float(target)
         self.begin, self.every = _whole_number("begin", begin, 0), _whole_number("every", every, 1)
         self.end = _whole_number("end", end, self.begin + 1)
-        if not (isinstance(power, (int, float)) and power > 0 and math.isfinite(power)):
+        if not _is_number(power) or power <= 0:
             raise ValueError(f"Invalid power value: {shown(power)} (a number above 0 is needed)")
         self.power = float(power)
         for name, value, choices in (("of", of, ("elements", "groups")), ("scope", scope, ("global", "tensor"))):
@@ -121,10 +127,11 @@ class SparsitySchedule:
         self.pull_rate: tuple[float, float] | None = None
         if pull_rate is not None:
             rates = tuple(pull_rate) if isinstance(pull_rate, (tuple, list)) else (pull_rate, pull_rate)
-            if len(rates) != 2 or not all(isinstance(r, (int, float)) and 0 < r <= 1 for r in rates):
+            if len(rates) != 2 or not all(_is_number(r) and 0 < r <= 1 for r in rates):
                 raise ValueError(f"Invalid pull_rate value: {shown(pull_rate)} (in (0, 1], or two such numbers)")
             self.pull_rate = rates
         self.last_step = 0
+        self._handle: Any = None
         self._cuts: dict[str, float | None] = {}  # of each kind, or of each group; None where nothing goes to zero
         for i, group in self._groups():
             self._check(i, group)
@@ -182,7 +189,12 @@ class SparsitySchedule:
     @torch.no_grad()
     def _select(self) -> None:
         """Look up the cuts that give the share of this step."""
-        self._cuts = {key: self._cut(population) for key, population in self._populations().items()}
+        found = {key: self._cut(population) for key, population in self._populations().items()}
+        for key, cut in found.items():
+            if cut is not None and not math.isfinite(cut):
+                warn(f"SparsitySchedule: {key} are not finite, NaN or infinite: no cut can be found, and lam stays")
+                found[key] = self._cuts.get(key)
+        self._cuts = found
 
     def _populations(self) -> dict[str, _Population]:
         populations: dict[str, _Population] = {}
@@ -238,16 +250,20 @@ class SparsitySchedule:
 
     def _apply(self) -> None:
         """Set lam, density and beta of every group."""
+        self._watch()
         for i, group in self._groups():
             if self.pull_rate is not None:
                 first, last = self.pull_rate
                 rate, lr = first + (last - first) * self._progress, group["lr"]
-                positive = device_numbers.is_positive(lr)  # lr 0 moves nothing, whatever beta is
-                _set(group, "beta", rate / lr if positive else group["beta"])
+                if device_numbers.is_positive(lr):  # lr 0 moves nothing, whatever beta is
+                    _set(group, "beta", rate / lr)
             if group["penalty"] == "topk":
                 group["density"] = max(1.0 - self.sparsity, 1e-12)
                 continue
-            cut = self._cuts.get(self._key(i, group))
+            key = self._key(i, group)
+            if self._cuts and key not in self._cuts:
+                continue  # it came or was edited after the last look, and is led from the next one on
+            cut = self._cuts.get(key)
             if cut is None:
                 tau = 0.0
             elif _is_scaled(group):
@@ -256,6 +272,26 @@ class SparsitySchedule:
                 as_tensor = torch.tensor(cut, dtype=torch.float64)
                 tau = float(PENALTIES[group["penalty"]].tau(as_tensor, float(group["a"])))
             _set(group, "lam", group["beta"] * tau)
+
+    def _watch(self) -> None:
+        """With a pull_rate: set beta from lr once more when a step begins; a scheduler may have moved lr by then."""
+        if self.pull_rate is None or self._handle is not None:
+            return
+        me = weakref.ref(self)  # the optimizer must not keep the schedule
+
+        def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+            schedule = me()
+            if schedule is not None:
+                schedule._apply()
+
+        self._handle = self._optimizer.register_step_pre_hook(before_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}  # hooks are no part of an optimizer's copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch()
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -274,10 +310,10 @@ def _is_scaled(group: Mapping[str, Any]) -> bool:
 
 
 def _set(group: dict[str, Any], name: str, value: Any) -> None:
-    """Set an option; where it is a tensor on a device, what the tensor holds."""
-    if isinstance(group[name], Tensor) and device_numbers.is_on_device(group[name]):
+    """Set an option; where it is a tensor, what the tensor holds. A number that is not finite sets nothing."""
+    if isinstance(group[name], Tensor):
         group[name].copy_(torch.as_tensor(value), non_blocking=True)
-    else:
+    elif math.isfinite(value):
         group[name] = float(value)
 
 
@@ -328,12 +364,15 @@ class PenaltySchedule:
                     f"Invalid {name} value: {shown(value)} (choose one of {', '.join(map(repr, choices))})"
                 )
         for name, number in (("first", first), ("last", last)):
-            if not (isinstance(number, (int, float)) and number >= 0 and math.isfinite(number)):
+            if not _is_number(number) or number < 0:
                 raise ValueError(f"Invalid {name} value: {shown(number)} (a number >= 0 is needed)")
         self.option, self.shape, self.first, self.last = option, shape, float(first), float(last)
         self.steps, self.begin = _whole_number("steps", steps, 1), _whole_number("begin", begin, 0)
         self.last_step = 0
         self.base_values: list[float] = []
+        for i, group in enumerate(self._optimizer.param_groups):
+            if group["penalty"] is not None and float(group[option]) == 0:
+                warn(f"PenaltySchedule: {option} of group {i} is 0, and so is every multiple of it")
         self._apply()
 
     @property
@@ -362,6 +401,16 @@ class PenaltySchedule:
         return {"last_step": self.last_step, "base_values": list(self.base_values)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self.last_step, self.base_values = int(state_dict["last_step"]), list(state_dict["base_values"])
+        """Go on from there. Groups that the checkpoint does not have keep the values that they had at the beginning.
+
+        Raises:
+            ValueError: a checkpoint of more groups than there are.
+        """
+        saved = [float(value) for value in state_dict["base_values"]]
+        if len(saved) > len(self._optimizer.param_groups):
+            raise ValueError(
+                f"the checkpoint of the schedule has {len(saved)} groups, the optimizer"
+                f" {len(self._optimizer.param_groups)}"
+            )
+        self.last_step, self.base_values = int(state_dict["last_step"]), saved + self.base_values[len(saved) :]
         self._apply()

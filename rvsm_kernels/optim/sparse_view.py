@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..dist.flat import has_flat_params
+from ..dist.gathered import forget_gathered, has_flat_params
 from ..dist.shards import placed_like
 from ..engines.checks import check_state, refuse_expanded
 from ..engines.interface import Engine, Group
@@ -250,6 +250,7 @@ class SparseView:
                     dual.copy_(v - thresholded(self._weights(p, group), None))
                 for p in params:
                     self._marks[p] = marks.of(p, group, self._dual(p, group))
+            forget_gathered(None, optimizer.param_groups)
             self._warn_of_dead(parts, "sparsify_()")
             here = {id(p) for group in optimizer.param_groups for p in group["params"]}
             self._marks = {p: mark for p, mark in self._marks.items() if id(p) in here}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..dist.flat import gathered_anew, has_flat_params
+from ..dist.gathered import gathered_anew
 from ..method.warn import warn
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ class SparseWeights(contextlib.ContextDecorator):
         view.refuse_while_open("sparse_weights()")
         with contextlib.ExitStack() as stack:
             stack.enter_context(RunningStatistics(model))
-            if has_flat_params(optimizer.param_groups):
-                stack.enter_context(gathered_anew(model))
+            stack.enter_context(gathered_anew(model, optimizer.param_groups))
             stack.callback(view.give_back)
             view.put_u(frozen)
             self._open = stack.pop_all()

@@ -76,6 +76,8 @@ class ZeroShares:
 
     def _everywhere(self, work: Callable[[], T]) -> list[T]:
         """What some work gives on each rank; if it raises on one of them, an error on every rank."""
+        # torch hands edits of the groups on in a step only.
+        self.zero._sync_param_groups(self.zero.param_groups, self.mine.param_groups)
         result: Any = None
         error: BaseException | None = None
         try:
