@@ -14,10 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-from torch.distributed.tensor.debug import CommDebugMode
 
 from .baselines import optimizer_over, start
 from .cases import Case
@@ -44,6 +41,12 @@ def measure(case: Case, engine: str, effort: Effort, more: int = 1) -> tuple[Fou
 
 def _sharded(problem: Problem) -> list[nn.Parameter]:
     """Parameters of which each rank has as many rows as the problem's tensors have."""
+    from torch.distributed.tensor import (  # imports numpy: the bench reads results without
+        DTensor,
+        Shard,
+        init_device_mesh,
+    )
+
     mesh = init_device_mesh("cpu", (RANKS,))
     params = []
     for w in problem.parameters():
@@ -56,6 +59,9 @@ def _sharded(problem: Problem) -> list[nn.Parameter]:
 
 def main() -> None:
     """Answer one request: ready, and after the next line of input the result."""
+    import torch.distributed as dist
+    from torch.distributed.tensor.debug import CommDebugMode
+
     request = json.loads(sys.stdin.readline())
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
