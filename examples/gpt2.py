@@ -50,19 +50,14 @@ WEIGHTS: dict[str, Any] = {"penalty": "l0", "lam": 9e-3, "beta": 20.0}
 """Of all other linear layers."""
 
 
-@dataclass
-class Settings:
-    """A model and its training.
+@dataclass(frozen=True)
+class Settings(text.Size):
+    """A model and its training: ``batch`` is of all ranks together.
 
     Attributes:
-        batch: samples of a step, of all ranks together.
         every: steps between two checkpoints.
     """
 
-    layers: int = 2
-    width: int = 128
-    heads: int = 4
-    context: int = 64
     batch: int = 24
     steps: int = 400
     every: int = 100
@@ -167,7 +162,7 @@ class Run:
             start = time.perf_counter()
             # All ranks draw the batch of the step and take their share of it, so that it does not depend on them.
             generator = torch.Generator().manual_seed(self.done)
-            batch = text.draw(self.data.train, settings, generator)  # type: ignore[arg-type]
+            batch = text.draw(self.data.train, settings, generator)
             mine = batch.tensor_split(ranks)[rank].to(self.device)
             self.optimizer.zero_grad()
             # The gradients of the ranks are averaged; ranks may have shares of different sizes.
