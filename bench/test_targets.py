@@ -10,7 +10,9 @@ import pytest
 from . import cli, digits, report, targets_task, training
 
 
-@pytest.mark.parametrize("name", ["l0-0.9", "topk-0.8", "channels-0.25"])
+@pytest.mark.parametrize(
+    "name", ["l0-0.9", *(pytest.param(name, marks=pytest.mark.slow) for name in ("topk-0.8", "channels-0.25"))]
+)
 def test_a_target(name: str) -> None:
     """Of a short training, whose accuracy says nothing."""
     method, target = targets_task.LEADS[name]
