@@ -29,6 +29,7 @@ class Penalty:
         shrink: the prox above the cut; ``shrink(r, tau, a)``. Its value below the cut has no meaning.
         curvature: g''(s) for s > 0, from which the derivative of shrink follows
             (1 / (1 + tau * g''(s))); ``curvature(s, a)``.
+        keeps_survivors: shrink(r) = r above the cut, so that nothing pulls what is not on its way to zero.
     """
 
     value: Callable[[Tensor, float], Tensor]
@@ -36,6 +37,7 @@ class Penalty:
     tau: Callable[[Tensor, float], Tensor]
     shrink: Callable[[Tensor, float, float], Tensor]
     curvature: Callable[[Tensor, float], Tensor]
+    keeps_survivors: bool = False
 
 
 def _tl1_cut(tau: float, a: float) -> float:
@@ -79,6 +81,7 @@ PENALTIES: dict[str, Penalty] = {
         tau=lambda cut, a: cut * cut / 2,
         shrink=lambda r, tau, a: r,
         curvature=lambda s, a: torch.zeros_like(s),
+        keeps_survivors=True,
     ),
     "tl1": Penalty(
         value=lambda r, a: (a + 1) * r / (a + r),

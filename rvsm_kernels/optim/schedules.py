@@ -41,10 +41,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-_KEEP_SURVIVORS = ("l0", "topk")
-"""The penalties that leave the weights above the cut as they are."""
-
-
 class _Population(NamedTuple):
     """Magnitudes that are compared with each other.
 
@@ -150,7 +146,7 @@ class SparsitySchedule:
                 f"group {i} has {len(group['params'])} tensors, which share one lam: scope='tensor' needs groups of one"
                 " tensor each, or penalty='topk'"
             )
-        if self.pull_rate is not None and group["penalty"] not in _KEEP_SURVIVORS:
+        if self.pull_rate is not None and not topk and not PENALTIES[group["penalty"]].keeps_survivors:
             warn(
                 f"group {i}: {group['penalty']} pulls the weights that survive too; with a pull_rate that pull grows as"
                 " lr falls, until it shrinks the network away: leave pull_rate=None and set beta, or take l0"
