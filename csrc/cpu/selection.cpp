@@ -62,15 +62,20 @@ void for_pieces(int64_t numel, const Parallel& parallel, const Work& work) {
 template <class M>
 class Selector {
  public:
-  Selector(const TensorArgs& args, int64_t larger, LastCut& last, const Parallel& parallel)
-      : kernels_(kernels().magnitudes), args_(args), larger_(larger), last_(last), parallel_(parallel) {
-    if (args.numel < kSerial) parallel_.threads = 1;
+  Selector(const Population& population, int64_t larger, LastCut& last, const Parallel& parallel)
+      : kernels_(kernels().magnitudes),
+        population_(population),
+        numel_(population.numel()),
+        larger_(larger),
+        last_(last),
+        parallel_(parallel) {
+    if (numel_ < kSerial) parallel_.threads = 1;
   }
 
   int64_t select() {
-    if (args_.numel <= kFew) return of_few();
+    if (numel_ <= kFew) return of_few();
     const bool warm = last_.magnitude >= 0 && last_.reach >= 0;
-    const int64_t room = 2 * args_.numel / kShare / (parallel_.threads + 1) + kSpare;
+    const int64_t room = 2 * numel_ / kShare / (parallel_.threads + 1) + kSpare;
     if (warm) look_in(around_last(), room);
     if (!is_found_) look_in(sampled(), room);
     while (!is_found_) narrow();
@@ -78,12 +83,24 @@ class Selector {
     return cut_;
   }
 
+  // After select(): the magnitude before it in descending order, -1 where the reads have not met it.
+  int64_t before() const { return before_; }
+
  private:
   int64_t of_few() {
     M all[kFew];
-    kernels_.load(args_, 0, args_.numel, all);
-    std::nth_element(all, all + larger_, all + args_.numel, std::greater<M>());
+    load(0, numel_, all);
+    std::nth_element(all, all + larger_, all + numel_, std::greater<M>());
+    if (larger_ > 0) before_ = *std::min_element(all, all + larger_);
     return all[larger_];
+  }
+
+  void load(int64_t from, int64_t count, M* to) const {
+    population_.for_pieces(from, count, [&](const TensorArgs& tensor, int64_t at, int64_t n) {
+      kernels_.load(tensor, at, n, to);
+      to += n;
+      return true;
+    });
   }
 
   Bracket around_last() const {
@@ -103,9 +120,12 @@ class Selector {
       parts[t].found.room = room;
     }
     std::atomic<bool> full{false};
-    for_pieces(args_.numel, parallel_, [&](int64_t thread, int64_t at, int64_t n) {
-      if (!full.load(std::memory_order_relaxed) && !kernels_.scan(args_, at, n, bracket, parts[thread].found))
-        full.store(true, std::memory_order_relaxed);
+    for_pieces(numel_, parallel_, [&](int64_t thread, int64_t from, int64_t count) {
+      const bool has_room = full.load(std::memory_order_relaxed) ||
+                            population_.for_pieces(from, count, [&](const TensorArgs& tensor, int64_t at, int64_t n) {
+                              return kernels_.scan(tensor, at, n, bracket, parts[thread].found);
+                            });
+      if (!has_room) full.store(true, std::memory_order_relaxed);
     });
     if (full.load()) return;
     Found all;
@@ -132,12 +152,26 @@ class Selector {
         cut_ = bracket.low;
       else
         cut_ = among(memory.get(), all.collected, rank);
+      find_before(all, bracket, memory.get());
       // Beyond an open end there may be nothing for long.
       const Bracket closed = {bracket.low == 0 ? cut_ : bracket.low, bracket.high == kMost ? cut_ : bracket.high};
       const int64_t above_cut = closed.high == cut_ ? 0 : larger_ - all.above;
       const int64_t below_cut = closed.low == cut_ ? 0 : all.from_low - larger_;
       spread_ = double(closed.high - closed.low) / double(std::max<int64_t>(above_cut + below_cut, 1));
     }
+  }
+
+  // The magnitude before the cut, if it belongs to the bracket.
+  void find_before(const Found& all, const Bracket& bracket, const M* inside) {
+    if (larger_ <= all.above) return;                                     // it lies above
+    int64_t above_cut = cut_ < bracket.high ? all.from_high : all.above;  // in this bracket, and above it
+    int64_t next = above_cut > all.above ? bracket.high : kMost;
+    for (int64_t i = 0; i < all.collected; ++i) {
+      const int64_t x = inside[i];
+      above_cut += x > cut_;
+      next = x > cut_ && x < next ? x : next;
+    }
+    before_ = above_cut < larger_ ? cut_ : next;  // fewer above than before it: another one ties with the cut
   }
 
   // The same question about those that were collected: they are the bits of numbers without a sign.
@@ -147,16 +181,16 @@ class Selector {
     args.dtype = sizeof(M) == 8 ? Dtype::f64 : Dtype::f32;
     args.w = const_cast<M*>(magnitudes);
     LastCut none;
-    return Selector(args, rank, none, Parallel()).select();
+    return Selector(Population({args}), rank, none, Parallel()).select();
   }
 
   // A bracket that holds the cut of most tensors: around its rank in a sample.
   Bracket sampled() const {
-    const std::vector<int64_t> places = sample_places(args_.numel);
+    const std::vector<int64_t> places = sample_places(numel_);
     const int64_t count = int64_t(places.size());
     std::vector<M> sample(places.size());
-    for (int64_t i = 0; i < count; ++i) kernels_.load(args_, places[i], 1, &sample[i]);
-    const double share = (double(larger_) + 0.5) / double(args_.numel);
+    for (int64_t i = 0; i < count; ++i) load(places[i], 1, &sample[i]);
+    const double share = (double(larger_) + 0.5) / double(numel_);
     const double rank = share * double(count);
     const double reach = kDeviations * std::sqrt(rank * (1 - share)) + 2;
     const int64_t first = int64_t(std::floor(rank - reach)), last = int64_t(std::ceil(rank + reach));
@@ -176,16 +210,7 @@ class Selector {
   // One read for a histogram of the range, and one more where few enough are left in a bin to be collected.
   void narrow() {
     const Bins bins(range_);
-    const int64_t threads = parallel_.threads;
-    std::vector<int32_t> counts(static_cast<size_t>(threads * Bins::kCounts));
-    for_pieces(args_.numel, parallel_, [&](int64_t thread, int64_t at, int64_t n) {
-      kernels_.histogram(args_, at, n, bins, counts.data() + thread * Bins::kCounts);
-    });
-    std::vector<int64_t> total(static_cast<size_t>(Bins::kCount));
-    for (size_t i = 0; i < counts.size(); ++i) {
-      const size_t bin = i % (Bins::kCount + 1);
-      if (bin < size_t(Bins::kCount)) total[bin] += counts[i];
-    }
+    const std::vector<int64_t> total = histogram(population_, bins, parallel_);
     // What lies above the range is known from the read that narrowed it, or there is nothing.
     int64_t bin = Bins::kCount - 1, before = above_range_;
     while (bin > 0 && before + total[bin] <= larger_) before += total[bin--];
@@ -195,7 +220,7 @@ class Selector {
     if (range_.low >= range_.high) {  // above it only if somebody writes meanwhile
       is_found_ = true;
       cut_ = range_.low;
-    } else if (total[bin] <= args_.numel / kShare) {
+    } else if (total[bin] <= numel_ / kShare) {
       look_in(range_, total[bin] + kSpare);
     }
   }
@@ -204,7 +229,7 @@ class Selector {
   // they lay as densely as in the bracket where it was found.
   void remember(bool warm) {
     const double width = spread_ / 2;
-    const auto reach = [&](int64_t share) { return width * double(std::max<int64_t>(args_.numel / share, 64)); };
+    const auto reach = [&](int64_t share) { return width * double(std::max<int64_t>(numel_ / share, 64)); };
     double far = reach(kLastShare);
     if (warm) far = std::max(far, std::min(4 * std::fabs(double(cut_ - last_.magnitude)), reach(kMovingShare)));
     last_ = {cut_, int64_t(std::min(far, double(kMost / 4))) + 1};
@@ -217,7 +242,8 @@ class Selector {
   static constexpr int64_t kMost = std::numeric_limits<M>::max();
 
   const MagnitudeKernels& kernels_;
-  const TensorArgs& args_;
+  const Population& population_;
+  const int64_t numel_;
   const int64_t larger_;
   LastCut& last_;
   Parallel parallel_;
@@ -225,6 +251,7 @@ class Selector {
   int64_t above_range_ = 0;  // elements above it
   bool is_found_ = false;
   int64_t cut_ = 0;
+  int64_t before_ = -1;
   double spread_ = 0;  // mean distance of neighbours around it
 };
 
@@ -257,20 +284,47 @@ std::vector<int64_t> sample_places(int64_t numel) {
   return places;
 }
 
-int64_t select(const TensorArgs& args, int64_t larger, LastCut& last, const Parallel& parallel) {
-  if (args.dtype == Dtype::f64) return Selector<int64_t>(args, larger, last, parallel).select();
-  return Selector<int32_t>(args, larger, last, parallel).select();
+Population::Population(std::vector<TensorArgs> tensors) : tensors_(std::move(tensors)) {
+  for (const TensorArgs& tensor : tensors_) ends_.push_back(numel_ += tensor.numel);
 }
 
-int64_t cut(const TensorArgs& args, int64_t survivors, bool between, LastCut& last, const Parallel& parallel) {
-  return with_storage(args.dtype, [&](auto s) -> int64_t {
+std::vector<int64_t> histogram(const Population& population, const Bins& bins, const Parallel& parallel) {
+  Parallel used = parallel;
+  if (population.numel() < kSerial) used.threads = 1;
+  std::vector<int32_t> counts(static_cast<size_t>(used.threads * Bins::kCounts));
+  for_pieces(population.numel(), used, [&](int64_t thread, int64_t from, int64_t count) {
+    population.for_pieces(from, count, [&](const TensorArgs& tensor, int64_t at, int64_t n) {
+      kernels().magnitudes.histogram(tensor, at, n, bins, counts.data() + thread * Bins::kCounts);
+      return true;
+    });
+  });
+  std::vector<int64_t> total(static_cast<size_t>(Bins::kCount));
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const size_t bin = i % (Bins::kCount + 1);
+    if (bin < size_t(Bins::kCount)) total[bin] += counts[i];
+  }
+  return total;
+}
+
+int64_t select(const Population& population, int64_t larger, LastCut& last, const Parallel& parallel) {
+  if (population.dtype() == Dtype::f64) return Selector<int64_t>(population, larger, last, parallel).select();
+  return Selector<int32_t>(population, larger, last, parallel).select();
+}
+
+int64_t cut(const Population& population, int64_t survivors, bool between, LastCut& last, const Parallel& parallel) {
+  return with_storage(population.dtype(), [&](auto s) -> int64_t {
     using T = Opmath<decltype(s)>;
-    if (survivors >= args.numel) return bits_of_number(T(-1));
-    const int64_t low_bits = select(args, survivors, last, parallel);
-    if (!between) return low_bits;
-    LastCut nearby = last;
-    const T low = number_of<T>(low_bits), high = number_of<T>(select(args, survivors - 1, nearby, parallel));
-    const T middle = low + (high - low) / 2;
+    using M = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+    if (survivors >= population.numel()) return bits_of_number(T(-1));
+    Selector<M> selector(population, survivors, last, parallel);
+    const int64_t low_bits = selector.select();
+    if (!between || survivors == 0) return low_bits;
+    int64_t high_bits = selector.before();
+    if (high_bits < 0) {
+      LastCut nearby = last;
+      high_bits = select(population, survivors - 1, nearby, parallel);
+    }
+    const T low = number_of<T>(low_bits), high = number_of<T>(high_bits), middle = low + (high - low) / 2;
     // The middle of two neighbouring floats may be rounded up to high.
     return bits_of_number(std::isfinite(high) && middle < high ? middle : low);
   });

@@ -1,4 +1,5 @@
-// The cut of top-k on the CPU without a sort: the magnitude of a given rank, exactly. Without torch.
+// The cut of top-k on the CPU without a sort: the magnitude of a given rank among the elements of one tensor or of
+// several, exactly. Without torch.
 //
 // A magnitude is the bits of a number in the type of the arithmetic without its sign, as an integer: such integers are
 // in the order of the magnitudes, a NaN above all numbers, so that counting is exact.
@@ -9,8 +10,10 @@
 // depend on the number of threads or the instruction set. Where two brackets fail, histograms narrow the range.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "engine.h"
@@ -61,6 +64,38 @@ struct MagnitudeKernels {
   void (*histogram)(const TensorArgs&, int64_t at, int64_t n, const Bins&, int32_t* counts);
 };
 
+// Tensors that are selected from as if their elements stood one behind the other. Their arithmetic has one type.
+class Population {
+ public:
+  explicit Population(std::vector<TensorArgs> tensors);
+
+  int64_t numel() const { return numel_; }
+  Dtype dtype() const { return tensors_.empty() ? Dtype::f32 : tensors_.front().dtype; }
+
+  // Calls f(tensor, at, n) for the pieces of the tensors that elements [from, from + count) of all of them are, in
+  // their order, until it returns false.
+  template <class F>
+  bool for_pieces(int64_t from, int64_t count, const F& f) const {
+    for (size_t i = member(from); count > 0; ++i) {
+      const int64_t at = from - (i > 0 ? ends_[i - 1] : 0), n = std::min(count, ends_[i] - from);
+      if (n > 0 && !f(tensors_[i], at, n)) return false;
+      from += n;
+      count -= n;
+    }
+    return true;
+  }
+
+ private:
+  // The tensor that an element belongs to.
+  size_t member(int64_t element) const {
+    return size_t(std::upper_bound(ends_.begin(), ends_.end(), element) - ends_.begin());
+  }
+
+  std::vector<TensorArgs> tensors_;
+  std::vector<int64_t> ends_;  // elements of the tensors up to each one
+  int64_t numel_ = 0;
+};
+
 // Calls work(begin, end) for parts [begin, end) that cover [0, threads), possibly at the same time.
 struct Parallel {
   int64_t threads = 1;
@@ -77,12 +112,15 @@ struct LastCut {
 // them all.
 std::vector<int64_t> sample_places(int64_t numel);
 
+// How many magnitudes lie in each of the bins.
+std::vector<int64_t> histogram(const Population& population, const Bins& bins, const Parallel& parallel);
+
 // The magnitude with `larger` elements before it in descending order, 0 <= larger < numel: NaN first, ties in any
 // order.
-int64_t select(const TensorArgs& args, int64_t larger, LastCut& last, const Parallel& parallel);
+int64_t select(const Population& population, int64_t larger, LastCut& last, const Parallel& parallel);
 
-// The cut that so many elements survive, 0 < survivors <= numel, as bits of a number in the type of the arithmetic: the
-// largest magnitude that goes to zero, -1 where none does. `between`: halfway to the smallest survivor.
-int64_t cut(const TensorArgs& args, int64_t survivors, bool between, LastCut& last, const Parallel& parallel);
+// The cut that so many elements survive, 0 <= survivors <= numel, as bits of a number in the type of the arithmetic:
+// the largest magnitude that goes to zero, -1 where none does. `between`: halfway to the smallest survivor.
+int64_t cut(const Population& population, int64_t survivors, bool between, LastCut& last, const Parallel& parallel);
 
 }  // namespace rvsm::cpu

@@ -49,10 +49,22 @@ const cpu::Parallel& threads(int64_t count) {
   return parallel;
 }
 
+// The bits of the number halfway between two magnitudes, of the lower one where there is none between.
+int64_t halfway(Dtype dtype, int64_t low_bits, int64_t high_bits) {
+  return with_storage(dtype, [&](auto s) {
+    using T = Opmath<decltype(s)>;
+    T low, high;
+    std::memcpy(&low, &low_bits, sizeof low);
+    std::memcpy(&high, &high_bits, sizeof high);
+    const T middle = low + (high - low) / 2;
+    return magnitude_of(std::isfinite(high) && middle < high ? middle : low);
+  });
+}
+
 // All ranks of small arrays, some of large ones: cold, warm, and with last cuts that are wrong on both sides.
-void check_array(const char* name, const TensorArgs& args, std::vector<int64_t> magnitudes) {
+void check_population(const char* name, const cpu::Population& args, std::vector<int64_t> magnitudes) {
   std::sort(magnitudes.begin(), magnitudes.end(), std::greater<int64_t>());
-  const int64_t n = args.numel;
+  const int64_t n = args.numel();
   std::vector<int64_t> ranks;
   if (n <= 4)
     for (int64_t k = 0; k < n; ++k) ranks.push_back(k);
@@ -88,16 +100,26 @@ void check_array(const char* name, const TensorArgs& args, std::vector<int64_t> 
       fresh = {};
       const int64_t low = cpu::cut(args, k, false, fresh, threads(1));
       CHECK(low == want, "%s: cut that %lld survive", name, (long long)k);
-      ++checked;
+      LastCut cold, warm = fresh;
+      for (LastCut* last : {&cold, &warm}) {
+        const int64_t middle = cpu::cut(args, k, true, *last, threads(1));
+        CHECK(middle == halfway(args.dtype(), want, magnitudes[size_t(k - 1)]), "%s: halfway, %lld survive", name,
+              (long long)k);
+      }
+      checked += 3;
     }
   }
   LastCut none;
   const int64_t all = cpu::cut(args, n, false, none, threads(1));
-  with_storage(args.dtype, [&](auto s) {
+  with_storage(args.dtype(), [&](auto s) {
     Opmath<decltype(s)> number;
     std::memcpy(&number, &all, sizeof number);
     CHECK(number == -1, "%s: all survive, but the cut is %g", name, double(number));
   });
+}
+
+void check_array(const char* name, const TensorArgs& args, std::vector<int64_t> magnitudes) {
+  check_population(name, cpu::Population({args}), std::move(magnitudes));
 }
 
 template <class S>
@@ -122,6 +144,46 @@ void check_values(const char* name, const std::vector<double>& values) {
   args.dtype = dtype_of<S>();
   args.w = w.data();
   check_array(name, args, magnitudes);
+  // The same elements as those of several tensors, an empty one among them.
+  std::vector<TensorArgs> pieces;
+  const int64_t n = args.numel, ends[] = {n / 7, n / 7, n - n / 3, n};
+  int64_t at = 0;
+  for (const int64_t end : ends) {
+    args.numel = end - at;
+    args.w = w.data() + at;
+    pieces.push_back(args);
+    at = end;
+  }
+  check_population(name, cpu::Population(pieces), std::move(magnitudes));
+}
+
+double normal() {
+  static std::normal_distribution<double> of;
+  return of(generator());
+}
+
+// Tensors of three types with the same arithmetic.
+void several_types(int64_t n) {
+  std::vector<float> a(static_cast<size_t>(n));
+  std::vector<BFloat16> b(static_cast<size_t>(n / 2));
+  std::vector<Float16> c(static_cast<size_t>(n / 3 + 1));
+  std::vector<int64_t> magnitudes;
+  std::vector<TensorArgs> tensors;
+  const auto add = [&](auto& w, Dtype dtype) {
+    for (auto& x : w) {
+      store(x, float(normal()));
+      magnitudes.push_back(magnitude_of(load(x)));
+    }
+    TensorArgs args;
+    args.numel = int64_t(w.size());
+    args.dtype = dtype;
+    args.w = w.data();
+    tensors.push_back(args);
+  };
+  add(b, Dtype::bf16);
+  add(a, Dtype::f32);
+  add(c, Dtype::f16);
+  check_population("several types", cpu::Population(tensors), std::move(magnitudes));
 }
 
 template <class F>
@@ -129,11 +191,6 @@ std::vector<double> filled(int64_t n, const F& value) {
   std::vector<double> all(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) all[size_t(i)] = value(i);
   return all;
-}
-
-double normal() {
-  static std::normal_distribution<double> of;
-  return of(generator());
 }
 
 template <class S>
@@ -187,7 +244,7 @@ void crowded() {
   args.w = w.data();
   for (const int64_t k : {int64_t(10), n / 2, n - 10}) {
     LastCut last{magnitude_of(1.0f), 1 << 22};
-    const int64_t got = cpu::select(args, k, last, threads(2));
+    const int64_t got = cpu::select(cpu::Population({args}), k, last, threads(2));
     CHECK(got == magnitude_of(sorted[size_t(k)]), "crowded, rank %lld", (long long)k);
     ++checked;
   }
@@ -220,13 +277,13 @@ void beside(int64_t n, Master master) {
 }
 
 // Halfway between two magnitudes, and where there is nothing between.
-void halfway() {
+void halves() {
   const auto cut_of = [](std::vector<float> w, int64_t survivors) {
     TensorArgs args;
     args.numel = int64_t(w.size());
     args.w = w.data();
     LastCut last;
-    const int64_t bits = cpu::cut(args, survivors, true, last, threads(1));
+    const int64_t bits = cpu::cut(cpu::Population({args}), survivors, true, last, threads(1));
     float cut;
     std::memcpy(&cut, &bits, sizeof cut);
     ++checked;
@@ -301,7 +358,8 @@ int main() {
     beside<BFloat16, int16_t>(n, Master::low);
     beside<Float16, float>(n, Master::whole);
   }
-  halfway();
+  halves();
+  for (const int64_t n : {1, 700, 5000, 90000}) several_types(n);
   for (int64_t n = 2; n < 70; ++n) instruction_sets<float>(n);
   for (const int64_t n : {511, 512, 513, 5000}) {
     instruction_sets<float>(n);

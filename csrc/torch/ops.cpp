@@ -8,6 +8,7 @@
 #include <array>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <string>
 
 #include "../cpu/selection.h"
@@ -219,48 +220,109 @@ void write_bits(const at::Tensor& number, int64_t bits) {
   bump_version(number);
 }
 
-void cuts_(at::TensorList cuts, at::TensorList last, at::TensorList tensors,
-           const c10::List<std::optional<at::Tensor>>& masters, const c10::List<std::optional<at::Tensor>>& duals,
-           at::IntArrayRef survivors, bool between) {
-  const size_t count = tensors.size();
-  TORCH_CHECK(cuts.size() == count && last.size() == count && masters.size() == count && duals.size() == count &&
-                  survivors.size() == count,
-              "cuts_ needs as many cuts, last cuts, masters, duals and survivors as tensors");
-  for (size_t i = 0; i < count; ++i) {
-    check(tensors[i]);
-    TORCH_CHECK(tensors[i].is_cpu() && cuts[i].is_cpu() && last[i].is_cpu(), "cuts_ is for tensors on the CPU");
-    const at::ScalarType type = at::toOpMathType(tensors[i].scalar_type());
-    TORCH_CHECK_TYPE(cuts[i].scalar_type() == type && cuts[i].numel() == 1, "a cut is one number of type ", type);
-    TORCH_CHECK_TYPE(last[i].scalar_type() == at::kLong && last[i].numel() == 2 && last[i].is_contiguous(),
-                     "a last cut is two numbers of type ", at::kLong);
-    TORCH_CHECK_VALUE(survivors[i] > 0 || tensors[i].numel() == 0, "Invalid survivors value: ", survivors[i]);
+// A tensor that is selected from: its weights, what stands beside them, and the memory of dense copies of both.
+class Selected {
+ public:
+  Selected(const at::Tensor& tensor, const std::optional<at::Tensor>& master, const std::optional<at::Tensor>& dual)
+      : weights_(tensor, tensor.scalar_type()) {
+    weights_.load();
+    const at::Tensor& dense = weights_.dense();
+    const bool low = dense.scalar_type() == at::kBFloat16;
+    master_.emplace(master, dense, low ? at::kShort : at::kFloat);
+    dual_.emplace(dual, dense, master_->is_there() ? at::kFloat : dense.scalar_type());
   }
-  for (size_t i = 0; i < count; ++i) {
-    Staged staged(tensors[i], tensors[i].scalar_type());
-    staged.load();
-    const at::Tensor& dense = staged.dense();
+
+  TensorArgs args() const {
+    const at::Tensor& dense = weights_.dense();
     TensorArgs args;
     args.numel = dense.numel();
     args.dtype = dtype_of(dense.scalar_type());
-    args.w = args.numel > 0 ? const_cast<void*>(dense.const_data_ptr()) : nullptr;
-    const bool low = dense.scalar_type() == at::kBFloat16;
-    const Beside master(masters.get(i), dense, low ? at::kShort : at::kFloat);
-    const Beside dual(duals.get(i), dense, master.is_there() ? at::kFloat : dense.scalar_type());
-    if (dual.is_there() && args.numel > 0) {
+    if (args.numel == 0) return args;
+    args.w = const_cast<void*>(dense.const_data_ptr());
+    if (dual_->is_there()) {
       args.method = Method::admm;
-      args.state[0] = dual.data();
+      args.state[0] = dual_->data();
     }
-    if (master.is_there() && args.numel > 0) {
-      args.precision.master = low ? Master::low : Master::whole;
-      args.state[size_t(args.states())] = master.data();
+    if (master_->is_there()) {
+      args.precision.master = dense.scalar_type() == at::kBFloat16 ? Master::low : Master::whole;
+      args.state[size_t(args.states())] = master_->data();
+    }
+    return args;
+  }
+
+ private:
+  Staged weights_;
+  std::optional<Beside> master_, dual_;
+};
+
+void cuts_(at::TensorList cuts, at::TensorList last, at::TensorList tensors,
+           const c10::List<std::optional<at::Tensor>>& masters, const c10::List<std::optional<at::Tensor>>& duals,
+           at::IntArrayRef survivors, bool between, at::OptionalIntArrayRef sizes) {
+  const size_t count = tensors.size(), wanted = sizes ? sizes->size() : count;
+  TORCH_CHECK(masters.size() == count && duals.size() == count, "cuts_ needs as many masters and duals as tensors");
+  TORCH_CHECK(cuts.size() == wanted && last.size() == wanted && survivors.size() == wanted,
+              "cuts_ needs as many cuts, last cuts and survivors as tensors, or as sizes");
+  int64_t in_all = 0;
+  for (size_t i = 0; sizes && i < wanted; ++i) {
+    TORCH_CHECK_VALUE((*sizes)[i] > 0, "Invalid sizes value: ", (*sizes)[i]);
+    in_all += (*sizes)[i];
+  }
+  TORCH_CHECK_VALUE(!sizes || in_all == int64_t(count), "cuts_ has sizes of ", in_all, " tensors, and ", count,
+                    " tensors");
+  for (size_t i = 0, first = 0; i < wanted; ++i) {
+    const size_t end = first + size_t(sizes ? (*sizes)[i] : 1);
+    const at::ScalarType type = at::toOpMathType(tensors[first].scalar_type());
+    for (; first < end; ++first) {
+      check(tensors[first]);
+      TORCH_CHECK(tensors[first].is_cpu() && cuts[i].is_cpu() && last[i].is_cpu(), "cuts_ is for tensors on the CPU");
+      TORCH_CHECK_TYPE(at::toOpMathType(tensors[first].scalar_type()) == type,
+                       "the arithmetic of tensors with one cut has one type");
+    }
+    TORCH_CHECK_TYPE(cuts[i].scalar_type() == type && cuts[i].numel() == 1, "a cut is one number of type ", type);
+    TORCH_CHECK_TYPE(last[i].scalar_type() == at::kLong && last[i].numel() == 2 && last[i].is_contiguous(),
+                     "a last cut is two numbers of type ", at::kLong);
+    TORCH_CHECK_VALUE(survivors[i] >= 0, "Invalid survivors value: ", survivors[i]);
+  }
+  for (size_t i = 0, first = 0; i < wanted; ++i) {
+    const size_t end = first + size_t(sizes ? (*sizes)[i] : 1);
+    std::deque<Selected> members;  // the addresses in what it gives stay
+    std::vector<TensorArgs> args;
+    for (; first < end; ++first) {
+      members.emplace_back(tensors[first], masters.get(first), duals.get(first));
+      args.push_back(members.back().args());
     }
     int64_t* const kept = last[i].mutable_data_ptr<int64_t>();
     cpu::LastCut where{kept[0], kept[1]};
-    write_bits(cuts[i], cpu::cut(args, survivors[i], between, where, parallel()));
+    write_bits(cuts[i], cpu::cut(cpu::Population(std::move(args)), survivors[i], between, where, parallel()));
     kept[0] = where.magnitude;
     kept[1] = where.reach;
     bump_version(last[i]);
   }
+}
+
+// How many magnitudes of all tensors lie in each bin of [low, high], as cpu::Bins divides it.
+at::Tensor magnitude_counts(at::TensorList tensors, const c10::List<std::optional<at::Tensor>>& masters,
+                            const c10::List<std::optional<at::Tensor>>& duals, int64_t low, int64_t high) {
+  TORCH_CHECK(masters.size() == tensors.size() && duals.size() == tensors.size(),
+              "magnitude_counts needs as many masters and duals as tensors");
+  TORCH_CHECK_VALUE(low >= 0 && high >= low, "Invalid range: ", low, " to ", high);
+  std::deque<Selected> members;
+  std::vector<TensorArgs> args;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check(tensors[i]);
+    TORCH_CHECK(tensors[i].is_cpu(), "magnitude_counts is for tensors on the CPU");
+    TORCH_CHECK_TYPE(at::toOpMathType(tensors[i].scalar_type()) == at::toOpMathType(tensors[0].scalar_type()),
+                     "the arithmetic of tensors that are counted together has one type");
+    members.emplace_back(tensors[i], masters.get(i), duals.get(i));
+    args.push_back(members.back().args());
+  }
+  const cpu::Population population(std::move(args));
+  if (population.dtype() != Dtype::f64)
+    TORCH_CHECK_VALUE(high <= std::numeric_limits<int32_t>::max(), "Invalid range: ", low, " to ", high);
+  const std::vector<int64_t> counts = cpu::histogram(population, cpu::Bins({low, high}), parallel());
+  at::Tensor result = at::empty({int64_t(counts.size())}, at::kLong);
+  std::copy(counts.begin(), counts.end(), result.mutable_data_ptr<int64_t>());
+  return result;
 }
 
 // Tracing needs shapes and types only. torch also comes here with a list that mixes meta tensors with others, and
@@ -284,9 +346,14 @@ std::vector<at::Tensor> squares_meta(at::TensorList tensors, at::IntArrayRef gro
   return sums;
 }
 void cuts_meta(at::TensorList cuts, at::TensorList, at::TensorList tensors, const c10::List<std::optional<at::Tensor>>&,
-               const c10::List<std::optional<at::Tensor>>&, at::IntArrayRef, bool) {
+               const c10::List<std::optional<at::Tensor>>&, at::IntArrayRef, bool, at::OptionalIntArrayRef) {
   check_meta(cuts);
   check_meta(tensors);
+}
+at::Tensor magnitude_counts_meta(at::TensorList tensors, const c10::List<std::optional<at::Tensor>>&,
+                                 const c10::List<std::optional<at::Tensor>>&, int64_t, int64_t) {
+  check_meta(tensors);
+  return at::empty({cpu::Bins::kCount}, at::TensorOptions(at::kMeta).dtype(at::kLong));
 }
 }  // namespace
 
@@ -301,7 +368,8 @@ TORCH_LIBRARY(rvsm_kernels, m) {
   m.def("squares(Tensor[] w, int[] group_dim, int group_block=1) -> Tensor[]");
   m.def(
       "cuts_(Tensor(a!)[] cuts, Tensor(b!)[] last, Tensor[] w, Tensor?[] masters, Tensor?[] duals, int[] survivors, "
-      "bool between=False) -> ()");
+      "bool between=False, int[]? sizes=None) -> ()");
+  m.def("magnitude_counts(Tensor[] w, Tensor?[] masters, Tensor?[] duals, int low, int high) -> Tensor");
 }
 
 // The same functions for every device: they ask each tensor for its own.
@@ -315,6 +383,7 @@ static void implement(torch::Library& m) {
 TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) {
   implement(m);
   m.impl("cuts_", cuts_);
+  m.impl("magnitude_counts", magnitude_counts);
 }
 #if defined(RVSM_CUDA)
 TORCH_LIBRARY_IMPL(rvsm_kernels, CUDA, m) { implement(m); }
@@ -326,6 +395,7 @@ TORCH_LIBRARY_IMPL(rvsm_kernels, Meta, m) {
   m.impl("penalty_value", penalty_value_meta);
   m.impl("squares", squares_meta);
   m.impl("cuts_", cuts_meta);
+  m.impl("magnitude_counts", magnitude_counts_meta);
 }
 
 }  // namespace rvsm

@@ -18,9 +18,11 @@ from ..method.dtypes import to_opmath
 from ..method.groups import Grouping, from_memory_order, group_size, grouping_of
 from ..method.parameters import param_name
 from ..method.prox import threshold
+from ..method.selection import Selection
 from ..method.split import strength, strength_of_size
 from ..method.step_options import StepOptions
 from .norms import SharedNorms, rows_of
+from .selection import select
 from .shards import gradient_of, note_writes, ranks_of_groups, refuse_partial, shard_of, sharded_like, shards_of
 from .sums import add_by_ranks, value_across
 
@@ -243,6 +245,9 @@ class ShardEngine(Engine):
         self._engine.drop()
 
     # ---- u -----------------------------------------------------------------------------------------------------------
+
+    def select(self, selections: Sequence[Selection]) -> None:
+        select(selections, self._engine.select)
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
         ranks_of_groups(p, grouping_of(group), name)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..method.dtypes import DTYPES, opmath_type
+from ..method.dtypes import DTYPES, opmath_type, to_opmath
 from ..method.groups import group_count, group_dims, size_of_block
 from ..method.memory import kind_of, tracer
-from ..method.selection import Selection, survivors
+from ..method.selection import Candidates, Selection
 from ..method.selection import select as select_in_torch
 
 
@@ -20,35 +20,45 @@ def select(selections: Sequence[Selection]) -> None:
     if len(served) < len(selections):
         select_in_torch([s for s in selections if not _is_served(s)])
     for between in (False, True):
-        alike = [s for s in served if (s.group_dim is not None) == between]
+        alike = [s for s in served if s.between == between]
         if alike:
-            tensors = list(_norms(alike)) if between else [s.w for s in alike]
-            nothing = [None] * len(alike)  # norms have no states beside them
+            candidates = [as_elements(c) for s in alike for c in s.candidates]
             torch.ops.rvsm_kernels.cuts_(
                 [s.cut for s in alike],
                 [s.last for s in alike],
-                tensors,
-                nothing if between else [s.master for s in alike],
-                nothing if between else [s.dual for s in alike],
-                [survivors(s.density, t.numel()) for s, t in zip(alike, tensors, strict=True)],
+                [c.w for c in candidates],
+                [c.master for c in candidates],
+                [c.dual for c in candidates],
+                [s.survivors for s in alike],
                 between,
+                [len(s.candidates) for s in alike],
             )
 
 
 def _is_served(s: Selection) -> bool:
     """Whether the compiled selection can work on everything that it would read and write."""
-    tensors = [t for t in (s.w, s.master, s.dual, s.cut, s.last) if t is not None]
-    in_memory = all(t.device.type == "cpu" and kind_of(t) is None for t in tensors)
-    return in_memory and s.w.dtype in DTYPES and tracer() is None
+    return kind_of(s.cut) is None and kind_of(s.last) is None and are_served(s.candidates, s.cut)
 
 
-def _norms(selections: Sequence[Selection]) -> Iterator[Tensor]:
-    """The norms of the groups of each tensor, each once; :func:`rvsm_kernels.method.groups.magnitudes` rounds alike."""
-    for s in selections:
-        w = s.w if s.master is None and s.dual is None else s.thresholded()
-        if group_count(w.shape, s.group_dim) == w.numel():  # a group is one element, whose square may be out of range
-            yield w
-        else:
-            dims = group_dims(s.group_dim, w.dim()) or ()
-            (squares,) = torch.ops.rvsm_kernels.squares([w], dims, size_of_block(s.group_dim))
-            yield squares.sqrt_().to(opmath_type(w.dtype))
+def are_served(candidates: Sequence[Candidates], like: Tensor) -> bool:
+    """Whether the compiled kernels can read the candidates, and their arithmetic has the type of ``like``."""
+    tensors = [t for c in candidates for t in (c.w, c.master, c.dual) if t is not None]
+    in_memory = all(t.device.type == "cpu" and kind_of(t) is None for t in (like, *tensors))
+    types = {opmath_type(c.w.dtype) if c.w.dtype in DTYPES else None for c in candidates}
+    return in_memory and types == {like.dtype} and tracer() is None
+
+
+def as_elements(c: Candidates) -> Candidates:
+    """Candidates as elements of a tensor: the norms of groups, each once.
+
+    :func:`rvsm_kernels.method.groups.magnitudes` rounds alike.
+    """
+    if c.group_dim is None:
+        return c
+    w = c.w if c.master is None and c.dual is None else c.thresholded()
+    if group_count(w.shape, c.group_dim) != w.numel():
+        dims = group_dims(c.group_dim, w.dim()) or ()
+        (squares,) = torch.ops.rvsm_kernels.squares([w], dims, size_of_block(c.group_dim))
+        w = squares.sqrt_().to(opmath_type(w.dtype))
+    # else a group is one element, whose square may be out of range
+    return Candidates(w if c.scale == 1 else to_opmath(w) / c.scale)

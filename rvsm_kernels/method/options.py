@@ -126,6 +126,12 @@ def at_least_one(name: str, value: Any) -> None:
         raise ValueError(f"Invalid {name} value: {value}")
 
 
+def _name(name: str, value: Any) -> None:
+    """A check for a name, or None."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"Invalid {name} value: {shown(value)} (a string is needed)")
+
+
 def _dims(name: str, value: Any) -> None:
     """A check for the type of ``group_dim``; whether a parameter has the dimensions, only its shape tells."""
     as_dims(value)
@@ -164,6 +170,8 @@ SPLIT_OPTIONS = (
         _optional(_number("density value", above=0.0, most=1.0)),
         "the share of elements or groups that survive top-k, in (0, 1]",
     ),
+    Option("budget", "tensor", choice(("tensor", "global")), "what a density is a share of: of each tensor, or of all"),
+    Option("budget_name", None, _name, "groups of top-k with budget='global' and the same name share one cut"),
     Option("group_dim", None, _dims, "the dimensions that index the groups, None for elements"),
     Option("group_block", 1, at_least_one, "how many consecutive indices of group_dim make one group, >= 1"),
     Option("group_scale", False, None, "multiply lam by sqrt(group size)"),

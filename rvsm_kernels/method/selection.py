@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .dtypes import opmath_type, to_opmath
-from .groups import Grouping, grouping_of, magnitudes, once
+from .groups import Grouping, group_count, grouping_of, magnitudes, once
 from .memory import kind_of, tracer, turns_of, whole
-from .parameters import with_gradient
 from .precision import Stored, join, master_name
 from .step_options import StepOptions
 
@@ -38,14 +36,23 @@ def cut_of(v: Tensor, density: float, group_dim: Grouping = None) -> Tensor:
         it is halfway to the smallest survivor: another order of summation cannot move a group across.
     """
     r = once(whole(magnitudes(v, group_dim)), group_dim).reshape(-1)
-    n = r.numel()
-    dropped = n - survivors(density, n)
+    return cut_among([r], survivors(density, r.numel()), group_dim is not None)
+
+
+def cut_among(magnitudes: Sequence[Tensor], survivors: int, between: bool) -> Tensor:
+    """The cut that ``survivors`` of all the magnitudes of several tensors survive: see :func:`cut_of`.
+
+    Args:
+        magnitudes: flat, of one device and one dtype.
+        between: halfway to the smallest survivor, where there is a number between; nothing then is moved across by the
+            rounding of what follows from the cut.
+    """
+    dropped = sum(m.numel() for m in magnitudes) - survivors
     if dropped == 0:
-        return r.new_full((), -1.0)
-    low = torch.kthvalue(r, dropped).values
-    if group_dim is None:
+        return magnitudes[0].new_full((), -1.0)
+    low, high = _neighbours(magnitudes, dropped, both=between and survivors > 0)
+    if high is None:
         return low
-    high = torch.kthvalue(r, dropped + 1).values
     middle = low + (high - low) / 2
     # The middle of two neighbouring floats may be rounded up to high.
     return torch.where(high.isfinite() & (middle < high), middle, low)
@@ -56,25 +63,11 @@ _MARGIN = 4.0
 """A bracket reaches so many standard deviations of a sample's quantile to each side of it."""
 
 
-def cut_among(magnitudes: Sequence[Tensor], zeros: int) -> float | None:
-    """The cut that takes the ``zeros`` smallest of all the magnitudes of several tensors; None for 0.
-
-    It lies halfway to the smallest one that stays, so that no rounding of what follows from it moves one across. Exact:
-    a bracket from a sample is counted, and where it misses, all magnitudes are looked at.
-
-    Args:
-        magnitudes: flat, of one device, at least ``zeros`` in all.
-    """
-    if zeros <= 0:
-        return None
-    low, high = _neighbours(magnitudes, zeros)
-    return low if math.isinf(high) else (low + high) / 2
-
-
-def _neighbours(magnitudes: Sequence[Tensor], k: int) -> tuple[float, float]:
-    """The k-th smallest of all magnitudes and the next larger one that is not in it, infinity where there is none."""
+def _neighbours(magnitudes: Sequence[Tensor], k: int, both: bool) -> tuple[Tensor, Tensor | None]:
+    """The k-th smallest of all magnitudes and, if both are wanted, the next one in order; NaN is above all numbers."""
     n = sum(m.numel() for m in magnitudes)
-    if n > 16 * _SAMPLE:
+    if n > 16 * _SAMPLE and all(m.device.type == "cpu" and kind_of(m) is None for m in magnitudes) and tracer() is None:
+        # A bracket from a sample is counted, and where it misses, all magnitudes are looked at.
         step = n // _SAMPLE
         sample = torch.cat([m[::step] for m in magnitudes])
         share, size = k / n, sample.numel()
@@ -83,15 +76,14 @@ def _neighbours(magnitudes: Sequence[Tensor], k: int) -> tuple[float, float]:
         lo, hi = (float(torch.kthvalue(sample, place).values) for place in (first, last))
         below = sum(int((m < lo).sum()) for m in magnitudes)
         inside = torch.cat([m[(m >= lo) & (m <= hi)] for m in magnitudes])
-        if below < k < below + inside.numel():  # the next larger one lies inside too
-            return _two(inside, k - below)
-    return _two(torch.cat(list(magnitudes)), k)
+        if below < k < below + inside.numel():  # the next one lies inside too
+            return _two(inside, k - below, both)
+    return _two(magnitudes[0] if len(magnitudes) == 1 else torch.cat(list(magnitudes)), k, both)
 
 
-def _two(values: Tensor, k: int) -> tuple[float, float]:
-    low = float(torch.kthvalue(values, k).values)
-    high = float(torch.kthvalue(values, k + 1).values) if k < values.numel() else math.inf
-    return low, high
+def _two(values: Tensor, k: int, both: bool) -> tuple[Tensor, Tensor | None]:
+    low = torch.kthvalue(values, k).values
+    return low, torch.kthvalue(values, k + 1).values if both else None
 
 
 def keep_above(v: Tensor, r: Tensor, cut: Tensor) -> Tensor:
@@ -106,28 +98,60 @@ def thresholded(w: Tensor, dual: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """The elements of a tensor, or its groups, among which a cut selects.
+
+    Attributes:
+        w: a parameter, or weights in the type of the arithmetic.
+        master, dual: the states beside w that say what is thresholded, or None.
+        scale: what the norms of its groups are divided by before they are compared with those of other tensors.
+    """
+
+    w: Tensor
+    master: Tensor | None = None
+    dual: Tensor | None = None
+    group_dim: Grouping = None
+    scale: float = 1.0
+
+    def thresholded(self) -> Tensor:
+        """What the magnitudes are of, in the type of the arithmetic; it may be w itself."""
+        return thresholded(join(self.w, self.master), self.dual)
+
+    def count(self) -> int:
+        """How many there are."""
+        return self.w.numel() if self.group_dim is None else group_count(self.w.shape, self.group_dim)
+
+    def magnitudes(self) -> Tensor:
+        """What is compared, flat and in the type of the arithmetic."""
+        r = once(whole(magnitudes(self.thresholded(), self.group_dim)), self.group_dim).reshape(-1)
+        return r if self.scale == 1 else r / self.scale
+
+
+@dataclass(frozen=True)
 class Selection:
-    """A cut that is wanted: from which tensor, and where it goes.
+    """A cut that is wanted: among what, and where it goes.
 
     Attributes:
         cut: 0-dim, in the type of the arithmetic: where the cut goes.
         last: two int64 numbers beside the cut, for an engine that looks around the last cut first; -1 at the
             beginning. What they are must not matter to the result.
-        w: a parameter, or weights in the type of the arithmetic.
-        master, dual: the states beside w that say what is thresholded, or None.
+        candidates: of one tensor, or of several that share the cut.
+        survivors: how many of them survive.
+        between: whether the cut is halfway to the smallest survivor.
     """
 
     cut: Tensor
     last: Tensor
-    w: Tensor
-    master: Tensor | None
-    dual: Tensor | None
-    density: float
-    group_dim: Grouping
+    candidates: Sequence[Candidates]
+    survivors: int
+    between: bool
 
-    def thresholded(self) -> Tensor:
-        """What the magnitudes are of, in the type of the arithmetic; it may be w itself."""
-        return thresholded(join(self.w, self.master), self.dual)
+    @classmethod
+    def by_density(cls, room: Room, candidates: Sequence[Candidates], density: float) -> Selection:
+        """The cut that a share of all candidates survives."""
+        count = sum(c.count() for c in candidates)
+        between = any(c.group_dim is not None for c in candidates)
+        return cls(*room, candidates, survivors(density, count), between)
 
 
 Select = Callable[[Sequence[Selection]], None]
@@ -137,7 +161,13 @@ Select = Callable[[Sequence[Selection]], None]
 def select(selections: Sequence[Selection]) -> None:
     """Fill cuts by torch's own selection."""
     for s in selections:
-        s.cut.copy_(cut_of(s.thresholded(), s.density, s.group_dim))
+        # Candidates of several types are compared in that of the cut, and so are those of several devices.
+        s.cut.copy_(cut_among([c.magnitudes().to(s.cut) for c in s.candidates], s.survivors, s.between))
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    types = {opmath_type(t.dtype) for t in tensors}
+    return torch.float64 if torch.float64 in types else torch.float32
 
 
 class Room(NamedTuple):
@@ -147,15 +177,16 @@ class Room(NamedTuple):
     last: Tensor
 
     @classmethod
-    def like(cls, p: Tensor) -> Room:
-        """Room for the cut of a parameter."""
-        last = torch.full((2,), -1, dtype=torch.int64, device=p.device)
-        return cls(torch.zeros((), dtype=opmath_type(p.dtype), device=p.device), last)
+    def like(cls, *tensors: Tensor) -> Room:
+        """Room for the cut of tensors: on the device of the first one, in the widest type of their arithmetic."""
+        device = tensors[0].device
+        last = torch.full((2,), -1, dtype=torch.int64, device=device)
+        return cls(torch.zeros((), dtype=_widest(tensors), device=device), last)
 
-    def serves(self, p: Tensor) -> bool:
+    def serves(self, *tensors: Tensor) -> bool:
         """Whether the room of an earlier step serves this one: not on another device, nor left by a traced step."""
         writable = torch.is_inference_mode_enabled() or not self.cut.is_inference()
-        here = self.cut.device == p.device and self.cut.dtype == opmath_type(p.dtype)
+        here = self.cut.device == tensors[0].device and self.cut.dtype == _widest(tensors)
         return writable and here and kind_of(self.cut) is None
 
 
@@ -164,11 +195,11 @@ def cut_by(select: Select, v: Tensor, density: float, group_dim: Grouping) -> Te
     if kind_of(v) is not None or tracer() is not None:
         return cut_of(v, density, group_dim)
     room = Room.like(v)
-    select([Selection(*room, v, None, None, density, group_dim)])
+    select([Selection.by_density(room, [Candidates(v, group_dim=group_dim)], density)])
     return room.cut
 
 
-def _states_beside(
+def states_beside(
     p: Tensor, step: StepOptions, state_of: Callable[[str], Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None]:
     """(master, dual): what says beside a parameter what is thresholded."""
@@ -184,48 +215,8 @@ def fresh_cut(p: Tensor, step: StepOptions, state_of: Callable[[str], Tensor | N
     Args:
         state_of: a state of the parameter by its name, None where it is missing.
     """
-    master, dual = _states_beside(p, step, state_of)
+    master, dual = states_beside(p, step, state_of)
     return cut_of(thresholded(join(p.detach(), master), dual), step.values["density"], grouping_of(step.values))
-
-
-class Cuts:
-    """The cuts of parameters with top-k, each in memory that stays where it is from step to step."""
-
-    def __init__(self) -> None:
-        self._rooms: dict[Tensor, Room] = {}
-
-    def find(self, groups: Sequence[Mapping[str, Any]], options: Sequence[StepOptions]) -> dict[Tensor, Tensor]:
-        """Room for the cuts of a step, by parameter; :meth:`select` fills it."""
-        rooms: dict[Tensor, Room] = {}
-        for group, step in zip(groups, options, strict=True):
-            if step.topk:
-                for _, p in with_gradient(group):
-                    room = self._rooms.get(p)
-                    rooms[p] = room if room is not None and room.serves(p) else Room.like(p)
-        self._rooms = rooms
-        return {p: room.cut for p, room in rooms.items()}
-
-    def select(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        options: Sequence[StepOptions],
-        state_of: Callable[[Tensor, str], Tensor | None],
-        select: Select,
-    ) -> None:
-        """Fill the cuts from the weights of this step.
-
-        Args:
-            state_of: a state of a parameter by its name, None where it is missing.
-            select: an engine's.
-        """
-        selections = []
-        for group, step in zip(groups, options, strict=True):
-            if step.topk:
-                for _, p in with_gradient(group):
-                    beside = _states_beside(p, step, functools.partial(state_of, p))
-                    wanted = step.values["density"], grouping_of(step.values)
-                    selections.append(Selection(*self._rooms[p], p.detach(), *beside, *wanted))
-        select(selections)
 
 
 def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = None) -> None:

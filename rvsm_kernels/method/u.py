@@ -25,16 +25,19 @@ def u_of(
     group: Mapping[str, Any],
     prox_: Callable[[Sequence[Tensor], Any], None],
     select: Select,
+    cut: Tensor | None = None,
 ) -> Tensor:
     """u where it is more than the prox of w, as a new tensor in the type of the arithmetic.
 
     Args:
         prox_: puts the prox into tensors in place; an engine's.
         select: fills cuts; an engine's.
+        cut: of the budget that the tensor belongs to, None where its cut is its own.
     """
     v = thresholded(w, dual)
     if is_topk(group):
-        cut = cut_by(select, v, group["density"], grouping_of(group))
+        if cut is None:
+            cut = cut_by(select, v, group["density"], grouping_of(group))
         return keep_above(v, magnitudes(v, grouping_of(group)), cut)
     v = v.clone() if dual is None else v
     prox_([v], group)

@@ -71,7 +71,8 @@ class AdaptiveHardThreshold(SplitOptimizer):
         super()._validate(group)
         if group["penalty"] not in (None, "topk"):
             raise ValueError(f"Invalid penalty: {group['penalty']!r}: AdaptiveHardThreshold knows 'topk' and None")
-
+        if group["budget"] != "tensor":
+            raise ValueError("AdaptiveHardThreshold keeps a share of each tensor: budget='tensor'")
         if group["master_weights"] or group["rounding"] != "nearest":
             raise ValueError("AdaptiveHardThreshold has neither master_weights nor another rounding than 'nearest'")
 

@@ -110,6 +110,8 @@ def of_group(index: int, group: Mapping[str, Any], explicit: Collection[str], be
 
     if group["density"] is not None and penalty != "topk" and given("density", "penalty"):
         warn(f"group {index}: density has no effect with penalty={penalty!r}; it belongs to penalty='topk'")
+    if group["budget"] != "tensor" and penalty != "topk" and given("budget", "penalty"):
+        warn(f"group {index}: budget has no effect with penalty={penalty!r}; it belongs to penalty='topk'")
     if penalty == "topk" and group["lam"] == 0:
         warn(f"group {index}: penalty='topk' with lam=0 has no effect: lam switches it on, any value above 0 will do")
     if "train_mode" in group and group["decoupled"] and is_split(group):

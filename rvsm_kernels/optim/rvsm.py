@@ -45,6 +45,9 @@ class RVSM(SplitOptimizer):
             survivor ties with the largest magnitude that is zeroed, all that tie are zeroed, as under l0, so that
             fewer may survive. ``lam`` only switches it on.
         density: of ``"topk"``, in (0, 1].
+        budget: ``"tensor"``: the density is a share of each tensor; ``"global"``: of all tensors together, so that a
+            layer with small weights loses more. One cut is taken over all groups with the same ``budget_name``, which
+            have one density; with a ``group_dim`` norms are compared, with ``group_scale`` norms / sqrt(group size).
         lam: strength of the penalty, in units of the loss, >= 0. 0 switches the splitting off.
         beta: strength of the coupling, >= 0. 0 switches the splitting off. Weights below the cut go to zero in u:
             sqrt(2 lam / beta) for l0, lam / beta for l1.
@@ -113,6 +116,8 @@ class RVSM(SplitOptimizer):
         beta: float = 1e-2,
         a: float = 1.0,
         density: float | None = None,
+        budget: str = "tensor",
+        budget_name: str | None = None,
         group_dim: GroupDim = None,
         group_block: int = 1,
         group_scale: bool = False,

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 import numbers
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..method import device_numbers
-from ..method.groups import group_size, grouping_of, magnitudes, once
-from ..method.memory import whole
-from ..method.methods import METHODS
+from ..method.groups import group_size, grouping_of
 from ..method.options import shown
 from ..method.parameters import is_left_alone
 from ..method.penalties import PENALTIES
-from ..method.selection import cut_among, thresholded
+from ..method.selection import Candidates, Room, Selection
 from ..method.warn import warn
 from .split_optimizer import SplitOptimizer
 from .unwrap import unwrap
@@ -42,15 +40,19 @@ def _is_number(value: Any) -> bool:
 
 
 class _Population(NamedTuple):
-    """Magnitudes that are compared with each other.
+    """Parameters whose elements or groups are compared with each other.
 
     Attributes:
-        magnitudes: of elements or groups of several tensors, flat.
-        sizes: how many elements each of a tensor's magnitudes stands for.
+        groups, sizes: of each parameter: its param group, and how many elements one of its groups has.
     """
 
-    magnitudes: list[Tensor]
+    params: list[Tensor]
+    groups: list[Mapping[str, Any]]
     sizes: list[int]
+
+
+_Cut = float | Tensor | None
+"""None where nothing goes to zero; a 0-dim tensor where nobody has read it from its device."""
 
 
 class SparsitySchedule:
@@ -71,7 +73,7 @@ class SparsitySchedule:
     ``group_scale`` norms are compared after each group's scale is divided out.
 
     Elements and groups are not compared with each other: of an optimizer that has both, each kind has a cut of its
-    own, with the same target. Of sharded parameters each tensor is gathered where the cut is looked up.
+    own, with the same target.
 
     Args:
         optimizer: RVSM, RVSMAdamW, RVSMWrapper or a wrapper around one of them (:func:`rvsm_kernels.unwrap`). Its
@@ -88,8 +90,8 @@ class SparsitySchedule:
             l1 and tl1 on the weights that survive would grow as lr falls, which is warned about.
 
     Raises:
-        ValueError, TypeError: an argument out of range; ``scope="global"`` with top-k, which cuts each tensor;
-            ``scope="tensor"`` with several tensors in a group, for they share a lam; a group whose beta is 0.
+        ValueError, TypeError: an argument out of range; top-k whose ``budget`` is not the scope; ``scope="tensor"``
+            with several tensors in a group, for they share a lam; a group whose beta is 0.
     """
 
     def __init__(
@@ -128,7 +130,8 @@ class SparsitySchedule:
             self.pull_rate = rates
         self.last_step = 0
         self._handle: Any = None
-        self._cuts: dict[str, float | None] = {}  # of each kind, or of each group; None where nothing goes to zero
+        self._cuts: dict[str, _Cut] = {}  # of each kind, or of each group
+        self._rooms: dict[str, Room] = {}
         for i, group in self._groups():
             self._check(i, group)
         self._checked = len(self._optimizer.param_groups)
@@ -139,8 +142,13 @@ class SparsitySchedule:
 
     def _check(self, i: int, group: Mapping[str, Any]) -> None:
         topk = group["penalty"] == "topk"
-        if topk and self.scope == "global":
-            raise ValueError(f"group {i}: top-k cuts each tensor by itself: scope='tensor' is needed")
+        budget = "global" if topk and group["budget"] == "global" else "tensor"
+        if topk and self.scope != budget:
+            raise ValueError(
+                f"group {i}: top-k has budget={group['budget']!r}: scope={budget!r} is needed, or another budget"
+            )
+        if topk and self.scope == "global" and group["group_dim"] is not None and self.of == "elements":
+            raise ValueError(f"group {i}: the density of a global budget is a share of groups: of='groups' is needed")
         if self.scope == "tensor" and not topk and len(group["params"]) > 1:
             raise ValueError(
                 f"group {i} has {len(group['params'])} tensors, which share one lam: scope='tensor' needs groups of one"
@@ -185,9 +193,9 @@ class SparsitySchedule:
     @torch.no_grad()
     def _select(self) -> None:
         """Look up the cuts that give the share of this step."""
-        found = {key: self._cut(population) for key, population in self._populations().items()}
+        found = {key: self._cut(key, population) for key, population in self._populations().items()}
         for key, cut in found.items():
-            if cut is not None and not math.isfinite(cut):
+            if isinstance(cut, float) and not math.isfinite(cut):
                 warn(f"SparsitySchedule: {key} are not finite, NaN or infinite: no cut can be found, and lam stays")
                 found[key] = self._cuts.get(key)
         self._cuts = found
@@ -201,13 +209,13 @@ class SparsitySchedule:
                 self._checked = i + 1
             if group["penalty"] == "topk":
                 continue
-            key = self._key(i, group)
             for p in group["params"]:
                 if id(p) in seen or is_left_alone(p) or not p.requires_grad or p.numel() == 0:
                     continue
                 seen.add(id(p))
-                population = populations.setdefault(key, _Population([], []))
-                population.magnitudes.append(self._magnitudes(p, group))
+                population = populations.setdefault(self._key(i, group), _Population([], [], []))
+                population.params.append(p)
+                population.groups.append(group)
                 population.sizes.append(group_size(p.shape, grouping_of(group)))
         return populations
 
@@ -218,31 +226,51 @@ class SparsitySchedule:
             return f"groups by scale, {group['penalty']} of a {group['a']}"
         return "elements" if group["group_dim"] is None else "groups"
 
-    def _magnitudes(self, p: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """The magnitudes of a parameter; with ``group_scale`` the lam / beta at which each of its groups goes."""
-        view, groups = self._optimizer._view, grouping_of(group)
-        dual = view._dual(p, group) if METHODS[group["method"]].adds_state else None
-        r = whole(magnitudes(thresholded(view._weights(p, group), dual), groups))
-        r = (r if groups is None else once(r, groups)).reshape(-1)
-        if not _is_scaled(group):
-            return r
-        return PENALTIES[group["penalty"]].tau(r.double(), float(group["a"])) / math.sqrt(group_size(p.shape, groups))
+    def _cut(self, key: str, population: _Population) -> _Cut:
+        """The cut of a population; where its groups are scaled, the lam / beta at which that share of them goes.
 
-    def _cut(self, population: _Population) -> float | None:
-        devices = {m.device for m in population.magnitudes}
-        found = [m if len(devices) == 1 else m.cpu() for m in population.magnitudes]
-        if self.of == "groups" or set(population.sizes) == {1}:
-            return cut_among(found, round(self.sparsity * sum(m.numel() for m in found)))
+        It stays on the device where every lam is read there.
+        """
+        candidates = [self._optimizer._view.candidates(p, group) for p, group in zip(*population[:2], strict=True)]
+        select = self._optimizer._view.select_for(population.params)
+        of_elements = self.of == "elements" and set(population.sizes) != {1}
+        if of_elements or any(map(_is_scaled, population.groups)):
+            candidates, zeros = self._by_size(population, candidates)
+        else:
+            zeros = round(self.sparsity * sum(c.count() for c in candidates))
+        if zeros == 0:
+            return None
+        tensors = [c.w for c in candidates]
+        room = self._rooms.get(key)
+        if room is None or not room.serves(*tensors):
+            room = self._rooms[key] = Room.like(*tensors)
+        # Halfway to the smallest one that stays, so that no rounding of what follows from the cut moves it across.
+        select([Selection(*room, candidates, sum(c.count() for c in candidates) - zeros, between=True)])
+        on_device = room.cut.device.type != "cpu" and all(isinstance(g["lam"], Tensor) for g in population.groups)
+        return room.cut.clone() if on_device else float(room.cut)
+
+    def _by_size(self, population: _Population, candidates: Sequence[Candidates]) -> tuple[list[Candidates], int]:
+        """What is compared of groups of several sizes, and how many of them go to zero."""
+        scaled = [
+            _taus(c.magnitudes(), g, n) if _is_scaled(g) else c.magnitudes()
+            for c, g, n in zip(candidates, population.groups, population.sizes, strict=True)
+        ]
+        first = scaled[0]
+        if self.of == "groups":
+            return [Candidates(r) for r in scaled], round(self.sparsity * sum(r.numel() for r in scaled))
+        together = torch.cat([r.to(first.device, torch.float64) for r in scaled])
         sizes = torch.cat(
-            [m.new_full(m.shape, n, dtype=torch.int64) for m, n in zip(found, population.sizes, strict=True)]
+            [
+                torch.full(r.shape, n, dtype=torch.int64, device=first.device)
+                for r, n in zip(scaled, population.sizes, strict=True)
+            ]
         )
-        order = torch.cat([m.double() for m in found]).sort()
-        zeros = sizes[order.indices].cumsum(0)  # elements that are zero if so many groups are
+        zeros = sizes[together.argsort()].cumsum(0)  # elements that are zero if so many groups are
         wanted = self.sparsity * float(zeros[-1])
         k = int((zeros <= wanted).sum())
         if k < len(zeros) and float(zeros[k]) - wanted < wanted - (float(zeros[k - 1]) if k > 0 else 0.0):
             k += 1
-        return cut_among([order.values], k)
+        return [Candidates(together)], k
 
     def _apply(self) -> None:
         """Set lam, density and beta of every group."""
@@ -260,14 +288,17 @@ class SparsitySchedule:
             if self._cuts and key not in self._cuts:
                 continue  # it came or was edited after the last look, and is led from the next one on
             cut = self._cuts.get(key)
+            tau: Any = 0.0
             if cut is None:
-                tau = 0.0
+                pass
             elif _is_scaled(group):
                 tau = cut  # what was looked up: see _magnitudes
             else:
-                as_tensor = torch.tensor(cut, dtype=torch.float64)
-                tau = float(PENALTIES[group["penalty"]].tau(as_tensor, float(group["a"])))
-            _set(group, "lam", group["beta"] * tau)
+                tau = PENALTIES[group["penalty"]].tau(torch.as_tensor(cut, dtype=torch.float64), float(group["a"]))
+            if isinstance(cut, Tensor):  # NaN and infinity are not waited for: lam stays
+                lam = group["beta"] * tau
+                tau = torch.where(torch.isfinite(lam), lam, group["lam"]) / group["beta"]
+            _set(group, "lam", group["beta"] * (tau if isinstance(group["lam"], Tensor) else float(tau)))
 
     def _watch(self) -> None:
         """With a pull_rate: set beta from lr once more when a step begins; a scheduler may have moved lr by then."""
@@ -293,12 +324,18 @@ class SparsitySchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is, as plain values; what was given to the constructor is not in it."""
-        return {"last_step": self.last_step, "cuts": dict(self._cuts)}
+        cuts = {key: None if cut is None else float(cut) for key, cut in self._cuts.items()}
+        return {"last_step": self.last_step, "cuts": cuts}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from there; the optimizer's lam and beta are those of that step then."""
         self.last_step, self._cuts = int(state_dict["last_step"]), dict(state_dict["cuts"])
         self._apply()
+
+
+def _taus(norms: Tensor, group: Mapping[str, Any], size: int) -> Tensor:
+    """The lam / beta at which each group goes to zero with ``group_scale``."""
+    return PENALTIES[group["penalty"]].tau(norms.double(), float(group["a"])) / math.sqrt(size)
 
 
 def _is_scaled(group: Mapping[str, Any]) -> bool:

@@ -11,17 +11,19 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..dist.gathered import forget_gathered, has_flat_params
-from ..dist.shards import placed_like
+from ..dist.shards import is_sharded, placed_like
 from ..engines.checks import check_state, refuse_expanded
 from ..engines.interface import Engine, Group
 from ..method import device_numbers
 from ..method import u as more_than_prox
+from ..method.cuts import Budget, budget_of, find_budgets, put_cut, scale_of, select_budget
+from ..method.dtypes import opmath_type
 from ..method.groups import grouping_of
 from ..method.memory import kind_of, named, refuse, whole
 from ..method.methods import METHODS
 from ..method.parameters import is_left_alone, param_name
 from ..method.precision import MASTER_STATES, as_parameter, has_master, join, master_of, new_master, store
-from ..method.selection import thresholded
+from ..method.selection import Candidates, Room, Select, thresholded
 from ..method.split import is_split
 from ..method.warn import some, warn
 from ..model.sparsity import SparsityReport, SparsityRow, is_all_zero, measure
@@ -53,6 +55,7 @@ class SparseView:
         self._dense: dict[Tensor, Tensor] | None = None  # the weights, while the parameters hold u
         self._marks: dict[Tensor, marks.Mark] = {}  # of the parameters that sparsify_() has made u
         self._dense_marks: set[Tensor] = set()  # those whose mark held when u was put in
+        self._cuts_of_budgets: dict[Budget, Tensor] | None = None  # while one method looks; see forget_cuts()
         self._dead: set[str] = set()  # layers that are all zero in u, and were warned about
 
     @property
@@ -91,6 +94,7 @@ class SparseView:
         """
         with self._optimizer._lock:
             self._optimizer._check_options()
+        self.forget_cuts()
         parts: list[SplitParams] = []
         seen: set[Any] = set()
         skipped = 0
@@ -154,6 +158,45 @@ class SparseView:
         del self._marks[p]
         return False
 
+    # ---- the cuts of budgets -----------------------------------------------------------------------------------------
+
+    def forget_cuts(self) -> None:
+        """Look for the cuts of budgets anew from here on: the weights may have changed."""
+        self._cuts_of_budgets = None
+
+    def _cut_of_budget(self, p: Tensor, w: Tensor, group: Mapping[str, Any]) -> Tensor | None:
+        """The cut of a parameter whose budget spans several tensors, None where its cut is its own.
+
+        Of the weights as they were when the first one was asked for: u must not depend on the order in which it is
+        put into the parameters.
+        """
+        key = budget_of(group)
+        if key is None:
+            return None
+        if self._cuts_of_budgets is None:
+            groups = list(map(device_numbers.read, self._optimizer.param_groups))
+            self._cuts_of_budgets = {}
+            for name, members in find_budgets(groups, groups, lambda i, p: self.candidates(p, groups[i])).items():
+                room = Room.like(*(member.p for member in members))
+                select_budget(room, members, self.select_for([member.p for member in members]))
+                self._cuts_of_budgets[name] = room.cut
+        if key not in self._cuts_of_budgets:  # all of its parameters are frozen
+            return None
+        cut = torch.empty((), dtype=opmath_type(w.dtype), device=w.device)
+        put_cut(cut, self._cuts_of_budgets[key], scale_of(group, p))
+        return cut
+
+    def candidates(self, p: Tensor, group: Mapping[str, Any]) -> Candidates:
+        """Those of a parameter, with its weights as they are, also while it holds u."""
+        w = (p if self._dense is None else self._dense.get(p, p)).detach()
+        master = self._master(p, group) if has_master(group, p.dtype) else None
+        return Candidates(w, master, self._dual(p, group), grouping_of(group), scale_of(group, p))
+
+    def select_for(self, params: Sequence[Tensor]) -> Select:
+        """The selection of the engine that serves parameters: where there are shards, theirs."""
+        first = next((p for p in params if is_sharded(p)), params[0])
+        return self._engine_of(first, "a parameter").select
+
     # ---- u of tensors ------------------------------------------------------------------------------------------------
 
     def first_u(self, p: Tensor, group: Mapping[str, Any], name: str) -> Tensor:
@@ -169,7 +212,8 @@ class SparseView:
     def _u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
         """u of a parameter with these weights, as a new tensor; in the type of the weights or of the arithmetic."""
         if more_than_prox.is_more_than_prox(group):
-            u = more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_, engine.select)
+            cut = self._cut_of_budget(p, w, group)
+            u = more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_, engine.select, cut)
             return placed_like(u, p)
         u = w.detach().clone()
         engine.prox_([u], group)
@@ -314,6 +358,7 @@ class SparseView:
         """Every parameter with a penalty, and what is counted of it."""
         with self._optimizer._lock:
             self._optimizer._check_options()
+        self.forget_cuts()
         rows = []
         for i, group in enumerate(map(device_numbers.read, self._optimizer.param_groups)):
             if group["penalty"] is None:

@@ -23,12 +23,13 @@ from ..dist.shards import is_sharded
 from ..engines.checks import validate_param
 from ..engines.interface import Engine, Ready, StepInputs
 from ..method.bases import Base, validate
+from ..method.cuts import Cuts, budget_of
 from ..method.groups import grouping_of
 from ..method.methods import METHODS
 from ..method.options import make_plain, may_differ, names_of, shown, snapshot
 from ..method.parameters import is_left_alone, param_name, with_gradient
 from ..method.precision import Stored
-from ..method.selection import Cuts, normalize_
+from ..method.selection import normalize_
 from ..method.split import state_name
 from ..method.step_options import StepOptions
 from ..model.sparsity import SparsityReport
@@ -208,8 +209,9 @@ class SplitOptimizer(Optimizer):
         traced.step(self)
 
     def _can_be_traced(self) -> bool:
-        """Whether the reference alone steps, and there is no GradScaler, which may call the step off."""
+        """Whether the reference alone steps, with cuts of single tensors, and no GradScaler may call the step off."""
         alone = self._engines.requested == "reference" and self._at_once
+        alone = alone and not any(budget_of(group) is not None for group in self.param_groups)
         return alone and "grad_scale" not in self.__dict__ and "found_inf" not in self.__dict__
 
     def _init_group(self, group: dict[str, Any], params: list[Tensor], states: list[Any]) -> bool:
@@ -262,7 +264,8 @@ class SplitOptimizer(Optimizer):
         groups, options = self._stepped_groups(), inputs.options
         states = method_states.NewStates(inputs, self._view.first_u)
         if self._any_topk:
-            inputs.cuts = self._cuts.find(groups, options)
+            inputs.cuts = self._cuts.find(groups, options, inputs.state_of)
+            self._view.forget_cuts()
         if self._any_state_at_rest:
             states.copy_where_lr_is_0(groups)
         engines: list[Engine] = []
@@ -292,6 +295,7 @@ class SplitOptimizer(Optimizer):
             if self._any_topk:
                 for engine, of_engine, their_options in parts:
                     self._cuts.select(of_engine, their_options, inputs.state_of, engine.select)
+                self._cuts.select_budgets(self._view.select_for)
             self._run(engines)
         finally:
             for engine in engines:
@@ -401,6 +405,7 @@ class SplitOptimizer(Optimizer):
 
     def _complete_states(self) -> None:
         """The states that the next step would begin with, of parameters whose method was edited after the last one."""
+        self._view.forget_cuts()
         for i, group in enumerate(self.param_groups):
             make_plain(group, self._option_names)
             key = state_name(group)
