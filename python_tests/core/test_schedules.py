@@ -313,8 +313,9 @@ def test_cut_among_many(kind: str) -> None:
     ordered = values.sort().values.double()
     for k in (1, 17, n // 10, n // 2, n - 1, n):
         high = ordered[k] if k < n else ordered[k - 1]
-        assert cut_among(parts, k) == pytest.approx(float((ordered[k - 1] + high) / 2), rel=1e-12)
-    assert cut_among(parts, 0) is None
+        assert float(cut_among(parts, n - k, True)) == pytest.approx(float((ordered[k - 1] + high) / 2), rel=1e-7)
+        assert cut_among(parts, n - k, False) == ordered[k - 1]
+    assert cut_among(parts, n, True) == -1
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -410,8 +411,14 @@ def test_other_errors() -> None:
     model = model_of()
     with pytest.raises(TypeError, match="no optimizer of rvsm_kernels"):
         rk.SparsitySchedule(torch.optim.SGD(model.parameters()), 0.5, end=10)
-    with pytest.raises(ValueError, match="top-k cuts each tensor"):
-        rk.SparsitySchedule(rk.RVSM(rk.param_groups(model, penalty="topk", density=0.5)), 0.5, end=10)
+    topk = {"penalty": "topk", "density": 0.5}
+    with pytest.raises(ValueError, match="scope='tensor' is needed"):
+        rk.SparsitySchedule(rk.RVSM(rk.param_groups(model, **topk)), 0.5, end=10)
+    with pytest.raises(ValueError, match="scope='global' is needed"):
+        rk.SparsitySchedule(rk.RVSM(rk.param_groups(model, budget="global", **topk)), 0.5, end=10, scope="tensor")
+    channels = rk.param_groups(model, structure="out_channels", budget="global", **topk)
+    with pytest.raises(ValueError, match="of='groups' is needed"):
+        rk.SparsitySchedule(rk.RVSM(channels), 0.5, end=10)
     with pytest.raises(ValueError, match="beta is 0"):
         rk.SparsitySchedule(rk.RVSM(rk.param_groups(model, beta=0.0)), 0.5, end=10)
     for arguments in ({"option": "lr"}, {"shape": "cubic"}, {"steps": 0}, {"first": -1.0}):

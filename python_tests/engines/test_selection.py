@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,11 @@ from builds import generator
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
-from rvsm_kernels.engines import cuts, native
+from rvsm_kernels.engines import cuts, histograms, native
+from rvsm_kernels.method.dtypes import opmath_type
 from rvsm_kernels.method.groups import Blocks, Grouping
 from rvsm_kernels.method.precision import split
-from rvsm_kernels.method.selection import Room, Selection, cut_of
+from rvsm_kernels.method.selection import Candidates, Room, Selection, cut_of
 from rvsm_kernels.method.selection import select as select_in_torch
 
 pytestmark = [
@@ -42,26 +44,34 @@ TENSORS: dict[str, Callable[[Any], Tensor]] = {
 def selection(
     w: Tensor, density: float, group_dim: Grouping = None, master: Tensor | None = None, dual: Tensor | None = None
 ) -> Selection:
-    return Selection(*Room.like(w), w, master, dual, density, group_dim)
+    return Selection.by_density(Room.like(w), [Candidates(w, master, dual, group_dim)], density)
+
+
+def in_torch(s: Selection) -> Tensor:
+    """The cut by torch's selection."""
+    other = dataclasses.replace(s, cut=torch.zeros_like(s.cut))
+    select_in_torch([other])
+    return other.cut
 
 
 def check_cut(s: Selection) -> None:
     """The compiled cut is torch's bit for bit; again, around the last cut, and after an edit of the weights."""
+    ws = [c.w for c in s.candidates]
     edits: list[Callable[[], Any]] = [
         lambda: None,
         lambda: None,
-        lambda: s.w.mul_(1.0001),
-        lambda: s.w.mul_(-3.0),
-        lambda: s.w.view(-1)[: s.w.numel() // 2].zero_(),
-        lambda: s.w.add_(1),
+        lambda: [w.mul_(1.0001) for w in ws],
+        lambda: [w.mul_(-3.0) for w in ws],
+        lambda: ws[0].view(-1)[: ws[0].numel() // 2].zero_(),
+        lambda: [w.add_(1) for w in ws],
         lambda: s.last.copy_(torch.tensor([2**62, 5])),
         lambda: s.last.copy_(torch.tensor([-7, -7])),
     ]
     for edit in edits:
         edit()
         cuts.select([s])
-        want = cut_of(s.thresholded(), s.density, s.group_dim)
-        assert s.cut.dtype == want.dtype and torch.equal(s.cut, want), (s.density, s.cut.item(), want.item())
+        want = in_torch(s)
+        assert torch.equal(s.cut, want), (s.survivors, s.cut.item(), want.item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,7 +116,7 @@ def test_groups(group_dim: Grouping, dtype: torch.dtype, threads: int) -> None:
             s = selection(w, density, group_dim)
             for _ in range(2):
                 cuts.select([s])
-                want = cut_of(s.thresholded(), density, group_dim)
+                want = in_torch(s)
                 torch.testing.assert_close(s.cut, want, rtol=4 * torch.finfo(want.dtype).eps, atol=0)
 
 
@@ -135,7 +145,7 @@ def test_states_beside_the_weights(
             y = y.t().contiguous().t()
         s = selection(p, 0.3, group_dim, rest, y)
         cuts.select([s])
-        want = cut_of(s.thresholded(), 0.3, group_dim)
+        want = in_torch(s)
         torch.testing.assert_close(s.cut, want, rtol=0 if group_dim is None else 1e-6, atol=0)
 
 
@@ -215,7 +225,48 @@ def test_many_tensors_in_one_call() -> None:
     selections = [selection(w, 0.4) for w in ws] + [selection(torch.randn(6, 5), 0.5, 0)]
     cuts.select(selections)
     for s in selections:
-        torch.testing.assert_close(s.cut, cut_of(s.w, s.density, s.group_dim), rtol=1e-6, atol=0)
+        torch.testing.assert_close(s.cut, in_torch(s), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_cut_over_several_tensors(dtype: torch.dtype, threads: int) -> None:
+    """As if they were one; half types among float32, views, and a tensor without elements."""
+    others = (torch.bfloat16, torch.float16) if dtype == torch.float32 else ()
+    for shapes in (((3, 5), (1,), (2, 4)), ((300, 331), (70, 9), (2049,), (0, 4))):
+        ws = [torch.randn(shape, generator=generator(len(shape))).to(dtype) for shape in shapes]
+        ws += [torch.randn(40, 50, generator=generator(6)).to(t) for t in others]
+        ws.append(torch.randn(33, 20, generator=generator(7)).to(dtype).t())
+        for density in DENSITIES:
+            for between in (False, True):
+                one = Selection.by_density(Room.like(*ws), [Candidates(w.clone()) for w in ws], density)
+                check_cut(dataclasses.replace(one, between=between))
+
+
+def test_no_survivor() -> None:
+    for count in (5, 5000):
+        w = torch.randn(count, generator=generator(9))
+        for between in (False, True):
+            s = Selection(*Room.like(w), [Candidates(w)], 0, between)
+            cuts.select([s])
+            assert torch.equal(s.cut, w.abs().max()) and torch.equal(in_torch(s), s.cut)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_histograms_are_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    wide = opmath_type(dtype)
+    ws = [torch.randn(n, generator=generator(n)).to(dtype) for n in (0, 7, 90000)]
+    # Which NaN a NaN of float16 becomes in float32 is the converter's choice.
+    ws[1][0], ws[2][:3] = math.inf if dtype == torch.float16 else math.nan, math.inf
+    candidates, like = [Candidates(w) for w in ws], torch.zeros((), dtype=wide)
+    bits = 63 if wide == torch.float64 else 31
+    found = []
+    for served in (("cpu",), ()):
+        monkeypatch.setattr(histograms, "served_device_types", lambda engine, served=served: served)
+        ranges = [(0, 2**bits - 1), (2 ** (bits - 2), 2 ** (bits - 2) + 2**20 - 1), (5, 5)]
+        found.append([histograms.magnitude_counts(candidates, *r, like) for r in ranges])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+    assert found[0][0].sum() == 90007, "every magnitude has a bin"
 
 
 def test_what_the_op_refuses() -> None:
@@ -224,7 +275,13 @@ def test_what_the_op_refuses() -> None:
     with pytest.raises(RuntimeError, match="as many"):
         op([cut], [last], [w], [None], [None], [])
     with pytest.raises(ValueError, match="survivors"):
-        op([cut], [last], [w], [None], [None], [0])
+        op([cut], [last], [w], [None], [None], [-1])
+    with pytest.raises(ValueError, match="sizes of 1 tensors, and 2"):
+        op([cut], [last], [w, w], [None, None], [None, None], [1], False, [1])
+    with pytest.raises(ValueError, match="Invalid sizes value: 0"):
+        op([cut, cut], [last, last], [w], [None], [None], [1, 1], False, [1, 0])
+    with pytest.raises(TypeError, match="one type"):
+        op([cut], [last], [w, w.double()], [None, None], [None, None], [1], False, [2])
     with pytest.raises(TypeError, match="cut"):
         op([cut.double()], [last], [w], [None], [None], [1])
     with pytest.raises(TypeError, match="last cut"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import weakref
@@ -231,7 +232,9 @@ class SparsitySchedule:
 
         It stays on the device where every lam is read there.
         """
-        candidates = [self._optimizer._view.candidates(p, group) for p, group in zip(*population[:2], strict=True)]
+        of_each = zip(population.params, population.groups, strict=True)
+        found = [self._optimizer._view.candidates(p, group) for p, group in of_each]
+        candidates = [dataclasses.replace(c, scale=1.0) for c in found]  # see _taus
         select = self._optimizer._view.select_for(population.params)
         of_elements = self.of == "elements" and set(population.sizes) != {1}
         if of_elements or any(map(_is_scaled, population.groups)):
