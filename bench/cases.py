@@ -189,6 +189,7 @@ class Case:
     method: str = "rvsm"
     base: str = "sgd"
     precision: str = ""
+    budget: str = "tensor"
 
     @property
     def name(self) -> str:
@@ -197,7 +198,8 @@ class Case:
         method = "" if self.method == "rvsm" else f", {self.method}"
         base = "" if self.base == "sgd" else f", {BASES[self.base].label}"
         precision = f", {self.precision}" if self.precision else ""
-        return f"{self.shape} {self.penalty}{group}{dtype}{method}{base}{precision}"
+        budget = "" if self.budget == "tensor" else f", {self.budget} budget"
+        return f"{self.shape} {self.penalty}{budget}{group}{dtype}{method}{base}{precision}"
 
     @property
     def specs(self) -> Specs:
@@ -316,6 +318,7 @@ _SMALL = {
     "5M": "100K",
     "25M": "1M",
     "100M": "1M",
+    "25 of 1000000": "25 of 40000",
     "21000 of 16": "2100 of 16",
     "5250 of 16": "525 of 16",
     MATRIX: "600x600",

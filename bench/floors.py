@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import backward, crowd, shards
+from . import backward, crowd, scheduled, shards
 from .baselines import Unavailable, optimizer_over, start
 from .cases import CONV, MATRIX, Case, small
 from .config import Config
@@ -157,6 +157,18 @@ def cut_over_copy(case: Case, ties: bool) -> Measure:
     return run
 
 
+def over_alone(case: Case) -> Measure:
+    """Time of steps with a SparsitySchedule over that of the same steps without."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        case_here = _sized(case, smoke)
+        _fits(case_here, 2, config)
+        ratio = scheduled.measure(case_here, config.engines[0], config.device, config.effort, more)
+        return Measured(ratio.median, note=f"{ratio.samples} rounds of {scheduled.EVERY} steps")
+
+    return run
+
+
 def share(case: Case, engine: str | None = None) -> Measure:
     """Counted bytes per second over the bytes per second of a large copy."""
 
@@ -294,6 +306,7 @@ def _cpu() -> list[Floor]:
     half, stochastic = (Case("25M", dtype="bfloat16", precision=p) for p in ("", "stochastic rounding"))
     master = Case("25M", dtype="bfloat16", precision="master weights")
     topk = Case("25M", "topk")
+    several, all_of_them = Case("25 of 1000000"), Case("25 of 1000000", "topk", budget="global")
     many, fewer = Case("21000 of 16"), Case("5250 of 16")
     floors += [
         at_most(big, "the wrapper's pull: time over w.mul_(c)", 1.2, over(pull, "scaled")),
@@ -303,6 +316,10 @@ def _cpu() -> list[Floor]:
         at_most(big, "topk: the first step over that of l0", 2.0, first_over(topk, Case("25M"))),
         at_most(big, "topk: the cut alone over a copy of w", 0.8, cut_over_copy(topk, ties=False)),
         at_most(big, "topk: the same, a tensor of ties", 1.6, cut_over_copy(topk, ties=True)),
+        at_most("CPU, 25 tensors of 1 M", "topk, one cut over all: time over l0", 1.3, over(all_of_them, several)),
+        at_most("CPU, 25 tensors of 1 M", "the same: the first step", 2.0, first_over(all_of_them, several)),
+        at_most(big, f"l0, SparsitySchedule every {scheduled.EVERY}: time over l0", 1.05, over_alone(Case("25M"))),
+        at_most("CPU, 25 tensors of 1 M", "the same, one cut over all tensors", 1.05, over_alone(several)),
         at_most("CPU, 21,000 tensors", "time over 5,250 tensors (linear: 4)", 5.0, over(many, fewer)),
         at_most(
             "CPU, 4 processes of 2 threads, 5 M elements each",

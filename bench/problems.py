@@ -52,7 +52,7 @@ class Problem:
             "a": A,
             "group_dim": case.group_dim,
             "method": case.method,
-            **({"density": DENSITY} if case.penalty == "topk" else {}),
+            **({"density": DENSITY, "budget": case.budget} if case.penalty == "topk" else {}),
         }
 
     def parameters(self) -> list[nn.Parameter]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pairs import GROUPED, SHAPES, Pair, mesh_of, placements
+from pairs import DIMS, GROUPED, METHODS, SHAPES, Pair, mesh_of, placements
 from ranks import model_of, on_ranks, sharded_model, train, wholes
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
