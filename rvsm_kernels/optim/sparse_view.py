@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..dist.gathered import forget_gathered, has_flat_params
-from ..dist.shards import is_sharded, placed_like
+from ..dist.shards import is_of_shards, is_sharded, placed_like
 from ..engines.checks import check_state, refuse_expanded
 from ..engines.interface import Engine, Group
 from ..method import device_numbers
@@ -23,8 +23,8 @@ from ..method.memory import kind_of, named, refuse, whole
 from ..method.methods import METHODS
 from ..method.parameters import is_left_alone, param_name
 from ..method.precision import MASTER_STATES, as_parameter, has_master, join, master_of, new_master, store
-from ..method.selection import Candidates, Room, Select, thresholded
-from ..method.split import is_split
+from ..method.selection import Candidates, Room, Select, Selection, thresholded
+from ..method.split import is_split, is_topk
 from ..method.warn import some, warn
 from ..model.sparsity import SparsityReport, SparsityRow, is_all_zero, measure
 from . import marks
@@ -213,6 +213,10 @@ class SparseView:
         """u of a parameter with these weights, as a new tensor; in the type of the weights or of the arithmetic."""
         if more_than_prox.is_more_than_prox(group):
             cut = self._cut_of_budget(p, w, group)
+            if cut is None and is_topk(group) and is_of_shards(p):  # counted by its ranks, in the place of a whole copy
+                room = Room.like(p)
+                engine.select([Selection.by_density(room, [self.candidates(p, group)], group["density"])])
+                cut = room.cut
             u = more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_, engine.select, cut)
             return placed_like(u, p)
         u = w.detach().clone()
