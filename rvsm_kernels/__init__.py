@@ -7,6 +7,8 @@ from .model.param_groups import describe, param_groups
 from .model.sparsity import SparsityReport, sparsity
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
 from .optim.checkpoint import to_torch_state_dict
+from .optim.monitor import Monitor
+from .optim.plots import plot
 from .optim.schedules import PenaltySchedule, SparsitySchedule
 from .optim.unwrap import unwrap
 from .version import __version__
@@ -14,6 +16,7 @@ from .version import __version__
 __all__ = [
     "RVSM",
     "AdaptiveHardThreshold",
+    "Monitor",
     "PenaltySchedule",
     "RVSMAdamW",
     "RVSMWrapper",
@@ -23,6 +26,7 @@ __all__ = [
     "describe",
     "engines",
     "param_groups",
+    "plot",
     "prox",
     "reference",
     "sparsity",

@@ -132,6 +132,13 @@ def _name(name: str, value: Any) -> None:
         raise TypeError(f"Invalid {name} value: {shown(value)} (a string is needed)")
 
 
+def whole_number(name: str, value: Any, least: int) -> int:
+    """A number of steps as an int; raises ValueError for anything else."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"Invalid {name} value: {shown(value)} (a whole number of steps >= {least} is needed)")
+    return int(value)
+
+
 def _dims(name: str, value: Any) -> None:
     """A check for the type of ``group_dim``; whether a parameter has the dimensions, only its shape tells."""
     as_dims(value)

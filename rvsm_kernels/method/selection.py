@@ -190,12 +190,12 @@ class Room(NamedTuple):
         return writable and here and kind_of(self.cut) is None
 
 
-def cut_by(select: Select, v: Tensor, density: float, group_dim: Grouping) -> Tensor:
-    """:func:`cut_of` by an engine, for a tensor that it can work on."""
-    if kind_of(v) is not None or tracer() is not None:
-        return cut_of(v, density, group_dim)
-    room = Room.like(v)
-    select([Selection.by_density(room, [Candidates(v, group_dim=group_dim)], density)])
+def cut_by(select: Select, candidates: Candidates, density: float) -> Tensor:
+    """The cut of one tensor by an engine, where it can work on the tensor: see :func:`cut_of`."""
+    if kind_of(candidates.w) is not None or tracer() is not None:
+        return cut_of(candidates.thresholded(), density, candidates.group_dim)
+    room = Room.like(candidates.w)
+    select([Selection.by_density(room, [candidates], density)])
     return room.cut
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .groups import grouping_of, magnitudes, once
 from .methods import METHODS
 from .penalties import PENALTIES
-from .selection import Select, cut_by, keep_above, thresholded
+from .selection import keep_above, thresholded
 from .split import is_split, is_topk, strength
 
 
@@ -24,20 +24,16 @@ def u_of(
     dual: Tensor | None,
     group: Mapping[str, Any],
     prox_: Callable[[Sequence[Tensor], Any], None],
-    select: Select,
-    cut: Tensor | None = None,
+    cut: Tensor | None,
 ) -> Tensor:
     """u where it is more than the prox of w, as a new tensor in the type of the arithmetic.
 
     Args:
         prox_: puts the prox into tensors in place; an engine's.
-        select: fills cuts; an engine's.
-        cut: of the budget that the tensor belongs to, None where its cut is its own.
+        cut: of top-k; None for other penalties.
     """
     v = thresholded(w, dual)
-    if is_topk(group):
-        if cut is None:
-            cut = cut_by(select, v, group["density"], grouping_of(group))
+    if cut is not None:
         return keep_above(v, magnitudes(v, grouping_of(group)), cut)
     v = v.clone() if dual is None else v
     prox_([v], group)

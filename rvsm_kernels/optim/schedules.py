@@ -14,26 +14,12 @@ from torch import Tensor
 
 from ..method import device_numbers
 from ..method.groups import group_size, grouping_of
-from ..method.options import shown
+from ..method.options import shown, whole_number
 from ..method.parameters import is_left_alone
 from ..method.penalties import PENALTIES
 from ..method.selection import Candidates, Room, Selection
 from ..method.warn import warn
-from .split_optimizer import SplitOptimizer
-from .unwrap import unwrap
-
-
-def _optimizer_in(optimizer: Any, name: str) -> SplitOptimizer:
-    ours = unwrap(optimizer)
-    if not isinstance(ours, SplitOptimizer):
-        raise TypeError(f"{name} does not know the weights of other ranks that a ZeroRedundancyOptimizer has divided")
-    return ours
-
-
-def _whole_number(name: str, value: Any, least: int) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"Invalid {name} value: {shown(value)} (a whole number of steps >= {least} is needed)")
-    return int(value)
+from .unwrap import optimizer_in
 
 
 def _is_number(value: Any) -> bool:
@@ -108,12 +94,12 @@ class SparsitySchedule:
         scope: str = "global",
         pull_rate: float | tuple[float, float] | None = None,
     ) -> None:
-        self._optimizer = _optimizer_in(optimizer, "SparsitySchedule")
+        self._optimizer = optimizer_in(optimizer, "SparsitySchedule")
         if not _is_number(target) or not 0 <= target < 1:
             raise ValueError(f"Invalid target value: {shown(target)} (a share of zeros in [0, 1) is needed)")
         self.target = float(target)
-        self.begin, self.every = _whole_number("begin", begin, 0), _whole_number("every", every, 1)
-        self.end = _whole_number("end", end, self.begin + 1)
+        self.begin, self.every = whole_number("begin", begin, 0), whole_number("every", every, 1)
+        self.end = whole_number("end", end, self.begin + 1)
         if not _is_number(power) or power <= 0:
             raise ValueError(f"Invalid power value: {shown(power)} (a number above 0 is needed)")
         self.power = float(power)
@@ -393,7 +379,7 @@ class PenaltySchedule:
         last: float = 1.0,
         shape: str = "linear",
     ) -> None:
-        self._optimizer = _optimizer_in(optimizer, "PenaltySchedule")
+        self._optimizer = optimizer_in(optimizer, "PenaltySchedule")
         for name, value, choices in (("option", option, ("lam", "beta")), ("shape", shape, tuple(SHAPES))):
             if value not in choices:
                 raise ValueError(
@@ -403,7 +389,7 @@ class PenaltySchedule:
             if not _is_number(number) or number < 0:
                 raise ValueError(f"Invalid {name} value: {shown(number)} (a number >= 0 is needed)")
         self.option, self.shape, self.first, self.last = option, shape, float(first), float(last)
-        self.steps, self.begin = _whole_number("steps", steps, 1), _whole_number("begin", begin, 0)
+        self.steps, self.begin = whole_number("steps", steps, 1), whole_number("begin", begin, 0)
         self.last_step = 0
         self.base_values: list[float] = []
         for i, group in enumerate(self._optimizer.param_groups):

@@ -23,7 +23,7 @@ from ..method.memory import kind_of, named, refuse, whole
 from ..method.methods import METHODS
 from ..method.parameters import is_left_alone, param_name
 from ..method.precision import MASTER_STATES, as_parameter, has_master, join, master_of, new_master, store
-from ..method.selection import Candidates, Room, Select, Selection, thresholded
+from ..method.selection import Candidates, Room, Select, Selection, cut_by, thresholded
 from ..method.split import is_split, is_topk
 from ..method.warn import some, warn
 from ..model.sparsity import SparsityReport, SparsityRow, is_all_zero, measure
@@ -186,6 +186,18 @@ class SparseView:
         put_cut(cut, self._cuts_of_budgets[key], scale_of(group, p))
         return cut
 
+    def topk_cut(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
+        """The cut of a parameter of top-k with these weights: of its budget, or its own."""
+        of_budget = self._cut_of_budget(p, w, group)
+        if of_budget is not None:
+            return of_budget
+        if is_of_shards(p):  # counted by its ranks, in the place of a whole copy
+            room = Room.like(p)
+            engine.select([Selection.by_density(room, [self.candidates(p, group)], group["density"])])
+            return room.cut
+        candidates = Candidates(w.detach(), None, self._dual(p, group), grouping_of(group))
+        return cut_by(engine.select, candidates, group["density"])
+
     def candidates(self, p: Tensor, group: Mapping[str, Any]) -> Candidates:
         """Those of a parameter, with its weights as they are, also while it holds u."""
         w = (p if self._dense is None else self._dense.get(p, p)).detach()
@@ -212,12 +224,8 @@ class SparseView:
     def _u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
         """u of a parameter with these weights, as a new tensor; in the type of the weights or of the arithmetic."""
         if more_than_prox.is_more_than_prox(group):
-            cut = self._cut_of_budget(p, w, group)
-            if cut is None and is_topk(group) and is_of_shards(p):  # counted by its ranks, in the place of a whole copy
-                room = Room.like(p)
-                engine.select([Selection.by_density(room, [self.candidates(p, group)], group["density"])])
-                cut = room.cut
-            u = more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_, engine.select, cut)
+            cut = self.topk_cut(p, w, group, engine) if is_topk(group) else None
+            u = more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_, cut)
             return placed_like(u, p)
         u = w.detach().clone()
         engine.prox_([u], group)

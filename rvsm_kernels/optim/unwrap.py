@@ -49,6 +49,14 @@ def unwrap(optimizer: Any) -> SplitOptimizer | ZeroShares:
     )
 
 
+def optimizer_in(optimizer: Any, name: str) -> SplitOptimizer:
+    """:func:`unwrap` for what needs the weights of all parameters; ``name`` is how an error calls it."""
+    ours = unwrap(optimizer)
+    if not isinstance(ours, SplitOptimizer):
+        raise TypeError(f"{name} does not know the weights of other ranks that a ZeroRedundancyOptimizer has divided")
+    return ours
+
+
 def _is_zero(optimizer: Any) -> bool:
     """Whether this is torch's ZeroRedundancyOptimizer; without importing it."""
     module = sys.modules.get("torch.distributed.optim")
