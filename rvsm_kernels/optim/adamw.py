@@ -39,8 +39,8 @@ class RVSMAdamW(SplitOptimizer):
         betas: decay rates of the two moments, in [0, 1).
         eps, weight_decay, amsgrad, maximize: as ``torch.optim.AdamW``. ``maximize`` turns the loss gradient around; the
             pull, weight decay and group_lasso keep their signs.
-        penalty, lam, beta, a, density, group_dim, group_block, group_scale, group_lasso, decoupled, method: see
-            :class:`rvsm_kernels.RVSM`. With ``decoupled=False`` the pull passes through the moments, which take its
+        penalty, lam, beta, a, density, pattern, group_dim, group_block, group_scale, group_lasso, decoupled, method:
+            see :class:`rvsm_kernels.RVSM`. With ``decoupled=False`` the pull passes through the moments, which take its
             size away: what is left of it is hardly more than its sign.
         master_weights, rounding, seed, state_dtype, amp_scaling, engine: see :class:`rvsm_kernels.RVSM`. Moments in
             bfloat16 have eight bits: an ``exp_avg_sq`` that is to shrink by less than 1/512 in a step (a beta2 above
@@ -77,6 +77,7 @@ class RVSMAdamW(SplitOptimizer):
         beta: float = 1e-2,
         a: float = 1.0,
         density: float | None = None,
+        pattern: tuple[int, int] | None = None,
         group_dim: GroupDim = None,
         group_block: int = 1,
         group_scale: bool = False,

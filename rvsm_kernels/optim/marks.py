@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..method.memory import kind_of
 
-_OPTIONS = ("penalty", "lam", "beta", "a", "density", "group_dim", "group_block", "group_scale", "method")
+_OPTIONS = ("penalty", "lam", "beta", "a", "density", "pattern", "group_dim", "group_block", "group_scale", "method")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 20  # elements that are added up at a time, so that no copy of the tensor is made
 

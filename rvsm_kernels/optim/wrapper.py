@@ -45,8 +45,8 @@ class RVSMWrapper(SplitOptimizer):
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose groups have an ``lr``; step the wrapper, not this.
-        penalty, lam, beta, a, density, group_dim, group_block, group_scale, group_lasso, decoupled, method, engine: see
-            :class:`rvsm_kernels.RVSM`; for groups that do not set them.
+        penalty, lam, beta, a, density, pattern, group_dim, group_block, group_scale, group_lasso, decoupled, method,
+            engine: see :class:`rvsm_kernels.RVSM`; for groups that do not set them.
 
     Raises:
         TypeError: something that is no optimizer, or one that makes sparse weights already; a wrong type.
@@ -72,6 +72,7 @@ class RVSMWrapper(SplitOptimizer):
         beta: float = 1e-2,
         a: float = 1.0,
         density: float | None = None,
+        pattern: tuple[int, int] | None = None,
         group_dim: GroupDim = None,
         group_block: int = 1,
         group_scale: bool = False,
