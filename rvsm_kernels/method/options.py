@@ -16,7 +16,7 @@ from .groups import as_dims, grouping_of
 from .methods import METHODS
 from .penalties import PENALTIES
 from .precision import STATE_TYPES
-from .windows import check_pattern
+from .windows import NO_PATTERN, check_pattern
 
 PENALTY_NAMES = (*PENALTIES, "topk", "nm")
 
@@ -230,7 +230,7 @@ def check_split(group: Mapping[str, Any]) -> None:
         raise ValueError("penalty='topk' needs a density: the share of elements or groups that survive")
     if group["penalty"] == "nm":
         if group["pattern"] is None:
-            raise ValueError("penalty='nm' needs a pattern: (n, m), so that n of every m elements survive, as in (2, 4)")
+            raise ValueError(NO_PATTERN)
         for name, nothing in (("group_dim", None), ("group_block", 1), ("group_scale", False), ("density", None)):
             if group[name] != nothing:
                 raise ValueError(

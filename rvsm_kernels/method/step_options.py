@@ -114,7 +114,8 @@ class StepOptions:
             precision=precision,
             writes_gradient=writes_gradient,
             structure=(
-                *(base.name, method.name, penalty, pattern, grouping, lasso, scaled, states, writes_gradient, precision),
+                *(base.name, method.name, penalty, pattern, grouping, lasso, scaled, states, writes_gradient),
+                precision,
                 *tensors,
             ),
         )

@@ -23,7 +23,9 @@ DIM = 1
 MOST = 16
 """The longest window."""
 
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+NO_PATTERN = "penalty='nm' needs a pattern: (n, m), so that n of every m elements survive, as in (2, 4)"
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def check_pattern(name: str, value: Any) -> None:
@@ -91,7 +93,7 @@ def keep_largest(v: Tensor, pattern: Pattern) -> Tensor:
     included, and always survives, also where a window has more than n of them: no zero hides it.
 
     Args:
-        v: what is thresholded, with dimensions that :func:`check_windows` passes.
+        v: what is thresholded, float32 or float64, with dimensions that :func:`check_windows` passes.
     """
     n, m = pattern
     if v.numel() == 0:

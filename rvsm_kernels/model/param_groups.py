@@ -14,7 +14,7 @@ from ..method.groups import GroupDim
 from ..method.options import OPTION_NAMES, unknown_option
 from ..method.parameters import is_flattened
 from ..method.warn import some, warn
-from ..method.windows import check_pattern, why_not
+from ..method.windows import NO_PATTERN, check_pattern, why_not
 from .structures import (
     HEADS,
     NO_HEADS,
@@ -271,7 +271,7 @@ def _with_windows(weights: list[Weight], structure: str | None, pattern: Any) ->
     if structure is not None:
         raise ValueError(f"structure={structure!r} makes groups, and penalty='nm' keeps elements: give one of the two")
     if pattern is None:
-        raise ValueError("penalty='nm' needs a pattern: (n, m), so that n of every m elements survive, as in (2, 4)")
+        raise ValueError(NO_PATTERN)
     check_pattern("pattern", pattern)
 
     def left(w: Weight) -> str | None:

@@ -40,8 +40,8 @@ class RVSM(SplitOptimizer):
             what is filled into them.
         momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``. ``maximize`` turns the loss
             gradient around; the pull, weight decay and group_lasso keep their signs.
-        penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1), ``"topk"``, ``"nm"`` or None (plain SGD). Top-k keeps the
-            ceil(density * n) elements (or groups) of largest magnitude of each tensor in u. Where the smallest
+        penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1), ``"topk"``, ``"nm"`` or None (plain SGD). Top-k keeps
+            the ceil(density * n) elements (or groups) of largest magnitude of each tensor in u. Where the smallest
             survivor ties with the largest magnitude that is zeroed, all that tie are zeroed, as under l0, so that
             fewer may survive. N:M keeps the n largest magnitudes of every m consecutive elements along dimension 1,
             the inputs of a Linear or Conv weight; ties keep the earlier element, so that exactly n survive. ``lam``
