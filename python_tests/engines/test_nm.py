@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builds import DEVICE, ENGINES, few, generator, need, on_device, quick_in_all, small_only, start
+from builds import DEVICE, few, generator, need, on_device, quick_in_all, small_only
 from torch import Tensor, nn
 
 import definition
@@ -27,11 +27,6 @@ from rvsm_kernels.method.windows import follows, keep_largest
 PATTERNS = ((2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (1, 3), (5, 7), (2, 16), (15, 16))
 """Those that a vector of a thread can hold, and others up to the longest."""
 SPLIT = {"penalty": "nm", "lam": 1.0, "beta": 0.5}
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    yield from start(request.param)
 
 
 def kept(engine: str, w: Tensor, pattern: tuple[int, int], **options: Any) -> Tensor:
@@ -67,7 +62,7 @@ def test_every_window_of_a_grid(engine: str, pattern: tuple[int, int]) -> None:
     w = on_device(np.array(list(itertools.product(numbers, repeat=pattern[1])), np.float32))
     u = kept(engine, w.clone(), pattern)
     assert_equal(u, as_definition(w, pattern))
-    finite = w.isfinite().all(1) & (w.unique(dim=0).shape[0] > 0)
+    finite = w.isfinite().all(1)
     assert ((u != 0).sum(1)[finite] <= pattern[0]).all()
     nothing_ties_with_zero = finite & (w != 0).all(1)
     assert ((u != 0).sum(1)[nothing_ties_with_zero] == pattern[0]).all(), "exactly n survive"
@@ -81,7 +76,6 @@ def test_nan_stays_visible(engine: str) -> None:
     assert u[1].tolist()[0] == 0 and u[1, 1].isnan() and u[1, 2:].tolist() == [0.0, 3.0]
 
 
-@quick_in_all
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_types_and_patterns(engine: str, pattern: tuple[int, int], dtype: torch.dtype) -> None:
@@ -103,7 +97,6 @@ def layouts(rng: random.Random, ndim: int) -> Iterator[Layout]:
     yield Layout(tuple(range(ndim)), pad=3, offset=1)
 
 
-@quick_in_all
 @pytest.mark.parametrize("pattern", [(2, 4), (2, 16), (1, 3), (4, 8)], ids=repr)
 def test_layouts(engine: str, pattern: tuple[int, int]) -> None:
     """Convolutions contiguous (windows have a stride), channels_last (consecutive), transposed, with gaps."""
@@ -125,7 +118,6 @@ LONG_ROWS = [((8, 700, 1), (2, 4)), ((9, 4, 900), (2, 4)), ((2, 16, 70), (2, 16)
 LONG_ROWS += [((3, 8, 20000), (4, 8)), ((1, 6, 40001), (1, 3)), ((2, 32, 1030), (7, 16))]
 
 
-@quick_in_all
 @pytest.mark.parametrize(("shape", "pattern"), LONG_ROWS, ids=repr)
 def test_windows_longer_than_pieces(engine: str, shape: tuple[int, ...], pattern: tuple[int, int]) -> None:
     """Elements of a window that are far apart in memory: more than a piece, than a task and than a block."""
@@ -193,7 +185,6 @@ def test_steps_follow_the_definition(engine: str) -> None:
         check_reading(optimizer, f"seed {seed}")
 
 
-@quick_in_all
 @pytest.mark.parametrize("precision", [{"master_weights": True}, {"rounding": "stochastic"}], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method", ["rvsm", "admm"])
@@ -223,7 +214,6 @@ def test_precision(engine: str, precision: dict[str, Any], dtype: torch.dtype, m
             assert same_bits(half.state[p][name], full.state[wide][name]), name
 
 
-@quick_in_all
 def test_numbers_on_the_device(engine: str) -> None:
     """lam that a tensor holds: 0 switches the pull off, and the step is dense."""
     w = torch.randn(4, 8, generator=generator(0), device=DEVICE)
@@ -235,7 +225,6 @@ def test_numbers_on_the_device(engine: str) -> None:
         assert_equal(p.detach(), want)
 
 
-@quick_in_all
 def test_edits(engine: str) -> None:
     """The pattern and the penalty of a group change between steps; nothing that was kept for the others is used."""
     w = torch.randn(4, 16, generator=generator(0), device=DEVICE)
@@ -270,7 +259,6 @@ def test_edits(engine: str) -> None:
         optimizer.step()
 
 
-@quick_in_all
 def test_u_for_a_while_and_for_good(engine: str) -> None:
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)).to(DEVICE)
     optimizer = rk.RVSM(rk.param_groups(model, penalty="nm", pattern=(2, 4), beta=0.5), lr=0.1, engine=engine)
@@ -295,7 +283,8 @@ _DIGEST = """
 import hashlib, sys, torch, rvsm_kernels as rk
 torch.set_num_threads(int(sys.argv[1]))
 digest = hashlib.sha256()
-for shape, pattern in (((300, 512), (2, 4)), ((64, 48, 3, 3), (1, 3)), ((3, 16, 9000), (2, 16)), ((40, 4, 900), (2, 4))):
+cases = ((300, 512), (2, 4)), ((64, 48, 3, 3), (1, 3)), ((3, 16, 9000), (2, 16)), ((40, 4, 900), (2, 4))
+for shape, pattern in cases:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for method in ("rvsm", "admm"):
             g = torch.Generator().manual_seed(0)

@@ -125,7 +125,7 @@ def pull_of(
         kept = tl.load(entry + KEPT)
         if kept != 0:
             survives = tl.load(kept.to(tl.pointer_type(tl.int8)) + at, mask, 1) != 0
-            u = tl.where(survives | (f.penalty == NONE), v, 0.0)
+            u = tl.where(f.penalty == NONE, v, tl.where(survives, v, 0.0))
     return u, unit
 
 
