@@ -303,6 +303,7 @@ def _cpu() -> list[Floor]:
         at_most(big, "topk: the first step over that of l0", 2.0, first_over(topk, Case("25M"))),
         at_most(big, "topk: the cut alone over a copy of w", 0.8, cut_over_copy(topk, ties=False)),
         at_most(big, "topk: the same, a tensor of ties", 1.6, cut_over_copy(topk, ties=True)),
+        at_most(big, f"{MATRIX}: 2:4 over l0", 1.3, over(Case(MATRIX, "nm"), Case(MATRIX))),
         at_most("CPU, 21,000 tensors", "time over 5,250 tensors (linear: 4)", 5.0, over(many, fewer)),
         at_most(
             "CPU, 4 processes of 2 threads, 5 M elements each",

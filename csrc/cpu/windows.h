@@ -114,40 +114,33 @@ void load_thresholded(T* __restrict to, const TensorArgs& args, int64_t at, int6
   }
 }
 
-// Calls span(offset, length, pull) for the pieces of a block: consecutive windows, or strips of the m rows of long
-// ones.
+// Calls span(offset, length, pull) for the pieces of a block: consecutive windows or, of windows longer than a piece, the
+// m rows of some columns.
 template <class Stored, Method kMethod, class T, class Span>
 void for_windows(const TensorArgs& args, const Block& block, const Span& span) {
   const Windows& all = args.windows;
   const int64_t whole = all.whole();
-  WindowPiece<T> piece;
-  if (whole <= kPieceOfWindows) {
-    const int64_t most = kPieceOfWindows / whole * whole;
-    fill_places(piece.place, most, all);
-    for (int64_t at = block.c0; at < block.c1; at += most) {
-      const int64_t n = std::min(most, block.c1 - at);
-      load_thresholded<Stored, kMethod>(piece.u, args, at, n);
-      fill_u(piece, n, all);
-      span(at, n, WindowPull<T>{piece.u});
-    }
-    return;
-  }
+  const bool apart = whole > kPieceOfWindows;
+  const int64_t rows = apart ? all.m : 1, most = apart ? kPieceOfWindows / all.m : kPieceOfWindows / whole * whole;
+  // A block is one row of consecutive elements, or the m rows of one batch.
   const bool has_rows = block.o1 - block.o0 > 1;
-  const int64_t first = has_rows ? block.batch : block.c0 / whole, last = has_rows ? first + 1 : block.c1 / whole;
-  const int64_t c0 = has_rows ? block.c0 : 0, c1 = has_rows ? block.c1 : all.inner;
-  Windows strip{all.n, all.m, 0};
+  const int64_t first = has_rows ? block.batch : apart ? block.c0 / whole : 0;
+  const int64_t last = has_rows || !apart ? first + 1 : block.c1 / whole;
+  const int64_t c0 = has_rows || !apart ? block.c0 : 0, c1 = has_rows || !apart ? block.c1 : all.inner;
+  WindowPiece<T> piece;
+  Windows inside{all.n, all.m, 0};  // of the piece
   for (int64_t b = first; b < last; ++b) {
-    for (int64_t c = c0; c < c1; c += kPieceOfWindows / all.m) {
-      const int64_t columns = std::min(kPieceOfWindows / all.m, c1 - c);
-      if (strip.inner != columns) {
-        strip.inner = columns;
-        fill_places(piece.place, strip.whole(), strip);
+    for (int64_t c = c0; c < c1; c += most) {
+      const int64_t columns = std::min(most, c1 - c), inner = apart ? columns : all.inner;
+      if (inside.inner != inner) {
+        inside.inner = inner;
+        fill_places(piece.place, apart ? inside.whole() : most, inside);
       }
-      const auto start = [&](int64_t k) { return b * whole + k * all.inner + c; };
-      for (int64_t k = 0; k < all.m; ++k)
-        load_thresholded<Stored, kMethod>(piece.u + k * columns, args, start(k), columns);
-      fill_u(piece, strip.whole(), strip);
-      for (int64_t k = 0; k < all.m; ++k) span(start(k), columns, WindowPull<T>{piece.u + k * columns});
+      const auto start = [&](int64_t row) { return b * whole + row * all.inner + c; };
+      for (int64_t row = 0; row < rows; ++row)
+        load_thresholded<Stored, kMethod>(piece.u + row * columns, args, start(row), columns);
+      fill_u(piece, rows * columns, inside);
+      for (int64_t row = 0; row < rows; ++row) span(start(row), columns, WindowPull<T>{piece.u + row * columns});
     }
   }
 }

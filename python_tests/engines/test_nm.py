@@ -22,7 +22,8 @@ import definition
 import rvsm_kernels as rk
 from cases import Layout
 from runner import bits, check_reading, checked_step, real, same_bits
-from rvsm_kernels.method.windows import follows, keep_largest
+from rvsm_kernels.method.windows import keep_largest
+from rvsm_kernels.model.sparsity import follows
 
 PATTERNS = ((2, 4), (1, 4), (3, 4), (1, 2), (4, 8), (1, 3), (5, 7), (2, 16), (15, 16))
 """Those that a vector of a thread can hold, and others up to the longest."""
@@ -271,10 +272,15 @@ def test_u_for_a_while_and_for_good(engine: str) -> None:
     ]
     value = sum(float(gap.square().sum()) for gap in gaps) * 0.25
     assert float(optimizer.penalty_value()) == pytest.approx(value, rel=1e-6)
-    assert optimizer.sparsity().share == 0.5
+    report = optimizer.sparsity()
+    assert report.share == 0.5 and [row.pattern for row in report.rows] == [(2, 4), (2, 4)] and " 2:4" in str(report)
+    assert [row.pattern for row in rk.sparsity(model, pattern=(2, 4)).rows] == [None, None]
     optimizer.sparsify_()
     assert all(follows(layer.weight, (2, 4)) for layer in model)
     assert float(optimizer.penalty_value()) == 0
+    assert [row.pattern for row in rk.sparsity(model, pattern=(2, 4)).rows] == [(2, 4), (2, 4)]
+    assert [row.pattern for row in rk.sparsity(model, pattern=(1, 4)).rows] == [None, None]
+    assert [row.pattern for row in rk.sparsity(model, pattern=(2, 3)).rows] == [None, None], "no whole windows"
 
 
 # ---- the same bits ---------------------------------------------------------------------------------------------------

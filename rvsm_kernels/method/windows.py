@@ -109,12 +109,13 @@ def keep_largest(v: Tensor, pattern: Pattern) -> Tensor:
     return torch.where(kept, v, torch.zeros_like(v))
 
 
-def follows(w: Tensor, pattern: Pattern) -> bool:
-    """Whether each window of a tensor has at most n elements that are not 0; False where it has no whole windows."""
-    if why_not(w.shape, pattern) is not None:
-        return False
+def broken(w: Tensor, pattern: Pattern) -> Tensor:
+    """How many windows of a tensor have more than n elements that are not 0; a 0-dim tensor on its device.
+
+    Args:
+        w: with dimensions that :func:`check_windows` passes.
+    """
     n, m = pattern
     if w.numel() == 0:
-        return True
-    counts = (w != 0).unflatten(DIM, (w.shape[DIM] // m, m)).sum(DIM + 1)
-    return bool((counts <= n).all())
+        return torch.zeros((), dtype=torch.int64, device=w.device)
+    return ((w != 0).unflatten(DIM, (w.shape[DIM] // m, m)).sum(DIM + 1) > n).sum()
