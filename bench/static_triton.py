@@ -89,11 +89,12 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         types = {"S": storage, "T": STORAGE[opmath_type(dtype)]}
         for kind, streams in steps():
             block = block_of(dtype, kind["WITH_GROUPS"])
-            for has_windows in (False, True):  # which read a byte more for each element
+            plain = not (kind["WITH_TL1"] or kind["REST"])
+            for has_windows in (False, True) if plain else (False,):  # windows read a byte more for each element
                 yield elements.step_kernel, {**types, "BLOCK": block, "WITH_WINDOWS": has_windows, **kind}, streams
         for method in (0, 2):
             constants = {"OF_METHOD": storage, "METHOD": method, "MASTER": 0, "BLOCK": windows.WINDOW_BLOCK}
-            yield windows.window_kernel, {**types, **constants}, 2
+            yield windows.window_kernel, {**types, **constants}, 0  # the elements of a window are anywhere
         yield elements.prox_kernel, {**types, "BLOCK": block_of(dtype, True)}, 2
         yield elements.penalty_kernel, {**types, "BLOCK": block_of(dtype, False)}, 1
         yield norms.sum_kernel, {**types, "WITH_DUAL": False}, 4  # one for each shape of a tile

@@ -68,9 +68,39 @@ void keep_largest(WindowPiece<T>& piece, int64_t count, const Windows windows) {
   }
 }
 
+// The same of consecutive windows of kM elements, window by window: a comparison of two elements serves both.
+template <int kM, class T>
+void keep_largest_of_consecutive(T* __restrict u, int64_t count, const Windows windows) {
+  using K = Key<T>;
+  const K n = windows.n;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; i += kM) {
+    T v[kM];
+    K key[kM], before[kM] = {};
+#pragma GCC unroll 4
+    for (int k = 0; k < kM; ++k) {
+      v[k] = u[i + k];
+      key[k] = key_of(v[k]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kM; ++j) {
+#pragma GCC unroll 4
+      for (int k = j + 1; k < kM; ++k) {
+        const K later = key[k] > key[j];
+        before[j] += later;
+        before[k] += 1 - later;
+      }
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < kM; ++k) u[i + k] = (K(before[k] < n) | K(key[k] > kInfinityKey<T>)) != 0 ? v[k] : T(0);
+  }
+}
+
 // u of a piece whose `u` holds what is thresholded. A function of its own: no base or method needs another copy.
 template <class T>
 __attribute__((noinline)) void fill_u(WindowPiece<T>& piece, int64_t count, const Windows windows) {
+  if (windows.inner == 1 && windows.m == 2) return keep_largest_of_consecutive<2>(piece.u, count, windows);
+  if (windows.inner == 1 && windows.m == 4) return keep_largest_of_consecutive<4>(piece.u, count, windows);
   Key<T>* const keys = piece.keys();
   for (int64_t i = 0; i < count; ++i) keys[i] = key_of(piece.u[i]);
   switch (windows.m) {
