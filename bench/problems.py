@@ -24,7 +24,10 @@ _GRADIENT = 2e-3
 
 
 def strength(penalty: str) -> float:
-    """The lam that puts the cut of a penalty at CUT (for tl1 with a = 1 while lam / beta <= 1/4; topk and nm need none)."""
+    """The lam that puts the cut of a penalty at CUT (for tl1 with a = 1 while lam / beta <= 1/4).
+
+    Top-k and N:M have none: lam switches them on.
+    """
     return {"topk": 1.0, "nm": 1.0, "l0": BETA * CUT**2 / 2, "l1": BETA * CUT, "tl1": BETA * CUT * A / (A + 1)}[penalty]
 
 
