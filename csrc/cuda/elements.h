@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "../math/windows.h"
 #include "table.h"
 
 namespace rvsm::cuda {
