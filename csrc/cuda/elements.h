@@ -65,7 +65,10 @@ struct KeptPull {
   }
 };
 
-// N:M sparsity where each window is inside a vector: `window` is 2, 4 or 8, and the tensor has no single elements.
+// Elements of the longest window that a thread looks for in its registers.
+constexpr int kMostInVectors = 4;
+
+// N:M sparsity where each window is inside a vector: `window` is 2 or 4, and the tensor has no single elements.
 template <class T>
 struct VectorPull {
   static constexpr bool kMayLasso = false;
@@ -80,17 +83,22 @@ struct VectorPull {
   // The pull of a vector of kN elements, of which v(k) is what the method thresholds.
   template <int kN, class V>
   RVSM_HD_MEMBER VectorPull over(const V& v) const {
-    Key<T> keys[kN];
-    RVSM_UNROLL
-    for (int k = 0; k < kN; ++k) keys[k] = key_of(v(k));
+    constexpr int kPart = kN < kMostInVectors ? kN : kMostInVectors;
     uint32_t survive = 0;
     RVSM_UNROLL
-    for (int k = 0; k < kN; ++k) {
-      int before = 0;
+    for (int first = 0; first < kN; first += kPart) {
+      Key<T> keys[kPart];
       RVSM_UNROLL
-      for (int j = 0; j < kN; ++j)  // of the same window where the numbers differ in their low bits alone
-        if (j != k) before += int((j ^ k) < window) & int(stands_before(keys[j], keys[k], j < k));
-      survive |= uint32_t(before < keep || keys[k] > kInfinityKey<T>) << k;
+      for (int k = 0; k < kPart; ++k) keys[k] = key_of(v(first + k));
+      RVSM_UNROLL
+      for (int k = 0; k < kPart; ++k) {
+        int before = 0;
+        RVSM_UNROLL
+        for (int j = 0; j < kPart; ++j)  // of the same window where the numbers differ in their low bits alone
+          if (j != k) before += int((j ^ k) < window) & int(stands_before(keys[j], keys[k], j < k));
+        survive |= uint32_t(before < keep || keys[k] > kInfinityKey<T>) << (first + k);
+      }
+      RVSM_KEEP_ORDER();
     }
     return {keep, window, survive};
   }

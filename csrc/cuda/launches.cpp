@@ -94,7 +94,8 @@ void Launches::for_flat_pieces(const TensorArgs& args, const F& f) const {
 template <class S, class Base, int kStates>
 bool in_vectors(const TensorArgs& args) {
   const Windows& v = args.windows;
-  bool right = v.inner == 1 && kWidth<S> % v.m == 0 && args.numel % kWidth<S> == 0 && begins_on_boundary(args.w);
+  bool right = v.inner == 1 && v.m <= kMostInVectors && kWidth<S> % v.m == 0 && args.numel % kWidth<S> == 0 &&
+               begins_on_boundary(args.w);
   right = right && (!Base::kReadsGrad || begins_on_boundary(args.g));
   for (int k = 0; k < kStates; ++k) right = right && begins_on_boundary(args.state[size_t(k)]);
   return right;
