@@ -320,6 +320,7 @@ def _cpu() -> list[Floor]:
         at_most("CPU, 25 tensors of 1 M", "the same: the first step", 2.0, first_over(all_of_them, several)),
         at_most(big, f"l0, SparsitySchedule every {scheduled.EVERY}: time over l0", 1.05, over_alone(Case("25M"))),
         at_most("CPU, 25 tensors of 1 M", "the same, one cut over all tensors", 1.05, over_alone(several)),
+        at_most(big, f"{MATRIX}: 2:4 over l0", 1.3, over(Case(MATRIX, "nm"), Case(MATRIX))),
         at_most("CPU, 21,000 tensors", "time over 5,250 tensors (linear: 4)", 5.0, over(many, fewer)),
         at_most(
             "CPU, 4 processes of 2 threads, 5 M elements each",

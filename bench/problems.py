@@ -12,6 +12,7 @@ from .cases import PRECISIONS, Case
 
 LR, MOMENTUM, WEIGHT_DECAY, BETA, A = 1e-3, 0.9, 5e-4, 8e-2, 1.0
 DENSITY = 0.5
+PATTERN = 2, 4
 SGD_OPTIONS: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 ADAMW_OPTIONS: dict[str, Any] = {"lr": LR, "weight_decay": WEIGHT_DECAY}
 CUT = 0.05
@@ -23,8 +24,11 @@ _GRADIENT = 2e-3
 
 
 def strength(penalty: str) -> float:
-    """The lam that puts the cut of a penalty at CUT (for tl1 with a = 1 while lam / beta <= 1/4; topk needs none)."""
-    return {"topk": 1.0, "l0": BETA * CUT**2 / 2, "l1": BETA * CUT, "tl1": BETA * CUT * A / (A + 1)}[penalty]
+    """The lam that puts the cut of a penalty at CUT (for tl1 with a = 1 while lam / beta <= 1/4).
+
+    Top-k and N:M have none: lam switches them on.
+    """
+    return {"topk": 1.0, "nm": 1.0, "l0": BETA * CUT**2 / 2, "l1": BETA * CUT, "tl1": BETA * CUT * A / (A + 1)}[penalty]
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Problem:
             "group_dim": case.group_dim,
             "method": case.method,
             **({"density": DENSITY, "budget": case.budget} if case.penalty == "topk" else {}),
+            **({"pattern": PATTERN} if case.penalty == "nm" else {}),
         }
 
     def parameters(self) -> list[nn.Parameter]:

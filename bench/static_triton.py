@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rvsm_kernels.engines.triton import counts, device_numbers, elements, mixed, norms
+from rvsm_kernels.engines.triton import counts, device_numbers, elements, mixed, norms, windows
 from rvsm_kernels.engines.triton.calls import options_for
 from rvsm_kernels.engines.triton.launch import STORAGE, block_of
 from rvsm_kernels.engines.triton.table import FACTOR_TILE, PARTS_AT_ONCE, record_words
@@ -88,7 +88,13 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
     for dtype, storage in STORAGE.items():
         types = {"S": storage, "T": STORAGE[opmath_type(dtype)]}
         for kind, streams in steps():
-            yield elements.step_kernel, {**types, "BLOCK": block_of(dtype, kind["WITH_GROUPS"]), **kind}, streams
+            block = block_of(dtype, kind["WITH_GROUPS"])
+            plain = not (kind["WITH_TL1"] or kind["REST"])
+            for has_windows in (False, True) if plain else (False,):  # windows read a byte more for each element
+                yield elements.step_kernel, {**types, "BLOCK": block, "WITH_WINDOWS": has_windows, **kind}, streams
+        for method in (0, 2):
+            constants = {"OF_METHOD": storage, "METHOD": method, "MASTER": 0, "BLOCK": windows.WINDOW_BLOCK}
+            yield windows.window_kernel, {**types, **constants}, 0  # the elements of a window are anywhere
         yield elements.prox_kernel, {**types, "BLOCK": block_of(dtype, True)}, 2
         yield elements.penalty_kernel, {**types, "BLOCK": block_of(dtype, False)}, 1
         yield norms.sum_kernel, {**types, "WITH_DUAL": False}, 4  # one for each shape of a tile
@@ -104,7 +110,7 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         constants = {"BASE": base.number, "NUMBERS": 10 + len(base.number_names), "CORRECTS": base is ADAMW}
         yield counts.count_kernel, {**constants, "ROUNDS": rounds}, 0
     for kind, streams in mixed_steps():
-        yield mixed.mixed_kernel, kind, streams
+        yield mixed.mixed_kernel, {**kind, "WITH_WINDOWS": False}, streams
 
 
 def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:

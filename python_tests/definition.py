@@ -178,7 +178,8 @@ def step_tau(options: Mapping[str, Any], shape: Sequence[int]) -> REAL | None:
 def threshold(options: Mapping[str, Any], v: Array) -> tuple[str | None, REAL] | None:
     """The penalty and the tau that v is thresholded with; None where there is no splitting.
 
-    Top-k is l0 whose cut is the largest magnitude that is dropped; where that is 0, or nothing is dropped, u is v.
+    Top-k is l0 whose cut is the largest magnitude that is dropped; where that is 0, or nothing is dropped, u is v. N:M
+    has no tau: see `u_of`.
     """
     tau = step_tau(options, v.shape)
     if tau is None or options["penalty"] != "topk":
@@ -189,6 +190,33 @@ def threshold(options: Mapping[str, Any], v: Array) -> tuple[str | None, REAL] |
         return None, REAL(0)
     # A few ulp above that magnitude, so that rounding cannot keep it; all that tie with it are dropped too.
     return "l0", r[dropped - 1] ** 2 / 2 * (1 + 8 * np.finfo(REAL).eps)
+
+
+def largest_of_windows(v: Array, pattern: Sequence[int]) -> Array:
+    """N:M sparsity: of every m elements along dimension 1 the n of largest magnitude, zeros for the others.
+
+    A sort of each window by itself: NaN first, which always survives, then by magnitude, then by place.
+    """
+    n, m = pattern
+    u = v.copy()
+    for index in itertools.product(*(range(size) for d, size in enumerate(v.shape) if d != 1)):
+        for first in range(0, v.shape[1], m):
+            window = [(index[0], first + k, *index[1:]) for k in range(m)]
+            order = sorted(range(m), key=lambda k: (not np.isnan(v[window[k]]), -abs(v[window[k]]), k))
+            for k in order[n:]:
+                if not np.isnan(v[window[k]]):
+                    u[window[k]] = 0
+    return u
+
+
+def u_of(options: Mapping[str, Any], v: Array) -> Array | None:
+    """u of what is thresholded; None where there is no splitting."""
+    found = threshold(options, v)
+    if found is None:
+        return None
+    if options["penalty"] == "nm":
+        return largest_of_windows(v, options["pattern"])
+    return prox(v, *found, options["a"], groups_of(options))
 
 
 def strength(options: Mapping[str, Any], shape: Sequence[int]) -> REAL:
@@ -209,14 +237,18 @@ def prox(
 
 
 def penalty_value(w: Array, options: Mapping[str, Any], v: Array | None = None) -> REAL:
-    """lambda P(u) + beta / 2 ||w - u||^2 of one tensor, with u = prox(v), v = w unless it is given; P of top-k is 0."""
+    """lambda P(u) + beta / 2 ||w - u||^2 of one tensor, with u = prox(v), v = w unless it is given.
+
+    P of top-k and of N:M is 0.
+    """
     v = w if v is None else v
     found = threshold(options, v) if w.size else None
     if found is None:
         return REAL(0)
-    u = prox(v, *found, options["a"], groups_of(options))
+    u = u_of(options, v)
+    assert u is not None
     norms = over_groups(magnitudes(u, groups_of(options)), groups_of(options))
-    kind = None if options["penalty"] == "topk" else options["penalty"]
+    kind = None if options["penalty"] in ("topk", "nm") else options["penalty"]
     penalty = strength(options, w.shape) * np.sum(g(kind, norms, options["a"]))
     return penalty + REAL(options["beta"]) / 2 * np.sum(np.square(w - u))
 
@@ -258,7 +290,8 @@ def split(
     if found is None:
         pull = pull_scale = np.zeros_like(w)
     else:
-        u = prox(v, *found, options["a"], groups_of(options)) if u is None else u
+        u = u_of(options, v) if u is None else u
+        assert u is not None
         if method == "rvsm-delayed":
             assert kept is not None
             pull, new_kept = w - kept, u

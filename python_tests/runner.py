@@ -137,6 +137,9 @@ def right_u(w: Array, options: Mapping[str, Any], arithmetic: type) -> list[tupl
     if found is None or found[0] is None:
         return [(w, w)]
     penalty, tau = found
+    if penalty == "nm":
+        u = definition.largest_of_windows(w, options["pattern"])
+        return [(u, u)]
     us = [definition.prox(w, penalty, tau, a, dims)]
     r = definition.magnitudes(w, dims)
     tie = in_band(r, penalty, tau, a, arithmetic)
@@ -259,6 +262,10 @@ def check_u(u: Tensor, w: Array, options: Mapping[str, Any]) -> None:
         assert ((real(u) >= low) & (real(u) <= high)).all(), "u is not w without a splitting"
         return
     penalty, tau = found
+    if penalty == "nm":
+        low, high = bracket(definition.largest_of_windows(w, options["pattern"]), np.zeros_like(w), u.dtype)
+        assert ((real(u) >= low) & (real(u) <= high)).all(), "u are not the largest elements of the windows"
+        return
     r = definition.magnitudes(w, dims)
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = np.where(r > 0, shrink_bound(r, penalty, tau, a, arithmetic) / np.where(r > 0, r, 1), 0)

@@ -8,6 +8,7 @@
 #include "engine.h"
 #include "isa.h"
 #include "tiles.h"
+#include "windows.h"
 
 namespace rvsm::cpu {
 
@@ -100,9 +101,6 @@ inline void prox_loop(T* __restrict w, int64_t n, const Pull pull) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) w[i] = pull.u(w[i], i);
 }
-
-// Stands for the storage type of a tensor whose arrays have the types of TensorArgs::precision, found out tile by tile.
-struct Mixed {};
 
 // Elements [at, at + n) of a tensor.
 template <class Base, Method kMethod, class Pull, class On>
@@ -295,6 +293,20 @@ __attribute__((noinline)) void special_step(const TensorArgs& args, const Block&
   with_method(args.method, [&](auto method) { step_block<S, Base, decltype(method)::value>(args, block, numbers); });
 }
 
+// N:M sparsity, for every method.
+template <class S, class Base>
+__attribute__((noinline)) void window_step(const TensorArgs& args, const Block& block,
+                                           const Numbers<Base, Opmath<S>>& numbers) {
+  with_method(args.method, [&](auto method) {
+    constexpr Method kMethod = decltype(method)::value;
+    with_switches<Base, kMethod>(args, [&](auto on) {
+      for_windows<S, kMethod, Opmath<S>>(args, block, [&](int64_t at, int64_t n, const auto& pull) {
+        step_span<S, Base, kMethod>(args, at, n, numbers, pull, on);
+      });
+    });
+  });
+}
+
 template <class S>
 void run_step(const TensorArgs& args, const Block& block) {
   using T = Opmath<S>;
@@ -302,7 +314,9 @@ void run_step(const TensorArgs& args, const Block& block) {
     using Base = decltype(base);
     const Numbers<Base, T> numbers{split_of<T>(args.numbers, args.scale),
                                    Base::template numbers<T>(base_numbers(args.numbers))};
-    if (args.method != Method::rvsm || args.topk)
+    if (args.windows.on())
+      window_step<S, Base>(args, block, numbers);
+    else if (args.method != Method::rvsm || args.topk)
       special_step<S, Base>(args, block, numbers);
     else
       step_block<S, Base, Method::rvsm>(args, block, numbers);

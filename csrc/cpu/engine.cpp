@@ -20,6 +20,7 @@ constexpr int64_t kFewRows = 16;
 constexpr int64_t kManyRows = 64;
 // A group with more elements than this is summed in parts.
 constexpr int64_t kPart = 131072;
+static_assert(kMostOfWindow <= kFewRows);
 // Value of a tensor's counter (pending_) when its norms are there.
 constexpr int32_t kDone = -1;
 
@@ -72,7 +73,8 @@ void TaskList::divide_reduction(int32_t index, int64_t threads) {
 void TaskList::divide_application(int32_t index, int64_t threads) {
   const GroupView& v = tensors[index].view;
   const int64_t columns = v.groups * v.inner;
-  const int64_t width = v.outer == 1 ? kTask : std::min(columns, kColumns);
+  const int64_t unit = v.outer == 1 ? tensors[index].windows.whole() : 1;  // no task cuts a window
+  const int64_t width = v.outer == 1 ? kTask / unit * unit : std::min(columns, kColumns);
   const int64_t height = std::max(kTask / width, std::clamp(v.outer / (8 * threads), kFewRows, kManyRows));
   for (int64_t b = 0; b < v.batch; ++b)
     for (int64_t o = 0; o < v.outer; o += height)
@@ -84,6 +86,8 @@ void TaskList::divide() {
   lanes_.clear();
   for (TensorArgs& args : tensors) {
     if (!args.grouped) args.view = {1, 1, args.numel, 1};
+    // Long windows: a task has the m rows of some columns. m is at most kFewRows, so no task has fewer rows.
+    if (const Windows& w = args.windows; w.whole() > kTask) args.view = {args.numel / w.whole(), w.m, w.inner, 1};
     const GroupView& v = args.view;
     const bool in_parts = args.grouped && v.size() >= 2 * kPart;
     args.parts = in_parts ? std::min(ceil_div(v.size(), kPart), std::max(v.outer, v.inner)) : 1;

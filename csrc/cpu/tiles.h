@@ -83,6 +83,9 @@ __attribute__((noinline)) void store_weights(const TensorArgs& args, const float
     round_tile(static_cast<Float16*>(args.w) + at, from, random + skip, n);
 }
 
+// Stands for the storage type of a tensor whose arrays have the types of TensorArgs::precision, found out tile by tile.
+struct Mixed {};
+
 // The tile of an array: its own memory where that is float32, else `tile`.
 inline float* tile_of(void* memory, Dtype dtype, int64_t at, float* tile) {
   return dtype == Dtype::f32 ? static_cast<float*>(memory) + at : tile;

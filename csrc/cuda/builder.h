@@ -9,6 +9,7 @@
 #include "counts.h"
 #include "general.h"
 #include "resident.h"
+#include "windows.h"
 
 namespace rvsm::cuda {
 
@@ -62,11 +63,14 @@ class LaunchList {
 // changed, and no pointer or option is ever stale.
 class TableBuilder : public LaunchList<Table> {
  public:
-  // A tensor of a step or, with `source` in the place of the gradient, of a prox.
+  // A tensor of a step or, with `source` in the place of the gradient, of a prox. With windows `args.cut` are their
+  // bits.
   template <class S, class Base, int kStates>
   void add(const TensorArgs& args, void* source) {
     Record<Opmath<S>, Base> record = record_of<Opmath<S>, Base>(args);
     record.cut = args.cut;
+    record.keep = uint8_t(args.windows.n);
+    record.window = uint8_t(args.windows.m);
     push<S, kStates>(args, source, uint16_t(reserve<TableEntry<kStates>>(args, record)));
   }
 
@@ -104,8 +108,8 @@ class TableBuilder : public LaunchList<Table> {
     push<S, 0>(values, numbers, uint16_t(reserve<TableEntry<0>>(values, value)));
   }
 
-  // A tensor of a general step, or a piece of one in groups (`factors`: where its norms are) that begins `offset`
-  // elements into the tensor. `finished`: its numbers on the device, or null.
+  // A tensor of a general step, or a piece of one, in groups (`factors`: where its norms are) or not, that begins
+  // `offset` elements into the tensor. `finished`: its numbers on the device, or null.
   template <class T>
   void add_general(const TensorArgs& args, int64_t offset, int64_t numel, const FactorPlace* factors,
                    const void* finished) {
@@ -115,6 +119,7 @@ class TableBuilder : public LaunchList<Table> {
     record.cut = args.cut;
     record.method = uint8_t(args.method);
     record.lasso = args.lasso;
+    record.keep = uint8_t(args.windows.n);
     for (int k = 0; k < kMostNumbers; ++k) record.numbers[k] = T(args.numbers[k]);
     record.numbers[kProxNumbers] = T(args.numbers[kProxNumbers] * args.scale);
     uint16_t slot;
@@ -330,6 +335,37 @@ class NumbersBuilder : public LaunchList<NumbersTable> {
   static constexpr uint32_t kEntries = sizeof(NumbersTable::at) / sizeof(NumbersEntry);
   char* next_ = nullptr;
   TensorArgs before_;  // what was added last
+};
+
+// The tables of windows.
+class WindowBuilder : public LaunchList<WindowTable> {
+ public:
+  // `bits`: of the elements that survive.
+  void add(const TensorArgs& args, uint8_t* bits) {
+    if (empty() || table().entries == kEntries) begin_table();
+    WindowTable& t = table();
+    WindowEntry& e = t.at[t.entries++];
+    const Precision& p = args.precision;
+    const bool dual = args.method == Method::admm;
+    std::memset(static_cast<void*>(&e), 0, sizeof e);
+    e.w = args.w;
+    e.rest = p.mixed && p.master != Master::none ? args.master_state() : nullptr;
+    e.dual = dual ? args.method_state() : nullptr;
+    e.bits = bits;
+    e.numel = args.numel;
+    e.inner = args.windows.inner;
+    e.first = t.blocks;
+    e.keep = uint8_t(args.windows.n);
+    e.window = uint8_t(args.windows.m);
+    e.weight_type = uint8_t(args.dtype);
+    e.dual_type = uint8_t(p.mixed && dual ? p.states[size_t(args.base.states)] : args.dtype);
+    e.master = uint8_t(p.mixed ? p.master : Master::none);
+    t.blocks += uint32_t(ceil_div(args.numel, kWindowChunk));
+    last().note(args.group);
+  }
+
+ private:
+  static constexpr uint32_t kEntries = sizeof(WindowTable::at) / sizeof(WindowEntry);
 };
 
 // The tables of sums.

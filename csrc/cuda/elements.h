@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "../math/windows.h"
 #include "table.h"
 
 namespace rvsm::cuda {
@@ -48,6 +49,75 @@ struct GroupPull {
   }
 };
 
+// N:M sparsity: the bits of the elements that survive, which a launch before this one has made.
+template <class T>
+struct KeptPull {
+  static constexpr bool kMayLasso = false;
+  const uint8_t* bits;
+  bool on;  // else u = v
+  uint32_t at;
+  RVSM_HD_MEMBER bool pulls(const Prox<T>& prox) const { return prox.penalty != Penalty::none; }
+  RVSM_HD_MEMBER KeptPull from(uint32_t place) const { return {bits, on, place}; }
+  RVSM_HD_MEMBER void operator()(T v, T, uint32_t k, T& u, T& unit) const {
+    const uint32_t place = at + k;
+    u = !on || (bits[place / 8] >> (place % 8) & 1) != 0 ? v : T(0);
+    unit = T(0);
+  }
+};
+
+// Elements of the longest window that a thread looks for in its registers.
+constexpr int kMostInVectors = 4;
+
+// N:M sparsity where each window is inside a vector: `window` is 2 or 4, and the tensor has no single elements.
+template <class T>
+struct VectorPull {
+  static constexpr bool kMayLasso = false;
+  int keep, window;
+  uint32_t kept;  // bits
+  RVSM_HD_MEMBER bool pulls(const Prox<T>&) const { return true; }
+  RVSM_HD_MEMBER VectorPull from(uint32_t) const { return *this; }
+  RVSM_HD_MEMBER void operator()(T v, T, uint32_t k, T& u, T& unit) const {
+    u = (kept >> k & 1) != 0 ? v : T(0);
+    unit = T(0);
+  }
+  // The pull of a vector of kN elements, of which v(k) is what the method thresholds.
+  template <int kN, class V>
+  RVSM_HD_MEMBER VectorPull over(const V& v) const {
+    constexpr int kPart = kN < kMostInVectors ? kN : kMostInVectors;
+    uint32_t survive = 0;
+    RVSM_UNROLL
+    for (int first = 0; first < kN; first += kPart) {
+      Key<T> keys[kPart];
+      RVSM_UNROLL
+      for (int k = 0; k < kPart; ++k) keys[k] = key_of(v(first + k));
+      RVSM_UNROLL
+      for (int k = 0; k < kPart; ++k) {
+        int before = 0;
+        RVSM_UNROLL
+        for (int j = 0; j < kPart; ++j)  // of the same window where the numbers differ in their low bits alone
+          if (j != k) before += int((j ^ k) < window) & int(stands_before(keys[j], keys[k], j < k));
+        survive |= uint32_t(before < keep || keys[k] > kInfinityKey<T>) << (first + k);
+      }
+      RVSM_KEEP_ORDER();
+    }
+    return {keep, window, survive};
+  }
+};
+
+template <class Pull>
+constexpr bool kOverVectors = false;
+template <class T>
+constexpr bool kOverVectors<VectorPull<T>> = true;
+
+// The pull of a vector at a place; see VectorPull::over.
+template <int kN, class Pull, class V>
+RVSM_HD auto pull_of_vector(const Pull& pull, uint32_t at, const V& v) {
+  if constexpr (kOverVectors<Pull>)
+    return pull.template over<kN>(v);
+  else
+    return pull.from(at);
+}
+
 // Calls f(record, pull) with the record and the pull that belong to an entry's slot. kCut: a record may have a cut.
 template <class T, class Base, bool kCut, class F>
 RVSM_HD void with_pull(const Table& t, uint16_t slot, const F& f) {
@@ -57,6 +127,10 @@ RVSM_HD void with_pull(const Table& t, uint16_t slot, const F& f) {
     return record.lasso ? f(record, GroupPull<true, T>{factors, 0}) : f(record, GroupPull<false, T>{factors, 0});
   }
   const Record<T, Base>& record = slot_of<Record<T, Base>>(t, slot);
+  if (kCut && record.keep != 0) {
+    if (record.cut == nullptr) return f(record, VectorPull<T>{record.keep, record.window, 0});
+    return f(record, KeptPull<T>{static_cast<const uint8_t*>(record.cut), true, 0});
+  }
   if (kCut && record.cut != nullptr) {
     Prox<T> prox = record.split.prox;
     prox.cut = *static_cast<const T*>(record.cut);
@@ -159,7 +233,10 @@ RVSM_HD void step_elements(const Entry& e, const Record<T, Base>& record,
         if (Base::kReadsGrad) gv = *reinterpret_cast<const Vector<S>*>(g + i);
         RVSM_UNROLL
         for (int s = 0; s < kStates; ++s) sv[s] = *reinterpret_cast<const Vector<S>*>(state[s] + i);
-        const auto at = pull.from(first + i);
+        const auto at = pull_of_vector<kWidth<S>>(pull, first + i, [&](int k) {
+          const T state = kHasState ? T(load(sv[Base::kStates].at[k])) : T(0);
+          return run_thresholded<kHasState>(method, T(load(wv.at[k])), state);
+        });
         RVSM_UNROLL
         for (int k = 0; k < kWidth<S>; k += 2) {
           T wk[2] = {load(wv.at[k]), load(wv.at[k + 1])}, gk[2] = {load(gv.at[k]), load(gv.at[k + 1])};

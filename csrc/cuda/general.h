@@ -79,9 +79,10 @@ static_assert(sizeof(GeneralEntry) == 128);
 template <class T>
 struct alignas(32) GeneralRecord {
   const FinishedRecord<T>* finished;  // on the device; null: `numbers` are whole
-  const void* cut;                    // of top-k, in the type of the arithmetic, or null
+  const void* cut;                    // of top-k, in the type of the arithmetic, or null; as in Record
   uint8_t method;                     // Method
   bool lasso;
+  uint8_t keep;  // as in Record
   T numbers[kMostNumbers];
 };
 
@@ -309,7 +310,7 @@ RVSM_HD GeneralNumbers<T, Base> general_numbers(const Table& t, int index, const
   if constexpr (Base::kCorrections > 0) {
     if (t.corrections != nullptr) r.base = Base::corrected(r.base, t.corrections + index * kMostCorrections);
   }
-  if (record.cut != nullptr) r.split.prox.cut = *static_cast<const T*>(record.cut);
+  if (record.cut != nullptr && record.keep == 0) r.split.prox.cut = *static_cast<const T*>(record.cut);
   return r;
 }
 
@@ -370,6 +371,11 @@ RVSM_HD void general_thread(const Table& t, uint32_t block, int thread) {
     const FactorPlace& factors = slot_of<FactorPlace>(t, e.record & ~kGrouped);
     steps(slot_of<GeneralRecord<T>>(t, factors.record),
           [&](const Prox<T>& prox, const auto& f) { f(NormPull<T>{factors, prox, 0}); });
+  } else if (slot_of<GeneralRecord<T>>(t, e.record).keep != 0) {
+    const GeneralRecord<T>& record = slot_of<GeneralRecord<T>>(t, e.record);
+    steps(record, [&](const Prox<T>& prox, const auto& f) {
+      f(KeptPull<T>{static_cast<const uint8_t*>(record.cut), prox.penalty != Penalty::none, 0});
+    });
   } else {
     steps(slot_of<GeneralRecord<T>>(t, e.record), [](const Prox<T>& prox, const auto& f) { f(AnyPull<T>{prox}); });
   }

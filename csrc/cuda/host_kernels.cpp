@@ -34,6 +34,12 @@ struct HostStarter {
     });
   }
 
+  static const char* windows(const Stream&, const void* table) {
+    return for_blocks<WindowTable>(table, [](const WindowTable& t, uint32_t block) {
+      kForThreads([&](int thread) { window_thread(t, block, thread); });
+    });
+  }
+
   static const char* general_squares(const Stream&, const void* table) {
     std::vector<double> sums(kSums<GeneralWeights>);
     return for_blocks<SumTable>(table, [&](const SumTable& t, uint32_t block) {

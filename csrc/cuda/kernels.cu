@@ -111,6 +111,10 @@ __global__ void __launch_bounds__(kThreads) numbers_kernel(const __grid_constant
   numbers_thread(table, blockIdx.x, int(threadIdx.x));
 }
 
+__global__ void __launch_bounds__(kThreads) window_kernel(const __grid_constant__ WindowTable table) {
+  window_thread(table, blockIdx.x, int(threadIdx.x));
+}
+
 // The table goes as the kernel's parameters: no copy to the device stands before the launch.
 template <class TableType>
 const char* launch(const Stream& stream, void (*kernel)(TableType), const void* table) {
@@ -127,6 +131,7 @@ const char* launch(const Stream& stream, void (*kernel)(TableType), const void* 
 struct DeviceStarter {
   static const char* count(const Stream& stream, const void* table) { return launch(stream, count_kernel, table); }
   static const char* numbers(const Stream& stream, const void* table) { return launch(stream, numbers_kernel, table); }
+  static const char* windows(const Stream& stream, const void* table) { return launch(stream, window_kernel, table); }
   static const char* general_squares(const Stream& stream, const void* table) {
     return launch(stream, general_sum_kernel, table);
   }

@@ -7,6 +7,7 @@
 #include "counts.h"
 #include "general.h"
 #include "resident.h"
+#include "windows.h"
 
 namespace rvsm::cuda {
 
@@ -31,6 +32,7 @@ enum class Work : uint8_t {
   general,  // a step whose arrays have several types, or whose numbers are on the device; the type is the arithmetic's
   count,    // a CountTable; before the steps that read what it makes
   numbers,  // a NumbersTable; the same
+  windows,  // a WindowTable; the same
 };
 
 struct Key {
@@ -67,6 +69,7 @@ Kernels all_kernels() {
   Kernels all;
   all[{Work::count, Dtype::f32, {}, false}] = Starter::count;
   all[{Work::numbers, Dtype::f32, {}, false}] = Starter::numbers;
+  all[{Work::windows, Dtype::f32, {}, false}] = Starter::windows;
   all[{Work::general_squares, Dtype::f32, {}, false}] = Starter::general_squares;
   const auto add_storage = [&](auto storage, Dtype dtype) {
     using S = decltype(storage);

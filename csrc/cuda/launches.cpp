@@ -39,6 +39,8 @@ const char* name_of(Work work) {
       return "count";
     case Work::numbers:
       return "numbers";
+    case Work::windows:
+      return "window";
     default:
       return "penalty";
   }
@@ -81,12 +83,32 @@ void Launches::divide(int64_t limit) {
     for (Groups& g : groups_) g.resident = false;
 }
 
+// Calls f(offset, numel) for the pieces of a tensor with windows: places in it are in 32 bits, and its bits in bytes.
+template <class F>
+void Launches::for_flat_pieces(const TensorArgs& args, const F& f) const {
+  const int64_t most = std::max<int64_t>((limit_ - 1) / kOfByte, 1) * kOfByte;
+  for (int64_t at = 0; at < args.numel; at += most) f(at, std::min(most, args.numel - at));
+}
+
+// Whether the windows of a tensor are inside the vectors of a thread.
+template <class S, class Base, int kStates>
+bool in_vectors(const TensorArgs& args) {
+  const Windows& v = args.windows;
+  bool right = v.inner == 1 && v.m <= kMostInVectors && kWidth<S> % v.m == 0 && args.numel % kWidth<S> == 0 &&
+               begins_on_boundary(args.w);
+  right = right && (!Base::kReadsGrad || begins_on_boundary(args.g));
+  for (int k = 0; k < kStates; ++k) right = right && begins_on_boundary(args.state[size_t(k)]);
+  return right;
+}
+
 // The most entries of tables in which some may be counted.
 int64_t Launches::counted_entries() const {
   int64_t count = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (action_ != Action::step || !(has_corrections(tensors[i].base.kind) || tensors[i].general())) continue;
-    if (!tensors[i].grouped || groups_[i].resident)
+    if (tensors[i].windows.on())
+      for_flat_pieces(tensors[i], [&](int64_t, int64_t) { ++count; });
+    else if (!tensors[i].grouped || groups_[i].resident)
       ++count;
     else
       for_pieces(tensors[i].view, limit_, [&](int64_t, const GroupView&, int64_t) { ++count; });
@@ -111,6 +133,7 @@ int64_t Launches::scratch_bytes() const {
   bytes += aligned(counted_entries() * kMostCorrections * int64_t(sizeof(double)));
   bytes += aligned(finished_records() * NumbersBuilder::kFinishedBytes);
   for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].windows.on()) bytes += aligned(ceil_div(tensors[i].numel, kOfByte));
     if (!tensors[i].grouped || groups_[i].resident) continue;
     const int64_t factors = aligned(tensors[i].view.count() * element_size(opmath(tensors[i].dtype)));
     bytes += factors * (has_lengths(tensors[i], groups_[i]) ? 2 : 1);
@@ -126,6 +149,8 @@ void Launches::set_scratch(void* memory) {
   corrections_ = reinterpret_cast<double*>(take(counted_entries() * kMostCorrections * int64_t(sizeof(double))));
   finished_ = take(finished_records() * NumbersBuilder::kFinishedBytes);
   for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].windows.on())
+      groups_[i].bits = reinterpret_cast<uint8_t*>(take(ceil_div(tensors[i].numel, kOfByte)));
     if (!tensors[i].grouped || groups_[i].resident) continue;
     Groups& g = groups_[i];
     const GroupView& v = tensors[i].view;
@@ -240,6 +265,17 @@ void Launches::add_step(const TensorArgs& args, const Groups& groups, Key key) {
     }
   } else if (args.grouped) {
     add_pieces<S, Base, kStates>(args, groups, tables(key), read);
+  } else if (args.windows.on() && !in_vectors<S, Base, kStates>(args)) {
+    windows_.add(args, groups.bits);
+    for_flat_pieces(args, [&](int64_t offset, int64_t numel) {
+      TensorArgs piece = args;
+      piece.numel = numel;
+      piece.w = static_cast<S*>(args.w) + offset;
+      for (int k = 0; k < kStates; ++k) piece.state[size_t(k)] = static_cast<S*>(args.state[size_t(k)]) + offset;
+      piece.cut = groups.bits + offset / kOfByte;
+      S* const g = read == nullptr ? nullptr : static_cast<S*>(read) + offset;
+      tables(key).add<S, Base, kStates>(piece, g);
+    });
   } else {
     tables(key).add<S, Base, kStates>(args, read);
   }
@@ -249,12 +285,23 @@ void Launches::add_general(const TensorArgs& args, const Groups& groups) {
   const Dtype arithmetic = opmath(args.dtype);
   TableBuilder& builder = tables({Work::general, arithmetic, args.base, method_states(args.method) > 0});
   const void* const finished = args.device_numbers == nullptr ? nullptr : numbers_.add(args);
-  const auto add = [&](int64_t offset, int64_t numel, const FactorPlace* factors) {
+  const auto add_piece = [&](const TensorArgs& of, int64_t offset, int64_t numel, const FactorPlace* factors) {
     if (arithmetic == Dtype::f64)
-      builder.add_general<double>(args, offset, numel, factors, finished);
+      builder.add_general<double>(of, offset, numel, factors, finished);
     else
-      builder.add_general<float>(args, offset, numel, factors, finished);
+      builder.add_general<float>(of, offset, numel, factors, finished);
   };
+  const auto add = [&](int64_t offset, int64_t numel, const FactorPlace* factors) {
+    add_piece(args, offset, numel, factors);
+  };
+  if (args.windows.on()) {
+    windows_.add(args, groups.bits);
+    return for_flat_pieces(args, [&](int64_t offset, int64_t numel) {
+      TensorArgs piece = args;
+      piece.cut = groups.bits + offset / kOfByte;
+      add_piece(piece, offset, numel, nullptr);
+    });
+  }
   if (!args.grouped) return add(0, args.numel, nullptr);
   for (const auto& p : groups.pieces) add(p.offset, p.numel, &p.factors);
 }
@@ -311,6 +358,7 @@ void Launches::run(const Stream& stream, const Scaling& scaling, double* total) 
   for (auto& [key, builder] : sums_) builder.clear();
   for (auto& [key, builder] : tables_) builder.clear();
   numbers_.begin_step(finished_);
+  windows_.clear();
   for (size_t i = 0; i < tensors.size(); ++i) {
     const TensorArgs& args = tensors[i];
     if (!args.active || args.numel == 0) continue;
@@ -324,6 +372,7 @@ void Launches::run(const Stream& stream, const Scaling& scaling, double* total) 
   for (auto& [key, builder] : sums_)
     for (auto& l : builder) start(stream, key, l.table.get(), l.groups);
   if (action_ == Action::step) {
+    for (auto& l : windows_) start(stream, {Work::windows, Dtype::f32, {}}, l.table.get(), l.groups);
     for (auto& l : numbers_) start(stream, {Work::numbers, Dtype::f32, {}}, l.table.get(), l.groups);
     add_counts();
     for (auto& l : counts_) {

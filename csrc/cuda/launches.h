@@ -12,8 +12,9 @@ namespace rvsm::cuda {
 
 // A set of tensors on one device, for repeated runs. Tensors without groups take one launch per storage type, base and
 // count of states, and groups that are short and consecutive in memory another. For other groups one launch before the
-// step makes the factors, or two where long groups are summed in parts. Steps with several storage types, and steps
-// with numbers on the device, are a launch of their own (general.h).
+// step makes the factors, or two where long groups are summed in parts. For windows that are not inside a vector a
+// launch before the step finds out what survives. Steps with several storage types, and steps with numbers on the
+// device, are a launch of their own (general.h).
 class Launches {
  public:
   Launches(Action action, const Kernels& kernels) : action_(action), kernels_(kernels) {}
@@ -60,6 +61,7 @@ class Launches {
     int64_t partials = 0;  // sums of parts for one row of norms, at most
     bool lasso = false;
     char *ratio = nullptr, *length = nullptr;
+    uint8_t* bits = nullptr;  // of a tensor with windows: of the elements that survive
     double* parts = nullptr;
 
     const Layout& layout(Dtype type) const { return type == dtype ? stored : widened; }
@@ -76,6 +78,8 @@ class Launches {
   void add_pieces(const TensorArgs& args, const Groups& groups, TableBuilder& builder, void* source);
   void* source(const TensorArgs& args) const;
   void add_general(const TensorArgs& args, const Groups& groups);
+  template <class F>
+  void for_flat_pieces(const TensorArgs& args, const F& f) const;
   int64_t counted_entries() const;
   int64_t finished_records() const;
   bool has_lengths(const TensorArgs& args, const Groups& groups) const;
@@ -98,6 +102,7 @@ class Launches {
   CountBuilder counts_;
   double* corrections_ = nullptr;  // of the entries of all steps
   NumbersBuilder numbers_;
+  WindowBuilder windows_;
   char* finished_ = nullptr;  // records
 };
 

@@ -117,6 +117,9 @@ struct alignas(32) Record {
   const void* cut;  // of top-k, in the type of the arithmetic; null: split.prox has the cut
   uint8_t method;   // Method
   bool lasso;
+  // Of N:M sparsity, 0 for other penalties. `cut` are the bits of the elements that survive (windows.h) then; null: all
+  // windows are consecutive elements of a vector.
+  uint8_t keep, window;
   typename Base::Switches switches;
 };
 

@@ -7,6 +7,7 @@
 #include "device_numbers.h"
 #include "precision.h"
 #include "split.h"
+#include "windows.h"
 
 namespace rvsm {
 
@@ -33,6 +34,7 @@ struct TensorArgs {
   int64_t numel = 0;
   Dtype dtype = Dtype::f32;
   bool grouped = false;
+  Windows windows;    // of N:M sparsity: u is l0's, of the elements that these keep
   GroupView view;     // batch * outer * groups * inner == numel where grouped
   int32_t group = 0;  // its param group, for error messages
 

@@ -28,4 +28,15 @@ struct GroupView {
   int64_t size() const { return outer * inner; }
 };
 
+// The windows of N:M sparsity in a tensor in memory order: element k of a window is k * inner elements behind its first
+// element, and every m * inner elements hold whole windows. The n of largest magnitude survive.
+struct Windows {
+  int32_t n = 0;  // 0: the tensor has no windows
+  int32_t m = 1;
+  int64_t inner = 1;
+
+  bool on() const { return n > 0; }
+  int64_t whole() const { return m * inner; }
+};
+
 }  // namespace rvsm

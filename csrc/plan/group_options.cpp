@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <stdexcept>
+#include <tuple>
 
 namespace rvsm {
 
@@ -32,6 +33,8 @@ GroupOptions::GroupOptions(const py::object& o) : source(o) {
   scaled = o.attr("scaled").cast<bool>();
   dims = o.attr("dims").cast<Dims>();
   block = o.attr("block").cast<int64_t>();
+  if (const py::object pattern = o.attr("pattern"); !pattern.is_none())
+    std::tie(keep, window) = pattern.cast<std::pair<int32_t, int32_t>>();
   base_states = o.attr("base_states").cast<size_t>();
   states = py::len(o.attr("states"));
   counter = o.attr("counter");
@@ -77,9 +80,9 @@ const Stored& GroupOptions::stored(at::ScalarType type) {
 bool GroupOptions::has_the_tables_of(const GroupOptions& o) const {
   if (!precision || !o.precision) return false;  // options of a group that is new
   return base == o.base && method == o.method && split == o.split && topk == o.topk && lasso == o.lasso &&
-         writes_grad == o.writes_grad && dims == o.dims && block == o.block && base_states == o.base_states &&
-         states == o.states && has_counter == o.has_counter && precision.equal(o.precision) &&
-         on_device() == o.on_device();
+         writes_grad == o.writes_grad && dims == o.dims && block == o.block && keep == o.keep && window == o.window &&
+         base_states == o.base_states && states == o.states && has_counter == o.has_counter &&
+         precision.equal(o.precision) && on_device() == o.on_device();
 }
 
 const double* GroupOptions::numbers(int64_t group_size, int64_t count) {

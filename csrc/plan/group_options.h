@@ -64,6 +64,7 @@ class GroupOptions {
   bool starts_from_u = false;          // the method's state begins with u, else with zeros
   Dims dims;                           // group_dim; nullopt for elements, and where norms do not matter
   int64_t block = 1;                   // group_block
+  int32_t keep = 0, window = 1;        // pattern: how many of how many survive, 0 for other penalties
   size_t base_states = 0, states = 0;  // how many states the base has, and the base and the method together
   py::object counter;                  // the name of the tensor that counts the steps of a parameter, or None
   bool has_counter = false;

@@ -38,7 +38,10 @@ void Plan::add_slot(const py::list& groups, ParamSlot& slot, PyObject* param, co
   std::vector<TensorArgs>& tensors = engines_[slot.engine].tensors;
   GroupOptions& options = options_.at(slot.group);
   try {
-    tensors.push_back(args_of(slot.dense ? w : at::empty_like(w), options.dims, options.block));
+    const at::Tensor dense = slot.dense ? w : at::empty_like(w);
+    const Windows windows = options.keep > 0 ? windows_in(dense, options.keep, options.window) : Windows{};
+    tensors.push_back(args_of(dense, options.dims, options.block));
+    tensors.back().windows = windows;
   } catch (const std::invalid_argument&) {
     no_groups_.insert(slots_.size());  // an error only if the parameter gets a gradient
     tensors.emplace_back();

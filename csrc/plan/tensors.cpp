@@ -131,6 +131,11 @@ TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim, int64_t group
   return args;
 }
 
+Windows windows_in(const at::Tensor& dense, int32_t n, int32_t m) {
+  if (dense.numel() == 0) return {};
+  return windows_of(dense.sizes().vec(), dense.strides().vec(), n, m);
+}
+
 void bump_version(const at::Tensor& tensor) {
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }

@@ -74,6 +74,9 @@ class Staged {
 // where a dimension does not exist, where they do not collapse, and where a block does not divide its dimension.
 TensorArgs args_of(const at::Tensor& dense, const Dims& group_dim, int64_t group_block);
 
+// The windows of a dense tensor, none where it has no elements; throws as windows_of.
+Windows windows_in(const at::Tensor& dense, int32_t n, int32_t m);
+
 // The number in a 1-element float32 tensor of the CPU, null for any other tensor. A thousand parameters ask in each
 // step. `keys`: those of a tensor that holds its values in memory of its own.
 inline float* float_on_cpu(const at::Tensor& tensor, c10::DispatchKeySet keys) {

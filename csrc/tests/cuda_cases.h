@@ -79,6 +79,7 @@ struct Tensor {
       if (parts && integer(0, 19) == 0) args.view = {1, 40000, 2, 1};  // in parts
       args.numel = args.view.count() * args.view.size();
     }
+    if (methods && !args.grouped && integer(0, 3) == 0) draw_windows();
     Options o = random_options(args.grouped);
     if (methods) o.method = Method(integer(0, 2));
     if (general >= 0) choose(general, o);
@@ -97,7 +98,8 @@ struct Tensor {
       if (has_corrections(args.base.kind)) record[kCount] = record[kCount + 1] = NAN;
     }
     if (counted || !device_values.empty()) of_device = records.emplace_back(record).data();
-    args.topk = methods && o.is_split() && o.penalty == Penalty::l0 && integer(0, 1);
+    if (!o.is_split()) args.windows = {};
+    args.topk = methods && !args.windows.on() && o.is_split() && o.penalty == Penalty::l0 && integer(0, 1);
     args.active = integer(0, 9) != 0 && args.numel > 0;
     norms_given = methods && args.grouped && integer(0, 3) == 0;
     norms.resize(size_t(args.norm_rows() * args.view.count()) * sizeof(double));
@@ -121,6 +123,13 @@ struct Tensor {
       rest.resize(size_t(args.numel + 16) * rest_size());
       for (char& c : rest) c = char(integer(0, 63));
     }
+  }
+
+  // Windows of N:M sparsity, some of them inside the vectors of a thread; whole ones.
+  void draw_windows() {
+    const int32_t m = int32_t(integer(0, 1) ? int64_t(2) << integer(0, 3) : integer(2, kMostOfWindow));
+    args.windows = {int32_t(integer(1, m - 1)), m, integer(0, 1) ? 1 : integer(1, 9)};
+    args.numel = (args.numel + args.windows.whole() - 1) / args.windows.whole() * args.windows.whole();
   }
 
   // What one of the kKernels kernels is for: a base, a method with or without a state, a type of the arithmetic.

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "../math/group_view.h"
+#include "../math/windows.h"
 #include "check.h"
 
 using namespace rvsm;
@@ -60,6 +61,23 @@ bool refused(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stri
   return false;
 }
 
+// Windows of m along dimension 1: element k of each is where windows_of says.
+void walk_windows(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t m) {
+  const Windows w = windows_of(sizes, strides, 1, m);
+  int64_t numel = 1;
+  for (const int64_t n : sizes) numel *= n;
+  CHECK(numel % w.whole() == 0, "windows of %d cut the end of a tensor", int(m));
+  std::vector<int64_t> at(sizes.size(), 0);
+  for (int64_t i = 0; i < numel; ++i) {
+    int64_t offset = 0;
+    for (size_t d = 0; d < sizes.size(); ++d) offset += at[d] * strides[d];
+    CHECK(offset / w.inner % m == at[1] % m, "index %lld of dimension 1 is at another place of its window",
+          static_cast<long long>(at[1]));
+    CHECK((offset - at[1] % m * w.inner) / w.whole() == offset / w.whole(), "a window lies in two");
+    for (size_t d = sizes.size(); d-- > 0 && ++at[d] == sizes[d];) at[d] = 0;
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -94,6 +112,20 @@ int main() {
     const auto wider = dense_strides(blocked, contiguous);
     walk(blocked, wider, {d}, group_view(blocked, wider, {d}, block), block);
     ++cases;
+    std::vector<int64_t> windowed = sizes;
+    const int32_t m = int32_t(integer(2, kMostOfWindow));
+    windowed[1] *= m;
+    walk_windows(windowed, dense_strides(windowed, contiguous), m);
+    ++cases;
+  }
+  for (const int32_t m : {3, 17}) {
+    bool raised = false;
+    try {
+      windows_of({2, 34}, {34, 1}, 1, m);
+    } catch (const std::invalid_argument&) {
+      raised = true;
+    }
+    CHECK(raised, "34 elements in windows of %d", int(m));
   }
   CHECK(refused({6, 4}, {4, 1}, {0}, 4), "6 indices are no multiple of 4");
   CHECK(refused({6, 4}, {4, 1}, {0, 1}, 2), "blocks of two dimensions");

@@ -21,6 +21,7 @@ SPLITS: list[dict[str, Any]] = [
     {"penalty": "l1", "lam": 0.4, "beta": 0.5, "group_dim": 0, "group_scale": True},
     {"penalty": "l1", "lam": 0.2, "beta": 0.5, "method": "admm"},
     {"penalty": "topk", "density": 0.4},
+    {"penalty": "nm", "pattern": (2, 4)},
 ]
 
 

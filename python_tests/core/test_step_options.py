@@ -51,6 +51,15 @@ def test_top_k_thresholds_as_l0() -> None:
     assert options.topk and options.numbers(1, 1)[:2] == (2.0, 2.0)
 
 
+def test_windows_keep_as_l0() -> None:
+    options = told(penalty="nm", pattern=[2, 4], lam=2.0, beta=1.0)
+    assert options.pattern == (2, 4) and options.numbers(1, 1)[0] == 2.0
+    assert (
+        told(penalty="nm", pattern=(2, 4), lam=0.0).pattern is None
+        and told(penalty="l0", pattern=(2, 4)).pattern is None
+    )
+
+
 def test_states() -> None:
     """The base's first, then the method's."""
     for momentum, method, states in (
@@ -80,6 +89,11 @@ def test_structure() -> None:
         *({"penalty": None}, {"penalty": "tl1"}, {"method": "admm"}, {"momentum": 0.5}),
         *({"group_dim": 0}, {"group_dim": 0, "group_lasso": 0.5}, {"group_dim": 0, "group_scale": True}),
         {"penalty": "topk", "density": 0.5},
+        *(
+            {"penalty": "nm", "pattern": (2, 4)},
+            {"penalty": "nm", "pattern": (1, 4)},
+            {"penalty": "nm", "pattern": (2, 8)},
+        ),
     ]
     structures = [told(**options).structure for options in other]
     assert all(told(**options).structure == told().structure for options in same)

@@ -19,11 +19,21 @@ from ..method.groups import Grouping, from_memory_order, group_size, grouping_of
 from ..method.parameters import param_name
 from ..method.prox import threshold
 from ..method.selection import Selection
-from ..method.split import strength, strength_of_size
+from ..method.split import is_nm, strength, strength_of_size
 from ..method.step_options import StepOptions
+from ..method.windows import Pattern
 from .norms import SharedNorms, rows_of
 from .selection import select
-from .shards import gradient_of, note_writes, ranks_of_groups, refuse_partial, shard_of, sharded_like, shards_of
+from .shards import (
+    gradient_of,
+    note_writes,
+    ranks_of_groups,
+    refuse_cut_windows,
+    refuse_partial,
+    shard_of,
+    sharded_like,
+    shards_of,
+)
 from .sums import add_by_ranks, value_across
 
 
@@ -34,6 +44,7 @@ class _Seen:
     Attributes:
         place, name: its group and its place there, and how errors call it.
         ranks: the process groups over which its groups lie, by ``grouping``.
+        pattern: of the windows that its shards hold whole, None without them.
         states: of the shard, as the engine sees them: the same dict in every step.
         whole: the states of the parameter that those are shards of.
     """
@@ -44,6 +55,7 @@ class _Seen:
     name: str
     grouping: Grouping
     ranks: tuple[Any, ...]
+    pattern: Pattern | None
     states: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Any] = field(default_factory=dict)
 
@@ -129,7 +141,7 @@ class ShardEngine(Engine):
         return ready
 
     def _see(
-        self, p: Tensor, shard: Tensor, place: tuple[int, int], group: Group, groups: Grouping
+        self, p: Tensor, shard: Tensor, place: tuple[int, int], group: Group, options: StepOptions
     ) -> _Seen | None:
         """A parameter that this engine has not seen as it is now; None where another engine serves it."""
         if not self._serves(p):
@@ -139,15 +151,19 @@ class ShardEngine(Engine):
         wanted = getattr(p, "grad_dtype", p.dtype)  # of newer versions of torch: a gradient may have another type
         if wanted != shard.dtype:
             shard.grad_dtype = wanted
-        return _Seen(p, shard, place, name, groups, ranks_of_groups(p, groups, name))
+        groups, pattern = options.grouping, options.pattern
+        if pattern is not None:
+            refuse_cut_windows(p, pattern, name)
+        return _Seen(p, shard, place, name, groups, ranks_of_groups(p, groups, name), pattern)
 
     def _add(self, local: _Local, i: int, j: int, group: Group, p: Tensor) -> bool:
         """What the engine is shown of a parameter with a gradient; False where another engine serves it."""
         assert self._inputs is not None
         inputs, options = self._inputs, self._inputs.options[i]
         shard, seen = shard_of(p), self._seen.get(id(p))
-        if seen is None or seen.shard is not shard or seen.place != (i, j) or seen.grouping != options.grouping:
-            before, seen = seen, self._see(p, shard, (i, j), group, options.grouping)
+        known = seen is not None and seen.shard is shard and seen.place == (i, j)
+        if seen is None or not known or (seen.grouping, seen.pattern) != (options.grouping, options.pattern):
+            before, seen = seen, self._see(p, shard, (i, j), group, options)
             if seen is None:
                 return False
             if before is not None and before.shard is shard:
@@ -251,6 +267,8 @@ class ShardEngine(Engine):
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
         ranks_of_groups(p, grouping_of(group), name)
+        if is_nm(group):
+            refuse_cut_windows(p, group["pattern"], name)
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         norms, taus, groups = SharedNorms(), [], grouping_of(group)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..method.groups import Grouping, group_dims, size_of_block
+from ..method.groups import Blocks, Grouping, group_dims, size_of_block
 from ..method.memory import kind_of
+from ..method.windows import DIM, Pattern
 
 
 def is_sharded(t: Any) -> bool:
@@ -109,12 +110,16 @@ def ranks_of_groups(p: Tensor, group_dim: Grouping, name: str = "the tensor") ->
     dims = group_dims(group_dim, p.dim(), name)
     if dims is None:
         return ()
-    _refuse_cut_blocks(p, group_dim, name)
+    refuse_cut_blocks(p, group_dim, name, "group_block")
     return tuple(ranks for ranks, dim in dividing_ranks(p) if dim not in dims)
 
 
-def _refuse_cut_blocks(p: Tensor, group_dim: Grouping, name: str) -> None:
-    """Raise ValueError where the border of a shard is inside a block; every rank finds the same."""
+def refuse_cut_blocks(p: Tensor, group_dim: Grouping, name: str, option: str) -> None:
+    """Raise ValueError where the border of a shard is inside a block; every rank finds the same.
+
+    Args:
+        option: which one says how long a block is.
+    """
     block = size_of_block(group_dim)
     if block == 1:
         return
@@ -129,9 +134,14 @@ def _refuse_cut_blocks(p: Tensor, group_dim: Grouping, name: str) -> None:
     cut = sorted(n for n in sizes if n % block != 0)
     if cut:
         raise ValueError(
-            f"Invalid group_block value: {block}: dimension {dim} of {name} is divided into shards of {cut[-1]} indices,"
+            f"Invalid {option} value: {block}: dimension {dim} of {name} is divided into shards of {cut[-1]} indices,"
             " no multiple of it: a block would lie on two ranks"
         )
+
+
+def refuse_cut_windows(p: Tensor, pattern: Pattern, name: str) -> None:
+    """Raise ValueError where the border of a shard is inside a window of N:M sparsity; every rank finds the same."""
+    refuse_cut_blocks(p, Blocks(DIM, pattern[1]), name, "pattern")
 
 
 def shards_of(states: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..method.memory import kind_of, refuse
 from ..method.options import shown
 from ..method.parameters import is_flattened, is_left_alone, param_name
 from ..method.step_options import StepOptions
+from ..method.windows import check_windows
 
 
 def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
@@ -21,7 +22,8 @@ def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
 
     Raises:
         TypeError: a dtype or layout without a kernel, of a parameter that is trained.
-        ValueError: a ``group_dim`` that the tensor does not have, a ``group_block`` that does not divide it.
+        ValueError: a ``group_dim`` that the tensor does not have, a ``group_block`` that does not divide it, a
+            ``pattern`` whose windows do not fit it.
     """
     if torch.nn.parameter.is_lazy(p) or is_left_alone(p):
         return  # a lazy parameter has no shape yet; one that is left alone is never trained
@@ -30,6 +32,8 @@ def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     if p.dtype not in DTYPES:
         raise TypeError(f"RVSM does not support parameters of dtype {p.dtype} ({name})")
     check_grouping(p.shape, grouping_of(group), name)
+    if group["penalty"] == "nm":
+        check_windows(p.shape, group["pattern"], name)
     if group["group_dim"] is not None and is_flattened(p):
         raise ValueError(
             f"Invalid group_dim value: {group['group_dim']!r}: {name} was flattened by FullyShardedDataParallel, so"

@@ -20,10 +20,11 @@ from ..method.groups import Grouping, as_dims, group_dims, size_of_block
 from ..method.penalties import PENALTIES
 from ..method.prox import PROX_NUMBERS
 from ..method.selection import Selection
-from ..method.split import SPLIT_NUMBERS
+from ..method.split import SPLIT_NUMBERS, is_nm
 from . import cuts
 from .checks import check_groups
 from .interface import Engine, Group, Ready, StepInputs
+from .reference import keep_largest_, value_of_windows
 
 load_error: str | None = None
 """Why the compiled engine is missing, or None."""
@@ -191,9 +192,14 @@ class NativeEngine(Engine):
         check_groups(p, group, name)
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        if is_nm(group):
+            keep_largest_(params, group)
+            return
         torch.ops.rvsm_kernels.prox_(params, *_penalty_arguments(group))
 
     def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+        if is_nm(group):
+            return value_of_windows(params, group)
         return torch.ops.rvsm_kernels.penalty_value(params, *_penalty_arguments(group))
 
 

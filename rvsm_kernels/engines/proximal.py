@@ -81,6 +81,8 @@ def prox(
         raise TypeError(f"prox takes a tensor, but got a {type(w).__name__}; torch.as_tensor(w) makes one")
     if penalty == "topk":
         raise ValueError("Invalid penalty: 'topk' has no tau: its cut comes from the weights and a density")
+    if penalty == "nm":
+        raise ValueError("Invalid penalty: 'nm' has no tau: it keeps the largest elements of each window")
     if penalty is not None and penalty not in PENALTIES:
         raise ValueError(f"Invalid penalty: {penalty!r} (choose one of None, {', '.join(map(repr, PENALTIES))})")
     if not (tau >= 0 and math.isfinite(tau)):

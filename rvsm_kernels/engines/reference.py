@@ -22,8 +22,10 @@ from ..method.penalties import PENALTIES
 from ..method.precision import MASTER_STATES, has_master, join, new_master, store, store_rounded
 from ..method.prox import prox, threshold
 from ..method.selection import keep_above
-from ..method.split import strength
+from ..method.split import is_nm, strength
 from ..method.step_options import StepOptions
+from ..method.u import value_of
+from ..method.windows import keep_largest
 from .checks import check_entry, check_norms
 from .counters import advance, counts_of
 from .interface import Engine, Group, Ready, StepInputs
@@ -121,7 +123,9 @@ def step_params(
         before = [to_opmath(x) for x in method_states]
         v = list(torch._foreach_add(w, before)) if method.adds_state else w
         norms = _norms(params, v, options, inputs, row=0)
-        if options.topk:
+        if options.pattern is not None:
+            u = [keep_largest(x, options.pattern) for x in v]
+        elif options.topk:
             u = [keep_above(x, r, inputs.cuts[p]) for x, r, p in zip(v, norms, params, strict=True)]
         else:
             taus = [strength(values, x.shape) / beta for x in v]
@@ -174,6 +178,21 @@ def _or_zeros(params: Sequence[Tensor], states: Sequence[States], name: str, opt
     ]
 
 
+def keep_largest_(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+    """w <- u in place, for parameters of a split group with N:M sparsity; every engine's."""
+    for p in params:
+        p.copy_(keep_largest(to_opmath(p), group["pattern"]))
+
+
+def value_of_windows(params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+    """beta/2 ||w - u||^2 over parameters of a split group with N:M sparsity, 0-dim float64; every engine's."""
+    total = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    for p in params:
+        w = to_opmath(p)
+        total += value_of(w, keep_largest(w, group["pattern"]), group).to(total.device)
+    return total
+
+
 class ReferenceEngine(Engine):
     """Serves every device that torch serves."""
 
@@ -222,11 +241,16 @@ class ReferenceEngine(Engine):
         self._prepared = None
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        if is_nm(group):
+            keep_largest_(params, group)
+            return
         for p in params:
             tau = strength(group, p.shape) / group["beta"]
             p.copy_(prox(p, group["penalty"], tau, group["a"], grouping_of(group)))
 
     def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
+        if is_nm(group):
+            return value_of_windows(params, group)
         total = torch.zeros((), dtype=torch.float64, device=params[0].device)
         groups = grouping_of(group)
         for p in params:

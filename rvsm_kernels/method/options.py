@@ -16,8 +16,9 @@ from .groups import as_dims, grouping_of
 from .methods import METHODS
 from .penalties import PENALTIES
 from .precision import STATE_TYPES
+from .windows import NO_PATTERN, check_pattern
 
-PENALTY_NAMES = (*PENALTIES, "topk")
+PENALTY_NAMES = (*PENALTIES, "topk", "nm")
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ SPLIT_OPTIONS = (
     ),
     Option("budget", "tensor", choice(("tensor", "global")), "what a density is a share of: of each tensor, or of all"),
     Option("budget_name", None, _name, "groups of top-k with budget='global' and the same name share one cut"),
+    Option("pattern", None, _optional(check_pattern), "(n, m) of N:M sparsity: how many of how many survive"),
     Option("group_dim", None, _dims, "the dimensions that index the groups, None for elements"),
     Option("group_block", 1, at_least_one, "how many consecutive indices of group_dim make one group, >= 1"),
     Option("group_scale", False, None, "multiply lam by sqrt(group size)"),
@@ -241,6 +243,15 @@ def check_split(group: Mapping[str, Any]) -> None:
     grouping_of(group)
     if group["penalty"] == "topk" and group["density"] is None:
         raise ValueError("penalty='topk' needs a density: the share of elements or groups that survive")
+    if group["penalty"] == "nm":
+        if group["pattern"] is None:
+            raise ValueError(NO_PATTERN)
+        for name, nothing in (("group_dim", None), ("group_block", 1), ("group_scale", False), ("density", None)):
+            if group[name] != nothing:
+                raise ValueError(
+                    f"Invalid {name} value: {shown(group[name])}: penalty='nm' keeps elements of windows along"
+                    f" dimension 1, and takes no {name}"
+                )
 
 
 def unknown_option(key: str, names: Collection[str], where: str) -> str:

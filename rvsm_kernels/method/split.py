@@ -32,6 +32,11 @@ def is_topk(group: Mapping[str, Any]) -> bool:
     return group["penalty"] == "topk" and is_split(group)
 
 
+def is_nm(group: Mapping[str, Any]) -> bool:
+    """Whether u keeps the largest elements of windows."""
+    return group["penalty"] == "nm" and is_split(group)
+
+
 def state_name(group: Mapping[str, Any]) -> str | None:
     """The name of the state of the group's method, None where it has none or there is no splitting."""
     return METHODS[group["method"]].state if is_split(group) else None

@@ -18,6 +18,7 @@ from .options import PLAIN_TYPES
 from .precision import MASTER_STATES, STATE_TYPES, has_master, is_stochastic
 from .prox import prox_numbers
 from .split import is_split, split_numbers, strength_of_size
+from .windows import Pattern
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +34,7 @@ class StepOptions:
         method: the group's method; that without a state where there is no splitting.
         split: whether there is a splitting.
         topk: whether the cut comes from the magnitudes of each tensor.
+        pattern: (n, m) of N:M sparsity, None for every other penalty.
         grouping: what indexes the groups, as it was given (negative numbers too); None for elements, and where the
             norms of groups do not matter to a step.
         lasso: whether there is a group lasso.
@@ -56,6 +58,7 @@ class StepOptions:
     method: Method
     split: bool
     topk: bool
+    pattern: Pattern | None
     grouping: Grouping
     lasso: bool
     scaled: bool
@@ -83,6 +86,7 @@ class StepOptions:
                 values[name] = tuple(value) if isinstance(value, list) else float(value)
         split, lasso = is_split(values), values["group_lasso"] != 0
         penalty = values["penalty"] if split else None
+        pattern = tuple(values["pattern"]) if penalty == "nm" else None
         grouping = grouping_of(values) if split or lasso else None
         method = METHODS[values["method"]] if split else METHODS["rvsm"]
         base_states = base.states(values)
@@ -98,6 +102,7 @@ class StepOptions:
             method=method,
             split=split,
             topk=penalty == "topk",
+            pattern=pattern,
             grouping=grouping,
             lasso=lasso,
             scaled=scaled,
@@ -109,7 +114,8 @@ class StepOptions:
             precision=precision,
             writes_gradient=writes_gradient,
             structure=(
-                *(base.name, method.name, penalty, grouping, lasso, scaled, states, writes_gradient, precision),
+                *(base.name, method.name, penalty, pattern, grouping, lasso, scaled, states, writes_gradient),
+                precision,
                 *tensors,
             ),
         )
@@ -188,7 +194,8 @@ class StepOptions:
         values = self.values
         a, penalty, tau = float(values["a"]), None, 0.0
         if self.split:
-            penalty = "l0" if self.topk else values["penalty"]  # top-k thresholds as l0 does, at another cut
+            # Top-k thresholds as l0 does, at another cut; N:M keeps as l0 does, by another rule.
+            penalty = "l0" if self.topk or self.pattern else values["penalty"]
             tau = strength_of_size(values, size) / float(values["beta"])
         prox = prox_numbers(penalty, tau, a)
         split = split_numbers(values, self.split)

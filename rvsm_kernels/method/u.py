@@ -11,7 +11,7 @@ from .groups import grouping_of, magnitudes, once
 from .methods import METHODS
 from .penalties import PENALTIES
 from .selection import keep_above, thresholded
-from .split import is_split, is_topk, strength
+from .split import is_nm, is_split, is_topk, strength
 
 
 def is_more_than_prox(group: Mapping[str, Any]) -> bool:
@@ -41,9 +41,9 @@ def u_of(
 
 
 def value_of(w: Tensor, u: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """lam P(u) + beta/2 ||w - u||^2, 0-dim float64. P of top-k is 0: u never keeps too many."""
+    """lam P(u) + beta/2 ||w - u||^2, 0-dim float64. P of top-k and of N:M is 0: u never keeps too many."""
     value = float(group["beta"]) / 2 * (w.double() - u.double()).square().sum()
-    if is_topk(group):
+    if is_topk(group) or is_nm(group):
         return value
     r = once(magnitudes(u.double(), grouping_of(group)), grouping_of(group))
     return value + strength(group, w.shape) * PENALTIES[group["penalty"]].value(r, float(group["a"])).sum()

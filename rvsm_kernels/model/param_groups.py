@@ -14,6 +14,7 @@ from ..method.groups import GroupDim
 from ..method.options import OPTION_NAMES, unknown_option
 from ..method.parameters import is_flattened
 from ..method.warn import some, warn
+from ..method.windows import NO_PATTERN, check_pattern, why_not
 from .structures import (
     HEADS,
     NO_HEADS,
@@ -195,10 +196,13 @@ def param_groups(
 
     Returns:
         Groups for an optimizer: the penalised ones (one for each place of groups that a structure needs), then the rest
-        (biases, norms, embeddings, frozen weights) with ``penalty=None``.
+        (biases, norms, embeddings, frozen weights) with ``penalty=None``. With ``penalty="nm"`` the rest has also the
+        weights without whole windows of inputs along dimension 1, silently: a first convolution of three channels with
+        ``pattern=(2, 4)``, depthwise and transposed convolutions, transformers' Conv1D (``verbose`` says which).
 
     Raises:
-        ValueError: an unknown structure, a structure together with ``group_dim``, no weight to penalise.
+        ValueError: an unknown structure, a structure together with ``group_dim``, no weight to penalise;
+            ``penalty="nm"`` without a ``pattern``, or with a structure.
         TypeError: an option that RVSM does not have, or something that is no module.
     """
     if not isinstance(model, nn.Module):
@@ -213,6 +217,8 @@ def param_groups(
             raise ValueError(f"structure={structure!r} sets {key}; give one of the two")
     types = _types(include)
     weights = weights_of(model, types, structure)
+    if penalty_options.get("penalty") == "nm":
+        weights = _with_windows(weights, structure, penalty_options.get("pattern"))
     if verbose:
         print(_text(weights))
     if not any(w.left is None for w in weights):
@@ -253,6 +259,36 @@ def param_groups(
     if rest:
         groups.append({**_members(rest, named, order), "penalty": None, **_NO_GROUPS})
     return groups
+
+
+def _with_windows(weights: list[Weight], structure: str | None, pattern: Any) -> list[Weight]:
+    """The weights with those left dense that have no whole windows of N:M sparsity along their inputs.
+
+    Raises:
+        ValueError: no pattern, or a structure, which windows have not; no weight has windows.
+        TypeError: something else than a pattern.
+    """
+    if structure is not None:
+        raise ValueError(f"structure={structure!r} makes groups, and penalty='nm' keeps elements: give one of the two")
+    if pattern is None:
+        raise ValueError(NO_PATTERN)
+    check_pattern("pattern", pattern)
+
+    def left(w: Weight) -> str | None:
+        if w.left is not None or is_lazy(w.param):
+            return w.left
+        dims, _ = structure_dim(w.owner, "in_channels", w.name.rpartition(".")[2])
+        inputs = () if dims is None else (dims,) if isinstance(dims, int) else tuple(dims)
+        if inputs and 1 not in inputs:
+            return f"without windows for {pattern[0]}:{pattern[1]}: dimension 1 does not hold its inputs"
+        reason = why_not(w.param.shape, pattern)
+        return None if reason is None else f"without windows for {pattern[0]}:{pattern[1]}: {reason}"
+
+    fitted = [w._replace(left=left(w)) for w in weights]
+    if any(w.left is None for w in weights) and not any(w.left is None for w in fitted):
+        first = next(w for w, before in zip(fitted, weights, strict=True) if before.left is None)
+        raise ValueError(f"no weight is penalised: {first.name} is {first.left}, and so are all others")
+    return fitted
 
 
 _NO_GROUPS = {"group_dim": None, "group_block": 1, "group_lasso": 0.0}

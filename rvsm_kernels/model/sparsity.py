@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dist.shards import is_of_shards
-from ..dist.sums import zeros_of
+from ..dist.shards import is_of_shards, shard_of
+from ..dist.sums import add_ranks, zeros_of
 from ..method.groups import GroupDim, Grouping, check_grouping, group_count, grouping, magnitudes, once
 from ..method.memory import kind_of, whole
 from ..method.options import at_least_one
+from ..method.windows import Pattern, broken, check_pattern, why_not
 from .param_groups import counted_weights
 
 ZERO_NORM = 1e-15
@@ -30,6 +31,8 @@ class SparsityRow:
         zeros, numel: zero elements, all elements.
         zero_groups, groups: groups with ||u_G||_2 < 1e-15, all groups; for elementwise, a group is an element.
         left: why :func:`rvsm_kernels.param_groups` would not penalise it, None where it would.
+        pattern: (n, m) where it was asked for and of every m elements along dimension 1 at most n are not zero, else
+            None.
     """
 
     name: str
@@ -39,6 +42,7 @@ class SparsityRow:
     zero_groups: int
     groups: int
     left: str | None = None
+    pattern: tuple[int, int] | None = None
 
     @property
     def all_zero(self) -> bool:
@@ -98,6 +102,7 @@ class SparsityReport:
             lines.append(
                 f"{r.name:<{max(width, 9)}} {shape:>18} {r.zeros:>12,} {r.numel:>12,} {r.share:>8.2%}"
                 f" {r.zero_groups:>9,} {r.groups:>9,} {r.group_share:>8.2%}"
+                + (f"  {r.pattern[0]}:{r.pattern[1]}" if r.pattern is not None else "")
                 + ("  all zero: nothing passes" if r.all_zero and r is not self.total else "")
             )
         left: dict[str, list[str]] = {}
@@ -128,8 +133,42 @@ def is_all_zero(t: Tensor) -> bool:
         return False  # a tensor without values, on the meta device for example
 
 
-def measure(name: str, u: Tensor, group_dim: Grouping = None, left: str | None = None) -> SparsityRow:
-    """Count the zeros of one tensor; of a DTensor, those of all ranks."""
+def follows(w: Tensor, pattern: Pattern) -> bool:
+    """Whether of every m elements along dimension 1 at most n are not zero; of a DTensor, on all ranks.
+
+    For (2, 4) that is what ``torch.sparse.to_sparse_semi_structured`` needs of a weight. False where the tensor has no
+    whole windows.
+    """
+    if why_not(w.shape, pattern) is not None:
+        return False
+    if not is_of_shards(w):
+        return int(broken(_dense(whole(w)), pattern)) == 0
+    shard = shard_of(w)
+    if why_not(shard.shape, pattern) is not None:  # shards that cut windows
+        return False
+    count = broken(shard, pattern)
+    return int(add_ranks(torch.stack([count, count]), w, None)[0]) == 0
+
+
+def measure(
+    name: str,
+    u: Tensor,
+    group_dim: Grouping = None,
+    left: str | None = None,
+    pattern: Pattern | None = None,
+) -> SparsityRow:
+    """Count the zeros of one tensor; of a DTensor, those of all ranks.
+
+    Args:
+        pattern: is looked for where it is given.
+    """
+    row = _counted(name, u, group_dim, left)
+    if pattern is not None and follows(u, pattern):
+        row = dataclasses.replace(row, pattern=(pattern[0], pattern[1]))
+    return row
+
+
+def _counted(name: str, u: Tensor, group_dim: Grouping, left: str | None) -> SparsityRow:
     check_grouping(u.shape, group_dim, name)  # an error names the parameter
     if is_of_shards(u):
         groups = u.numel() if group_dim is None else group_count(u.shape, group_dim)
@@ -144,7 +183,9 @@ def measure(name: str, u: Tensor, group_dim: Grouping = None, left: str | None =
 
 
 @torch.no_grad()
-def sparsity(model: nn.Module, group_dim: GroupDim = None, group_block: int = 1) -> SparsityReport:
+def sparsity(
+    model: nn.Module, group_dim: GroupDim = None, group_block: int = 1, pattern: tuple[int, int] | None = None
+) -> SparsityReport:
     """How sparse a model is as it stands: all its weights of two dimensions and more.
 
     The report says which of them :func:`rvsm_kernels.param_groups` would leave dense, and which cannot be counted. Of a
@@ -154,6 +195,8 @@ def sparsity(model: nn.Module, group_dim: GroupDim = None, group_block: int = 1)
     Args:
         model: any module.
         group_dim, group_block: what a group is (see :class:`rvsm_kernels.RVSM`); None counts elements.
+        pattern: (n, m): the rows of the weights that have at most n non-zeros in every m elements along dimension 1
+            say so. (2, 4) is what ``torch.sparse.to_sparse_semi_structured`` takes.
 
     Raises:
         TypeError: something else than a module.
@@ -164,10 +207,12 @@ def sparsity(model: nn.Module, group_dim: GroupDim = None, group_block: int = 1)
         raise TypeError(f"sparsity takes a module, but got a {type(model).__name__}{hint}")
     at_least_one("group_block", group_block)
     groups = grouping(group_dim, group_block)
+    if pattern is not None:
+        check_pattern("pattern", pattern)
     rows, uncounted = [], {}
     for name, weight, left in counted_weights(model):
         try:
-            rows.append(measure(name, weight, groups, left))
+            rows.append(measure(name, weight, groups, left, pattern))
         except (NotImplementedError, RuntimeError) as error:
             kind = kind_of(weight)
             uncounted[name] = kind if kind is not None else str(error).splitlines()[0]

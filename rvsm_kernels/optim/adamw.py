@@ -39,7 +39,7 @@ class RVSMAdamW(SplitOptimizer):
         betas: decay rates of the two moments, in [0, 1).
         eps, weight_decay, amsgrad, maximize: as ``torch.optim.AdamW``. ``maximize`` turns the loss gradient around; the
             pull, weight decay and group_lasso keep their signs.
-        penalty, lam, beta, a, density, budget, budget_name, group_dim, group_block, group_scale, group_lasso,
+        penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, group_scale, group_lasso,
             decoupled, method: see :class:`rvsm_kernels.RVSM`. With ``decoupled=False`` the pull passes through the
             moments, which take its size away: what is left of it is hardly more than its sign.
         master_weights, rounding, seed, state_dtype, amp_scaling, engine: see :class:`rvsm_kernels.RVSM`. Moments in
@@ -79,6 +79,7 @@ class RVSMAdamW(SplitOptimizer):
         density: float | None = None,
         budget: str = "tensor",
         budget_name: str | None = None,
+        pattern: tuple[int, int] | None = None,
         group_dim: GroupDim = None,
         group_block: int = 1,
         group_scale: bool = False,

@@ -112,8 +112,11 @@ def of_group(index: int, group: Mapping[str, Any], explicit: Collection[str], be
         warn(f"group {index}: density has no effect with penalty={penalty!r}; it belongs to penalty='topk'")
     if group["budget"] != "tensor" and penalty != "topk" and given("budget", "penalty"):
         warn(f"group {index}: budget has no effect with penalty={penalty!r}; it belongs to penalty='topk'")
-    if penalty == "topk" and group["lam"] == 0:
-        warn(f"group {index}: penalty='topk' with lam=0 has no effect: lam switches it on, any value above 0 will do")
+    if group["pattern"] is not None and penalty != "nm" and given("pattern", "penalty"):
+        warn(f"group {index}: pattern has no effect with penalty={penalty!r}; it belongs to penalty='nm'")
+    if penalty in ("topk", "nm") and group["lam"] == 0:
+        what = f"penalty={penalty!r} with lam=0 has no effect"
+        warn(f"group {index}: {what}: lam switches it on, any value above 0 will do")
     if "train_mode" in group and group["decoupled"] and is_split(group):
         warn(
             f"group {index}: decoupled=True pulls schedulefree's y alone, and its z takes most of the pull back; take"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..method.penalties import PENALTIES
 from ..method.selection import Candidates
-from ..method.split import is_topk, strength
+from ..method.split import is_nm, is_topk, strength
 from .split_optimizer import SplitOptimizer
 
 
@@ -39,7 +39,7 @@ def cuts_now(optimizer: SplitOptimizer) -> Iterator[CutNow]:
             cut: float | Tensor
             if is_topk(group):
                 cut = view.topk_cut(p, view._weights(p, group), group, part.engine)
-            elif group["penalty"] == "nm":
+            elif is_nm(group):
                 continue  # a window has no cut
             else:
                 tau = strength(group, p.shape) / float(group["beta"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..method.memory import kind_of
 
 _OPTIONS = (
-    *("penalty", "lam", "beta", "a", "density", "budget", "budget_name"),
+    *("penalty", "lam", "beta", "a", "density", "budget", "budget_name", "pattern"),
     *("group_dim", "group_block", "group_scale", "method"),
 )
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -40,14 +40,18 @@ class RVSM(SplitOptimizer):
             what is filled into them.
         momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``. ``maximize`` turns the loss
             gradient around; the pull, weight decay and group_lasso keep their signs.
-        penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1), ``"topk"`` or None (plain SGD). Top-k keeps the
-            ceil(density * n) elements (or groups) of largest magnitude of each tensor in u. Where the smallest
+        penalty: ``"l0"``, ``"l1"``, ``"tl1"`` (transformed l1), ``"topk"``, ``"nm"`` or None (plain SGD). Top-k keeps
+            the ceil(density * n) elements (or groups) of largest magnitude of each tensor in u. Where the smallest
             survivor ties with the largest magnitude that is zeroed, all that tie are zeroed, as under l0, so that
-            fewer may survive. ``lam`` only switches it on.
+            fewer may survive. N:M keeps the n largest magnitudes of every m consecutive elements along dimension 1,
+            the inputs of a Linear or Conv weight; ties keep the earlier element, so that exactly n survive. ``lam``
+            only switches the two on.
         density: of ``"topk"``, in (0, 1].
         budget: ``"tensor"``: the density is a share of each tensor; ``"global"``: of all tensors together, so that a
             layer with small weights loses more. One cut is taken over all groups with the same ``budget_name``, which
             have one density; with a ``group_dim`` norms are compared, with ``group_scale`` norms / sqrt(group size).
+        pattern: of ``"nm"``, (n, m) with 1 <= n < m <= 16: (2, 4) is what GPUs with sparse tensor cores take. Dimension
+            1 of every parameter of the group is a multiple of m; the group has neither ``group_dim`` nor ``density``.
         lam: strength of the penalty, in units of the loss, >= 0. 0 switches the splitting off.
         beta: strength of the coupling, >= 0. 0 switches the splitting off. Weights below the cut go to zero in u:
             sqrt(2 lam / beta) for l0, lam / beta for l1.
@@ -87,7 +91,7 @@ class RVSM(SplitOptimizer):
 
     Raises:
         ValueError: a number out of range, an unknown name, ``group_lasso`` without ``group_dim``, a ``group_dim``
-            that a parameter does not have.
+            that a parameter does not have, a ``pattern`` whose windows do not fit one.
         TypeError: a parameter or option of the wrong type.
         RuntimeError: an engine that this build does not have.
 
@@ -118,6 +122,7 @@ class RVSM(SplitOptimizer):
         density: float | None = None,
         budget: str = "tensor",
         budget_name: str | None = None,
+        pattern: tuple[int, int] | None = None,
         group_dim: GroupDim = None,
         group_block: int = 1,
         group_scale: bool = False,

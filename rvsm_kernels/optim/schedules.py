@@ -59,6 +59,9 @@ class SparsitySchedule:
     the inverse of its cut for transformed l1; for top-k ``density`` is set to 1 - s(t). Nothing else is edited. With
     ``group_scale`` norms are compared after each group's scale is divided out.
 
+    Groups with ``penalty="nm"`` are left alone, but for ``pull_rate``: the pattern says how many of their elements are
+    zero.
+
     Elements and groups are not compared with each other: of an optimizer that has both, each kind has a cut of its
     own, with the same target.
 
@@ -78,7 +81,8 @@ class SparsitySchedule:
 
     Raises:
         ValueError, TypeError: an argument out of range; top-k whose ``budget`` is not the scope; ``scope="tensor"``
-            with several tensors in a group, for they share a lam; a group whose beta is 0.
+            with several tensors in a group, for they share a lam; a group whose beta is 0; no group with another
+            penalty than ``"nm"``, whose sparsity is that of its pattern.
     """
 
     def __init__(
@@ -121,6 +125,12 @@ class SparsitySchedule:
         self._rooms: dict[str, Room] = {}
         for i, group in self._groups():
             self._check(i, group)
+        penalties = {group["penalty"] for _, group in self._groups()}
+        if penalties == {"nm"}:
+            raise ValueError(
+                "SparsitySchedule has nothing to lead: penalty='nm' zeroes what its pattern says, from the first step"
+                " on; take penalty='topk' or 'l0' for a sparsity that grows, or PenaltySchedule for a ramp of beta"
+            )
         self._checked = len(self._optimizer.param_groups)
         self._apply()
 
@@ -128,7 +138,7 @@ class SparsitySchedule:
         return ((i, group) for i, group in enumerate(self._optimizer.param_groups) if group["penalty"] is not None)
 
     def _check(self, i: int, group: Mapping[str, Any]) -> None:
-        topk = group["penalty"] == "topk"
+        topk, nm = (group["penalty"] == name for name in ("topk", "nm"))
         budget = "global" if topk and group["budget"] == "global" else "tensor"
         if topk and self.scope != budget:
             raise ValueError(
@@ -136,12 +146,12 @@ class SparsitySchedule:
             )
         if topk and self.scope == "global" and group["group_dim"] is not None and self.of == "elements":
             raise ValueError(f"group {i}: the density of a global budget is a share of groups: of='groups' is needed")
-        if self.scope == "tensor" and not topk and len(group["params"]) > 1:
+        if self.scope == "tensor" and not (topk or nm) and len(group["params"]) > 1:
             raise ValueError(
                 f"group {i} has {len(group['params'])} tensors, which share one lam: scope='tensor' needs groups of one"
                 " tensor each, or penalty='topk'"
             )
-        if self.pull_rate is not None and not topk and not PENALTIES[group["penalty"]].keeps_survivors:
+        if self.pull_rate is not None and not (topk or nm) and not PENALTIES[group["penalty"]].keeps_survivors:
             warn(
                 f"group {i}: {group['penalty']} pulls the weights that survive too; with a pull_rate that pull grows as"
                 " lr falls, until it shrinks the network away: leave pull_rate=None and set beta, or take l0"
@@ -194,7 +204,7 @@ class SparsitySchedule:
             if i >= self._checked:
                 self._check(i, group)
                 self._checked = i + 1
-            if group["penalty"] == "topk":
+            if group["penalty"] in ("topk", "nm"):
                 continue
             for p in group["params"]:
                 if id(p) in seen or is_left_alone(p) or not p.requires_grad or p.numel() == 0:
@@ -272,6 +282,8 @@ class SparsitySchedule:
                     _set(group, "beta", rate / lr)
             if group["penalty"] == "topk":
                 group["density"] = max(1.0 - self.sparsity, 1e-12)
+                continue
+            if group["penalty"] == "nm":
                 continue
             key = self._key(i, group)
             if self._cuts and key not in self._cuts:

@@ -385,7 +385,8 @@ class SparseView:
                     if is_split(group) and w.numel() > 0 and p.requires_grad and not self._is_u(p, group):
                         self._check(p, w, group, name)
                         u = self._u_of(p, w, group, self._engine_of(w, name)).to(w.dtype)
-                    rows.append((p, measure(name, u, grouping_of(group))))
+                    pattern = group["pattern"] if group["penalty"] == "nm" else None
+                    rows.append((p, measure(name, u, grouping_of(group), pattern=pattern)))
                 except (AssertionError, NotImplementedError, RuntimeError) as error:
                     raise named(error, w, name) from error
         return rows

@@ -160,7 +160,7 @@ class SplitOptimizer(Optimizer):
         checked = {} if old is None else old.same_on_device(group)
         self._validate({**group, **checked} if checked else group)
         new = self._step_options(group)
-        if old is None or grouping_of(old.values) != grouping_of(new.values):
+        if old is None or old.pattern != new.pattern or grouping_of(old.values) != grouping_of(new.values):
             self._validate_params(i, group)
         if old is None or new.differ(old):
             self._options[i : i + 1] = [new]

@@ -45,7 +45,7 @@ class RVSMWrapper(SplitOptimizer):
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose groups have an ``lr``; step the wrapper, not this.
-        penalty, lam, beta, a, density, budget, budget_name, group_dim, group_block, group_scale, group_lasso,
+        penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, group_scale, group_lasso,
             decoupled, method, engine: see :class:`rvsm_kernels.RVSM`; for groups that do not set them.
 
     Raises:
@@ -74,6 +74,7 @@ class RVSMWrapper(SplitOptimizer):
         density: float | None = None,
         budget: str = "tensor",
         budget_name: str | None = None,
+        pattern: tuple[int, int] | None = None,
         group_dim: GroupDim = None,
         group_block: int = 1,
         group_scale: bool = False,

@@ -24,6 +24,7 @@ using cuda::CountTable;
 using cuda::NumbersTable;
 using cuda::SumTable;
 using cuda::Table;
+using cuda::WindowTable;
 
 // ---- names ----------------------------------------------------------------------------------------------------------
 
@@ -60,6 +61,8 @@ std::string symbol_of(const cuda::Key& key) {
       return "12count_kernelE";
     case Work::numbers:
       return "14numbers_kernelE";
+    case Work::windows:
+      return "13window_kernelE";
     case Work::general_squares:
       return "18general_sum_kernelE";
     case Work::general:
@@ -148,6 +151,13 @@ std::vector<bool> filled(const cuda::Key&, const NumbersTable& t) {
   return bytes;
 }
 
+// The same of a table of windows.
+std::vector<bool> filled(const cuda::Key&, const WindowTable& t) {
+  std::vector<bool> bytes(sizeof(WindowTable), false);
+  std::fill_n(bytes.begin(), offsetof(WindowTable, at) + sizeof(cuda::WindowEntry) * t.entries, true);
+  return bytes;
+}
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 std::vector<uint32_t> in_order(uint32_t blocks) {
@@ -187,6 +197,9 @@ struct Starter {
   }
   static const char* numbers(const cuda::Stream&, const void* table) {
     return Do::template launch<NumbersTable>({cuda::Work::numbers, Dtype::f32, {}}, table);
+  }
+  static const char* windows(const cuda::Stream&, const void* table) {
+    return Do::template launch<WindowTable>({cuda::Work::windows, Dtype::f32, {}}, table);
   }
   static const char* general_squares(const cuda::Stream&, const void* table) {
     return Do::template launch<SumTable>({cuda::Work::general_squares, Dtype::f32, {}}, table);
@@ -254,6 +267,7 @@ template <class F>
 auto with_table(const Launch& launch, const F& f) {
   if (launch.counts()) return f(*table_of<CountTable>(launch));
   if (launch.key.work == cuda::Work::numbers) return f(*table_of<NumbersTable>(launch));
+  if (launch.key.work == cuda::Work::windows) return f(*table_of<WindowTable>(launch));
   return launch.sums() ? f(*table_of<SumTable>(launch)) : f(*table_of<Table>(launch));
 }
 
@@ -308,6 +322,11 @@ void host_block(const cuda::Key&, const CountTable& t, uint32_t block) {
 template <class S>
 void host_block(const cuda::Key&, const NumbersTable& t, uint32_t block) {
   kForThreads([&](int i) { cuda::numbers_thread(t, block, i); });
+}
+
+template <class S>
+void host_block(const cuda::Key&, const WindowTable& t, uint32_t block) {
+  kForThreads([&](int i) { cuda::window_thread(t, block, i); });
 }
 
 }  // namespace

@@ -37,7 +37,8 @@ BY_INNER = tl.constexpr(9)
 BY_BATCH = tl.constexpr(10)
 CUT = tl.constexpr(11)  # address of the cut of top-k, or 0
 CORRECTIONS = tl.constexpr(12)  # address of the numbers of its base that follow from its count, or 0
-ENTRY = tl.constexpr(13)
+KEPT = tl.constexpr(13)  # address of which elements survive N:M sparsity, a byte for each, or 0
+ENTRY = tl.constexpr(14)
 
 # Numbers of a record: a Prox, a Split, those of the base and, where the device finishes it (``device_numbers.py``),
 # whether lr is 0; or a Prox, then lam and beta in double.
@@ -100,12 +101,18 @@ def with_sign(r, w):
 
 
 @triton.jit
-def pull_of(v, w, f, entry, at, mask, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr):
-    """u = prox(v) and w_G / ||w_G|| of elements; with groups, by factors that launches before this one have made."""
+def pull_of(
+    v, w, f, entry, at, mask, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr, WITH_WINDOWS: tl.constexpr
+):  # fmt: skip
+    """u = prox(v) and w_G / ||w_G|| of elements.
+
+    With groups, by factors that launches before this one have made; with windows, by what such a launch has found to
+    survive, all that a group with N:M sparsity is told of its elements.
+    """
     unit = tl.zeros_like(w)
     if WITH_GROUPS:
         if tl.load(entry + GROUPED) != 0:
-            group = group_of(entry, at)
+            group = group_of(entry, at.to(tl.uint32))
             u = v * tl.load(tl.load(entry + RATIO).to(tl.pointer_type(w.dtype)) + group, mask, 0.0)
             length = tl.load(entry + LENGTH)
             if length != 0:
@@ -114,6 +121,11 @@ def pull_of(v, w, f, entry, at, mask, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.co
             u = with_sign(shrink(tl.abs(v), f, WITH_TL1), v)
     else:
         u = with_sign(shrink(tl.abs(v), f, WITH_TL1), v)
+    if WITH_WINDOWS:
+        kept = tl.load(entry + KEPT)
+        if kept != 0:
+            survives = tl.load(kept.to(tl.pointer_type(tl.int8)) + at, mask, 1) != 0
+            u = tl.where(f.penalty == NONE, v, tl.where(survives, v, 0.0))
     return u, unit
 
 
@@ -189,7 +201,7 @@ def as_pointers(addresses, S: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr
 def arithmetic(
     entry, numbers, w, d, states, of_method, at, mask, scale,
     BASE: tl.constexpr, METHOD: tl.constexpr, BASE_STATES: tl.constexpr, WITH_TL1: tl.constexpr,
-    WITH_GROUPS: tl.constexpr,
+    WITH_GROUPS: tl.constexpr, WITH_WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """The step of elements that were loaded; returns the new w and d, and the states of the base and of the method.
 
@@ -199,7 +211,7 @@ def arithmetic(
     """
     f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), w.dtype), split_of(numbers)
     v = thresholded(w, of_method, METHOD)
-    u, unit = pull_of(v, w, f, entry, at, mask, WITH_TL1, WITH_GROUPS)
+    u, unit = pull_of(v, w, f, entry, at, mask, WITH_TL1, WITH_GROUPS, WITH_WINDOWS)
     gap, of_method = gap_of(w, v, u, of_method, METHOD)
     w, d = split_step(w, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
     w, states = base_step(w, states, d, numbers + PROX + SPLIT, entry + CORRECTIONS, BASE, BASE_STATES)
@@ -217,8 +229,8 @@ def inverse_of(grad_scale, T: tl.constexpr):
 def step_elements(
     entry, numbers, w, g, state_pointers, place, begin, end, scale,
     T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr, STATES: tl.constexpr,
-    WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr, REST: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr, WITH_WINDOWS: tl.constexpr,
+    REST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Load, arithmetic, store. The elements are those of [begin, end) among BLOCK from `place` on.
 
@@ -237,10 +249,10 @@ def step_elements(
     of_method = wi
     if METHOD != 0:
         of_method = read(state_pointers[BASE_STATES] + i, mask, WHOLE).to(T)
-    at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
+    at = place - begin + i
     wi, d, states, of_method = arithmetic(
         entry, numbers, wi, d, states, of_method, at, mask, scale,
-        BASE, METHOD, BASE_STATES, WITH_TL1, WITH_GROUPS,
+        BASE, METHOD, BASE_STATES, WITH_TL1, WITH_GROUPS, WITH_WINDOWS,
     )  # fmt: skip
     write(w + i, wi, mask, WHOLE)
     if WRITES_GRADIENT:
@@ -256,7 +268,7 @@ def step_kernel(
     addresses, entries, records, owners, grad_scale, found_inf,
     S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr,
     STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
-    REST: tl.constexpr,
+    WITH_WINDOWS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """One step of all entries; nothing where found_inf is above 0.
 
@@ -283,13 +295,13 @@ def step_kernel(
         wg = as_pointers((w + shift, g + shift), S, 2, True)
         step_elements(
             entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, True), place, begin, end, scale,
-            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, REST, True,
+            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, WITH_WINDOWS, REST, True,
         )  # fmt: skip
     else:
         wg = as_pointers((w + shift, g + shift), S, 2, False)
         step_elements(
             entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, False), place, begin, end, scale,
-            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, REST, False,
+            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, WITH_WINDOWS, REST, False,
         )  # fmt: skip
 
 
@@ -301,9 +313,9 @@ def prox_elements(entry, numbers, u, w, place, begin, end, T: tl.constexpr, BLOC
     """u <- prox(w), which may be the same memory."""
     i = tl.arange(0, BLOCK)
     mask = (i >= begin - place) & (i < end - place)
-    at = (place - begin).to(tl.uint32) + i.to(tl.uint32)
+    at = place - begin + i
     wi = read(w + i, mask, WHOLE).to(T)
-    ui, _ = pull_of(wi, wi, prox_of(numbers), entry, at, mask, True, True)
+    ui, _ = pull_of(wi, wi, prox_of(numbers), entry, at, mask, True, True, False)
     write(u + i, ui, mask, WHOLE)
 
 

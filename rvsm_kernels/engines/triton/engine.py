@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...method.split import is_nm
 from ..checks import check_groups
 from ..interface import Engine, Group, Ready, StepInputs
+from ..reference import keep_largest_, value_of_windows
 from . import u
 from .launch import Launch
 from .staging import on_device
@@ -132,7 +134,7 @@ class TritonEngine(Engine):
         check_groups(p, group, name)
 
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-        u.prox_(params, group)
+        (keep_largest_ if is_nm(group) else u.prox_)(params, group)
 
     def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
-        return u.penalty_value(params, group)
+        return (value_of_windows if is_nm(group) else u.penalty_value)(params, group)

@@ -40,6 +40,7 @@ from .table import (
     record_words,
     stream_of,
 )
+from .windows import WINDOW_BLOCK, window_kernel
 
 _PROX = len(Prox._fields)
 _ADDRESSES = STATE.value
@@ -68,6 +69,7 @@ class TensorArgs:
         norms: the address of norms of its groups that were made elsewhere, or 0.
         lasso: whether it has a group lasso, which needs the norms of w.
         counts: whether the steps of its parameter are counted.
+        windows: (n, m, inner) of N:M sparsity, as ``Windows`` of ``csrc/math/types.h``; None for other penalties.
     """
 
     w: Tensor
@@ -78,6 +80,7 @@ class TensorArgs:
     norms: int = 0
     lasso: bool = False
     counts: bool = False
+    windows: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Launch:
     sources: list[tuple[int, int]] = field(default_factory=list)  # of each entry: its tensor, and bytes into it
     sums: list[list[int]] = field(default_factory=list)
     factors: list[list[int]] = field(default_factory=list)
+    windows: list[list[int]] = field(default_factory=list)
     norms: list[tuple[Tensor, TensorArgs]] = field(default_factory=list)  # of a penalty's groups, for a later launch
     calls: dict[str, Call] = field(default_factory=dict)
 
@@ -153,10 +157,12 @@ class Launch:
         blocks: list[int] = []
         sum_blocks: list[int] = []
         factor_blocks: list[int] = []
+        window_blocks: list[int] = []
         for k, (args, d) in enumerate(zip(self.tensors, divisions, strict=True)):
             size = args.w.element_size()
             if args.view is None or d is None:
-                self._add(args.w.numel(), 0, k, NO_GROUPS, blocks, width, args.cut)
+                kept = 0 if args.windows is None else self._kept(args, window_blocks)
+                self._add(args.w.numel(), 0, k, NO_GROUPS, blocks, width, args.cut, kept)
                 continue
             ratio, length = self._factors(args, d, sum_blocks, factor_blocks)
             if self.action == "penalty":
@@ -177,6 +183,7 @@ class Launch:
             ("main", self.entries, blocks),
             ("sums", self.sums, sum_blocks),
             ("factors", self.factors, factor_blocks),
+            ("windows", self.windows, window_blocks),
         ):
             if sum(counts):
                 self.calls[name] = Call(entries, counts, self.device)
@@ -197,16 +204,39 @@ class Launch:
             self.counting = Counting(self.device, of_each, numbers, kind.base, kind.corrects, kind.rounds)
 
     def _add(
-        self, numel: int, offset: int, k: int, grouped: list[int], blocks: list[int], width: int, cut: int = 0
+        self,
+        numel: int,
+        offset: int,
+        k: int,
+        grouped: list[int],
+        blocks: list[int],
+        width: int,
+        cut: int = 0,
+        kept: int = 0,
     ) -> None:
         first = self.entries[-1][1] + blocks[-1] if self.entries else 0
         # Where the kernel reads what is made of counts, all tensors of the launch have one.
         reads = self.kind.corrects or self.kind.rounds
         made = self.counting.made_at(k) if self.counting is not None and reads else 0
-        self.entries.append([numel, first, self.keys[self.tensors[k].key], *grouped, cut, made])
+        self.entries.append([numel, first, self.keys[self.tensors[k].key], *grouped, cut, made, kept])
         self.sources.append((k, offset))
         # The tensor may begin up to width - 1 elements after a boundary.
         blocks.append(-(-(numel + width - 1) // self.block) if numel else 0)
+
+    def _kept(self, args: TensorArgs, blocks: list[int]) -> int:
+        """The address of the bytes that say which elements survive, and the entry that fills them."""
+        assert args.windows is not None
+        n, m, inner = args.windows
+        numel = args.w.numel()
+        self.scratch.append(torch.empty(numel, dtype=torch.int8, device=self.device))
+        kept, addresses = self.scratch[-1].data_ptr(), self.width * len(self.entries)
+        states = addresses + _ADDRESSES
+        dual = states + self.kind.states - 1 if self.kind.method == _ADMM else -1
+        master = states + self.kind.states if self.kind.width > _ADDRESSES + self.kind.states else -1
+        first = self.windows[-1][1] + blocks[-1] if self.windows else 0
+        self.windows.append([addresses, first, numel, inner, n, m, kept, dual, master])
+        blocks.append(-(-numel // WINDOW_BLOCK))
+        return kept
 
     def _factors(
         self, args: TensorArgs, d: Division, sum_blocks: list[int], factor_blocks: list[int]
@@ -334,6 +364,10 @@ class Launch:
         if "factors" in calls:
             call = calls["factors"]
             call(factor_kernel, call.entries, records, call.owners, T, PARTS_AT_ONCE, FACTOR_TILE)
+        if "windows" in calls:
+            call, planes = calls["windows"], k.planes
+            of_method, master = (S, 0) if planes is None else (STORAGE[planes.of_method], planes.master)
+            call(window_kernel, addresses, call.entries, call.owners, S, T, of_method, k.method, master, WINDOW_BLOCK)
         if "main" not in calls:
             return
         call = calls["main"]
@@ -342,13 +376,14 @@ class Launch:
         if self.action == "step":
             assert grad_scale is not None and found_inf is not None
             rest = k.numbers if k.finishes and k.method != 0 else 0
+            windows = "windows" in calls
             scaling, dtypes = (grad_scale, found_inf), (grad_scale.dtype, found_inf.dtype)
             shape = block, k.base, k.method, k.states, k.writes_gradient, self.with_tl1
             if k.planes is not None:
                 types = S, *(STORAGE[t] for t in k.planes[:3]), *k.planes[3:]
-                call(mixed_kernel, *tables, *scaling, *types, *shape, rest, dtypes=dtypes)
+                call(mixed_kernel, *tables, *scaling, *types, *shape, windows, rest, dtypes=dtypes)
             else:
-                call(step_kernel, *tables, *scaling, S, T, *shape, self.grouped, rest, dtypes=dtypes)
+                call(step_kernel, *tables, *scaling, S, T, *shape, self.grouped, windows, rest, dtypes=dtypes)
         elif self.action == "prox":
             call(prox_kernel, *tables, S, T, block)
         else:

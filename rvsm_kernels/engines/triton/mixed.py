@@ -62,8 +62,8 @@ def mixed_elements(
     entry, numbers, address, place, end, scale,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, OF_BASE: tl.constexpr, OF_METHOD: tl.constexpr,
     MASTER: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr,
-    STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, REST: tl.constexpr,
-    WHOLE: tl.constexpr,
+    STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_WINDOWS: tl.constexpr,
+    REST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Load, arithmetic, store: the counterpart of ``step_elements``."""
     BASE_STATES: tl.constexpr = STATES - method_states(METHOD)
@@ -92,8 +92,8 @@ def mixed_elements(
         p = plane(address, STATE + BASE_STATES, place, OF_METHOD, WHOLE) + i
         of_method = read(p, mask, WHOLE).to(tl.float32)
     wi, d, states, of_method = arithmetic(
-        entry, numbers, wi, d, states, of_method, i.to(tl.uint32), mask, scale,
-        BASE, METHOD, BASE_STATES, WITH_TL1, False,
+        entry, numbers, wi, d, states, of_method, place + i, mask, scale,
+        BASE, METHOD, BASE_STATES, WITH_TL1, False, WITH_WINDOWS,
     )  # fmt: skip
     if MASTER == LOW:
         high, low = parted(wi)
@@ -122,7 +122,8 @@ def mixed_kernel(
     addresses, entries, records, owners, grad_scale, found_inf,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, OF_BASE: tl.constexpr, OF_METHOD: tl.constexpr,
     MASTER: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr,
-    STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, REST: tl.constexpr,
+    STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_WINDOWS: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     """One step of all entries; nothing where found_inf is above 0. See ``step_kernel``.
 
@@ -143,10 +144,10 @@ def mixed_kernel(
     if (together % 16 == 0) & (place + BLOCK <= end):
         mixed_elements(
             entry, numbers, address, place, end, scale, WEIGHT, GRADIENT, OF_BASE, OF_METHOD, MASTER, ROUNDS,
-            BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, REST, True,
+            BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_WINDOWS, REST, True,
         )  # fmt: skip
     else:
         mixed_elements(
             entry, numbers, address, place, end, scale, WEIGHT, GRADIENT, OF_BASE, OF_METHOD, MASTER, ROUNDS,
-            BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, REST, False,
+            BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_WINDOWS, REST, False,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from ...method.memory import kind_of, refuse, turns_of
 from ...method.parameters import param_name
 from ...method.precision import has_master
 from ...method.step_options import StepOptions
+from ...method.windows import inner_of
 from ..checks import check_device_numbers, check_entry, check_groups, check_norms
 from ..interface import Group, StepInputs
 from .launch import STORAGE, Launch, StepKind, TensorArgs
@@ -248,7 +249,8 @@ class StepTable:
             # What follows from a count is made on the device; a base without a counter asks whether its states are new.
             begun = not options.counts and all(state is not None for state in slot.states[: options.base_states])
             key = slot.group, size, int(begun)
-            args.append(TensorArgs(w, g, slot.view, key, cut, norms, options.lasso, counter is not None))
+            windows = None if options.pattern is None else (*options.pattern, inner_of(w))
+            args.append(TensorArgs(w, g, slot.view, key, cut, norms, options.lasso, counter is not None, windows))
             params.append(k)
             if options.values["penalty"] == "tl1":
                 tl1.add(kind)
