@@ -293,16 +293,15 @@ __attribute__((noinline)) void special_step(const TensorArgs& args, const Block&
   with_method(args.method, [&](auto method) { step_block<S, Base, decltype(method)::value>(args, block, numbers); });
 }
 
-// N:M sparsity, for every method.
+// N:M sparsity, for every method. Switches of the base are run-time values, so that fewer combinations are compiled.
 template <class S, class Base>
 __attribute__((noinline)) void window_step(const TensorArgs& args, const Block& block,
                                            const Numbers<Base, Opmath<S>>& numbers) {
   with_method(args.method, [&](auto method) {
     constexpr Method kMethod = decltype(method)::value;
-    with_switches<Base, kMethod>(args, [&](auto on) {
-      for_windows<S, kMethod, Opmath<S>>(args, block, [&](int64_t at, int64_t n, const auto& pull) {
-        step_span<S, Base, kMethod>(args, at, n, numbers, pull, on);
-      });
+    const auto on = Base::switches(base_numbers(args.numbers));
+    for_windows<S, kMethod, Opmath<S>>(args, block, [&](int64_t at, int64_t n, const auto& pull) {
+      step_span<S, Base, kMethod>(args, at, n, numbers, pull, on);
     });
   });
 }

@@ -10,8 +10,11 @@ namespace rvsm::cpu {
 
 namespace {
 
-// Elements of a piece.
+// Elements of a piece at most: where windows are long, pieces are the m rows of some columns.
 constexpr int64_t kPieceOfWindows = 1024;
+// Elements of a piece of short windows. What the next piece reads is fetched while u of this one is made: with pieces
+// as short as this the memory is never idle, and 2:4 takes hardly longer than l0.
+constexpr int64_t kShortPiece = 256;
 
 // u stands in memory.
 template <class T>
@@ -144,14 +147,42 @@ void load_thresholded(T* __restrict to, const TensorArgs& args, int64_t at, int6
   }
 }
 
-// Calls span(offset, length, pull) for the pieces of a block: consecutive windows or, of windows longer than a piece, the
-// m rows of some columns.
+// Inlined, all three: GCC drops calls of a function that does nothing but fetch.
+#define RVSM_FETCHES inline __attribute__((always_inline))
+
+RVSM_FETCHES void fetch_array(const void* array, int64_t size, int64_t at, int64_t n) {
+  const char* const from = static_cast<const char*>(array) + at * size;
+  for (int64_t k = 0; k < n * size; k += 64) __builtin_prefetch(from + k, 1);
+}
+
+// The size of an element of an array; `Stored`: the storage type, or Mixed.
+template <class Stored>
+RVSM_FETCHES int64_t size_of(Dtype type) {
+  if constexpr (std::is_same_v<Stored, Mixed>) return with_storage(type, [](auto s) { return int64_t(sizeof s); });
+  return sizeof(Stored);
+}
+
+// Fetches what the step of elements [at, at + n) will read.
+template <class Stored>
+RVSM_FETCHES void fetch(const TensorArgs& args, int64_t at, int64_t n) {
+  const Precision& p = args.precision;
+  fetch_array(args.w, size_of<Stored>(args.dtype), at, n);
+  if (args.base.kind != BaseKind::none || args.base.writes_grad) fetch_array(args.g, size_of<Stored>(p.grad), at, n);
+  for (int k = 0; k < args.states(); ++k)
+    fetch_array(args.state[size_t(k)], size_of<Stored>(p.states[size_t(k)]), at, n);
+  if (std::is_same_v<Stored, Mixed> && p.master != Master::none)
+    fetch_array(args.master_state(), p.master == Master::low ? sizeof(int16_t) : sizeof(float), at, n);
+}
+
+// Calls span(offset, length, pull) for the pieces of a block: consecutive windows or, of windows longer than a piece,
+// the m rows of some columns.
 template <class Stored, Method kMethod, class T, class Span>
 void for_windows(const TensorArgs& args, const Block& block, const Span& span) {
   const Windows& all = args.windows;
   const int64_t whole = all.whole();
   const bool apart = whole > kPieceOfWindows;
-  const int64_t rows = apart ? all.m : 1, most = apart ? kPieceOfWindows / all.m : kPieceOfWindows / whole * whole;
+  const int64_t rows = apart ? all.m : 1;
+  const int64_t most = apart ? kPieceOfWindows / all.m : std::max<int64_t>(kShortPiece / whole, 1) * whole;
   // A block is one row of consecutive elements, or the m rows of one batch.
   const bool has_rows = block.o1 - block.o0 > 1;
   const int64_t first = has_rows ? block.batch : apart ? block.c0 / whole : 0;
@@ -167,6 +198,8 @@ void for_windows(const TensorArgs& args, const Block& block, const Span& span) {
         fill_places(piece.place, apart ? inside.whole() : most, inside);
       }
       const auto start = [&](int64_t row) { return b * whole + row * all.inner + c; };
+      for (int64_t row = 0; row < rows; ++row)
+        fetch<Stored>(args, start(row) + columns, std::min(most, c1 - c - columns));
       for (int64_t row = 0; row < rows; ++row)
         load_thresholded<Stored, kMethod>(piece.u + row * columns, args, start(row), columns);
       fill_u(piece, rows * columns, inside);
