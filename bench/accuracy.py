@@ -24,7 +24,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rvsm_kernels as rk
 
@@ -72,7 +72,7 @@ class Method:
     """A way to a share of zeros.
 
     Attributes:
-        kind: ``"dense"``, with one-shot pruning of what it gives; ``"gradual"``, ``"pat"``, ``"pat-lasso"``, ``"rvsm"``.
+        kind: ``"dense"``, with one-shot pruning of it; ``"gradual"``, ``"pat"``, ``"pat-lasso"``, ``"rvsm"``.
         options: of a param group of RVSM.
         schedule: of ``rk.SparsitySchedule``.
         of: what it is trained for: ``"elements"``, ``"channels"``.
@@ -96,36 +96,52 @@ class Method:
 
 def _methods() -> list[Method]:
     l0 = {"penalty": "l0", "beta": 1.0}
-    rates: dict[str, Any] = {"0.1": 0.1, "0.2": 0.2, "0.5": 0.5, "0.05 to 0.5": [0.05, 0.5]}
-    found = [
-        Method("dense", "dense SGD", "dense"),
-        Method("gradual", "gradual magnitude pruning", "gradual"),
-        Method("l0", "RVSM l0, pull_rate 0.2", "rvsm", "sgd", l0, {"pull_rate": 0.2}),
+    l1, tl1 = {"penalty": "l1", "beta": 6.0}, {"penalty": "tl1", "beta": 6.0, "a": 1.0}
+    topk = {"penalty": "topk", "beta": 1.0, "density": 1.0}
+    found = [Method("dense", "dense SGD", "dense"), Method("gradual", "gradual magnitude pruning", "gradual")]
+    rates: dict[str, Any] = {"0.2": 0.2, "0.1": 0.1, "0.5": 0.5, "0.05 to 0.5": [0.05, 0.5]}
+    for (name, rate), hold in product(rates.items(), (False, True)):
+        schedule = {"pull_rate": rate} | ({"hold": True} if hold else {})
+        label, default = f"RVSM l0, pull_rate {name}{', hold' if hold else ''}", name == "0.2"
+        found.append(
+            Method(
+                f"l0{'' if default else '-' + name}{'-hold' if hold else ''}",
+                label,
+                "rvsm",
+                options=l0,
+                schedule=schedule,
+                search=not default,
+            )
+        )
+    elements = ("elements",)
+    return [
+        *found,
         Method("pat", "PAT (torchao), least sparsity", "pat"),
-        Method("pat-lasso", "PAT (torchao), lasso, its λ led", "pat-lasso", of=("elements",)),
-    ]
-    found += [
-        Method(f"l0-{name}", f"RVSM l0, pull_rate {name}", "rvsm", "sgd", l0, {"pull_rate": rate}, search=True)
-        for name, rate in rates.items()
-        if name != "0.2"
-    ]
-    found += [
-        Method("l1", "RVSM l1, beta 6", "rvsm", "sgd", {"penalty": "l1", "beta": 6.0}),
-        Method("tl1", "RVSM tl1, beta 6", "rvsm", "sgd", {"penalty": "tl1", "beta": 6.0, "a": 1.0}),
+        Method("pat-lasso", "PAT (torchao), lasso, its λ led", "pat-lasso", of=elements),
+        Method("l1", "RVSM l1, beta 6", "rvsm", options=l1),
+        Method("l1-hold", "RVSM l1, beta 6, hold", "rvsm", options=l1, schedule={"hold": True}),
+        Method("tl1", "RVSM tl1, beta 6", "rvsm", options=tl1, of=elements),
         Method(
             "topk",
             "RVSM top-k (of each tensor), pull_rate 0.2",
             "rvsm",
-            "sgd",
-            {"penalty": "topk", "beta": 1.0, "density": 1.0},
-            {"pull_rate": 0.2, "scope": "tensor"},
-            ("elements",),
+            options=topk,
+            schedule={"pull_rate": 0.2, "scope": "tensor"},
+            of=elements,
         ),
         Method("dense-adamw", "dense AdamW", "dense", "adamw"),
-        Method("gradual-adamw", "AdamW, gradual magnitude pruning", "gradual", "adamw", of=("elements",)),
-        Method("l0-adamw", "RVSMAdamW l0, pull_rate 0.2", "rvsm", "adamw", l0, {"pull_rate": 0.2}, ("elements",)),
+        Method("gradual-adamw", "AdamW, gradual magnitude pruning", "gradual", "adamw", of=elements),
+        Method("l0-adamw", "RVSMAdamW l0, pull_rate 0.2", "rvsm", "adamw", l0, {"pull_rate": 0.2}, elements),
+        Method(
+            "l0-adamw-hold",
+            "RVSMAdamW l0, pull_rate 0.2, hold",
+            "rvsm",
+            "adamw",
+            l0,
+            {"pull_rate": 0.2, "hold": True},
+            elements,
+        ),
     ]
-    return found
 
 
 METHODS = {method.name: method for method in _methods()}
@@ -160,12 +176,12 @@ def _data(problem: str, smoke: bool) -> tuple[Images, Images]:
     return (Images(train.x[:500], train.y[:500]), Images(test.x[:200], test.y[:200])) if smoke else (train, test)
 
 
-def _weights(model: nn.Module, of: str) -> tuple[list[Tensor], list[Tensor]]:
+def _weights(model: nn.Module, of: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The weights that are pruned, and all other parameters.
 
     Channels are those between two layers: the pixels, which the first layer reads, stay.
     """
-    weights: list[Tensor] = [p for p in model.parameters() if p.dim() >= 2][0 if of == "elements" else 1 :]
+    weights = [p for p in model.parameters() if p.dim() >= 2][0 if of == "elements" else 1 :]
     ids = {id(p) for p in weights}
     return weights, [p for p in model.parameters() if id(p) not in ids]
 
@@ -205,6 +221,7 @@ def _measure(job: Job, model: nn.Module, images: Images, held_out: Images) -> Ro
         "share": job.share,
         "seed": job.seed,
         "got": sum(int(z.sum()) for z in zeros) / sum(z.numel() for z in zeros),
+        "dead": sum(not w.any() for w in weights),
         "accuracy_as_is": digits.accuracy(model, held_out),
     }
     digits.make_statistics(model, images, PROBLEMS[job.problem].batch)

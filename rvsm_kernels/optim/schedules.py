@@ -20,6 +20,7 @@ from ..method.parameters import is_left_alone
 from ..method.penalties import PENALTIES
 from ..method.selection import cut_among, thresholded
 from ..method.warn import warn
+from . import hold as holding
 from .split_optimizer import SplitOptimizer
 from .unwrap import unwrap
 
@@ -86,10 +87,14 @@ class SparsitySchedule:
         pull_rate: rho: keeps lr * beta = rho, whatever schedule lr has, by setting ``beta``; (first, last): rho goes
             from one to the other between ``begin`` and ``end``. None leaves beta alone. For l0 and top-k: the pull of
             l1 and tl1 on the weights that survive would grow as lr falls, which is warned about.
+        hold: at ``end`` w becomes u for good, and from then on what is 0 stays 0 (its gradient and its states are set
+            to 0) and nothing is pulled any more: the weights that survive are trained on with a fixed support. It
+            costs two more passes over weights and gradients a step. Groups that are added later are not led then.
 
     Raises:
         ValueError, TypeError: an argument out of range; ``scope="global"`` with top-k, which cuts each tensor;
-            ``scope="tensor"`` with several tensors in a group, for they share a lam; a group whose beta is 0.
+            ``scope="tensor"`` with several tensors in a group, for they share a lam; a group whose beta is 0; ``hold``
+            where zeros cannot be held (FSDP1, an eps of 0).
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class SparsitySchedule:
         of: str = "elements",
         scope: str = "global",
         pull_rate: float | tuple[float, float] | None = None,
+        hold: bool = False,
     ) -> None:
         self._optimizer = _optimizer_in(optimizer, "SparsitySchedule")
         if not _is_number(target) or not 0 <= target < 1:
@@ -126,8 +132,15 @@ class SparsitySchedule:
             if len(rates) != 2 or not all(_is_number(r) and 0 < r <= 1 for r in rates):
                 raise ValueError(f"Invalid pull_rate value: {shown(pull_rate)} (in (0, 1], or two such numbers)")
             self.pull_rate = rates
+        if not isinstance(hold, bool):
+            raise ValueError(f"Invalid hold value: {shown(hold)} (True or False is needed)")
+        if hold:
+            holding.check(self._optimizer)
+        self.hold = hold
+        self.holds = False  # whether zeros are held already
+        self._hold = holding.Hold()
         self.last_step = 0
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self._cuts: dict[str, float | None] = {}  # of each kind, or of each group; None where nothing goes to zero
         for i, group in self._groups():
             self._check(i, group)
@@ -169,7 +182,8 @@ class SparsitySchedule:
         cuts = ", ".join(f"{key} {cut:.4g}" for key, cut in self._cuts.items() if cut is not None)
         return (
             f"SparsitySchedule(step {self.last_step} of {self.begin} to {self.end}: {self.sparsity:.2%} of"
-            f" {self.target:.2%} {self.of} zero, scope {self.scope!r}" + (f"; cuts: {cuts})" if cuts else ")")
+            f" {self.target:.2%} {self.of} zero{', held' if self.holds else ''}, scope {self.scope!r}"
+            + (f"; cuts: {cuts})" if cuts else ")")
         )
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -178,9 +192,14 @@ class SparsitySchedule:
         """Go on by one step; call it after ``optimizer.step()``."""
         self.last_step += 1
         due = self.last_step - self.begin
-        if due >= 0 and (due % self.every == 0 or self.last_step == self.end):
+        holds_from_now = self.hold and not self.holds and self.last_step >= self.end
+        if holds_from_now or (due >= 0 and (due % self.every == 0 or self.last_step == self.end) and not self.holds):
             self._select()
         self._apply()
+        if holds_from_now:
+            holding.begin(self._optimizer)
+            self.holds = True
+            self._apply()
 
     @torch.no_grad()
     def _select(self) -> None:
@@ -255,6 +274,10 @@ class SparsitySchedule:
                     _set(group, "beta", rate / lr)
             if group["penalty"] == "topk":
                 group["density"] = max(1.0 - self.sparsity, 1e-12)
+            if self.holds:
+                _set(group, "lam", 0.0)
+                continue
+            if group["penalty"] == "topk":
                 continue
             key = self._key(i, group)
             if self._cuts and key not in self._cuts:
@@ -271,19 +294,29 @@ class SparsitySchedule:
 
     def _watch(self) -> None:
         """With a pull_rate: set beta from lr once more when a step begins; a scheduler may have moved lr by then."""
-        if self.pull_rate is None or self._handle is not None:
+        if (self.pull_rate is None and not self.hold) or self._handles:
             return
         me = weakref.ref(self)  # the optimizer must not keep the schedule
 
-        def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+        def before_step(optimizer: Any, args: Any, kwargs: Any) -> Any:
+            schedule = me()
+            if schedule is None:
+                return None
+            if schedule.pull_rate is not None:
+                schedule._apply()
+            return schedule._hold.before_step(schedule._optimizer, args, kwargs) if schedule.holds else None
+
+        def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             schedule = me()
             if schedule is not None:
-                schedule._apply()
+                schedule._hold.after_step()
 
-        self._handle = self._optimizer.register_step_pre_hook(before_step)
+        self._handles = [self._optimizer.register_step_pre_hook(before_step)]
+        if self.hold:
+            self._handles.append(self._optimizer.register_step_post_hook(after_step))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}  # hooks are no part of an optimizer's copy
+        return {**self.__dict__, "_handles": []}  # hooks are no part of an optimizer's copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -293,11 +326,12 @@ class SparsitySchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is, as plain values; what was given to the constructor is not in it."""
-        return {"last_step": self.last_step, "cuts": dict(self._cuts)}
+        return {"last_step": self.last_step, "cuts": dict(self._cuts), "holds": self.holds}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from there; the optimizer's lam and beta are those of that step then."""
         self.last_step, self._cuts = int(state_dict["last_step"]), dict(state_dict["cuts"])
+        self.holds = self.hold and bool(state_dict.get("holds", False))  # 0.1.0 does not say
         self._apply()
 
 
