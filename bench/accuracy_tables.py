@@ -107,7 +107,7 @@ def _misses(result: Result) -> list[str]:
     worst: dict[str, Row] = {}
     for row in result["rows"]:
         off = abs(row["got"] - row["share"])
-        if row["share"] > 0 and off > 2e-3 and row["of"] == "elements":
+        if row["method"] in labels and off > 2e-3 and row["of"] == "elements":
             known = worst.get(row["method"])
             if known is None or off > abs(known["got"] - known["share"]):
                 worst[row["method"]] = row

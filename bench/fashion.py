@@ -63,7 +63,7 @@ def train_and_test() -> tuple[Images, Images]:
 class Net(nn.Sequential):
     """Four linear layers (784-300-100-100-10) with batch norm between them: LeNet-300-100 with one layer more.
 
-    277,310 parameters, of which 276,200 are weights to penalise. Behind the first layer there are 500 neurons.
+    277,210 parameters, of which 276,200 are weights to penalise. Behind the first layer there are 500 neurons.
     """
 
     def __init__(self) -> None:

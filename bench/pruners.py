@@ -84,8 +84,8 @@ class Gradual:
 
 def pat(
     base: type[torch.optim.Optimizer],
-    weights: list[Tensor],
-    rest: list[Tensor],
+    weights: Sequence[Tensor],
+    rest: Sequence[Tensor],
     options: dict[str, Any],
     curve: Curve,
     groups: bool,
@@ -99,7 +99,7 @@ def pat(
         lasso: the proximal map of l1, whose strength :class:`LedLasso` sets; else PAT's own constraint of a least
             sparsity, along PAT's own curve, which is the same cubic one.
     """
-    penalised: dict[str, Any] = {"params": weights}
+    penalised: dict[str, Any] = {"params": list(weights)}
     if lasso:
         penalised |= {"prox_type": "ProxLasso", "group_type": "ElemGrouper"}
     else:
@@ -108,7 +108,7 @@ def pat(
             penalised |= {"prox_type": "MinSparsityConstraint", "group_type": "Dim1Grouper"}
         else:
             penalised |= {"prox_type": "GlobalMinSparsityConstraint", "group_type": "KElementGrouper", "k": 1}
-    inner = base([penalised, {"params": rest}], **options)
+    inner = base([penalised, {"params": list(rest)}], **options)
     optimizer: torch.optim.Optimizer = import_pat()(inner, warmup_steps=curve.begin, healing_start_step=curve.end)
     return optimizer
 
