@@ -8,6 +8,7 @@ from .model.sparsity import SparsityReport, sparsity
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
 from .optim.checkpoint import to_torch_state_dict
 from .optim.schedules import PenaltySchedule, SparsitySchedule
+from .optim.suggest import suggest
 from .optim.unwrap import unwrap
 from .version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "prox",
     "reference",
     "sparsity",
+    "suggest",
     "to_torch_state_dict",
     "unwrap",
 ]
