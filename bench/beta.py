@@ -61,11 +61,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for row, within, colour in zip(rows, WITHIN, _COLOURS, strict=True):
         sizes = row["sizes"].clamp(1e-4, 30).sort().values[::50]
         share = torch.arange(len(sizes)) / len(sizes) * 100
-        left.plot(sizes, share, color=colour, label=f"{within:.0%} of the steps: lr·β = {row['rate']:.2g}")
+        left.plot(sizes, share, color=colour, label=f"{within:.0%}: lr·β {row['rate']:.2g}")
     left.axvline(1, color="#888888", linestyle=":")
     left.set(xscale="log", xlabel="|w| over the cut", ylabel="% of the weights that are smaller")
     left.set_title("after training: what is below the cut", loc="left", fontsize=9)
-    left.legend(fontsize=7, frameon=False)
+    left.legend(title="95 % of a gap within", title_fontsize=7, fontsize=7, frameon=False, loc="upper left")
     rates = [row["rate"] for row in rows]
     for key, marker, dashes in (("w", "s", ":"), ("u", "o", "-")):
         values = [100 * row[key] for row in rows]
@@ -79,7 +79,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    figure.savefig(path, dpi=80, metadata={"Software": None})
     plt.close(figure)
 
 

@@ -89,7 +89,8 @@ class SparsitySchedule:
             l1 and tl1 on the weights that survive would grow as lr falls, which is warned about.
         hold: at ``end`` w becomes u for good, and from then on what is 0 stays 0 (its gradient and its states are set
             to 0) and nothing is pulled any more: the weights that survive are trained on with a fixed support. It
-            costs two more passes over weights and gradients a step. Groups that are added later are not led then.
+            takes the time of another step, and ends with the schedule: keep the object. Groups that are added later
+            are not led then.
 
     Raises:
         ValueError, TypeError: an argument out of range; ``scope="global"`` with top-k, which cuts each tensor;
