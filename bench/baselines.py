@@ -224,7 +224,7 @@ def pat(problem: Problem) -> Step:
     if case.penalty != "l1":
         raise Unavailable("torchao.prototype.pat has the lasso and the group lasso only")
     grouper = _pat_grouper(problem)
-    prune = _import_pat()
+    prune = import_pat()
     params = problem.parameters()
     penalised, dense = problem.divided(params)
     prox = "ProxLasso" if case.group_dim is None else "ProxGroupLasso"
@@ -255,7 +255,7 @@ def _pat_grouper(problem: Problem) -> str:
     raise Unavailable(f"torchao.prototype.pat has no such groups (group_dim={dim!r})")
 
 
-def _import_pat() -> Any:
+def import_pat() -> Any:
     """PruneOptimizer; torchao's complaints about its own kernels, which PAT does not use, are kept quiet."""
     logging.disable(logging.WARNING)
     try:

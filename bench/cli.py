@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import floors, host, memory, report, static, throughput, train
+from . import accuracy, floors, host, memory, report, static, throughput, train
 from .baselines import ENGINES
 from .config import FULL, QUICK, RESULTS, ROOT, SMOKE, Config, MissingPackage, available_engines, missing_engines, shown
 
@@ -18,6 +18,7 @@ _MEASURES: dict[str, Callable[[Config], object]] = {
     "train": train.digits,
     "text": train.text,
     "targets": train.targets,
+    "accuracy": accuracy.run,
     "throughput": throughput.run,
     "host": host.run,
     "memory": memory.run,
@@ -33,6 +34,7 @@ to see."""
 
 _COMMANDS = {
     "train": "training a small model dense and sparse; --full: three seeds, and the reference engine too",
+    "accuracy": "magnitude pruning, PAT and RVSM at equal zeros; goes on where it stopped; --full: five seeds, an hour",
     "throughput": "time, GB/s and share of the copy bandwidth of a step, against every baseline",
     "host": "microseconds of step() by number of parameters",
     "memory": "peak bytes beyond torch.optim.SGD's",

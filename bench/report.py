@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import tables, targets_task
+from . import accuracy_tables, tables, targets_task
 from .config import RESULTS, ROOT, MissingPackage, require, shown
 from .markdown import NOT_MEASURED
 from .results import Result, digest, read_json
@@ -19,6 +19,7 @@ _SOURCES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "headline": ("throughput", tables.headline),
     "overview": ("throughput", tables.overview),
     "targets-headline": ("targets", targets_task.headline),
+    "accuracy-headline": ("accuracy", accuracy_tables.headline),
     **{kind: (kind, render) for kind, render in tables.KINDS.items()},
 }
 """Block name to (result file, its table)."""
@@ -28,6 +29,7 @@ _SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": ("The main job: handwritten digits", ("train",)),
     "text": ("A language model: a transformer over bytes (`--task text`)", ("text",)),
     "targets": ("The main job with a sparsity asked for (`--task targets`)", ()),
+    "accuracy": ("Why not plain magnitude pruning? (`python -m bench accuracy`)", ()),
     "throughput": ("Speed", ("bandwidth",)),
     "floors": ("The floors that the project holds itself to (`python -m bench floors`)", ()),
     "host": ("Host time", ()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import digits_task, targets_task, text_task
+from . import accuracy_tables, digits_task, targets_task, text_task
 from .baselines import LABELS
 from .cases import BASES
 from .floors import number
@@ -225,5 +225,6 @@ KINDS = {
     "train": digits_task.table,
     "text": text_task.table,
     "targets": targets_task.table,
+    "accuracy": accuracy_tables.table,
 }
 """The function of every result file; also blocks of a README, beside ``headline`` and ``overview``."""

@@ -92,25 +92,11 @@ def _measure(model: nn.Module, optimizer: torch.optim.Optimizer, images: digits.
         report = optimizer.sparsity()
         found["got"] = report.group_share if optimizer.param_groups[0]["group_dim"] is not None else report.share
         with optimizer.sparse_weights(model):
-            _make_statistics(model, images)
+            digits.make_statistics(model, images, digits.BATCH)
             found["accuracy_made"] = digits.accuracy(model, held_out)
     else:
         found["got"], found["accuracy_made"] = 0.0, found["accuracy_u"]
     return found
-
-
-@torch.no_grad()
-def _make_statistics(model: nn.Module, images: digits.Images) -> None:
-    """The running statistics of batch norms, anew, as the mean over all batches of the training images."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean
-    for x, _ in images.batches(digits.BATCH, torch.Generator().manual_seed(0)):
-        model(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 def _train(method: Method, engine: str, seed: int, data: Any, head: dict[str, Any]) -> Run:

@@ -124,7 +124,7 @@ def test_every_base_is_measured_against_baselines_that_it_has(monkeypatch: pytes
     assert (
         throughput.BASELINES.keys() == cases.BASES.keys() == baselines._OPTIMIZERS.keys() == tables._OPTIMIZERS.keys()
     )
-    monkeypatch.setattr(baselines, "_import_pat", lambda: lambda base, reg_lambda: base)
+    monkeypatch.setattr(baselines, "import_pat", lambda: lambda base, reg_lambda: base)
     monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", SimpleNamespace(DeepSpeedCPUAdam=_CPUAdam))
     for base, names in throughput.BASELINES.items():
         for name in names:
@@ -156,7 +156,7 @@ def test_a_baseline_that_is_not_installed_is_a_reason(monkeypatch: pytest.Monkey
 def test_pat_is_around_the_fused_step_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its price is that of its proximal map, not of a slower base."""
     seen: list[torch.optim.Optimizer] = []
-    monkeypatch.setattr(baselines, "_import_pat", lambda: lambda base, reg_lambda: seen.append(base) or base)
+    monkeypatch.setattr(baselines, "import_pat", lambda: lambda base, reg_lambda: seen.append(base) or base)
     for base in ("sgd", "adamw"):
         baselines.pat(build(Case("30x40", "l1", 0, base=base), "cpu"))
     assert [type(base) for base in seen] == [torch.optim.SGD, torch.optim.AdamW]

@@ -8,8 +8,10 @@ from .model.sparsity import SparsityReport, sparsity
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
 from .optim.checkpoint import to_torch_state_dict
 from .optim.monitor import Monitor
+from .optim.penalty_schedule import PenaltySchedule
 from .optim.plots import plot
-from .optim.schedules import PenaltySchedule, SparsitySchedule
+from .optim.schedules import SparsitySchedule
+from .optim.suggest import suggest
 from .optim.unwrap import unwrap
 from .version import __version__
 
@@ -30,6 +32,7 @@ __all__ = [
     "prox",
     "reference",
     "sparsity",
+    "suggest",
     "to_torch_state_dict",
     "unwrap",
 ]

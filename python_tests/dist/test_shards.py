@@ -225,6 +225,28 @@ def a_gradient_of_another_type(folder: Path) -> None:
     assert (p.full_tensor() == 0.5).all()
 
 
+def zeros_are_held(folder: Path) -> None:
+    """From the end of a schedule on, also where gradients have other placements; one rank has nothing of a tensor."""
+    for cls, placement, options in itertools.product(
+        (rk.RVSM, rk.RVSMAdamW), placements(), ({}, {"dtype": torch.bfloat16, "master_weights": True})
+    ):
+        pair = Pair(cls, mesh_of(), [placement], **options)
+        led = [rk.SparsitySchedule(o, 0.5, end=2, every=1, hold=True) for o in (pair.ours, pair.theirs)]
+        for step in range(5):
+            pair.give_gradients()
+            if step == 4:
+                for p in pair.sharded:
+                    p.grad = p.grad.redistribute(placements=placements()[2:])
+            pair.ours.step()
+            pair.theirs.step()
+            for schedule in led:
+                schedule.step()
+            pair.check(exact=True)
+            if step == 1:
+                zeros = [q == 0 for q in pair.whole]
+        assert all(torch.equal(q == 0, z) and z.any() for q, z in zip(pair.whole, zeros, strict=True))
+
+
 def a_nan_on_one_rank(folder: Path) -> None:
     """It goes where it goes in one process: into its group on every rank, and no further."""
     for dims, method in itertools.product((None, 1), METHODS):
@@ -410,7 +432,7 @@ def ddp_keeps_ranks_equal(folder: Path) -> None:
 CHECKS = (
     blocks_follow_one_process, blocks_that_a_shard_cuts, half_types_follow, send_one_message,
     found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused, gradients_elsewhere,
-    reading_gathers_nothing, topk_with_masters, a_group_without_gradients, twice_across_ranks_is_refused, a_gradient_of_another_type, prox_of_dtensors, a_schedule_finds_the_same_cuts, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
+    reading_gathers_nothing, topk_with_masters, a_group_without_gradients, twice_across_ranks_is_refused, a_gradient_of_another_type, prox_of_dtensors, a_schedule_finds_the_same_cuts, zeros_are_held, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
 )  # fmt: skip
 
 

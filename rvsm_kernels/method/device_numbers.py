@@ -7,9 +7,11 @@ replays of a captured graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .dtypes import DTYPES
@@ -44,3 +46,11 @@ def read(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group with the numbers on a device replaced by what they hold now, which waits for it."""
     found = {name: float(group[name]) for name in NAMES if name in group and is_on_device(group[name])}
     return {**group, **found}
+
+
+def put(group: dict[str, Any], name: str, value: Any) -> None:
+    """Set an option; where it is a tensor, what the tensor holds. A number that is not finite sets nothing."""
+    if isinstance(group[name], Tensor):
+        group[name].copy_(torch.as_tensor(value), non_blocking=True)
+    elif math.isfinite(value):
+        group[name] = float(value)

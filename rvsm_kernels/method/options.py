@@ -133,6 +133,11 @@ def _name(name: str, value: Any) -> None:
         raise TypeError(f"Invalid {name} value: {shown(value)} (a string is needed)")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def whole_number(name: str, value: Any, least: int) -> int:
     """A number of steps as an int; raises ValueError for anything else."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:

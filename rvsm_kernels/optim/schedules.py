@@ -1,10 +1,9 @@
-"""Schedules of the penalty: a sparsity that is reached in steps, without any lam, and plain ramps of lam or beta."""
+"""A sparsity that is reached in steps, without any lam."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,16 +13,13 @@ from torch import Tensor
 
 from ..method import device_numbers
 from ..method.groups import group_size, grouping_of
-from ..method.options import shown, whole_number
+from ..method.options import is_number, shown, whole_number
 from ..method.parameters import is_left_alone
 from ..method.penalties import PENALTIES
 from ..method.selection import Candidates, Room, Selection
 from ..method.warn import warn
+from . import hold as holding
 from .unwrap import optimizer_in
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class _Population(NamedTuple):
@@ -78,11 +74,16 @@ class SparsitySchedule:
         pull_rate: rho: keeps lr * beta = rho, whatever schedule lr has, by setting ``beta``; (first, last): rho goes
             from one to the other between ``begin`` and ``end``. None leaves beta alone. For l0 and top-k: the pull of
             l1 and tl1 on the weights that survive would grow as lr falls, which is warned about.
+        hold: at ``end`` w becomes u for good, and from then on what is 0 stays 0 (its gradient and its states are set
+            to 0) and nothing is pulled any more: the weights that survive are trained on with a fixed support. It
+            takes the time of another step, and ends with the schedule: keep the object. Groups that are added later
+            are not led then.
 
     Raises:
         ValueError, TypeError: an argument out of range; top-k whose ``budget`` is not the scope; ``scope="tensor"``
             with several tensors in a group, for they share a lam; a group whose beta is 0; no group with another
-            penalty than ``"nm"``, whose sparsity is that of its pattern.
+            penalty than ``"nm"``, whose sparsity is that of its pattern; ``hold`` where zeros cannot be held (FSDP1, an
+            eps of 0).
     """
 
     def __init__(
@@ -97,14 +98,15 @@ class SparsitySchedule:
         of: str = "elements",
         scope: str = "global",
         pull_rate: float | tuple[float, float] | None = None,
+        hold: bool = False,
     ) -> None:
         self._optimizer = optimizer_in(optimizer, "SparsitySchedule")
-        if not _is_number(target) or not 0 <= target < 1:
+        if not is_number(target) or not 0 <= target < 1:
             raise ValueError(f"Invalid target value: {shown(target)} (a share of zeros in [0, 1) is needed)")
         self.target = float(target)
         self.begin, self.every = whole_number("begin", begin, 0), whole_number("every", every, 1)
         self.end = whole_number("end", end, self.begin + 1)
-        if not _is_number(power) or power <= 0:
+        if not is_number(power) or power <= 0:
             raise ValueError(f"Invalid power value: {shown(power)} (a number above 0 is needed)")
         self.power = float(power)
         for name, value, choices in (("of", of, ("elements", "groups")), ("scope", scope, ("global", "tensor"))):
@@ -116,11 +118,18 @@ class SparsitySchedule:
         self.pull_rate: tuple[float, float] | None = None
         if pull_rate is not None:
             rates = tuple(pull_rate) if isinstance(pull_rate, (tuple, list)) else (pull_rate, pull_rate)
-            if len(rates) != 2 or not all(_is_number(r) and 0 < r <= 1 for r in rates):
+            if len(rates) != 2 or not all(is_number(r) and 0 < r <= 1 for r in rates):
                 raise ValueError(f"Invalid pull_rate value: {shown(pull_rate)} (in (0, 1], or two such numbers)")
             self.pull_rate = rates
+        if not isinstance(hold, bool):
+            raise ValueError(f"Invalid hold value: {shown(hold)} (True or False is needed)")
+        if hold:
+            holding.check(self._optimizer)
+        self.hold = hold
+        self.holds = False  # whether zeros are held already
+        self._hold = holding.Hold()
         self.last_step = 0
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self._cuts: dict[str, _Cut] = {}  # of each kind, or of each group
         self._rooms: dict[str, Room] = {}
         for i, group in self._groups():
@@ -174,7 +183,8 @@ class SparsitySchedule:
         cuts = ", ".join(f"{key} {cut:.4g}" for key, cut in self._cuts.items() if cut is not None)
         return (
             f"SparsitySchedule(step {self.last_step} of {self.begin} to {self.end}: {self.sparsity:.2%} of"
-            f" {self.target:.2%} {self.of} zero, scope {self.scope!r}" + (f"; cuts: {cuts})" if cuts else ")")
+            f" {self.target:.2%} {self.of} zero{', held' if self.holds else ''}, scope {self.scope!r}"
+            + (f"; cuts: {cuts})" if cuts else ")")
         )
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -183,9 +193,14 @@ class SparsitySchedule:
         """Go on by one step; call it after ``optimizer.step()``."""
         self.last_step += 1
         due = self.last_step - self.begin
-        if due >= 0 and (due % self.every == 0 or self.last_step == self.end):
+        holds_from_now = self.hold and not self.holds and self.last_step >= self.end
+        if holds_from_now or (due >= 0 and (due % self.every == 0 or self.last_step == self.end) and not self.holds):
             self._select()
         self._apply()
+        if holds_from_now:
+            holding.begin(self._optimizer)
+            self.holds = True
+            self._apply()
 
     @torch.no_grad()
     def _select(self) -> None:
@@ -279,11 +294,13 @@ class SparsitySchedule:
                 first, last = self.pull_rate
                 rate, lr = first + (last - first) * self._progress, group["lr"]
                 if device_numbers.is_positive(lr):  # lr 0 moves nothing, whatever beta is
-                    _set(group, "beta", rate / lr)
+                    device_numbers.put(group, "beta", rate / lr)
             if group["penalty"] == "topk":
                 group["density"] = max(1.0 - self.sparsity, 1e-12)
+            if self.holds:
+                device_numbers.put(group, "lam", 0.0)
                 continue
-            if group["penalty"] == "nm":
+            if group["penalty"] in ("topk", "nm"):
                 continue
             key = self._key(i, group)
             if self._cuts and key not in self._cuts:
@@ -293,29 +310,39 @@ class SparsitySchedule:
             if cut is None:
                 pass
             elif _is_scaled(group):
-                tau = cut  # what was looked up: see _magnitudes
+                tau = cut  # what was looked up: see _taus
             else:
                 tau = PENALTIES[group["penalty"]].tau(torch.as_tensor(cut, dtype=torch.float64), float(group["a"]))
             if isinstance(cut, Tensor):  # NaN and infinity are not waited for: lam stays
                 lam = group["beta"] * tau
                 tau = torch.where(torch.isfinite(lam), lam, group["lam"]) / group["beta"]
-            _set(group, "lam", group["beta"] * (tau if isinstance(group["lam"], Tensor) else float(tau)))
+            device_numbers.put(group, "lam", group["beta"] * (tau if isinstance(group["lam"], Tensor) else float(tau)))
 
     def _watch(self) -> None:
         """With a pull_rate: set beta from lr once more when a step begins; a scheduler may have moved lr by then."""
-        if self.pull_rate is None or self._handle is not None:
+        if (self.pull_rate is None and not self.hold) or self._handles:
             return
         me = weakref.ref(self)  # the optimizer must not keep the schedule
 
-        def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+        def before_step(optimizer: Any, args: Any, kwargs: Any) -> Any:
+            schedule = me()
+            if schedule is None:
+                return None
+            if schedule.pull_rate is not None:
+                schedule._apply()
+            return schedule._hold.before_step(schedule._optimizer, args, kwargs) if schedule.holds else None
+
+        def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             schedule = me()
             if schedule is not None:
-                schedule._apply()
+                schedule._hold.after_step()
 
-        self._handle = self._optimizer.register_step_pre_hook(before_step)
+        self._handles = [self._optimizer.register_step_pre_hook(before_step)]
+        if self.hold:
+            self._handles.append(self._optimizer.register_step_post_hook(after_step))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}  # hooks are no part of an optimizer's copy
+        return {**self.__dict__, "_handles": []}  # hooks are no part of an optimizer's copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -326,11 +353,12 @@ class SparsitySchedule:
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is, as plain values; what was given to the constructor is not in it."""
         cuts = {key: None if cut is None else float(cut) for key, cut in self._cuts.items()}
-        return {"last_step": self.last_step, "cuts": cuts}
+        return {"last_step": self.last_step, "cuts": cuts, "holds": self.holds}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from there; the optimizer's lam and beta are those of that step then."""
         self.last_step, self._cuts = int(state_dict["last_step"]), dict(state_dict["cuts"])
+        self.holds = self.hold and bool(state_dict.get("holds", False))  # 0.1.0 does not say
         self._apply()
 
 
@@ -341,110 +369,3 @@ def _taus(norms: Tensor, group: Mapping[str, Any], size: int) -> Tensor:
 
 def _is_scaled(group: Mapping[str, Any]) -> bool:
     return bool(group["group_scale"]) and group["group_dim"] is not None
-
-
-def _set(group: dict[str, Any], name: str, value: Any) -> None:
-    """Set an option; where it is a tensor, what the tensor holds. A number that is not finite sets nothing."""
-    if isinstance(group[name], Tensor):
-        group[name].copy_(torch.as_tensor(value), non_blocking=True)
-    elif math.isfinite(value):
-        group[name] = float(value)
-
-
-SHAPES = {
-    "constant": lambda t: 1.0 if t >= 1 else 0.0,
-    "linear": lambda t: t,
-    "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2,
-}
-
-
-class PenaltySchedule:
-    """Lead lam or beta from one multiple of its value to another, in the style of ``torch.optim.lr_scheduler``.
-
-    ::
-
-        warm_up = rk.PenaltySchedule(optimizer, "lam", steps=1000)  # from 0 to the lam of each group
-        ...
-        optimizer.step()
-        warm_up.step()
-
-    Args:
-        optimizer: RVSM, RVSMAdamW, RVSMWrapper or a wrapper around one of them. Every group with a penalty is led.
-        option: ``"lam"`` or ``"beta"``.
-        steps: how many steps it takes.
-        begin: steps before it begins, in which the option has ``first`` times its value.
-        first, last: what the option's value is multiplied by at the beginning and at the end.
-        shape: ``"linear"``, ``"cosine"``, or ``"constant"``: ``first`` up to the end, then ``last``.
-
-    Raises:
-        ValueError, TypeError: an argument out of range.
-    """
-
-    def __init__(
-        self,
-        optimizer: Any,
-        option: str = "lam",
-        *,
-        steps: int,
-        begin: int = 0,
-        first: float = 0.0,
-        last: float = 1.0,
-        shape: str = "linear",
-    ) -> None:
-        self._optimizer = optimizer_in(optimizer, "PenaltySchedule")
-        for name, value, choices in (("option", option, ("lam", "beta")), ("shape", shape, tuple(SHAPES))):
-            if value not in choices:
-                raise ValueError(
-                    f"Invalid {name} value: {shown(value)} (choose one of {', '.join(map(repr, choices))})"
-                )
-        for name, number in (("first", first), ("last", last)):
-            if not _is_number(number) or number < 0:
-                raise ValueError(f"Invalid {name} value: {shown(number)} (a number >= 0 is needed)")
-        self.option, self.shape, self.first, self.last = option, shape, float(first), float(last)
-        self.steps, self.begin = whole_number("steps", steps, 1), whole_number("begin", begin, 0)
-        self.last_step = 0
-        self.base_values: list[float] = []
-        for i, group in enumerate(self._optimizer.param_groups):
-            if group["penalty"] is not None and float(group[option]) == 0:
-                warn(f"PenaltySchedule: {option} of group {i} is 0, and so is every multiple of it")
-        self._apply()
-
-    @property
-    def factor(self) -> float:
-        """What the option's value is multiplied by now."""
-        t = min(max((self.last_step - self.begin) / self.steps, 0.0), 1.0)
-        return self.first + (self.last - self.first) * SHAPES[self.shape](t)
-
-    def step(self) -> None:
-        """Go on by one step; call it after ``optimizer.step()``."""
-        self.last_step += 1
-        self._apply()
-
-    def _apply(self) -> None:
-        groups = self._optimizer.param_groups
-        self.base_values += [float(group[self.option]) for group in groups[len(self.base_values) :]]
-        for group, base in zip(groups, self.base_values, strict=True):
-            if group["penalty"] is not None:
-                _set(group, self.option, base * self.factor)
-
-    def __repr__(self) -> str:
-        return f"PenaltySchedule(step {self.last_step}: {self.factor:.4g} times {self.option})"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the schedule is, and the values that it multiplies."""
-        return {"last_step": self.last_step, "base_values": list(self.base_values)}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there. Groups that the checkpoint does not have keep the values that they had at the beginning.
-
-        Raises:
-            ValueError: a checkpoint of more groups than there are.
-        """
-        saved = [float(value) for value in state_dict["base_values"]]
-        if len(saved) > len(self._optimizer.param_groups):
-            raise ValueError(
-                f"the checkpoint of the schedule has {len(saved)} groups, the optimizer"
-                f" {len(self._optimizer.param_groups)}"
-            )
-        self.last_step, self.base_values = int(state_dict["last_step"]), saved + self.base_values[len(saved) :]
-        self._apply()
