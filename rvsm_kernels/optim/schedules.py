@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..method import device_numbers
 from ..method.groups import group_size, grouping_of
@@ -197,7 +198,7 @@ class SparsitySchedule:
             if group["penalty"] == "topk":
                 continue
             for p in group["params"]:
-                if id(p) in seen or is_left_alone(p) or not p.requires_grad or p.numel() == 0:
+                if id(p) in seen or is_lazy(p) or is_left_alone(p) or not p.requires_grad or p.numel() == 0:
                     continue
                 seen.add(id(p))
                 population = populations.setdefault(self._key(i, group), _Population([], [], []))
@@ -303,10 +304,11 @@ class SparsitySchedule:
         self._handle = self._optimizer.register_step_pre_hook(before_step)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}  # hooks are no part of an optimizer's copy
+        # Hooks are no part of an optimizer's copy, and what the rooms remember must not matter.
+        return {**self.__dict__, "_handle": None, "_rooms": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"_rooms": {}, **state})  # 0.1.0 pickled none
         self._watch()
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
