@@ -361,6 +361,22 @@ def test_errors_come_before_a_change() -> None:
         rk.AdaptiveHardThreshold([{"params": params, "budget": "global"}], density=0.3)
 
 
+def test_freed_memory_of_a_parameter_without_a_gradient(engine: str) -> None:
+    """No engine looks at it before a step, but its budget reads it: an error with its name, not a crash."""
+    params = parameters()
+    optimizer = rk.RVSM([(f"w{k}", p) for k, p in enumerate(params)], **TOPK, engine=engine)
+    led = rk.RVSM([(f"w{k}", p) for k, p in enumerate(params)], lr=0.1, beta=1.0, engine=engine)
+    give_gradients(params, 1)
+    params[1].grad = None
+    params[1].untyped_storage().resize_(0)
+    before = params[0].detach().clone()
+    schedule = rk.SparsitySchedule(led, 0.5, end=4, every=1)
+    for call in (optimizer.step, schedule.step):
+        with pytest.raises(RuntimeError, match="memory of w1 was freed"):
+            call()
+    assert torch.equal(params[0], before) and not optimizer.state
+
+
 def test_many_tensors_are_one_selection() -> None:
     """One call of the engine, however many tensors there are."""
     params = [nn.Parameter(torch.randn(1, generator=generator(k))) for k in range(300)]

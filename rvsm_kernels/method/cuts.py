@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .groups import group_size, grouping_of
-from .parameters import is_left_alone, with_gradient
+from .memory import kind_of, refuse
+from .parameters import is_left_alone, param_name, with_gradient
 from .selection import Candidates, Room, Select, Selection, states_beside
 from .split import is_topk
 from .step_options import StepOptions
@@ -48,6 +49,7 @@ def find_budgets(
 
     Raises:
         ValueError: groups of one budget that differ in density, or of which one has a ``group_dim`` alone.
+        RuntimeError: a parameter whose memory was freed.
     """
     budgets: Budgets = {}
     seen: set[int] = set()
@@ -58,8 +60,10 @@ def find_budgets(
         members = budgets.setdefault(key, [])
         if members:
             _check_alike(members[0].group, of_group)
-        for p in group["params"]:
+        for j, p in enumerate(group["params"]):
             if p.requires_grad and not is_lazy(p) and not is_left_alone(p) and p.numel() > 0 and id(p) not in seen:
+                if kind_of(p) is None:
+                    refuse(p, param_name(group, i, j))  # no engine has seen one without a gradient
                 seen.add(id(p))
                 members.append(Member(p, of_group, candidates(i, p)))
     return {key: members for key, members in budgets.items() if members}

@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 
 from ..method import device_numbers
 from ..method.groups import group_size, grouping_of
+from ..method.memory import kind_of, refuse
 from ..method.options import shown, whole_number
-from ..method.parameters import is_left_alone
+from ..method.parameters import is_left_alone, param_name
 from ..method.penalties import PENALTIES
 from ..method.selection import Candidates, Room, Selection
 from ..method.warn import warn
@@ -197,9 +198,11 @@ class SparsitySchedule:
                 self._checked = i + 1
             if group["penalty"] == "topk":
                 continue
-            for p in group["params"]:
+            for j, p in enumerate(group["params"]):
                 if id(p) in seen or is_lazy(p) or is_left_alone(p) or not p.requires_grad or p.numel() == 0:
                     continue
+                if kind_of(p) is None:
+                    refuse(p, param_name(group, i, j))
                 seen.add(id(p))
                 population = populations.setdefault(self._key(i, group), _Population([], [], []))
                 population.params.append(p)
