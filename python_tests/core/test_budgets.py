@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from builds import generator, quick_in_all
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
+from rvsm_kernels.method import cuts
+from rvsm_kernels.optim import sparse_view
 
 TOPK: dict[str, Any] = {"density": 0.3, "penalty": "topk", "lam": 1.0, "beta": 0.5, "lr": 0.1, "budget": "global"}
 SHAPES = ((30, 20), (7, 4, 3, 3), (50,), (1, 1))
@@ -147,6 +151,66 @@ def test_parameters_without_a_gradient_count() -> None:
     assert torch.equal(params[2], parameters()[2]) and [row.zeros for row in optimizer.sparsity().rows][2] == 0
 
 
+def test_frozen_parameters_with_a_gradient() -> None:
+    """A step moves what has a gradient: by the cut of the budget, which is of others, or by its own without others."""
+    params = parameters()
+    params[0] = nn.Parameter(params[0].detach().double())  # the others cannot share the room of its cut
+    optimizer = rk.RVSM(params, **TOPK)
+    give_gradients(params, 1)
+    params[1].requires_grad_(False)
+    for frozen, counted in ((1, [0, 2, 3]), (0, None), (2, None), (3, None)):
+        params[frozen].requires_grad_(False)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        if counted is not None:
+            smallest = min(p[keep].abs().min().item() for p, keep in _with_kept([before[k] for k in counted]))
+            largest = max(p[~keep].abs().max().item() for p, keep in _with_kept([before[k] for k in counted]))
+            stays = params[frozen].detach() == before[frozen]
+            assert not stays[before[frozen].abs() <= largest].any() and stays[before[frozen].abs() >= smallest].all()
+    (own,) = kept([before[0]], TOPK["density"])
+    assert torch.equal(params[0].detach() == before[0], own)
+
+
+def _with_kept(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each tensor of a budget, and which of its elements survive; of those that lose some and keep some."""
+    pairs = zip(tensors, kept(tensors, TOPK["density"]), strict=True)
+    return [(p, keep) for p, keep in pairs if keep.any() and not keep.all()]
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 10, 11])
+def test_scaled_norms_that_tie_all_go(size: int, engine: str) -> None:
+    """norm / sqrt(size) and back is not always the norm, and all groups here have one norm."""
+    params = [nn.Parameter(torch.ones(4, size)) for _ in range(2)]
+    optimizer = rk.RVSM(params, **{**TOPK, "density": 0.5}, group_dim=0, group_scale=True, engine=engine)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all((p < 1).all() for p in params)
+    with pytest.warns(UserWarning, match="all zero"):
+        optimizer.sparsify_()
+    assert not any(p.any() for p in params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, math.sqrt(5), math.sqrt(768)])
+def test_a_cut_of_one_tensor_drops_what_was_counted(dtype: torch.dtype, scale: float) -> None:
+    """Of the numbers around it exactly those whose share is not above the cut, in whatever type that was taken."""
+    norms = torch.rand(500, generator=generator(3), dtype=dtype) * 10 ** torch.linspace(-6, 6, 500, dtype=dtype)
+    for cut in (*(norms / scale)[::25].double(), *(norms / scale)[::25].float()):
+        if cut.dtype == torch.float32 and dtype == torch.float64:
+            continue  # the cut has the widest type
+        to = torch.zeros((), dtype=dtype)
+        cuts.put_cut(to, cut, scale)
+        above = torch.nextafter(to, torch.tensor(math.inf, dtype=dtype))
+        compared = torch.stack([to, above]) if scale == 1 else torch.stack([to, above]) / scale
+        assert (compared.to(cut.dtype) <= cut).tolist() == [True, False]
+    for cut, want in ((-1.0, -1.0), (math.nan, -1.0), (math.inf, math.inf), (0.0, 0.0)):
+        cuts.put_cut(to, torch.tensor(cut, dtype=dtype), scale)
+        assert float(to) == want or abs(float(to) - want) < torch.finfo(dtype).tiny, cut
+
+
 def test_a_parameter_twice_counts_once() -> None:
     params = parameters()
     with pytest.warns(UserWarning, match="duplicate"):
@@ -173,6 +237,89 @@ def test_edits_are_seen_and_nothing_else_changes_the_cut() -> None:
         for p, w, k in zip(params, before, keep, strict=True):
             want = w - 0.05 * torch.where(k, 0.0, w) - 0.1 * p.grad
             torch.testing.assert_close(p.detach(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_budgets_that_are_edited_between_steps() -> None:
+    """No tensor goes on with the room of a cut that it once shared."""
+    params = parameters()
+    optimizer = rk.RVSM([{"params": [p]} for p in params], **TOPK)
+    groups = optimizer.param_groups
+
+    def survivors() -> list[Tensor]:
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        weights[:] = before
+        return [p.detach() == w for p, w in zip(params, before, strict=True)]
+
+    def same(found: list[Tensor], *budgets: list[int]) -> bool:
+        want = [(k, keep) for of in budgets for k, keep in zip(of, kept([weights[k] for k in of], 0.3), strict=True)]
+        return all(torch.equal(found[k], keep) for k, keep in want)
+
+    weights: list[Tensor] = []
+    assert same(survivors(), [0, 1, 2, 3])
+    for group in groups:
+        group["budget"] = "tensor"
+    assert same(survivors(), [0], [1], [2], [3])
+    for group in groups:
+        group["budget"] = "global"
+    assert same(survivors(), [0, 1, 2, 3])
+    groups[1]["budget_name"] = groups[2]["budget_name"] = "b"
+    assert same(survivors(), [0, 3], [1, 2])
+    groups[2]["budget"] = "tensor"
+    assert same(survivors(), [0, 3], [1], [2])
+    groups[1]["lam"] = 0.0
+    found = survivors()
+    assert same(found, [0, 3], [2]) and found[1].all()
+
+
+def test_a_room_that_was_shared_is_no_tensors_own() -> None:
+    """One that comes into another budget, with a scale, does not write its cut over that of the first."""
+    params = parameters()[:2]
+    groups = [{"params": [p], "group_dim": 0, "budget_name": "a"} for p in params]
+    optimizer = rk.RVSM(groups, **TOPK)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        before = params[0].detach().clone()
+        optimizer.step()
+        optimizer.param_groups[1]["budget_name"], optimizer.param_groups[1]["group_scale"] = "b", True
+    (keep,) = kept([before.norm(dim=1)], 0.3)
+    assert torch.equal((params[0].detach() == before).all(dim=1), keep)
+
+
+def test_a_step_of_another_thread_waits_for_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    optimizer = rk.RVSM(params, **TOPK)
+    give_gradients(params, 1)
+    before, threads = [p.detach().clone() for p in params], []
+    real = sparse_view.select_budget
+
+    def select(*args: Any) -> None:
+        threads.append(threading.Thread(target=optimizer.step))
+        threads[-1].start()
+        threads[-1].join(0.3)
+        assert all(map(torch.equal, params, before))
+        real(*args)
+
+    monkeypatch.setattr(sparse_view, "select_budget", select)
+    alive = optimizer.sparsity()
+    threads[0].join()
+    assert alive.total.numel - alive.total.zeros == math.ceil(0.3 * alive.total.numel)
+    assert not torch.equal(params[0], before[0])
+
+
+def test_older_pickles() -> None:
+    """Of optimizers that knew no budgets."""
+    for cls in (rk.RVSM, lambda params, **options: rk.RVSMWrapper(torch.optim.Adam(params), **options)):
+        optimizer = cls(parameters(), penalty="topk", density=0.3, beta=1.0)
+        for options in (*optimizer.param_groups, optimizer.defaults):
+            del options["budget"], options["budget_name"]
+        loaded = pickle.loads(pickle.dumps(optimizer))
+        give_gradients(loaded.param_groups[0]["params"], 1)
+        loaded.step()
+        assert loaded.param_groups[0]["budget"] == "tensor" and "budget" in loaded.state_dict()["param_groups"][0]
 
 
 def test_checkpoints_and_older_ones() -> None:
@@ -212,6 +359,22 @@ def test_errors_come_before_a_change() -> None:
         rk.RVSM(params, lr=0.1, penalty="l0", budget="global")
     with pytest.raises(ValueError, match="each tensor"):
         rk.AdaptiveHardThreshold([{"params": params, "budget": "global"}], density=0.3)
+
+
+def test_freed_memory_of_a_parameter_without_a_gradient(engine: str) -> None:
+    """No engine looks at it before a step, but its budget reads it: an error with its name, not a crash."""
+    params = parameters()
+    optimizer = rk.RVSM([(f"w{k}", p) for k, p in enumerate(params)], **TOPK, engine=engine)
+    led = rk.RVSM([(f"w{k}", p) for k, p in enumerate(params)], lr=0.1, beta=1.0, engine=engine)
+    give_gradients(params, 1)
+    params[1].grad = None
+    params[1].untyped_storage().resize_(0)
+    before = params[0].detach().clone()
+    schedule = rk.SparsitySchedule(led, 0.5, end=4, every=1)
+    for call in (optimizer.step, schedule.step):
+        with pytest.raises(RuntimeError, match="memory of w1 was freed"):
+            call()
+    assert torch.equal(params[0], before) and not optimizer.state
 
 
 def test_many_tensors_are_one_selection() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ def test_a_schedule_and_a_resumed_monitor() -> None:
     assert writer.steps[9]["schedule/sparsity"] == schedule.sparsity and monitor.state_dict() == {"last_step": 9}
 
 
+def test_a_frozen_model_is_no_reason_to_warn() -> None:
+    """There is no frozen=True to give to a monitor."""
+    model, writer = model_of(), Scalars()
+    optimizer = optimizer_of(model, penalty="topk", density=0.4, budget="global")
+    model.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rk.Monitor(optimizer, writer).write()
+    assert writer.steps[0]["sparsity/total"] == 0 and not any(tag.startswith("cut/") for tag in writer.steps[0])
+
+
 def test_a_folder(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -144,3 +156,22 @@ def test_figures_of_reports_and_of_nothing(tmp_path: Path) -> None:
         rk.plot(what).savefig(tmp_path / "a.png")
     many = nn.ModuleList(nn.Linear(2, 2) for _ in range(90))
     rk.plot(rk.sparsity(many)).savefig(tmp_path / "a.png")
+
+
+def test_figures_of_odd_weights_and_names(tmp_path: Path) -> None:
+    """Infinite cuts and weights are at the ends of the histogram; a name is no formula."""
+    pytest.importorskip("matplotlib")
+    w = nn.Parameter(torch.tensor([0.0, 1.0, math.inf, math.nan, 3.0]))
+    for lam, beta, left in ((1e-3, 1.0, 0), (1e300, 1e-300, 3)):
+        optimizer = rk.RVSM([{"params": [("$a_$b$", w)]}], lr=0.1, lam=lam, beta=beta)
+        figure = rk.plot(optimizer)
+        counts = figure.axes[1].patches[0].get_data().values
+        assert sum(counts) == 3 and sum(counts[: len(counts) // 2]) == left
+        figure.savefig(tmp_path / "a.png")
+
+
+def test_many_layers_are_one_outline(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = rk.sparsity(nn.ModuleList(nn.Linear(2, 2, bias=k % 2 == 0) for k in range(300)))
+    (outline,) = rk.plot(report).axes[0].patches
+    assert list(outline.get_data().values) == [100 * row.share for row in report.rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -277,6 +278,36 @@ def test_resume_gives_the_same_bits() -> None:
     for p, q in zip(straight[0].parameters(), second[0].parameters(), strict=True):
         assert same_bits(p.detach(), q.detach())
     assert repr(second[2]) == repr(straight[2]) and "12 of 0 to 12" in repr(second[2]) and "80.00%" in repr(second[2])
+
+
+def test_a_pickle_goes_on_and_one_of_an_earlier_version_too() -> None:
+    def finished(change: Any) -> Any:
+        optimizer = rk.RVSM([nn.Parameter(torch.linspace(-1, 1, 30))], lr=0.1, beta=1.0)
+        schedule = rk.SparsitySchedule(optimizer, 0.5, end=4, every=1)
+        for step in range(6):
+            schedule = change(schedule) if step == 3 else schedule
+            schedule.step()
+        return schedule._optimizer.param_groups[0]["lam"]
+
+    def earlier(schedule: Any) -> Any:
+        del schedule.__dict__["_rooms"]
+        new = object.__new__(type(schedule))
+        new.__setstate__(dict(schedule.__dict__))
+        return new
+
+    want = finished(lambda schedule: schedule)
+    for change in (copy.deepcopy, lambda schedule: pickle.loads(pickle.dumps(schedule)), earlier):
+        assert finished(change) == want > 0
+
+
+def test_lazy_parameters_come_when_they_have_a_shape() -> None:
+    model = nn.Sequential(nn.LazyLinear(20), nn.Linear(20, 3))
+    optimizer = rk.RVSM([layer.weight for layer in model], lr=0.1, beta=1.0)
+    schedule = rk.SparsitySchedule(optimizer, 0.5, end=2, every=1)
+    schedule.step()
+    model(torch.ones(1, 7))
+    schedule.step()
+    assert optimizer.sparsity().share == 0.5 and len(optimizer.sparsity().rows) == 2
 
 
 def test_before_begin_nothing_pulls() -> None:

@@ -107,6 +107,13 @@ def edits_and_errors(folder: Path) -> None:
         ours.sparsity()
     with pytest.raises((ValueError, RuntimeError), match="Invalid lam"):
         ours.sparsify_()
+    zero = zero_of(model, rk.RVSM, penalty="topk", density=0.5, budget="global")
+    for read in (rk.unwrap(zero).sparsity, rk.unwrap(zero).sparsify_, rk.unwrap(zero).sparse_weights().__enter__):
+        with pytest.raises(ValueError, match="one cut for each rank's parameters"):
+            read()
+    for group in zero.param_groups:
+        group["budget"] = "tensor"
+    assert 0 < rk.unwrap(zero).sparsity().share < 1
     with pytest.raises(ValueError, match="no supported functional"):  # torch's own words
         ZeroRedundancyOptimizer(model.parameters(), optimizer_class=rk.RVSM, overlap_with_ddp=True, lr=0.1)
 

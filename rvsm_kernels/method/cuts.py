@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .groups import group_size, grouping_of
-from .parameters import is_left_alone, with_gradient
+from .memory import kind_of, refuse
+from .parameters import is_left_alone, param_name, with_gradient
 from .selection import Candidates, Room, Select, Selection, states_beside
 from .split import is_topk
 from .step_options import StepOptions
@@ -48,6 +49,7 @@ def find_budgets(
 
     Raises:
         ValueError: groups of one budget that differ in density, or of which one has a ``group_dim`` alone.
+        RuntimeError: a parameter whose memory was freed.
     """
     budgets: Budgets = {}
     seen: set[int] = set()
@@ -58,8 +60,10 @@ def find_budgets(
         members = budgets.setdefault(key, [])
         if members:
             _check_alike(members[0].group, of_group)
-        for p in group["params"]:
+        for j, p in enumerate(group["params"]):
             if p.requires_grad and not is_lazy(p) and not is_left_alone(p) and p.numel() > 0 and id(p) not in seen:
+                if kind_of(p) is None:
+                    refuse(p, param_name(group, i, j))  # no engine has seen one without a gradient
                 seen.add(id(p))
                 members.append(Member(p, of_group, candidates(i, p)))
     return {key: members for key, members in budgets.items() if members}
@@ -84,21 +88,32 @@ def scale_of(group: Mapping[str, Any], p: Tensor) -> float:
     return math.sqrt(group_size(p.shape, grouping_of(group))) if group["group_scale"] else 1.0
 
 
+_ULPS = 4  # the product below is so near to what is looked for: three roundings lie between, and two numbers a rounding
+
+
 def put_cut(to: Tensor, cut: Tensor, scale: float) -> None:
-    """Write a budget's cut for one tensor: times its scale, and never rounded up, where it might meet a survivor."""
-    wide = cut.to(torch.float64) * scale
-    narrow = wide.to(to.dtype)
-    below = torch.nextafter(narrow, torch.full_like(narrow, -math.inf))
-    to.copy_(torch.where(narrow.double() > wide, below, narrow))
+    """Write a budget's cut for one tensor: the largest magnitude that, divided by its scale, is not above the cut.
+
+    So the tensor loses what was counted, also where magnitudes tie and all of them are to go.
+    """
+    cut = cut.to(to.device)
+    product = (cut.to(torch.float64) * scale).to(to.dtype)
+    bits = product.view(torch.int64 if to.dtype == torch.float64 else torch.int32)
+    near = (bits + torch.arange(-_ULPS, _ULPS + 1, dtype=bits.dtype, device=bits.device)).clamp_(min=0).view(to.dtype)
+    compared = near if scale == 1 else near / scale  # as Candidates.magnitudes divides
+    to.copy_(torch.where(compared.to(cut.dtype) <= cut, near, -1.0).amax())  # -1 where nothing goes to zero
 
 
 class Cuts:
     """The cuts of parameters with top-k, each in memory that stays where it is from step to step."""
 
     def __init__(self) -> None:
-        self._rooms: dict[Tensor, Room] = {}
+        self._own: dict[Tensor, Room] = {}
         self._of_budgets: dict[Budget, Room] = {}
-        self._budgets: Budgets = {}  # of the step
+        # Of the step: the budgets, and the rooms of tensors that cannot share that of their budget: (the tensor's cut,
+        # the budget's, what the budget's is multiplied by).
+        self._budgets: Budgets = {}
+        self._apart: list[tuple[Tensor, Tensor, float]] = []
 
     def find(
         self,
@@ -128,18 +143,28 @@ class Cuts:
             tensors, room = [member.p for member in members], self._of_budgets.get(key)
             of_budgets[key] = room if room is not None and room.serves(*tensors) else Room.like(*tensors)
         self._of_budgets = of_budgets
-        rooms: dict[Tensor, Room] = {}
+        own: dict[Tensor, Room] = {}
+        cuts: dict[Tensor, Tensor] = {}
+        self._apart = []
         for group, step in zip(groups, options, strict=True):
-            if step.topk:
-                shared = of_budgets.get(budget_of(step.values))  # type: ignore[arg-type]
-                for _, p in with_gradient(group):
-                    if shared is not None and shared.serves(p) and scale_of(step.values, p) == 1:
-                        rooms[p] = shared
-                    else:
-                        room = self._rooms.get(p)
-                        rooms[p] = room if room is not None and _is_own(room, shared, p) else Room.like(p)
-        self._rooms = rooms
-        return {p: room.cut for p, room in rooms.items()}
+            shared = self._shared_room(step)
+            for _, p in with_gradient(group) if step.topk else ():
+                scale = 1.0 if shared is None else scale_of(step.values, p)
+                if shared is not None and scale == 1 and shared.serves(p):
+                    cuts[p] = shared.cut
+                    continue
+                room = self._own.get(p)
+                own[p] = room if room is not None and room.serves(p) else Room.like(p)
+                cuts[p] = own[p].cut
+                if shared is not None:
+                    self._apart.append((own[p].cut, shared.cut, scale))
+        self._own = own
+        return cuts
+
+    def _shared_room(self, step: StepOptions) -> Room | None:
+        """The room of a group's budget; None where it has none, or where all parameters of the budget are frozen."""
+        key = budget_of(step.values)
+        return None if key is None else self._of_budgets.get(key)
 
     def select(
         self,
@@ -156,11 +181,11 @@ class Cuts:
         """
         selections = []
         for group, step in zip(groups, options, strict=True):
-            if step.topk and budget_of(step.values) is None:
+            if step.topk and self._shared_room(step) is None:
                 for _, p in with_gradient(group):
                     beside = states_beside(p, step, functools.partial(state_of, p))
                     candidates = [Candidates(p.detach(), *beside, grouping_of(step.values))]
-                    selections.append(Selection.by_density(self._rooms[p], candidates, step.values["density"]))
+                    selections.append(Selection.by_density(self._own[p], candidates, step.values["density"]))
         select(selections)
 
     def select_budgets(self, select_for: Callable[[Sequence[Tensor]], Select]) -> None:
@@ -170,21 +195,10 @@ class Cuts:
             select_for: the selection of the engine that serves the parameters of a budget.
         """
         for key, members in self._budgets.items():
-            room = self._of_budgets[key]
-            select_budget(room, members, select_for([member.p for member in members]))
-            for p, to in self._not_shared(room, members):
-                put_cut(to, room.cut, scale_of(p.group, p.p))
-        self._budgets = {}
-
-    def _not_shared(self, room: Room, members: Sequence[Member]) -> Iterator[tuple[Member, Tensor]]:
-        for member in members:
-            own = self._rooms.get(member.p)
-            if own is not None and own.cut is not room.cut:
-                yield member, own.cut
-
-
-def _is_own(room: Room, shared: Room | None, p: Tensor) -> bool:
-    return room.serves(p) and (shared is None or room.cut is not shared.cut)
+            select_budget(self._of_budgets[key], members, select_for([member.p for member in members]))
+        for to, cut, scale in self._apart:
+            put_cut(to, cut, scale)
+        self._budgets, self._apart = {}, []
 
 
 def select_budget(room: Room, members: Sequence[Member], select: Select) -> None:

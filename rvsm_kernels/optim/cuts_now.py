@@ -12,6 +12,7 @@ from torch import Tensor
 from ..method.penalties import PENALTIES
 from ..method.selection import Candidates
 from ..method.split import is_nm, is_topk, strength
+from .sparse_view import SparseView
 from .split_optimizer import SplitOptimizer
 
 
@@ -29,12 +30,18 @@ class CutNow(NamedTuple):
 
 
 @torch.no_grad()
-def cuts_now(optimizer: SplitOptimizer) -> Iterator[CutNow]:
-    """The cuts of all parameters that have a u, in their order; waits for a GPU."""
-    view = optimizer._view
-    for part in view._split_params(frozen=False):
+def cuts_now(optimizer: SplitOptimizer) -> list[CutNow]:
+    """The cuts of all parameters that have a u, in their order; waits for a GPU. Frozen ones have none: u is w."""
+    with optimizer._lock:
+        return list(_cuts(optimizer._view))
+
+
+def _cuts(view: SparseView) -> Iterator[CutNow]:
+    for part in view._split_params(frozen=True):  # without a warning where all of them are frozen
         group = part.group
         for p, name in zip(part.params, part.names, strict=True):
+            if not p.requires_grad:
+                continue
             candidates = dataclasses.replace(view.candidates(p, group), scale=1.0)
             cut: float | Tensor
             if is_topk(group):

@@ -59,16 +59,19 @@ def _height(report: SparsityReport) -> float:
 def _draw_shares(axes: Any, report: SparsityReport) -> None:
     """A bar a parameter, the first on top; of many parameters there is no room for names."""
     rows = report.rows
-    places = range(len(rows))
-    axes.barh(places, [100 * row.share for row in rows], color=_BLUE, label="zero elements")
+    places, shares = range(len(rows)), [100 * row.share for row in rows]
+    if len(rows) <= _MOST:
+        axes.barh(places, shares, color=_BLUE, label="zero elements")
+    else:  # matplotlib takes a minute for thousands of bars
+        edges = [k - 0.5 for k in range(len(rows) + 1)]
+        axes.stairs(shares, edges, orientation="horizontal", fill=True, color=_BLUE, label="zero elements")
     if any(row.groups not in (0, row.numel) for row in rows):
         axes.plot([100 * row.group_share for row in rows], places, "D", color=_ORANGE, label="zero groups")
         axes.legend(loc="lower right")
     axes.axvline(100 * report.share, color="black", linewidth=1, linestyle="--")
     axes.set(xlim=(0, 100), xlabel="zeros of u, %", title=f"{report.share:.2%} of {report.total.numel:,} are zero")
-    axes.set_yticks(
-        list(places) if len(rows) <= _MOST else [], [row.name for row in rows] if len(rows) <= _MOST else []
-    )
+    named = rows if len(rows) <= _MOST else []
+    axes.set_yticks(range(len(named)), [row.name for row in named], parse_math=False)  # a name may have a $
     axes.invert_yaxis()
 
 
@@ -78,9 +81,10 @@ def _draw_magnitudes(axes: Any, optimizer: Any) -> None:
     for now in cuts_now(optimizer):
         if now.cut > 0:
             magnitudes = now.candidates.magnitudes().double().cpu()
+            magnitudes = magnitudes[magnitudes > 0]  # without NaN, too
             ratios = (magnitudes / now.cut).log10()
             ratios[magnitudes == now.cut] = -1e-9  # what is as large as the cut goes to zero
-            counts += torch.histc(ratios[ratios.isfinite()].clamp(-4, 4), _BINS, min=-4, max=4)
+            counts += torch.histc(ratios.clamp(-4, 4), _BINS, min=-4, max=4)
     edges = [8 * k / _BINS - 4 for k in range(_BINS + 1)]
     if float(counts.sum()) > 0:
         axes.stairs(counts.tolist(), [10**x for x in edges], fill=True, color=_BLUE)

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..method import device_numbers
 from ..method.groups import group_size, grouping_of
+from ..method.memory import kind_of, refuse
 from ..method.options import is_number, shown, whole_number
-from ..method.parameters import is_left_alone
+from ..method.parameters import is_left_alone, param_name
 from ..method.penalties import PENALTIES
 from ..method.selection import Candidates, Room, Selection
 from ..method.warn import warn
@@ -221,9 +223,11 @@ class SparsitySchedule:
                 self._checked = i + 1
             if group["penalty"] in ("topk", "nm"):
                 continue
-            for p in group["params"]:
-                if id(p) in seen or is_left_alone(p) or not p.requires_grad or p.numel() == 0:
+            for j, p in enumerate(group["params"]):
+                if id(p) in seen or is_lazy(p) or is_left_alone(p) or not p.requires_grad or p.numel() == 0:
                     continue
+                if kind_of(p) is None:
+                    refuse(p, param_name(group, i, j))
                 seen.add(id(p))
                 population = populations.setdefault(self._key(i, group), _Population([], [], []))
                 population.params.append(p)
@@ -342,10 +346,12 @@ class SparsitySchedule:
             self._handles.append(self._optimizer.register_step_post_hook(after_step))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": []}  # hooks are no part of an optimizer's copy
+        # Hooks are no part of an optimizer's copy, and what the rooms remember must not matter.
+        return {**self.__dict__, "_handles": [], "_rooms": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        earlier = {"_rooms": {}, "hold": False, "holds": False, "_hold": holding.Hold(), "_handles": []}
+        self.__dict__.update({**earlier, **state})  # what 0.1.0 did not pickle
         self._watch()
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------

@@ -173,17 +173,18 @@ class SparseView:
         key = budget_of(group)
         if key is None:
             return None
-        if self._cuts_of_budgets is None:
-            groups = list(map(device_numbers.read, self._optimizer.param_groups))
-            self._cuts_of_budgets = {}
+        cuts = self._cuts_of_budgets
+        if cuts is None:
+            cuts, groups = {}, list(map(device_numbers.read, self._optimizer.param_groups))
             for name, members in find_budgets(groups, groups, lambda i, p: self.candidates(p, groups[i])).items():
                 room = Room.like(*(member.p for member in members))
                 select_budget(room, members, self.select_for([member.p for member in members]))
-                self._cuts_of_budgets[name] = room.cut
-        if key not in self._cuts_of_budgets:  # all of its parameters are frozen
+                cuts[name] = room.cut
+            self._cuts_of_budgets = cuts
+        if key not in cuts:  # all of its parameters are frozen
             return None
         cut = torch.empty((), dtype=opmath_type(w.dtype), device=w.device)
-        put_cut(cut, self._cuts_of_budgets[key], scale_of(group, p))
+        put_cut(cut, cuts[key], scale_of(group, p))
         return cut
 
     def topk_cut(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:

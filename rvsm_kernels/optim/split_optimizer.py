@@ -350,7 +350,8 @@ class SplitOptimizer(Optimizer):
         Returns:
             A 0-dim float64 tensor on the parameters' device; not differentiable.
         """
-        return self._view.penalty_value()
+        with self._lock:
+            return self._view.penalty_value()
 
     def sparsity(self) -> SparsityReport:
         """How sparse u is: zeros and zero groups of every parameter with a penalty, and in total.
@@ -358,7 +359,8 @@ class SplitOptimizer(Optimizer):
         Frozen parameters (``requires_grad=False``), and weights that :meth:`sparsify_` has made u, are counted as they
         are.
         """
-        return self._view.sparsity()
+        with self._lock:
+            return self._view.sparsity()
 
     # ---- torch.optim habits ------------------------------------------------------------------------------------------
 

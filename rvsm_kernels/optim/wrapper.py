@@ -381,6 +381,11 @@ class RVSMWrapper(SplitOptimizer):
         engine = state.pop("_engine")
         Optimizer.__setstate__(self, state)
         self._start(engine, True)
+        for option in NONE.all_options:  # a pickle of an earlier version may lack some
+            if option.name != "lr" and option.name not in self.defaults:
+                self.defaults[option.name] = option.default
+                for group in self.param_groups:
+                    group.setdefault(option.name, option.default)
         _WRAPPED.add(self.optimizer)
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..method.cuts import budget_of
 from ..method.parameters import param_name
 from ..model.sparsity import SparsityReport, SparsityRow
 
@@ -81,6 +82,7 @@ class ZeroShares:
         result: Any = None
         error: BaseException | None = None
         try:
+            self._refuse_budgets()
             result = work()
         except Exception as raised:
             error = raised
@@ -93,6 +95,15 @@ class ZeroShares:
             if text is not None:
                 raise RuntimeError(f"rank {rank}: {text}")
         return [value for value, _ in of_ranks]
+
+    def _refuse_budgets(self) -> None:
+        """Raise ValueError for a cut over tensors of several ranks: no optimizer there knows all of them."""
+        several = torch.distributed.get_world_size(self.zero.process_group) > 1
+        if several and any(budget_of(group) is not None for group in self.param_groups):
+            raise ValueError(
+                "budget='global' under a ZeroRedundancyOptimizer is one cut for each rank's parameters, not one for"
+                " all: shard with fully_shard (FSDP2), or take budget='tensor'"
+            )
 
     @torch.no_grad()
     def _send(self) -> None:
