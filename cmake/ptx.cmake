@@ -19,6 +19,8 @@ set(RVSM_PTX_FLAGS ${RVSM_CUDA_FLAGS})
 list(FILTER RVSM_PTX_FLAGS EXCLUDE REGEX gencode)
 set(RVSM_PTX_ARCHITECTURES)
 file(GLOB RVSM_KERNEL_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cu)
+# The interpreter knows no atomic operations.
+list(FILTER RVSM_KERNEL_SOURCES EXCLUDE REGEX "selection\\.cu$")
 foreach(arch 90 120)
   if(NOT "compute_${arch}" IN_LIST RVSM_KNOWN)
     continue()

@@ -40,6 +40,20 @@ struct HostStarter {
     });
   }
 
+  template <class T>
+  static const char* select_pass(const Stream&, const void* table) {
+    const auto shared = std::make_unique<PassShared<T>>();
+    return for_blocks<PassTable>(
+        table, [&](const PassTable& t, uint32_t block) { pass_block<T>(t, block, *shared, kForThreads); });
+  }
+
+  template <class T>
+  static const char* select_pick(const Stream&, const void* table) {
+    const auto shared = std::make_unique<PickShared>();
+    return for_blocks<CutTable>(
+        table, [&](const CutTable& t, uint32_t block) { pick_block<T>(t, block, *shared, kForThreads); });
+  }
+
   static const char* general_squares(const Stream&, const void* table) {
     std::vector<double> sums(kSums<GeneralWeights>);
     return for_blocks<SumTable>(table, [&](const SumTable& t, uint32_t block) {

@@ -1,6 +1,6 @@
 // The kernels: what a thread or a block does is a function of elements.h, resident.h or norms.h. No torch.
 
-#include "kernels.h"
+#include "start.h"
 
 namespace rvsm::cuda {
 
@@ -19,16 +19,7 @@ constexpr int kMostBlocks = 6;
 template <class S>
 constexpr int kBlocks = sizeof(S) == 8 ? 3 : kMostBlocks;
 
-// Runs f for this thread; all threads of the block are done when it returns.
-struct ForThreads {
-  template <class F>
-  __device__ __forceinline__ void operator()(const F& f) const {
-    f(int(threadIdx.x));
-    __syncthreads();
-  }
-};
-
-// The same for a step. A method's state is one array more to read and to write, so that fewer threads have as many
+// Blocks of a step. A method's state is one array more to read and to write, so that fewer threads have as many
 // bytes in flight. A vector of a half type has twice the elements of one of float32; where states or the gradient are
 // written, some compilers spill with more blocks than these.
 template <class S, class Base, bool kHasState>
@@ -115,19 +106,6 @@ __global__ void __launch_bounds__(kThreads) window_kernel(const __grid_constant_
   window_thread(table, blockIdx.x, int(threadIdx.x));
 }
 
-// The table goes as the kernel's parameters: no copy to the device stands before the launch.
-template <class TableType>
-const char* launch(const Stream& stream, void (*kernel)(TableType), const void* table) {
-  // Ours and torch's copy of the CUDA runtime each keep a current device.
-  cudaError_t error = cudaSetDevice(stream.device);
-  if (error == cudaSuccess) {
-    void* arguments[] = {const_cast<void*>(table)};
-    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<const TableType*>(table)->blocks),
-                             dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream.handle));
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 struct DeviceStarter {
   static const char* count(const Stream& stream, const void* table) { return launch(stream, count_kernel, table); }
   static const char* numbers(const Stream& stream, const void* table) { return launch(stream, numbers_kernel, table); }
@@ -158,6 +136,14 @@ struct DeviceStarter {
   template <class T>
   static const char* factors(const Stream& stream, const void* table) {
     return launch(stream, sum_kernel<double, false, false, T>, table);
+  }
+  template <class T>
+  static const char* select_pass(const Stream& stream, const void* table) {
+    return start_select_pass<T>(stream, table);
+  }
+  template <class T>
+  static const char* select_pick(const Stream& stream, const void* table) {
+    return start_select_pick<T>(stream, table);
   }
   template <class S>
   static const char* penalty(const Stream& stream, const void* table) {

@@ -7,6 +7,7 @@
 #include "counts.h"
 #include "general.h"
 #include "resident.h"
+#include "selection.h"
 #include "windows.h"
 
 namespace rvsm::cuda {
@@ -33,6 +34,8 @@ enum class Work : uint8_t {
   count,    // a CountTable; before the steps that read what it makes
   numbers,  // a NumbersTable; the same
   windows,  // a WindowTable; the same
+  select_pass,  // a PassTable, of a selection; the type is that of the arithmetic
+  select_pick,  // a CutTable; the same
 };
 
 struct Key {
@@ -79,7 +82,11 @@ Kernels all_kernels() {
     add(Work::prox, Starter::template prox<S>);
     add(Work::prox_resident, Starter::template resident<S, ProxBase, false>);
     add(Work::penalty, Starter::template penalty<S>);
-    if constexpr (sizeof(S) >= 4) add(Work::factors, Starter::template factors<S>);
+    if constexpr (sizeof(S) >= 4) {
+      add(Work::factors, Starter::template factors<S>);
+      add(Work::select_pass, Starter::template select_pass<S>);
+      add(Work::select_pick, Starter::template select_pick<S>);
+    }
     for_each_base([&](auto base) {
       using Base = decltype(base);
       all[{Work::step, dtype, key_of<Base>(), false}] = Starter::template step<S, Base, false>;

@@ -41,6 +41,9 @@ const char* name_of(Work work) {
       return "numbers";
     case Work::windows:
       return "window";
+    case Work::select_pass:
+    case Work::select_pick:
+      return "selection";
     default:
       return "penalty";
   }

@@ -141,5 +141,6 @@ void DeviceEngines::run(const Scaling& scaling, size_t turn) {
 }
 
 void interpret_cuda(bool on) { interpret = on; }
+bool interprets_cuda() { return interpret; }
 
 }  // namespace rvsm

@@ -14,6 +14,7 @@
 #include "../cpu/selection.h"
 #include "../math/penalty.h"
 #include "../plan/device_engine.h"
+#include "../plan/device_selection.h"
 #include "../plan/tensors.h"
 
 namespace rvsm {
@@ -194,7 +195,8 @@ class Beside {
  public:
   Beside(const std::optional<at::Tensor>& tensor, const at::Tensor& weights, at::ScalarType type) {
     if (!tensor || !tensor->defined()) return;
-    TORCH_CHECK(has_memory(*tensor) && tensor->is_cpu() && is_allocated(*tensor) && tensor->sizes() == weights.sizes(),
+    TORCH_CHECK(has_memory(*tensor) && tensor->device() == weights.device() && is_allocated(*tensor) &&
+                    tensor->sizes() == weights.sizes(),
                 "a state does not fit its tensor of shape ", weights.sizes());
     staged_.emplace(*tensor, weights, type);
     staged_->load();
@@ -217,7 +219,6 @@ const cpu::Parallel& parallel() {
 // Writes the low bytes of `bits`, as many as the number has.
 void write_bits(const at::Tensor& number, int64_t bits) {
   std::memcpy(number.mutable_data_ptr(), &bits, number.itemsize());
-  bump_version(number);
 }
 
 // A tensor that is selected from: its weights, what stands beside them, and the memory of dense copies of both.
@@ -262,6 +263,7 @@ void cuts_(at::TensorList cuts, at::TensorList last, at::TensorList tensors,
   TORCH_CHECK(masters.size() == count && duals.size() == count, "cuts_ needs as many masters and duals as tensors");
   TORCH_CHECK(cuts.size() == wanted && last.size() == wanted && survivors.size() == wanted,
               "cuts_ needs as many cuts, last cuts and survivors as tensors, or as sizes");
+  const at::Device device = count > 0 ? tensors[0].device() : at::Device(at::kCPU);
   int64_t in_all = 0;
   for (size_t i = 0; sizes && i < wanted; ++i) {
     TORCH_CHECK_VALUE((*sizes)[i] > 0, "Invalid sizes value: ", (*sizes)[i]);
@@ -274,7 +276,8 @@ void cuts_(at::TensorList cuts, at::TensorList last, at::TensorList tensors,
     const at::ScalarType type = at::toOpMathType(tensors[first].scalar_type());
     for (; first < end; ++first) {
       check(tensors[first]);
-      TORCH_CHECK(tensors[first].is_cpu() && cuts[i].is_cpu() && last[i].is_cpu(), "cuts_ is for tensors on the CPU");
+      for (const at::Tensor* t : {&tensors[first], &cuts[i], &last[i]})
+        TORCH_CHECK(t->device() == device, "cuts_ is for tensors on one device, not on ", device, " and ", t->device());
       TORCH_CHECK_TYPE(at::toOpMathType(tensors[first].scalar_type()) == type,
                        "the arithmetic of tensors with one cut has one type");
     }
@@ -283,19 +286,30 @@ void cuts_(at::TensorList cuts, at::TensorList last, at::TensorList tensors,
                      "a last cut is two numbers of type ", at::kLong);
     TORCH_CHECK_VALUE(survivors[i] >= 0, "Invalid survivors value: ", survivors[i]);
   }
+  const bool on_device = selects_on_device(device);
+  std::deque<Selected> members;  // the addresses in what it gives stay
+  std::vector<WantedCut> cuts_of_device;
   for (size_t i = 0, first = 0; i < wanted; ++i) {
     const size_t end = first + size_t(sizes ? (*sizes)[i] : 1);
-    std::deque<Selected> members;  // the addresses in what it gives stay
+    if (!on_device) members.clear();
     std::vector<TensorArgs> args;
     for (; first < end; ++first) {
       members.emplace_back(tensors[first], masters.get(first), duals.get(first));
       args.push_back(members.back().args());
+    }
+    if (on_device) {
+      cuts_of_device.push_back({cuts[i], last[i], survivors[i], std::move(args)});
+      continue;
     }
     int64_t* const kept = last[i].mutable_data_ptr<int64_t>();
     cpu::LastCut where{kept[0], kept[1]};
     write_bits(cuts[i], cpu::cut(cpu::Population(std::move(args)), survivors[i], between, where, parallel()));
     kept[0] = where.magnitude;
     kept[1] = where.reach;
+  }
+  if (on_device) select_on_device(device, cuts_of_device, between);
+  for (size_t i = 0; i < wanted; ++i) {
+    bump_version(cuts[i]);
     bump_version(last[i]);
   }
 }
@@ -374,6 +388,7 @@ TORCH_LIBRARY(rvsm_kernels, m) {
 
 // The same functions for every device: they ask each tensor for its own.
 static void implement(torch::Library& m) {
+  m.impl("cuts_", cuts_);
   m.impl("prox", prox);
   m.impl("prox_", prox_);
   m.impl("penalty_value", penalty_value);
@@ -382,7 +397,6 @@ static void implement(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) {
   implement(m);
-  m.impl("cuts_", cuts_);
   m.impl("magnitude_counts", magnitude_counts);
 }
 #if defined(RVSM_CUDA)

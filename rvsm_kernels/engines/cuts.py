@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,35 +16,45 @@ from ..method.selection import select as select_in_torch
 
 
 def select(selections: Sequence[Selection]) -> None:
-    """Fill cuts: those of tensors on the CPU by ``rvsm_kernels::cuts_``, others by torch's selection."""
+    """Fill cuts by ``rvsm_kernels::cuts_`` where it can read everything, others by torch's selection.
+
+    One call for the cuts of a device: a GPU works for all of them at the same time.
+    """
     served = [s for s in selections if _is_served(s)]
     if len(served) < len(selections):
         select_in_torch([s for s in selections if not _is_served(s)])
-    for between in (False, True):
-        alike = [s for s in served if s.between == between]
-        if alike:
-            candidates = [as_elements(c) for s in alike for c in s.candidates]
-            torch.ops.rvsm_kernels.cuts_(
-                [s.cut for s in alike],
-                [s.last for s in alike],
-                [c.w for c in candidates],
-                [c.master for c in candidates],
-                [c.dual for c in candidates],
-                [s.survivors for s in alike],
-                between,
-                [len(s.candidates) for s in alike],
-            )
+    for between, device in dict.fromkeys((s.between, s.cut.device) for s in served):
+        alike = [s for s in served if s.between == between and s.cut.device == device]
+        candidates = [as_elements(c) for s in alike for c in s.candidates]
+        torch.ops.rvsm_kernels.cuts_(
+            [s.cut for s in alike],
+            [s.last for s in alike],
+            [c.w for c in candidates],
+            [c.master for c in candidates],
+            [c.dual for c in candidates],
+            [s.survivors for s in alike],
+            between,
+            [len(s.candidates) for s in alike],
+        )
 
 
 def _is_served(s: Selection) -> bool:
     """Whether the compiled selection can work on everything that it would read and write."""
-    return kind_of(s.cut) is None and kind_of(s.last) is None and are_served(s.candidates, s.cut)
+    known = s.last.device == s.cut.device and _selects_on(s.cut.device.type)
+    return known and kind_of(s.cut) is None and kind_of(s.last) is None and are_served(s.candidates, s.cut)
+
+
+@functools.cache
+def _selects_on(device_type: str) -> bool:
+    """Whether the build has a selection for a type of device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("rvsm_kernels::cuts_", key)
 
 
 def are_served(candidates: Sequence[Candidates], like: Tensor) -> bool:
-    """Whether the compiled kernels can read the candidates, and their arithmetic has the type of ``like``."""
+    """Whether compiled kernels of the device of ``like`` can read the candidates, and their arithmetic has its type."""
     tensors = [t for c in candidates for t in (c.w, c.master, c.dual) if t is not None]
-    in_memory = all(t.device.type == "cpu" and kind_of(t) is None for t in (like, *tensors))
+    in_memory = all(t.device == like.device and kind_of(t) is None for t in (like, *tensors))
     types = {opmath_type(c.w.dtype) if c.w.dtype in DTYPES else None for c in candidates}
     return in_memory and types == {like.dtype} and tracer() is None
 

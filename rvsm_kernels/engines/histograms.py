@@ -18,7 +18,7 @@ def magnitude_counts(candidates: Sequence[Candidates], low: int, high: int, like
     Args:
         low, high: bits of magnitudes in the type of ``like``; both ends belong to the range.
     """
-    if "cpu" in served_device_types("native") and are_served(candidates, like):
+    if like.device.type == "cpu" and "cpu" in served_device_types("native") and are_served(candidates, like):
         elements = [as_elements(c) for c in candidates]
         beside = [c.master for c in elements], [c.dual for c in elements]
         return torch.ops.rvsm_kernels.magnitude_counts([c.w for c in elements], *beside, low, high)

@@ -201,6 +201,15 @@ struct Starter {
   static const char* windows(const cuda::Stream&, const void* table) {
     return Do::template launch<WindowTable>({cuda::Work::windows, Dtype::f32, {}}, table);
   }
+  // No case has a selection.
+  template <class T>
+  static const char* select_pass(const cuda::Stream&, const void*) {
+    return "no interpreted kernel";
+  }
+  template <class T>
+  static const char* select_pick(const cuda::Stream&, const void*) {
+    return "no interpreted kernel";
+  }
   static const char* general_squares(const cuda::Stream&, const void* table) {
     return Do::template launch<SumTable>({cuda::Work::general_squares, Dtype::f32, {}}, table);
   }

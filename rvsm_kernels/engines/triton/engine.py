@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...method.selection import Selection
 from ...method.split import is_nm
 from ..checks import check_groups
 from ..interface import Engine, Group, Ready, StepInputs
 from ..reference import keep_largest_, value_of_windows
-from . import u
+from . import selection, u
 from .launch import Launch
 from .staging import on_device
 from .step_table import StepTable
@@ -127,6 +128,9 @@ class TritonEngine(Engine):
         self._table.held = None
         if self._table.new_states or self._table.copies:
             self._forget()
+
+    def select(self, selections: Sequence[Selection]) -> None:
+        selection.select(selections, self._served)
 
     # ---- u -----------------------------------------------------------------------------------------------------------
 

@@ -45,24 +45,37 @@ def is_nan_key(key):
 
 
 @triton.jit
+def keys_of(
+    w, behind, dual, i, mask, S: tl.constexpr, T: tl.constexpr, OF_METHOD: tl.constexpr, METHOD: tl.constexpr,
+    MASTER: tl.constexpr,
+):  # fmt: skip
+    """The keys of what a method thresholds of elements i of a tensor; addresses that are not needed are not read."""
+    if MASTER == LOW:
+        p = behind.to(tl.pointer_type(tl.int16))
+        v = joined(tl.load(w.to(tl.pointer_type(tl.int16)) + i, mask, 0), tl.load(p + i, mask, 0), MASTER)
+    elif MASTER != 0:
+        p = behind.to(tl.pointer_type(tl.float32))
+        v = joined(tl.load(w.to(tl.pointer_type(S)) + i, mask, 0.0), tl.load(p + i, mask, 0.0), MASTER)
+    else:
+        v = tl.load(w.to(tl.pointer_type(S)) + i, mask, 0.0).to(T)
+    if METHOD == ADMM:
+        v = thresholded(v, tl.load(dual.to(tl.pointer_type(OF_METHOD)) + i, mask, 0.0).to(T), METHOD)
+    return key_of(v)
+
+
+@triton.jit
 def keys_at(
     addresses, entry, i, mask, S: tl.constexpr, T: tl.constexpr, OF_METHOD: tl.constexpr, METHOD: tl.constexpr,
     MASTER: tl.constexpr,
 ):  # fmt: skip
-    """The keys of what a method thresholds of elements i of an entry."""
+    """The same of an entry."""
     w = tl.load(addresses + tl.load(entry + SOURCE))
-    if MASTER == LOW:
-        behind = tl.load(addresses + tl.load(entry + BEHIND)).to(tl.pointer_type(tl.int16))
-        v = joined(tl.load(w.to(tl.pointer_type(tl.int16)) + i, mask, 0), tl.load(behind + i, mask, 0), MASTER)
-    elif MASTER != 0:
-        behind = tl.load(addresses + tl.load(entry + BEHIND)).to(tl.pointer_type(tl.float32))
-        v = joined(tl.load(w.to(tl.pointer_type(S)) + i, mask, 0.0), tl.load(behind + i, mask, 0.0), MASTER)
-    else:
-        v = tl.load(w.to(tl.pointer_type(S)) + i, mask, 0.0).to(T)
+    behind, dual = w, w
+    if MASTER != 0:
+        behind = tl.load(addresses + tl.load(entry + BEHIND))
     if METHOD == ADMM:
-        dual = tl.load(addresses + tl.load(entry + DUAL)).to(tl.pointer_type(OF_METHOD))
-        v = thresholded(v, tl.load(dual + i, mask, 0.0).to(T), METHOD)
-    return key_of(v)
+        dual = tl.load(addresses + tl.load(entry + DUAL))
+    return keys_of(w, behind, dual, i, mask, S, T, OF_METHOD, METHOD, MASTER)
 
 
 @triton.jit
