@@ -14,6 +14,7 @@
 #include "../math/penalty.h"
 #include "../plan/device_engine.h"
 #include "../plan/tensors.h"
+#include "checks.h"
 
 namespace rvsm {
 
@@ -42,13 +43,6 @@ struct PenaltyOptions {
   // lam of a tensor with groups of that many elements.
   double strength(int64_t group_size) const { return group_scale ? lam * std::sqrt(double(group_size)) : lam; }
 };
-
-void check(const at::Tensor& w) {
-  TORCH_CHECK_TYPE(is_supported(w.scalar_type()) && w.layout() == at::kStrided,
-                   "rvsm_kernels does not support tensors of dtype ", w.dtype());
-  TORCH_CHECK_TYPE(has_memory(w), "rvsm_kernels does not support tensors without memory of their own beside others");
-  TORCH_CHECK(is_allocated(w), "the memory of a tensor of shape ", w.sizes(), " has been freed");
-}
 
 // The places of the tensors of each turn; see turns_of.
 std::vector<std::vector<size_t>> by_turn(at::TensorList tensors) {
@@ -263,12 +257,6 @@ void cuts_(at::TensorList cuts, at::TensorList last, at::TensorList tensors,
   }
 }
 
-// Tracing needs shapes and types only. torch also comes here with a list that mixes meta tensors with others, and
-// nothing would be done with the others: that is an error.
-void check_meta(at::TensorList tensors) {
-  for (const at::Tensor& t : tensors)
-    TORCH_CHECK_TYPE(t.is_meta(), "rvsm_kernels does not support meta tensors beside tensors on ", t.device());
-}
 at::Tensor prox_meta(const at::Tensor& w, Names, double, double, OptionalDims, int64_t) { return at::empty_like(w); }
 void prox_meta_(at::TensorList w, Names, double, double, double, OptionalDims, bool, int64_t) { check_meta(w); }
 at::Tensor penalty_value_meta(at::TensorList params, Names, double, double, double, OptionalDims, bool, int64_t) {
