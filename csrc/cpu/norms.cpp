@@ -19,7 +19,7 @@ constexpr int kLanes = 16;
 constexpr int64_t kLong = 1280;
 // Columns of kRows rows between two rounds of prefetching: the memory takes only so many requests at a time.
 constexpr int64_t kPiece = 64;
-// Columns between what is summed and what is prefetched.
+// Elements between what is summed and what is prefetched.
 constexpr int64_t kAhead = 512;
 
 // ---- sums of squares -------------------------------------------------------------------------------------------
@@ -46,6 +46,7 @@ double square_sum(const Source w, int64_t n) {
   double a[kLanes] = {}, b[kLanes] = {}, c[kLanes] = {}, d[kLanes] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    prefetch(w + i + kAhead, 4 * kLanes);
     add_lanes(a, w + i);
     add_lanes(b, w + i + kLanes);
     add_lanes(c, w + i + 2 * kLanes);

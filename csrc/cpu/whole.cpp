@@ -100,11 +100,19 @@ bool for_supports(const TensorArgs& args, int64_t at, int64_t n, const F& f) {
   });
 }
 
-void support(const TensorArgs& args, uint8_t* bits, int64_t at, int64_t n) {
+int64_t support(const TensorArgs& args, uint8_t* bits, int64_t at, int64_t n) {
+  int64_t count = 0;
   for_supports(args, at, n, [&](const uint8_t* tile, int64_t first, int64_t bytes) {
     std::memcpy(bits + first, tile, size_t(bytes));
+    int64_t i = 0;
+    for (uint64_t word; i + 8 <= bytes; i += 8) {
+      std::memcpy(&word, tile + i, 8);
+      count += __builtin_popcountll(word);
+    }
+    for (; i < bytes; ++i) count += __builtin_popcount(tile[i]);
     return true;
   });
+  return count;
 }
 
 bool has_support(const TensorArgs& args, const uint8_t* bits, int64_t at, int64_t n) {

@@ -61,18 +61,20 @@ void check_support(const at::Tensor& w, const at::Tensor& cut, const at::Tensor&
                    "the support of ", w.numel(), " elements is ", ceil_div(w.numel(), 8), " bytes");
 }
 
-void support_(const at::Tensor& bits, const at::Tensor& w, const at::Tensor& cut) {
+int64_t support_(const at::Tensor& bits, const at::Tensor& w, const at::Tensor& cut) {
   check_support(w, cut, bits);
   Staged staged(w, w.scalar_type());
   staged.load();
   TensorArgs args = args_of(staged.dense(), false);
   args.cut = cut.const_data_ptr();
   uint8_t* const to = bits.mutable_data_ptr<uint8_t>();
-  for_tasks(args.numel, [&](int64_t at, int64_t n) { cpu::whole_kernels().support(args, to, at, n); });
+  std::atomic<int64_t> count{0};
+  for_tasks(args.numel, [&](int64_t at, int64_t n) { count += cpu::whole_kernels().support(args, to, at, n); });
   bump_version(bits);
+  return count;
 }
 
-void threshold_where_changed_(const at::Tensor& w, const at::Tensor& cut, const at::Tensor& bits) {
+bool threshold_where_changed_(const at::Tensor& w, const at::Tensor& cut, const at::Tensor& bits) {
   check_support(w, cut, bits);
   Staged staged(w, w.scalar_type());
   staged.load();
@@ -84,22 +86,21 @@ void threshold_where_changed_(const at::Tensor& w, const at::Tensor& cut, const 
     if (!changed.load(std::memory_order_relaxed) && !cpu::whole_kernels().has_support(args, before, at, n))
       changed = true;
   });
-  if (!changed) return;
+  if (!changed) return false;
   for_tasks(args.numel, [&](int64_t at, int64_t n) { cpu::whole_kernels().threshold(args, at, n); });
   staged.store();
   bump_version(w);
+  return true;
 }
 
 void divide_meta_(at::TensorList w, at::ArrayRef<double>) { check_meta(w); }
-void support_meta_(const at::Tensor& bits, const at::Tensor& w, const at::Tensor&) { check_meta({bits, w}); }
-void threshold_meta_(const at::Tensor& w, const at::Tensor&, const at::Tensor&) { check_meta(w); }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(rvsm_kernels, m) {
   m.def("divide_(Tensor(a!)[] w, float[] norms) -> ()");
-  m.def("support_(Tensor(a!) bits, Tensor w, Tensor cut) -> ()");
-  m.def("threshold_where_changed_(Tensor(a!) w, Tensor cut, Tensor bits) -> ()");
+  m.def("support_(Tensor(a!) bits, Tensor w, Tensor cut) -> int");
+  m.def("threshold_where_changed_(Tensor(a!) w, Tensor cut, Tensor bits) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) {
@@ -108,10 +109,7 @@ TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) {
   m.impl("threshold_where_changed_", threshold_where_changed_);
 }
 
-TORCH_LIBRARY_IMPL(rvsm_kernels, Meta, m) {
-  m.impl("divide_", divide_meta_);
-  m.impl("support_", support_meta_);
-  m.impl("threshold_where_changed_", threshold_meta_);
-}
+// The other two answer with what is in the tensors.
+TORCH_LIBRARY_IMPL(rvsm_kernels, Meta, m) { m.impl("divide_", divide_meta_); }
 
 }  // namespace rvsm

@@ -80,18 +80,29 @@ def support_of(p: Tensor, density: float, grouping: Grouping, room: Room) -> Sup
 
 
 class _ElementSupport(Support):
-    """A bit for each element."""
+    """A bit for each element.
+
+    Before a step the weights mostly are as the last step has left them, and the cut is known: 0 where that step has
+    thresholded, else the cut after it. Where as many elements as survive lie above it, they are the support, whatever
+    the weights have become; else the cut is selected.
+    """
 
     def __init__(self, p: Tensor, density: float, room: Room) -> None:
         self._w, self._room = p.detach(), room
         self._selection = Selection(*room, self._w, None, None, density, None)
         self._before = torch.empty((p.numel() + 7) // 8, dtype=torch.uint8)
-        cuts.select([self._selection])
-        torch.ops.rvsm_kernels.support_(self._before, self._w, room.cut)
+        if self._mark() != survivors(density, p.numel()):
+            cuts.select([self._selection])
+            self._mark()
+
+    def _mark(self) -> int:
+        count: int = torch.ops.rvsm_kernels.support_(self._before, self._w, self._room.cut)
+        return count
 
     def threshold_where_changed_(self) -> None:
         cuts.select([self._selection])
-        torch.ops.rvsm_kernels.threshold_where_changed_(self._w, self._room.cut, self._before)
+        if torch.ops.rvsm_kernels.threshold_where_changed_(self._w, self._room.cut, self._before):
+            self._room.cut.zero_()
 
 
 class _GroupSupport(Support):
