@@ -7,16 +7,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
+
+import rvsm_kernels as rk
 
 from . import backward, crowd, scheduled, shards
 from .baselines import Unavailable, optimizer_over, start
 from .cases import CONV, MATRIX, Case, small
 from .config import Config
 from .peak import RSS_RESOLUTION, in_child
-from .problems import CUT, DENSITY, build
+from .problems import CUT, DENSITY, SGD_OPTIONS, build
 from .results import Results, Row, read_json
 from .throughput import COPY, copier, release, too_large
 from .timing import clock_for, interleave, launched
@@ -125,6 +128,26 @@ def first_over(case: Case, other: Case) -> Measure:
             groups = problem.groups(problem.parameters())
             steps[name] = lambda groups=groups, of=of: optimizer_over(groups, of.base, engine).step()
         ratio = interleave(steps, clock_for(config.device), config.effort, more).ratio("engine", "other")
+        return Measured(ratio.median, note=f"{ratio.samples} rounds")
+
+    return run
+
+
+def beside(case: Case, made: Callable[[list[dict[str, Any]], str], torch.optim.Optimizer], plain: Case) -> Measure:
+    """Time of an optimizer that does more than steps over the engine's steps alone.
+
+    Args:
+        made: (param groups, engine) -> the optimizer.
+    """
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        engine, case_here = config.engines[0], _sized(case, smoke)
+        _fits(case_here, 2, config)
+        problem = build(case_here, config.device)
+        step = made(problem.groups(problem.parameters()), engine).step
+        step()
+        steps = {"engine": step, "plain": start(engine, build(_sized(plain, smoke), config.device))}
+        ratio = interleave(steps, clock_for(config.device), config.effort, more).ratio("engine", "plain")
         return Measured(ratio.median, note=f"{ratio.samples} rounds")
 
     return run
@@ -272,6 +295,14 @@ def in_backward_us(case: Case, other: str) -> Measure:
     return run
 
 
+def _with_unit_norm(groups: list[dict[str, Any]], engine: str) -> torch.optim.Optimizer:
+    return rk.RVSM(groups, **SGD_OPTIONS, unit_norm=True, engine=engine)
+
+
+def _adaptive(groups: list[dict[str, Any]], engine: str) -> torch.optim.Optimizer:
+    return rk.AdaptiveHardThreshold(groups, **SGD_OPTIONS, density=DENSITY, engine=engine)
+
+
 _OVER_SGD = "time over torch.optim.SGD(fused=True)"
 _OVER_ADAMW = "AdamW, l0: time over torch.optim.AdamW(fused=True)"
 
@@ -282,9 +313,11 @@ def _cpu() -> list[Floor]:
     floors = [at_most(big, f"{p}: {_OVER_SGD}", 1.0, over(Case("25M", p), "fused_sgd")) for p in ("l0", "l1")]
     floors.append(at_most(big, "time of tl1 over l0", 2.0, over(Case("25M", "tl1"), Case("25M"))))
     for shape in (MATRIX, CONV):
-        for dim in (0, 1):
-            measure = f"{shape}: time of l0 groups (group_dim {dim}) over elementwise"
-            floors.append(at_most(big, measure, 1.5, over(Case(shape, "l0", dim), Case(shape))))
+        for base, word in (("sgd", ""), ("adamw", "AdamW, ")):
+            for dim in (0, 1):
+                measure = f"{shape}: {word}time of l0 groups (group_dim {dim}) over elementwise"
+                run = over(Case(shape, "l0", dim, base=base), Case(shape, base=base))
+                floors.append(at_most(big, measure, 1.3, run))
     speed_up = over(Case("25M"), "reference", inverse=True)
     resnet = over(Case("ResNet-20"), "fused_sgd")
     floors += [
@@ -314,6 +347,8 @@ def _cpu() -> list[Floor]:
         at_most(big, "bfloat16, stochastic rounding: time over nearest", 1.5, over(stochastic, half)),
         at_most(big, "topk: time over l0", 1.3, over(topk, Case("25M"))),
         at_most(big, "topk: the first step over that of l0", 2.0, first_over(topk, Case("25M"))),
+        at_most(big, "unit_norm, l0: time over l0", 1.5, beside(Case("25M"), _with_unit_norm, Case("25M"))),
+        at_most(big, "AdaptiveHardThreshold: time over l0", 3.0, beside(topk, _adaptive, Case("25M"))),
         at_most(big, "topk: the cut alone over a copy of w", 0.8, cut_over_copy(topk, ties=False)),
         at_most(big, "topk: the same, a tensor of ties", 1.6, cut_over_copy(topk, ties=True)),
         at_most("CPU, 25 tensors of 1 M", "topk, one cut over all: time over l0", 1.3, over(all_of_them, several)),

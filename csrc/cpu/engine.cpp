@@ -6,6 +6,8 @@
 #include <thread>
 
 #include "selection.h"
+#include "strided.h"
+#include "whole.h"
 
 namespace rvsm::cpu {
 
@@ -21,6 +23,10 @@ constexpr int64_t kManyRows = 64;
 // A group with more elements than this is summed in parts.
 constexpr int64_t kPart = 131072;
 static_assert(kMostOfWindow <= kFewRows);
+// So are short groups side by side, where the tensor is large: the rows are divided among few parts then, so that
+// threads share them and each still reads long stretches. The sums of a part need memory of their own.
+constexpr int64_t kFewParts = 4;
+constexpr int64_t kPartOfRows = 524288;
 // Value of a tensor's counter (pending_) when its norms are there.
 constexpr int32_t kDone = -1;
 
@@ -35,6 +41,20 @@ int64_t norm_bytes(const TensorArgs& args) {
 int64_t partial_bytes(const TensorArgs& args) {
   return args.grouped && args.parts > 1 ? args.norm_rows() * args.parts * args.view.count() * int64_t(sizeof(double))
                                         : 0;
+}
+
+// In how many parts the groups of a tensor are summed: the same for every number of threads.
+int64_t parts_of(const GroupView& v) {
+  if (v.size() >= 2 * kPart) return std::min(ceil_div(v.size(), kPart), std::max(v.outer, v.inner));
+  const int64_t columns = v.groups * v.inner, most = std::min(kFewParts, ceil_div(kFewParts * kMostColumns, columns));
+  return v.outer < v.inner ? 1 : std::clamp<int64_t>(v.outer * columns / kPartOfRows, 1, most);
+}
+
+// The first row of a part: a whole number of kRows of them, where there are so many.
+int64_t first_row(const TensorArgs& args, int64_t part) {
+  const int64_t rows = args.view.outer;
+  if (part == args.parts || rows < kRows * args.parts) return rows * part / args.parts;
+  return rows / kRows * part / args.parts * kRows;
 }
 
 }  // namespace
@@ -55,14 +75,14 @@ void TaskList::divide_reduction(int32_t index, int64_t threads) {
   const bool applies = action_ == Action::step || action_ == Action::prox;
   const Kind kind = v.outer == 1 && args.parts == 1 && applies ? Kind::both : Kind::reduce;
   // Several rows: a width that gives each thread work, but no less than 1 KB of consecutive memory per row.
-  int64_t width = v.outer == 1 ? kTask : std::clamp<int64_t>(columns / (2 * threads), 256, kStrip);
+  int64_t width = v.outer == 1 ? kTask : std::clamp<int64_t>(columns * args.parts / (2 * threads), 256, kMostColumns);
   width = args.parts > 1 && !by_rows ? v.inner : std::max<int64_t>(1, width / v.inner) * v.inner;
   for (int64_t b = 0; b < v.batch; ++b) {
     for (int64_t c = 0; c < columns; c += width) {
       const int64_t end = std::min(columns, c + width);
       for (int64_t p = 0; p < args.parts; ++p) {
         if (by_rows)
-          add(index, kind, {b, v.outer * p / args.parts, v.outer * (p + 1) / args.parts, c, end}, p);
+          add(index, kind, {b, first_row(args, p), first_row(args, p + 1), c, end}, p);
         else  // a part of one long group, or a whole block where there are no parts
           add(index, kind, {b, 0, v.outer, c + (end - c) * p / args.parts, c + (end - c) * (p + 1) / args.parts}, p);
       }
@@ -89,8 +109,7 @@ void TaskList::divide() {
     // Long windows: a task has the m rows of some columns. m is at most kFewRows, so no task has fewer rows.
     if (const Windows& w = args.windows; w.whole() > kTask) args.view = {args.numel / w.whole(), w.m, w.inner, 1};
     const GroupView& v = args.view;
-    const bool in_parts = args.grouped && v.size() >= 2 * kPart;
-    args.parts = in_parts ? std::min(ceil_div(v.size(), kPart), std::max(v.outer, v.inner)) : 1;
+    args.parts = args.grouped ? parts_of(v) : 1;
   }
 }
 
@@ -235,19 +254,29 @@ double TaskList::total() const {
   return sum;
 }
 
-#define RVSM_DECLARE(isa)                                \
-  extern const ElementKernels element_kernels_##isa;     \
-  extern const NormKernels norm_kernels_##isa;           \
-  extern const MagnitudeKernels magnitude_kernels_##isa; \
-  static const Kernels kernels_##isa{element_kernels_##isa, norm_kernels_##isa, magnitude_kernels_##isa};
+namespace {
+
+struct AllKernels : Kernels {
+  const WholeKernels& whole;
+};
+
+}  // namespace
+
+#define RVSM_DECLARE(isa)                                                                                     \
+  extern const ElementKernels element_kernels_##isa;                                                          \
+  extern const NormKernels norm_kernels_##isa;                                                                \
+  extern const MagnitudeKernels magnitude_kernels_##isa;                                                      \
+  extern const WholeKernels whole_kernels_##isa;                                                              \
+  static const AllKernels kernels_##isa{{element_kernels_##isa, norm_kernels_##isa, magnitude_kernels_##isa}, \
+                                        whole_kernels_##isa};
 RVSM_DECLARE(base)
 #if defined(RVSM_X86)
 RVSM_DECLARE(avx2)
 RVSM_DECLARE(avx512)
 #endif
 
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
+static const AllKernels& all_kernels() {
+  static const AllKernels& chosen = []() -> const AllKernels& {
 #if defined(RVSM_X86)
     // A value that names none of the three limits nothing; native.py warns of it.
     const char* value = std::getenv("RVSM_ISA");
@@ -263,5 +292,9 @@ const Kernels& kernels() {
   }();
   return chosen;
 }
+
+const Kernels& kernels() { return all_kernels(); }
+
+const WholeKernels& whole_kernels() { return all_kernels().whole; }
 
 }  // namespace rvsm::cpu

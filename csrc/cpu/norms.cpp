@@ -6,20 +6,21 @@
 
 #include "engine.h"
 #include "isa.h"
+#include "strided.h"
 #include "weights.h"
 
 namespace rvsm::cpu {
 
 namespace {
 
-// Sums per column that a strided reduction keeps at a time.
-constexpr int64_t kSums = kStrip;
 // Independent sums that an instruction or two can take together.
 constexpr int kLanes = 16;
-// Rows that a strided sum takes together, and prefetches.
-constexpr int kAhead = 8;
-// Columns of those rows between two rounds of prefetching: the memory takes only so many requests at a time.
+// Groups with this many consecutive elements are summed one by one, others side by side.
+constexpr int64_t kLong = 1280;
+// Columns of kRows rows between two rounds of prefetching: the memory takes only so many requests at a time.
 constexpr int64_t kPiece = 64;
+// Elements between what is summed and what is prefetched.
+constexpr int64_t kAhead = 512;
 
 // ---- sums of squares -------------------------------------------------------------------------------------------
 
@@ -45,6 +46,7 @@ double square_sum(const Source w, int64_t n) {
   double a[kLanes] = {}, b[kLanes] = {}, c[kLanes] = {}, d[kLanes] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    prefetch(w + i + kAhead, 4 * kLanes);
     add_lanes(a, w + i);
     add_lanes(b, w + i + kLanes);
     add_lanes(c, w + i + 2 * kLanes);
@@ -57,13 +59,13 @@ double square_sum(const Source w, int64_t n) {
   return sum;
 }
 
-// sums[i] += the squares of kRows elements one under the other, in their order.
-template <int kRows, class Source>
+// sums[i] += the squares of kCount elements one under the other, in their order.
+template <int kCount, class Source>
 inline void add_squares(double* __restrict sums, const Source w, int64_t stride, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     double sum = sums[i];
-    for (int r = 0; r < kRows; ++r) sum = add_square<typename Source::S>(sum, w.at(r * stride + i));
+    for (int r = 0; r < kCount; ++r) sum = add_square<typename Source::S>(sum, w.at(r * stride + i));
     sums[i] = sum;
   }
 }
@@ -74,7 +76,7 @@ void block_squares(const Source all, const TensorArgs& args, const Block& block,
   const GroupView& v = args.view;
   const int64_t columns = v.groups * v.inner;
   const Source base = all + block.batch * v.outer * columns;
-  if (v.inner >= kLanes && (block.o1 - block.o0 == 1 || v.inner >= kSums / 2)) {
+  if (v.inner >= kLanes && (block.o1 - block.o0 == 1 || v.inner >= kLong)) {
     for (int64_t c = block.c0; c < block.c1;) {
       const int64_t g = c / v.inner, end = std::min(block.c1, (g + 1) * v.inner);
       double sum = 0;
@@ -85,20 +87,20 @@ void block_squares(const Source all, const TensorArgs& args, const Block& block,
     return;
   }
   // Short groups side by side: a sum per column, folded into groups at the end.
-  const int64_t width = kSums / v.inner * v.inner;
-  double sums[kSums];
+  const int64_t width = kMostColumns / v.inner * v.inner;
+  double sums[kMostColumns];
   for (int64_t c = block.c0; c < block.c1; c += width) {
     const int64_t n = std::min(width, block.c1 - c);
     std::fill(sums, sums + n, 0.0);
     int64_t o = block.o0;
-    for (; o + kAhead <= block.o1; o += kAhead) {
+    for (; o + kRows <= block.o1; o += kRows) {
       const Source rows = base + (o * columns + c);
-      const int64_t ahead = o + 2 * kAhead <= block.o1 ? kAhead : 0;
+      // Behind the end of these rows come the next ones.
+      const int64_t ahead = std::min(kAhead, n), next = o + 2 * kRows <= block.o1 ? kRows * columns - n : -n;
       for (int64_t i = 0; i < n; i += kPiece) {
-        const int64_t m = std::min(kPiece, n - i);
-        // The processor prefetches up to the end of a piece of a row by itself, but not the piece in the next row.
-        for (int64_t r = ahead; r < 2 * ahead; ++r) prefetch(rows + r * columns + i, m);
-        add_squares<kAhead>(sums + i, rows + i, columns, m);
+        const int64_t m = std::min(kPiece, n - i), at = i + ahead;
+        for (int64_t r = 0; r < kRows; ++r) prefetch(rows + r * columns + (at < n ? at : at + next), m);
+        add_squares<kRows>(sums + i, rows + i, columns, m);
       }
     }
     for (; o < block.o1; ++o) add_squares<1>(sums, base + (o * columns + c), columns, n);
@@ -159,13 +161,18 @@ void join(const TensorArgs& args) {
     if (args.norms != nullptr) return take_norms<T>(args, 0, groups);
     for (int64_t norm_row = 0; norm_row < args.norm_rows(); ++norm_row) {
       const double* partials = args.partials + norm_row * args.parts * groups;
-      for (int64_t g = 0; g < groups; ++g) {
-        double sum = 0;
-        for (int64_t p = 0; p < args.parts; ++p) sum += partials[p * groups + g];
-        if (args.sums != nullptr)
-          args.sums[g] = sum;
-        else
-          static_cast<T*>(args.factor_norms)[norm_row * groups + g] = T(std::sqrt(sum));
+      T* const norms = static_cast<T*>(args.factor_norms) + norm_row * groups;
+      for (int64_t from = 0; from < groups; from += kPiece) {
+        const int64_t n = std::min(kPiece, groups - from);
+        double sums[kPiece] = {};
+        for (int64_t p = 0; p < args.parts; ++p)
+          for (int64_t g = 0; g < n; ++g) sums[g] += partials[p * groups + from + g];
+        for (int64_t g = 0; g < n; ++g) {
+          if (args.sums != nullptr)
+            args.sums[from + g] = sums[g];
+          else
+            norms[from + g] = T(std::sqrt(sums[g]));
+        }
       }
     }
   });

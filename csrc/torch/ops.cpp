@@ -16,6 +16,7 @@
 #include "../plan/device_engine.h"
 #include "../plan/device_selection.h"
 #include "../plan/tensors.h"
+#include "checks.h"
 
 namespace rvsm {
 
@@ -44,13 +45,6 @@ struct PenaltyOptions {
   // lam of a tensor with groups of that many elements.
   double strength(int64_t group_size) const { return group_scale ? lam * std::sqrt(double(group_size)) : lam; }
 };
-
-void check(const at::Tensor& w) {
-  TORCH_CHECK_TYPE(is_supported(w.scalar_type()) && w.layout() == at::kStrided,
-                   "rvsm_kernels does not support tensors of dtype ", w.dtype());
-  TORCH_CHECK_TYPE(has_memory(w), "rvsm_kernels does not support tensors without memory of their own beside others");
-  TORCH_CHECK(is_allocated(w), "the memory of a tensor of shape ", w.sizes(), " has been freed");
-}
 
 // The places of the tensors of each turn; see turns_of.
 std::vector<std::vector<size_t>> by_turn(at::TensorList tensors) {
@@ -339,12 +333,6 @@ at::Tensor magnitude_counts(at::TensorList tensors, const c10::List<std::optiona
   return result;
 }
 
-// Tracing needs shapes and types only. torch also comes here with a list that mixes meta tensors with others, and
-// nothing would be done with the others: that is an error.
-void check_meta(at::TensorList tensors) {
-  for (const at::Tensor& t : tensors)
-    TORCH_CHECK_TYPE(t.is_meta(), "rvsm_kernels does not support meta tensors beside tensors on ", t.device());
-}
 at::Tensor prox_meta(const at::Tensor& w, Names, double, double, OptionalDims, int64_t) { return at::empty_like(w); }
 void prox_meta_(at::TensorList w, Names, double, double, double, OptionalDims, bool, int64_t) { check_meta(w); }
 at::Tensor penalty_value_meta(at::TensorList params, Names, double, double, double, OptionalDims, bool, int64_t) {

@@ -10,8 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..method.selection import Selection, select
+from ..method.groups import Grouping
+from ..method.precision import Stored
+from ..method.selection import Room, Selection, normalize_, select
 from ..method.step_options import StepOptions
+from ..method.support import Support, TorchSupport
 
 Group = MutableMapping[str, Any]
 
@@ -100,6 +103,18 @@ class Engine(ABC):
     def select(self, selections: Sequence[Selection]) -> None:
         """Fill the cuts of top-k of parameters that this engine serves."""
         select(selections)
+
+    def normalize_(self, tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = None) -> None:
+        """w <- w / ||w||_2 of each of some parameters; see :func:`rvsm_kernels.method.selection.normalize_`."""
+        normalize_(tensors, found_inf, lr)
+
+    def support_of(self, p: Tensor, density: float, grouping: Grouping, room: Room) -> Support:
+        """The support of H_s of a parameter as it is now.
+
+        Args:
+            room: where the cut may go, and what may be remembered of it from call to call.
+        """
+        return TorchSupport(p, density, grouping)
 
     @abstractmethod
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:

@@ -18,10 +18,12 @@ from torch import Tensor
 from ..method.bases import BASES
 from ..method.groups import Grouping, as_dims, group_dims, size_of_block
 from ..method.penalties import PENALTIES
+from ..method.precision import Stored
 from ..method.prox import PROX_NUMBERS
-from ..method.selection import Selection
+from ..method.selection import Room, Selection
 from ..method.split import SPLIT_NUMBERS, is_nm
-from . import cuts
+from ..method.support import Support
+from . import cuts, whole
 from .checks import check_groups
 from .interface import Engine, Group, Ready, StepInputs
 from .reference import keep_largest_, value_of_windows
@@ -187,6 +189,12 @@ class NativeEngine(Engine):
 
     def select(self, selections: Sequence[Selection]) -> None:
         cuts.select(selections)
+
+    def normalize_(self, tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = None) -> None:
+        whole.normalize_(tensors, found_inf, lr)
+
+    def support_of(self, p: Tensor, density: float, grouping: Grouping, room: Room) -> Support:
+        return whole.support_of(p, density, grouping, room)
 
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
         check_groups(p, group, name)

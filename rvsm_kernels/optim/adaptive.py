@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..engines.interface import Engine
 from ..method.bases import SGD
-from ..method.dtypes import to_opmath
-from ..method.groups import GroupDim, grouping_of, magnitudes
+from ..method.groups import GroupDim, grouping_of
+from ..method.memory import turns_of
 from ..method.parameters import with_gradient
-from ..method.selection import cut_of
+from ..method.selection import Room
 from ..method.split import is_topk
 from ..method.step_options import StepOptions
+from ..method.support import Support, TorchSupport
 from .attributes import names_its_arguments
 from .split_optimizer import SplitOptimizer
 
@@ -80,23 +80,30 @@ class AdaptiveHardThreshold(SplitOptimizer):
         """The step of the algorithm is a plain one: top-k says only what u is."""
         return super()._step_options({**group, "penalty": None})
 
-    def _supports(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The parameters that a step moves and that have a penalty, and where H_s of them is not 0."""
-        for group in self.param_groups:
-            if is_topk(group):
-                for _, p in with_gradient(group):
-                    yield p, _support(p, group)
+    def _start(self, engine: str | None, amp_scaling: bool) -> None:
+        super()._start(engine, amp_scaling)
+        self._rooms: dict[Tensor, Room] = {}
+
+    def _supports(self) -> list[Support]:
+        """Where H_s is not 0, for each parameter that a step moves and that has a penalty."""
+        watched = [(p, group) for group in self.param_groups if is_topk(group) for _, p in with_gradient(group)]
+        params = [p for p, _ in watched]
+        self._rooms = {p: self._room_of(p) for p in params}
+        if any(turns_of(params)):  # a tensor is looked at again after another one has written to its memory
+            return [TorchSupport(p, group["density"], grouping_of(group)) for p, group in watched]
+        return [
+            self._engines.engine_of(p, "a parameter").support_of(
+                p, group["density"], grouping_of(group), self._rooms[p]
+            )
+            for p, group in watched
+        ]
+
+    def _room_of(self, p: Tensor) -> Room:
+        room = self._rooms.get(p)
+        return room if room is not None and room.serves(p) else Room.like(p)
 
     def _run(self, engines: Sequence[Engine]) -> None:
-        before = dict(self._supports())
+        supports = self._supports()
         super()._run(engines)
-        for p, support in self._supports():
-            changed = (support != before[p]).any()
-            p.copy_(torch.where(changed & ~support, torch.zeros((), dtype=p.dtype, device=p.device), p))
-
-
-def _support(p: Tensor, group: Mapping[str, Any]) -> Tensor:
-    w = to_opmath(p.detach())
-    # Not "above": NaN is above nothing, and must stay visible.
-    groups = grouping_of(group)
-    return ~(magnitudes(w, groups) <= cut_of(w, group["density"], groups))
+        for support in supports:
+            support.threshold_where_changed_()

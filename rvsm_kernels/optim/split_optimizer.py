@@ -29,7 +29,6 @@ from ..method.methods import METHODS
 from ..method.options import make_plain, may_differ, names_of, shown, snapshot
 from ..method.parameters import is_left_alone, param_name, with_gradient
 from ..method.precision import Stored
-from ..method.selection import normalize_
 from ..method.split import state_name
 from ..method.step_options import StepOptions
 from ..model.sparsity import SparsityReport
@@ -243,8 +242,17 @@ class SplitOptimizer(Optimizer):
                 if options.values["unit_norm"] and options.values["lr"] != 0:
                     moved = [Stored.of(p, group, self._states.get(p)) for _, p in with_gradient(group)]
                     lr = group["lr"] if options.on_device else None
-                    normalize_([t for t in moved if not is_sharded(t.p)], inputs.found_inf, lr)
+                    for engine, theirs in self._by_engine([t for t in moved if not is_sharded(t.p)]):
+                        engine.normalize_(theirs, inputs.found_inf, lr)
                     normalize_shards_([t for t in moved if is_sharded(t.p)], inputs.found_inf, lr)
+
+    def _by_engine(self, tensors: Sequence[Stored]) -> list[tuple[Engine, list[Stored]]]:
+        """Parameters by the engine that serves them."""
+        found: dict[str, tuple[Engine, list[Stored]]] = {}
+        for t in tensors:
+            engine = self._engines.engine_of(t.p, "a parameter")
+            found.setdefault(engine.name, (engine, []))[1].append(t)
+        return list(found.values())
 
     def _step_at_once(self, inputs: StepInputs) -> bool:
         """The usual step: one call of the engine that served the last step. False where that was not possible."""
