@@ -45,8 +45,8 @@ class RVSMWrapper(SplitOptimizer):
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose groups have an ``lr``; step the wrapper, not this.
-        penalty, lam, beta, a, density, group_dim, group_block, group_scale, group_lasso, decoupled, method, engine: see
-            :class:`rvsm_kernels.RVSM`; for groups that do not set them.
+        penalty, lam, beta, a, density, group_dim, group_block, group_scale, group_lasso, decoupled, method, engine,
+            statistics: see :class:`rvsm_kernels.RVSM`; options are for groups that do not set them.
 
     Raises:
         TypeError: something that is no optimizer, or one that makes sparse weights already; a wrong type.
@@ -79,6 +79,7 @@ class RVSMWrapper(SplitOptimizer):
         decoupled: bool = True,
         method: str = "rvsm",
         engine: str | None = None,
+        statistics: bool = False,
     ) -> None:
         given = locals()
         if isinstance(optimizer, SplitOptimizer) or not isinstance(optimizer, Optimizer):
@@ -102,7 +103,7 @@ class RVSMWrapper(SplitOptimizer):
             self._check_new_group(i, group)
         Optimizer.__setstate__(self, {"optimizer": optimizer, "defaults": {**optimizer.defaults, **defaults}})
         self._own_states: Any = defaultdict(dict)
-        self._start(engine, True)
+        self._start(engine, True, statistics)
         for group, full in zip(optimizer.param_groups, completed, strict=True):
             group.update(full)
         self._take_over_states()
@@ -371,13 +372,14 @@ class RVSMWrapper(SplitOptimizer):
             "defaults": self.defaults,
             "_own_states": self._own_states,
             "_engine": self._engines.requested,
+            "_collects": self._statistics.on,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        engine = state.pop("_engine")
+        engine, statistics = state.pop("_engine"), state.pop("_collects", False)
         Optimizer.__setstate__(self, state)
-        self._start(engine, True)
+        self._start(engine, True, statistics)
         _WRAPPED.add(self.optimizer)
 
 
