@@ -88,5 +88,6 @@ class DeviceEngines {
 // Run CPU tensors through the CUDA engine's lines, interpreted on the host; for tests. Engines that exist go on as
 // before.
 void interpret_cuda(bool on);
+bool interprets_cuda();
 
 }  // namespace rvsm

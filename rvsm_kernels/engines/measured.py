@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..method.dtypes import to_opmath
 from ..method.groups import from_memory_order, grouping_of, magnitudes, once
+from ..method.parameters import with_gradient
 from ..method.penalties import PENALTIES, shrink
 from ..method.precision import MASTER_STATES, has_master, join
 from ..method.prox import threshold
 from ..method.selection import keep_above
 from ..method.split import strength
+from ..method.statistics import ZERO_NORM
 from ..method.step_options import StepOptions
-from .interface import StepInputs
+from .interface import Group, StepInputs
 
 
 def norms_for(p: Tensor, v: Tensor, options: StepOptions, inputs: StepInputs, row: int) -> Tensor:
@@ -46,6 +48,20 @@ def write_statistics(params: Sequence[Tensor], options: StepOptions, inputs: Ste
         room.copy_(row)
 
 
+def write_all_statistics(groups: Sequence[Group], inputs: StepInputs, wanted: Callable[[Tensor], bool]) -> None:
+    """The rows of statistics of the parameters of a step, before it; for engines whose kernels do not make them.
+
+    Of tensors that share memory, all rows are of what the step finds. Options on a device are read, which waits for it.
+
+    Args:
+        wanted: of which parameters.
+    """
+    for group, options in zip(groups, inputs.options, strict=True):
+        params = [p for _, p in with_gradient(group) if wanted(p)]
+        if params:
+            write_statistics(params, options.on_host(), inputs)
+
+
 def _row(p: Tensor, options: StepOptions, inputs: StepInputs) -> Tensor:
     """The numbers of :data:`rvsm_kernels.method.statistics.COLUMNS` of a parameter."""
     assert p.grad is not None
@@ -74,7 +90,7 @@ def _row(p: Tensor, options: StepOptions, inputs: StepInputs) -> Tensor:
             u = threshold(v, r, values["penalty"], tau, values["a"], groups)
             of_groups = shrink(r, values["penalty"], tau, values["a"])
         of_groups = once(of_groups, groups)
-        zero_groups = (of_groups == 0).sum()
+        zero_groups = ((of_groups == 0) if groups is None else (of_groups < ZERO_NORM)).sum()
         if not options.topk:
             value = PENALTIES[values["penalty"]].value(of_groups.double(), values["a"]).sum()
             value = value * strength(values, p.shape)

@@ -10,3 +10,6 @@ OF_ELEMENTS = 5
 
 COUNTS = ("zeros", "nonfinite", "zero_groups")
 """The columns that are whole numbers; float64 holds them exactly up to 2^53."""
+
+ZERO_NORM = 1e-15
+"""A group counts as zero when ||u_G||_2 is below this, as in the papers."""

@@ -43,8 +43,8 @@ class RVSMAdamW(SplitOptimizer):
             :class:`rvsm_kernels.RVSM`. With ``decoupled=False`` the pull passes through the moments, which take its
             size away: what is left of it is hardly more than its sign.
         master_weights, rounding, seed, state_dtype, amp_scaling, engine, statistics: see :class:`rvsm_kernels.RVSM`.
-            Moments in bfloat16 have eight bits: an ``exp_avg_sq`` that is to shrink by less than 1/512 in a step (a beta2 above
-            0.998) stays where it is.
+            Moments in bfloat16 have eight bits: an ``exp_avg_sq`` that is to shrink by less than 1/512 in a step (a
+            beta2 above 0.998) stays where it is.
 
     Raises:
         ValueError: a number out of range, an unknown name, ``group_lasso`` without ``group_dim``, a ``group_dim``

@@ -20,8 +20,8 @@ from ..method.step_options import StepOptions
 class StatisticsRow:
     """The statistics of one parameter in one step, or of several together.
 
-    w are the weights as the step found them, u = prox(w) with the options of that step (ADMM: prox(w + dual)), and d the
-    gradient that the split hands to the base: +-grad / grad_scale, with the terms of a group lasso and of a coupled
+    w are the weights as the step found them, u = prox(w) with the options of that step (ADMM: prox(w + dual)), and d
+    the gradient that the split hands to the base: +-grad / grad_scale, with the terms of a group lasso and of a coupled
     pull. Numbers are 0-dim tensors on the parameter's device; none of them is waited for. Without a splitting u is w,
     there are no groups, and ``gap``, ``quadratic`` and ``penalty`` are 0.
 
@@ -51,7 +51,7 @@ class StatisticsRow:
 
     @property
     def zero_groups(self) -> Tensor:
-        """Groups whose u is 0, int64."""
+        """Groups with ||u_G||_2 < 1e-15, int64; elementwise ``zeros``."""
         return self._column("zero_groups")
 
     @property
@@ -117,7 +117,7 @@ class Statistics(Mapping[str, StatisticsRow]):
         return len(self._by_name)
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"total": row, "split": row, "parameters": [row, ...]}`` of plain values, for JSON; waits for the device."""
+        """``{"total": row, "split": row, "parameters": [row, ...]}`` of plain values; waits for the device."""
         rows = [row.to_dict() for row in self.rows]
         return {"total": self.total.to_dict(), "split": self.split.to_dict(), "parameters": rows}
 
