@@ -97,6 +97,15 @@ class Pair:
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
+    def check_statistics(self) -> None:
+        """Those of the last step are sums over all ranks: counts to the last integer."""
+        ours, theirs = self.ours.statistics(), self.theirs.statistics()
+        for mine, other in zip([*ours.rows, ours.total], [*theirs.rows, theirs.total], strict=True):
+            for name, value in other.to_dict().items():
+                found = mine.to_dict()[name]
+                assert found == pytest.approx(value, rel=1e-6) if isinstance(value, float) else found == value, name
+
+
 METHODS = ("rvsm", "rvsm-delayed", "admm")
 DIMS: tuple[Any, ...] = (None, 0, 1, (0, 1), ())
 
@@ -105,9 +114,11 @@ def follow_one_process(folder: Path) -> None:
     mesh = mesh_of()
     for cls, dims, placement, method in itertools.product((rk.RVSM, rk.RVSMAdamW), DIMS, placements(), METHODS):
         options = {} if dims is None else {"group_dim": dims, "group_scale": method != "admm", **GROUPED}
-        pair = Pair(cls, mesh, [placement], method=method, decoupled=method != "rvsm-delayed", **options)
+        options |= {"decoupled": method != "rvsm-delayed", "statistics": True}
+        pair = Pair(cls, mesh, [placement], method=method, **options)
         pair.step(3)
         pair.check(exact=dims is None)
+        pair.check_statistics()
         with pair.ours.sparse_weights(), pair.theirs.sparse_weights():
             for p, q in zip(pair.sharded, pair.whole, strict=True):
                 assert torch.equal(p.full_tensor() == 0, q == 0)
@@ -120,9 +131,10 @@ def blocks_follow_one_process(folder: Path) -> None:
     mesh, shapes = mesh_of(), ((8, 4), (4, 8, 3))
     for placement, dim, method in itertools.product(placements(), (0, 1), METHODS):
         options = {"group_dim": dim, "group_block": 2, "group_scale": method != "admm", **GROUPED}
-        pair = Pair(rk.RVSM, mesh, [placement], shapes=shapes, method=method, **options)
+        pair = Pair(rk.RVSM, mesh, [placement], shapes=shapes, method=method, statistics=True, **options)
         pair.step(3)
         pair.check(exact=False)
+        pair.check_statistics()
         with pair.ours.sparse_weights(), pair.theirs.sparse_weights():
             for p, q in zip(pair.sharded, pair.whole, strict=True):
                 assert torch.equal(p.full_tensor() == 0, q == 0)

@@ -349,7 +349,8 @@ class SparseView:
                         engine = self._engine_of(w, name)
                         sums = self._sums_of_u(p, w, group, engine, zeros=True)
                         if sums is not None:
-                            rows.append((p, counted(name, w, *map(int, sums[:2].tolist()), grouping_of(group))))
+                            zeros, zero_groups = int(sums[0]), int(sums[1])
+                            rows.append((p, counted(name, w, zeros, zero_groups, grouping_of(group))))
                             continue
                         u = self._u_of(p, w, group, engine).to(w.dtype)
                     rows.append((p, measure(name, u, grouping_of(group))))
