@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <string_view>
 #include <thread>
-#include <utility>
 
 #include "selection.h"
 
@@ -158,7 +157,8 @@ void TaskList::deal(int64_t threads) {
 void TaskList::start(int64_t threads) {
   bool measures = action_ == Action::penalty || action_ == Action::zeros;
   for (const TensorArgs& args : tensors) measures |= args.active && args.statistics != nullptr;
-  if (threads != int64_t(lanes_.size()) || measures != std::exchange(measures_, measures)) {
+  if (threads != int64_t(lanes_.size()) || measures != measures_) {
+    measures_ = measures;
     divide_for(threads);
     deal(threads);
   }

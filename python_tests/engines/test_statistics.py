@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builds import DEVICE, few, generator, is_slow, quick_in_all
+from builds import DEVICE, few, generator, is_slow, need, quick_in_all
 from torch import Tensor, nn
 
 import definition
@@ -323,6 +327,38 @@ def test_any_number_of_threads_gives_the_same_bits(native: str, penalty: str, gr
         found[-1] |= {"after": float(value), "counted": counts.to_dict()}
     assert all(x == found[0] for x in found)
     compare(found[0], expected(p, w, None, 1.0, {**options, "method": "rvsm", "decoupled": True, "a": 1.0}), "")
+
+
+@pytest.mark.slow
+def test_any_instruction_set_gives_the_same_bits(on_cpu: None) -> None:
+    """Each in a process of its own, which chooses its kernels when it loads."""
+    need("native")
+    program = """
+import sys
+import torch
+import rvsm_kernels as rk
+torch.manual_seed(0)
+for penalty in ("l0", "l1", "tl1"):
+    for dims in (None, 0, 1, (0, 1)):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            p = torch.nn.Parameter((torch.randn(70, 50, 3, 3) * 0.1).to(dtype))
+            p.grad = torch.randn(p.shape).to(dtype)
+            o = rk.RVSM([p], lr=0.1, penalty=penalty, lam=3e-3, beta=0.5, group_dim=dims, statistics=True)
+            o.step()
+            print(o.statistics().total.to_dict(), float(o.penalty_value()), o.sparsity().total)
+"""
+    root = str(Path(rk.__file__).parents[1])
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "RVSM_ISA": isa},
+            cwd=root,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for isa in ("base", "avx2", "avx512")
+    ]
+    assert len(said[0].splitlines()) == 48 and said[1] == said[0] and said[2] == said[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

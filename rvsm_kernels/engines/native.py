@@ -187,7 +187,7 @@ class NativeEngine(Engine):
         self._plan.launch()
 
     def step(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
-        if inputs.statistics:
+        if inputs.statistics and (_C.interprets_cuda() or not all(row.is_cpu for row in inputs.statistics.values())):
             return super().step(groups, inputs)
         return Ready(self._plan.step(groups, inputs))
 
