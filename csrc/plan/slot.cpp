@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "../math/statistics.h"
 #include "plan.h"
 
 namespace rvsm {

@@ -349,8 +349,8 @@ TORCH_LIBRARY(rvsm_kernels, m) {
       "penalty_value(Tensor[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
       "bool group_scale=False, int group_block=1) -> Tensor");
   m.def(
-      "sums_of_u(Tensor[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
-      "bool group_scale=False, int group_block=1, Tensor?[] cuts=[], bool zeros=True) -> Tensor");
+      "sums_of_u(Tensor[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale, "
+      "int group_block, Tensor?[] cuts, bool zeros) -> Tensor");
   m.def("squares(Tensor[] w, int[] group_dim, int group_block=1) -> Tensor[]");
   m.def(
       "cuts_(Tensor(a!)[] cuts, Tensor(b!)[] last, Tensor[] w, Tensor?[] masters, Tensor?[] duals, int[] survivors, "

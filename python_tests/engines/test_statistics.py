@@ -212,7 +212,7 @@ def test_what_is_not_finite_is_counted_once(engine: str) -> None:
     total = optimizer.statistics().total
     assert int(total.nonfinite) == 3
     assert int(total.zeros) == want  # NaN and Inf are no zeros
-    assert total.gap.isnan() and total.grad.isinf()
+    assert total.gap.isnan() and not total.grad.isfinite()
 
 
 def test_what_a_step_leaves_out(engine: str) -> None:
@@ -312,14 +312,15 @@ def test_wrapper(engine: str) -> None:
 
 @pytest.mark.parametrize("group_dim", [None, 0, 1, (0, 1), ()])
 @pytest.mark.parametrize("penalty", ["l0", "l1", "tl1", "topk"])
-def test_any_number_of_threads_gives_the_same_bits(native: str, penalty: str, group_dim: Any) -> None:
+def test_any_number_of_threads_gives_the_same_bits(on_cpu: None, penalty: str, group_dim: Any) -> None:
+    need("native")
     found = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         p = weights((300, 120, 3, 3), torch.float32, generator(10))
         kept = {"density": 0.3} if penalty == "topk" else {}
         options = {"penalty": penalty, "lam": LAM, "beta": BETA, "group_dim": group_dim, **kept}
-        optimizer = rk.RVSM([p], lr=0.1, engine=native, statistics=True, **options)
+        optimizer = rk.RVSM([p], lr=0.1, engine="native", statistics=True, **options)
         w = p.detach().clone()
         optimizer.step()
         found.append(optimizer.statistics().total.to_dict())

@@ -138,7 +138,8 @@ def measure(name: str, u: Tensor, group_dim: Grouping = None, left: str | None =
     if group_dim is None:
         return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zeros, u.numel(), left)
     norms = once(magnitudes(u if u.is_floating_point() else u.float(), group_dim), group_dim)
-    return SparsityRow(name, tuple(u.shape), zeros, u.numel(), int((norms < ZERO_NORM).sum()), norms.numel(), left)
+    zero_groups = int((norms.double() < ZERO_NORM).sum())  # to float16 the limit is 0
+    return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zero_groups, norms.numel(), left)
 
 
 def counted(name: str, u: Tensor, zeros: int, zero_groups: int, group_dim: Grouping) -> SparsityRow:
