@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import rvsm_kernels as rk
 
-from . import backward, crowd, scheduled, shards
+from . import backward, crowd, readings, scheduled, shards
 from .baselines import Unavailable, optimizer_over, start
 from .cases import CONV, MATRIX, Case, small
 from .config import Config
@@ -303,6 +303,19 @@ def _adaptive(groups: list[dict[str, Any]], engine: str) -> torch.optim.Optimize
     return rk.AdaptiveHardThreshold(groups, **SGD_OPTIONS, density=DENSITY, engine=engine)
 
 
+def reading(name: str, case: Case, copies: int = 0) -> Measure:
+    """Time of a reading over that of a plain step, or over copies of the weights; see :mod:`bench.readings`."""
+
+    def run(config: Config, smoke: bool, more: int) -> Measured:
+        case_here = _sized(case, smoke)
+        _fits(case_here, 2 + copies, config)
+        engine, device = config.engines[0], config.device
+        ratio = readings.measure(name, case_here, engine, device, config.effort, more, copies)
+        return Measured(ratio.median, note=f"{ratio.samples} rounds")
+
+    return run
+
+
 _OVER_SGD = "time over torch.optim.SGD(fused=True)"
 _OVER_ADAMW = "AdamW, l0: time over torch.optim.AdamW(fused=True)"
 
@@ -356,6 +369,15 @@ def _cpu() -> list[Floor]:
         at_most(big, f"l0, SparsitySchedule every {scheduled.EVERY}: time over l0", 1.05, over_alone(Case("25M"))),
         at_most("CPU, 25 tensors of 1 M", "the same, one cut over all tensors", 1.05, over_alone(several)),
         at_most(big, f"{MATRIX}: 2:4 over l0", 1.3, over(Case(MATRIX, "nm"), Case(MATRIX))),
+        at_most(big, "statistics in the step: time over a step without", 1.05, reading("statistics", Case("25M"))),
+        at_most(big, "penalty_value(): time over a step", 0.6, reading("penalty_value", Case("25M"))),
+        at_most(big, "sparsity(): time over a step", 1.0, reading("sparsity", Case("25M"))),
+        at_most(
+            big,
+            "sparse_weights(), entered and left: time over three copies of w",
+            1.2,
+            reading("sparse_weights", Case("25M"), copies=3),
+        ),
         at_most("CPU, 21,000 tensors", "time over 5,250 tensors (linear: 4)", 5.0, over(many, fewer)),
         at_most(
             "CPU, 4 processes of 2 threads, 5 M elements each",

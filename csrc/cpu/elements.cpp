@@ -1,4 +1,4 @@
-// Steps, prox and penalty values of the CPU engine, element by element. Compiled once per instruction set, with
+// Steps, prox and sums of the CPU engine, element by element. Compiled once per instruction set, with
 // RVSM_ISA naming it; the loops are plain, the compiler vectorises them. Floating-point contraction is off, so every
 // instruction set gives the same bits.
 
@@ -7,6 +7,7 @@
 
 #include "engine.h"
 #include "isa.h"
+#include "sums.h"
 #include "tiles.h"
 #include "windows.h"
 
@@ -20,8 +21,8 @@ constexpr int64_t kSpan = kColumns;
 constexpr int64_t kSpill = 16;
 // Groups with this many consecutive elements need no factor per column.
 constexpr int64_t kLong = 256;
-// Independent sums that an instruction or two can take together.
-constexpr int kLanes = 16;
+// Elements of a step whose statistics are made before it: what they have read is still in the cache then.
+constexpr int64_t kMeasured = 4 * kTile;
 
 template <class S>
 constexpr bool kIsHalf = sizeof(S) == 2;
@@ -156,13 +157,114 @@ void plain_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Bas
   }
 }
 
+// ---- statistics ------------------------------------------------------------------------------------------------
+
+// u of a tile, and d as the split hands it to the base.
+template <Method kMethod, class T, class Pull>
+inline void split_loop(T* __restrict u, T* __restrict d, const T* __restrict w, const T* __restrict g,
+                       const T* __restrict state, int64_t n, const Split<T> split, const Pull pull) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T wi = w[i], of_method = kMethod == Method::rvsm ? T(0) : state[i];
+    const T v = thresholded<kMethod>(wi, of_method);
+    const T ui = Pull::kPull ? pull.u(v, i) : wi;
+    const T gap = Pull::kPull ? gap_of<kMethod>(wi, v, ui, of_method) : T(0);
+    T di = g[i] * split.grad;
+    split_step(wi, di, gap, pull.direction(w[i], i), split, KnownSplit<Pull::kPull, Pull::kLasso>{});
+    u[i] = ui;
+    d[i] = di;
+  }
+}
+
+// A tile of an array of any type: its own memory where that has the type of the arithmetic, else `tile`, filled.
+inline const float* read_tile(const void* memory, Dtype dtype, int64_t at, int64_t n, float* tile) {
+  if (dtype == Dtype::f32) return static_cast<const float*>(memory) + at;
+  load_plane(tile, memory, dtype, at, n);
+  return tile;
+}
+inline const double* read_tile(const void* memory, Dtype, int64_t at, int64_t, double*) {
+  return static_cast<const double*>(memory) + at;
+}
+
+inline const float* read_weights(const TensorArgs& args, int64_t at, int64_t n, float* tile) {
+  if (args.dtype == Dtype::f32) return static_cast<const float*>(args.w) + at;
+  load_weights(tile, args, at, n);
+  return tile;
+}
+inline const double* read_weights(const TensorArgs& args, int64_t at, int64_t, double*) {
+  return static_cast<const double*>(args.w) + at;
+}
+
+// The penalty whose g is summed element by element; that of groups is summed over their norms, those of top-k and of
+// N:M are 0.
+inline Penalty summed_penalty(const TensorArgs& args, Penalty penalty) {
+  return args.grouped || args.topk || args.windows.on() ? Penalty::none : penalty;
+}
+
+// Adds elements [at, at + n) of a tensor as their step will find them.
+template <Method kMethod, class T, class Pull>
+__attribute__((noinline)) void measure_span(Sums& sums, const TensorArgs& args, int64_t at, int64_t n,
+                                            const Split<T>& split, const Pull& pull) {
+  const Precision& p = args.precision;
+  T wt[kTile], gt[kTile], st[kTile], u[kTile], d[kTile];
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t m = std::min(kTile, n - i), from = at + i;
+    const T* const w = read_weights(args, from, m, wt);
+    const T* const g = read_tile(args.g, p.mixed ? p.grad : args.dtype, from, m, gt);
+    const T* const state =
+        kMethod == Method::rvsm
+            ? w
+            : read_tile(args.method_state(), p.mixed ? p.states[args.base.states] : args.dtype, from, m, st);
+    split_loop<kMethod>(u, d, w, g, state, m, split, pull.at(i));
+    with_penalty(summed_penalty(args, split.prox.penalty),
+                 [&](auto tag) { add_tile<decltype(tag)::value, true>(sums, w, u, d, m, split.prox.a); });
+  }
+}
+
+// Adds magnitudes of one kind, weights or norms of groups, as their prox will find them.
+template <Penalty kPenalty, class T>
+void measure_magnitudes(Sums& sums, const T* r, int64_t n, const Prox<T>& prox) {
+  T s[kTile];
+  const ElementPull<kPenalty, T> pull{prox};
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t m = std::min(kTile, n - i);
+    for (int64_t k = 0; k < m; ++k) s[k] = pull.u(r[i + k], k);
+    add_tile<kPenalty, false>(sums, r + i, s, r + i, m, prox.a);
+  }
+}
+
+// Adds the groups that begin in a block, from their norms.
+template <class T>
+__attribute__((noinline)) void measure_groups(Sums& sums, const TensorArgs& args, const Block& block,
+                                              const Prox<T>& prox) {
+  const GroupView& v = args.view;
+  if (block.o0 != 0) return;
+  const int64_t begin = ceil_div(block.c0, v.inner), end = ceil_div(block.c1, v.inner);
+  const T* const norms = static_cast<const T*>(args.factor_norms) + block.batch * v.groups;
+  with_penalty(prox.penalty, [&](auto tag) {
+    constexpr Penalty kPenalty = decltype(tag)::value;
+    Sums of_groups;
+    if (!args.topk) measure_magnitudes<kPenalty>(of_groups, norms + begin, end - begin, prox);
+    sums.value += of_groups.value;
+    int64_t zeros = 0;
+    for (int64_t i = begin; i < end; ++i) zeros += double(shrink<kPenalty>(norms[i], prox)) < kZeroNorm;
+    sums.zero_groups += zeros;
+  });
+}
+
+// The step of elements [at, at + n) of a tensor, and their statistics where `sums` is not null.
 template <class S, class Base, Method kMethod, class Pull, class On>
 inline void step_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Base, Opmath<S>>& numbers,
-                      const Pull& pull, const On& on) {
-  if constexpr (std::is_same_v<S, Mixed>)
-    mixed_span<Base, kMethod>(args, at, n, numbers, pull, on);
-  else
-    plain_span<S, Base, kMethod>(args, at, n, numbers, pull, on);
+                      const Pull& pull, const On& on, Sums* sums) {
+  const int64_t piece = sums == nullptr ? n : kMeasured;
+  for (int64_t i = 0; i < n; i += piece) {
+    const int64_t m = std::min(piece, n - i);
+    if (sums != nullptr) measure_span<kMethod>(*sums, args, at + i, m, numbers.split, pull.at(i));
+    if constexpr (std::is_same_v<S, Mixed>)
+      mixed_span<Base, kMethod>(args, at + i, m, numbers, pull.at(i), on);
+    else
+      plain_span<S, Base, kMethod>(args, at + i, m, numbers, pull.at(i), on);
+  }
 }
 
 // Calls f(on) with the switches of the base: compile-time constants for the method that most steps have, run-time
@@ -265,13 +367,14 @@ void for_spans(const TensorArgs& args, const Block& block, const Prox<T>& prox, 
 // ---- the functions of ElementKernels ---------------------------------------------------------------------------
 
 template <class S, class Base, Method kMethod>
-void step_block(const TensorArgs& args, const Block& block, const Numbers<Base, Opmath<S>>& numbers) {
+void step_block(const TensorArgs& args, const Block& block, const Numbers<Base, Opmath<S>>& numbers, Sums* sums) {
   using T = Opmath<S>;
   const Split<T>& split = numbers.split;
+  if (sums != nullptr && args.grouped) measure_groups(*sums, args, block, split.prox);
   with_switches<Base, kMethod>(args, [&](auto on) {
     if (args.grouped) {
       for_spans(args, block, split.prox, split.lasso != T(0), [&](int64_t at, int64_t n, const auto& pull) {
-        step_span<S, Base, kMethod>(args, at, n, numbers, pull, on);
+        step_span<S, Base, kMethod>(args, at, n, numbers, pull, on, sums);
       });
       return;
     }
@@ -280,7 +383,7 @@ void step_block(const TensorArgs& args, const Block& block, const Numbers<Base, 
       // Without a penalty the method is rvsm (StepOptions.method in Python).
       if constexpr (kMethod == Method::rvsm || kPenalty != Penalty::none)
         step_span<S, Base, kMethod>(args, block.c0, block.c1 - block.c0, numbers, ElementPull<kPenalty, T>{split.prox},
-                                    on);
+                                    on, sums);
     });
   });
 }
@@ -288,37 +391,38 @@ void step_block(const TensorArgs& args, const Block& block, const Numbers<Base, 
 // A function of its own, so that the usual step stays short: with a thousand tiny tensors every instruction counts.
 template <class S, class Base>
 __attribute__((noinline)) void special_step(const TensorArgs& args, const Block& block,
-                                            Numbers<Base, Opmath<S>> numbers) {
+                                            Numbers<Base, Opmath<S>> numbers, Sums* sums) {
   if (args.topk) numbers.split.prox.cut = *static_cast<const Opmath<S>*>(args.cut);
-  with_method(args.method, [&](auto method) { step_block<S, Base, decltype(method)::value>(args, block, numbers); });
+  with_method(args.method,
+              [&](auto method) { step_block<S, Base, decltype(method)::value>(args, block, numbers, sums); });
 }
 
 // N:M sparsity, for every method. Switches of the base are run-time values, so that fewer combinations are compiled.
 template <class S, class Base>
 __attribute__((noinline)) void window_step(const TensorArgs& args, const Block& block,
-                                           const Numbers<Base, Opmath<S>>& numbers) {
+                                           const Numbers<Base, Opmath<S>>& numbers, Sums* sums) {
   with_method(args.method, [&](auto method) {
     constexpr Method kMethod = decltype(method)::value;
     const auto on = Base::switches(base_numbers(args.numbers));
     for_windows<S, kMethod, Opmath<S>>(args, block, [&](int64_t at, int64_t n, const auto& pull) {
-      step_span<S, Base, kMethod>(args, at, n, numbers, pull, on);
+      step_span<S, Base, kMethod>(args, at, n, numbers, pull, on, sums);
     });
   });
 }
 
 template <class S>
-void run_step(const TensorArgs& args, const Block& block) {
+void run_step(const TensorArgs& args, const Block& block, Sums* sums) {
   using T = Opmath<S>;
   with_base(args.base, [&](auto base) {
     using Base = decltype(base);
     const Numbers<Base, T> numbers{split_of<T>(args.numbers, args.scale),
                                    Base::template numbers<T>(base_numbers(args.numbers))};
     if (args.windows.on())
-      window_step<S, Base>(args, block, numbers);
+      window_step<S, Base>(args, block, numbers, sums);
     else if (args.method != Method::rvsm || args.topk)
-      special_step<S, Base>(args, block, numbers);
+      special_step<S, Base>(args, block, numbers, sums);
     else
-      step_block<S, Base, Method::rvsm>(args, block, numbers);
+      step_block<S, Base, Method::rvsm>(args, block, numbers, sums);
   });
 }
 
@@ -336,44 +440,62 @@ void run_prox(const TensorArgs& args, const Block& block) {
   }
 }
 
-template <class S>
-double run_penalty(const TensorArgs& args, const Block& block) {
+// Adds the weights of a span as their prox will find them.
+template <class S, class Pull>
+void measure_weights(Sums& sums, const TensorArgs& args, int64_t at, int64_t n, const Prox<Opmath<S>>& prox,
+                     const Pull& pull) {
   using T = Opmath<S>;
-  const Prox<T> prox = prox_of<T>(args.numbers);
-  const int64_t from = args.grouped ? 0 : block.c0, to = args.grouped ? args.view.count() : block.c1;
-  return with_penalty(prox.penalty, [&](auto tag) {
-    constexpr Penalty kPenalty = decltype(tag)::value;
-    double lane[kLanes] = {};
-    for (int64_t i = from; i < to; i += kLanes) {
-      const int64_t n = std::min<int64_t>(kLanes, to - i);
-      for (int64_t k = 0; k < n; ++k) {
-        const T r = args.grouped ? static_cast<const T*>(args.factor_norms)[i + k]
-                                 : std::fabs(load(static_cast<const S*>(args.w)[i + k]));
-        lane[k] += penalty_term<kPenalty>(r, prox, args.lam, args.beta);
-      }
-    }
-    double sum = 0;
-    for (const double x : lane) sum += x;
-    return sum;
+  T wt[kTile], u[kTile];
+  for (int64_t i = 0; i < n; i += kTile) {
+    const int64_t m = std::min(kTile, n - i);
+    const T* const w = read_weights(args, at + i, m, wt);
+    std::copy(w, w + m, u);
+    prox_loop(u, m, pull.at(i));
+    with_penalty(summed_penalty(args, prox.penalty),
+                 [&](auto tag) { add_tile<decltype(tag)::value, false>(sums, w, u, w, m, prox.a); });
+  }
+}
+
+// Action::penalty: of groups the norms say all. Action::zeros: the elements of groups are counted as well.
+template <class S>
+void run_measure(const TensorArgs& args, const Block& block, Sums& sums) {
+  using T = Opmath<S>;
+  Prox<T> prox = prox_of<T>(args.numbers);
+  if (args.topk) prox.cut = *static_cast<const T*>(args.cut);
+  if (!args.grouped) {
+    with_penalty(prox.penalty, [&](auto tag) {
+      measure_weights<S>(sums, args, block.c0, block.c1 - block.c0, prox, ElementPull<decltype(tag)::value, T>{prox});
+    });
+    return;
+  }
+  if (args.counts_zeros) {
+    measure_groups(sums, args, block, prox);
+    for_spans(args, block, prox, false,
+              [&](int64_t at, int64_t n, const auto& pull) { measure_weights<S>(sums, args, at, n, prox, pull); });
+    return;
+  }
+  const int64_t groups = args.view.count();
+  with_penalty(prox.penalty, [&](auto tag) {
+    measure_magnitudes<decltype(tag)::value>(sums, static_cast<const T*>(args.factor_norms), groups, prox);
   });
 }
 
-void step(const TensorArgs& args, const Block& block) {
-  if (args.precision.mixed) return run_step<Mixed>(args, block);
-  with_storage(args.dtype, [&](auto s) { run_step<decltype(s)>(args, block); });
+void step(const TensorArgs& args, const Block& block, Sums* sums) {
+  if (args.precision.mixed) return run_step<Mixed>(args, block, sums);
+  with_storage(args.dtype, [&](auto s) { run_step<decltype(s)>(args, block, sums); });
 }
 
 void prox(const TensorArgs& args, const Block& block) {
   with_storage(args.dtype, [&](auto s) { run_prox<decltype(s)>(args, block); });
 }
 
-double penalty(const TensorArgs& args, const Block& block) {
-  return with_storage(args.dtype, [&](auto s) { return run_penalty<decltype(s)>(args, block); });
+void measure(const TensorArgs& args, const Block& block, Sums& sums) {
+  with_storage(args.dtype, [&](auto s) { run_measure<decltype(s)>(args, block, sums); });
 }
 
 }  // namespace
 
 extern const ElementKernels RVSM_ELEMENT_KERNELS;
-const ElementKernels RVSM_ELEMENT_KERNELS = {RVSM_STRING(RVSM_ISA), step, prox, penalty};
+const ElementKernels RVSM_ELEMENT_KERNELS = {RVSM_STRING(RVSM_ISA), step, prox, measure};
 
 }  // namespace rvsm::cpu

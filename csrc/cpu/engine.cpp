@@ -72,7 +72,7 @@ void TaskList::divide_reduction(int32_t index, int64_t threads) {
   const int64_t columns = v.groups * v.inner;
   const bool by_rows = v.outer >= v.inner;
   // Groups that are consecutive in memory and summed by one task: the same task then applies their factors.
-  const bool applies = action_ == Action::step || action_ == Action::prox;
+  const bool applies = action_ != Action::penalty && action_ != Action::squares;
   const Kind kind = v.outer == 1 && args.parts == 1 && applies ? Kind::both : Kind::reduce;
   // Several rows: a width that gives each thread work, but no less than 1 KB of consecutive memory per row.
   int64_t width = v.outer == 1 ? kTask : std::clamp<int64_t>(columns * args.parts / (2 * threads), 256, kMostColumns);
@@ -95,7 +95,9 @@ void TaskList::divide_application(int32_t index, int64_t threads) {
   const int64_t columns = v.groups * v.inner;
   const int64_t unit = v.outer == 1 ? tensors[index].windows.whole() : 1;  // no task cuts a window
   const int64_t width = v.outer == 1 ? kTask / unit * unit : std::min(columns, kColumns);
-  const int64_t height = std::max(kTask / width, std::clamp(v.outer / (8 * threads), kFewRows, kManyRows));
+  // Sums of tasks are added up: that they are the same for every number of threads, so must be the tasks.
+  const int64_t rows = measures_ ? kFewRows : std::clamp(v.outer / (8 * threads), kFewRows, kManyRows);
+  const int64_t height = std::max(kTask / width, rows);
   for (int64_t b = 0; b < v.batch; ++b)
     for (int64_t o = 0; o < v.outer; o += height)
       for (int64_t c = 0; c < columns; c += width)
@@ -126,7 +128,7 @@ void TaskList::divide_for(int64_t threads) {
       divide_application(i, threads);
   }
   pending_ = std::make_unique<std::atomic<int32_t>[]>(tensors.size());
-  sums_.resize(action_ == Action::penalty ? tasks_.size() : 0);
+  sums_.resize(measures_ ? tasks_.size() : 0);
 }
 
 int64_t TaskList::scratch_bytes() const {
@@ -176,13 +178,16 @@ void TaskList::deal(int64_t threads) {
 }
 
 void TaskList::start(int64_t threads) {
-  if (threads != int64_t(lanes_.size())) {
+  bool measures = action_ == Action::penalty || action_ == Action::zeros;
+  for (const TensorArgs& args : tensors) measures |= args.active && args.statistics != nullptr;
+  if (threads != int64_t(lanes_.size()) || measures != measures_) {
+    measures_ = measures;
     divide_for(threads);
     deal(threads);
   }
   for (auto& lane : lanes_) lane->next.store(0, std::memory_order_relaxed);
   for (size_t i = 0; i < tensors.size(); ++i) pending_[i].store(reductions_[i], std::memory_order_relaxed);
-  std::fill(sums_.begin(), sums_.end(), 0.0);
+  std::fill(sums_.begin(), sums_.end(), Sums());
 }
 
 void TaskList::work(int64_t begin, int64_t end) {
@@ -235,13 +240,14 @@ void TaskList::run(int64_t index) {
       if (!help(index)) std::this_thread::yield();
   switch (action_) {
     case Action::step:
-      k.elements.step(args, task.block);
+      k.elements.step(args, task.block, measures_ && args.statistics != nullptr ? &sums_[size_t(index)] : nullptr);
       break;
     case Action::prox:
       k.elements.prox(args, task.block);
       break;
     case Action::penalty:
-      sums_[index] = k.elements.penalty(args, task.block);
+    case Action::zeros:
+      k.elements.measure(args, task.block, sums_[size_t(index)]);
       break;
     case Action::squares:  // all of its tasks reduce
       break;
@@ -249,9 +255,16 @@ void TaskList::run(int64_t index) {
 }
 
 double TaskList::total() const {
-  double sum = 0;
-  for (const double s : sums_) sum += s;
-  return sum;
+  double total = 0;
+  const std::vector<Sums> sums = totals();
+  for (size_t i = 0; i < sums.size(); ++i) total += tensors[i].lam * sums[i].value + tensors[i].beta / 2 * sums[i].gap;
+  return total;
+}
+
+std::vector<Sums> TaskList::totals() const {
+  std::vector<Sums> of_tensors(measures_ ? tensors.size() : 0);
+  for (size_t i = 0; i < sums_.size(); ++i) of_tensors[size_t(tasks_[i].tensor)].add(sums_[i]);
+  return of_tensors;
 }
 
 namespace {

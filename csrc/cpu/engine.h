@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "../math/statistics.h"
 #include "../math/tensor_args.h"
 
 namespace rvsm::cpu {
@@ -25,12 +26,13 @@ struct Block {
 // The inner loops over elements, compiled once per instruction set (elements.cpp).
 struct ElementKernels {
   const char* isa;
-  // One step of the elements of a block (reads factor_norms where grouped).
-  void (*step)(const TensorArgs&, const Block&);
+  // One step of the elements of a block (reads factor_norms where grouped). Adds what it finds to the sums, unless
+  // null.
+  void (*step)(const TensorArgs&, const Block&, Sums*);
   // w <- u.
   void (*prox)(const TensorArgs&, const Block&);
-  // lam g + beta/2 |w - u|^2 over a block (over all groups where grouped).
-  double (*penalty)(const TensorArgs&, const Block&);
+  // Adds a block (all groups where grouped, but with counts_zeros) to the sums; nothing is written.
+  void (*measure)(const TensorArgs&, const Block&, Sums&);
 };
 
 // The norms of groups, compiled once per instruction set (norms.cpp).
@@ -84,8 +86,12 @@ class TaskList {
   void start(int64_t threads);
   void work(int64_t begin, int64_t end);
 
-  // Action::penalty: the sum over all tasks, in their order.
+  // Action::penalty: lam P(u) + beta/2 |w - u|^2 of all tensors.
   double total() const;
+
+  // The sums of each tensor that has any, task by task in their order; null without any: Action::penalty and zeros, and
+  // steps with statistics.
+  std::vector<Sums> totals() const;
 
  private:
   enum class Kind : int32_t { reduce, apply, both };
@@ -116,7 +122,8 @@ class TaskList {
   std::vector<int32_t> reductions_;  // reduce tasks per tensor
   std::unique_ptr<std::atomic<int32_t>[]> pending_;
   std::vector<std::unique_ptr<Lane>> lanes_;
-  std::vector<double> sums_;
+  bool measures_ = false;   // whether tasks have sums
+  std::vector<Sums> sums_;  // of each task
 };
 
 }  // namespace rvsm::cpu

@@ -11,7 +11,8 @@
 
 namespace rvsm {
 
-enum class Action { step, prox, penalty, squares };
+// zeros: what penalty adds up, and the zeros of u in groups.
+enum class Action { step, prox, penalty, zeros, squares };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -55,7 +56,7 @@ struct TensorArgs {
   Precision precision;
   float* counter = nullptr;  // counts the steps where a device does; null: the numbers are those of this step
   double scale = 1;          // 1 / grad_scale where the host knows it, else 1
-  double lam = 0;            // for the penalty's value: already times sqrt(group size) with group_scale
+  double lam = 0;            // for P's value: already times sqrt(group size) with group_scale; 0 for top-k
   double beta = 0;
   double* sums = nullptr;  // Action::squares: where the sum of squares of each group goes
 
@@ -68,6 +69,10 @@ struct TensorArgs {
   bool general() const { return precision.mixed || device_numbers != nullptr; }
   // How many norms each group needs: that of what is thresholded and, where that is not w, that of w for group lasso.
   int norm_rows() const { return method == Method::admm && lasso ? 2 : 1; }
+
+  double* statistics = nullptr;  // of a step: where its row of statistics goes (statistics.h), or null
+  bool counts_zeros = false;     // Action::zeros
+  bool split = false;            // of a step: there is a splitting
 
   // Scratch of the CPU engine.
   void* factor_norms = nullptr;  // norm_rows x one per group, in the type of the arithmetic

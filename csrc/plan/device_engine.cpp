@@ -26,7 +26,7 @@ constexpr int64_t kSerial = 32768;
 
 class CpuEngine final : public DeviceEngine {
  public:
-  explicit CpuEngine(Action action) : DeviceEngine(tasks_.tensors, at::kCPU, false), tasks_(action) {}
+  explicit CpuEngine(Action action) : DeviceEngine(tasks_.tensors, at::kCPU, false), action_(action), tasks_(action) {}
 
   void divide() override {
     tasks_.divide();
@@ -42,12 +42,23 @@ class CpuEngine final : public DeviceEngine {
     } else {
       at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { tasks_.work(begin, end); });
     }
+    if (action_ == Action::step) write_statistics();
   }
 
   at::Tensor total() override { return at::scalar_tensor(tasks_.total(), at::kDouble); }
   int64_t workload() const override { return tasks_.workload(); }
 
  private:
+  void write_statistics() {
+    const std::vector<Sums> sums = tasks_.totals();
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const TensorArgs& args = tensors[i];
+      if (args.active && args.statistics != nullptr)
+        sums[i].write(args.statistics, args.grouped, args.split, args.lam, args.beta);
+    }
+  }
+
+  Action action_;
   cpu::TaskList tasks_;
   at::Tensor scratch_;
 };

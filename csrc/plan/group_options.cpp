@@ -5,6 +5,7 @@
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cmath>
 #include <stdexcept>
 #include <tuple>
 
@@ -49,6 +50,11 @@ GroupOptions::GroupOptions(const py::object& o) : source(o) {
   if (on_device() && device_tensors.size() != kDeviceNumbers)
     throw std::runtime_error("other numbers on the device than a kernel reads");
   find_device_numbers();
+  if (split && !on_device()) {
+    const py::object values = o.attr("values");
+    lam = topk ? 0 : values["lam"].cast<double>();
+    beta = values["beta"].cast<double>();
+  }
 }
 
 void GroupOptions::find_device_numbers() {
@@ -116,6 +122,9 @@ void GroupOptions::apply(TensorArgs& args, int64_t count) {
   args.method = method;
   args.topk = topk;
   args.lasso = lasso;
+  args.split = split;
+  args.lam = scaled ? lam * std::sqrt(double(args.grouped ? args.view.size() : 1)) : lam;
+  args.beta = beta;
   args.device_numbers = on_device() ? &device_numbers : nullptr;
 }
 

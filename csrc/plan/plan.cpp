@@ -49,6 +49,7 @@ void Plan::read_inputs(const py::object& inputs) {
   inputs_.instead = dict_of(inputs, "instead");
   inputs_.cuts = dict_of(inputs, "cuts");
   inputs_.norms = dict_of(inputs, "norms");
+  inputs_.statistics = dict_of(inputs, "statistics");
   const py::list options = inputs.attr("options");
   const py::object changed = inputs.attr("changed");
   if (changed.is_none()) {

@@ -15,10 +15,11 @@ namespace rvsm {
 // What one step is given: StepInputs of engines/interface.py, borrowed while the plan holds the object.
 struct StepInputs {
   Scaling scaling;
-  PyObject* states = nullptr;   // optimizer.state
-  PyObject* instead = nullptr;  // {parameter: {name: tensor}} in the place of those
-  PyObject* cuts = nullptr;     // {parameter: cut of top-k}
-  PyObject* norms = nullptr;    // {parameter: norms that were made elsewhere}
+  PyObject* states = nullptr;      // optimizer.state
+  PyObject* instead = nullptr;     // {parameter: {name: tensor}} in the place of those
+  PyObject* cuts = nullptr;        // {parameter: cut of top-k}
+  PyObject* norms = nullptr;       // {parameter: norms that were made elsewhere}
+  PyObject* statistics = nullptr;  // {parameter: where its row goes}
 };
 
 // What Plan::prepare answers: Ready of engines/interface.py.

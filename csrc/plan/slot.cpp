@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "../math/statistics.h"
 #include "plan.h"
 
 namespace rvsm {
@@ -245,10 +246,18 @@ void Plan::stage(ParamSlot& slot) {
     args.state[k] = dense_of(Staged(state_of(slot, k, dense), dense), true).mutable_data_ptr();
 }
 
-// What stands beside the states: the cut of top-k, and norms that were made elsewhere.
+// What stands beside the states: the cut of top-k, norms that were made elsewhere, room for statistics.
 void Plan::find_beside(TensorArgs& args, const ParamSlot& slot) const {
   args.cut = args.topk ? found_tensor(inputs_.cuts, slot.param, "cut").const_data_ptr() : nullptr;
   args.norms = nullptr;
+  args.statistics = nullptr;
+  if (inputs_.statistics != nullptr) {
+    const at::Tensor& row = found_tensor(inputs_.statistics, slot.param, "row of statistics");
+    TORCH_CHECK(row.scalar_type() == at::kDouble && row.is_contiguous() && row.numel() == kColumnsOfRow &&
+                    row.device() == slot.device,
+                "a row of statistics is ", int(kColumnsOfRow), " contiguous float64 numbers on the parameter's device");
+    args.statistics = row.mutable_data_ptr<double>();
+  }
   if (!slot.norms_given || !args.grouped) return;
   const at::Tensor& norms = found_tensor(inputs_.norms, slot.param, "norms");
   const bool right = norms.scalar_type() == at::kDouble && norms.is_contiguous() && norms.device() == slot.device &&
@@ -315,7 +324,8 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
     address = address_of(w);
     stage(slot);
   }
-  if (args.topk || slot.norms_given) find_beside(args, slot);
+  if (args.topk || slot.norms_given || args.statistics != nullptr || inputs_.statistics != nullptr)
+    find_beside(args, slot);
   addresses_changed_ |= address != std::exchange(slot.address, address);
   args.scale = inverse_scales_[slot.engine];
 }

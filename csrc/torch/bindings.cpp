@@ -85,6 +85,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("interpret_cuda", &rvsm::interpret_cuda,
         "Run CPU tensors through the CUDA engine's lines, interpreted on the host: for tests.");
+  m.def("interprets_cuda", &rvsm::interprets_cuda, "Whether it does.");
   m.def(
       "group_view",
       [](const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const std::vector<int64_t>& group_dims,

@@ -184,6 +184,51 @@ std::vector<at::Tensor> squares(at::TensorList tensors, at::IntArrayRef group_di
   return sums;
 }
 
+// Sums over u of each tensor: its zeros, its zero groups (its zeros where a group is an element), |w - u|^2 and P(u).
+// `cuts`: of top-k, in the place of the penalty. Without `zeros`, zeros are not counted in groups, and their norms say
+// all.
+at::Tensor sums_of_u(at::TensorList tensors, Names penalty, double lam, double beta, double a, OptionalDims group_dim,
+                     bool group_scale, int64_t group_block, const c10::List<std::optional<at::Tensor>>& cuts,
+                     bool zeros) {
+  ArgsList list({penalty, lam, beta, a, group_scale}, group_dim, group_block);
+  cpu::TaskList tasks(zeros ? Action::zeros : Action::penalty);
+  std::vector<Staged> staged;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& w = tensors[i];
+    check(w);
+    TORCH_CHECK(w.is_cpu(), "sums_of_u is for tensors on the CPU");
+    staged.emplace_back(w, w.scalar_type());
+    staged.back().load();
+    TensorArgs args = list.of(staged.back().dense());
+    args.counts_zeros = zeros;
+    if (i < cuts.size() && cuts.get(i)) {
+      const at::Tensor cut = *cuts.get(i);
+      TORCH_CHECK_TYPE(cut.is_cpu() && cut.numel() == 1 && cut.scalar_type() == at::toOpMathType(w.scalar_type()),
+                       "a cut is one number in the type of the arithmetic");
+      args.topk = true;
+      args.cut = cut.const_data_ptr();
+    }
+    args.active = args.numel > 0;
+    tasks.tensors.push_back(args);
+  }
+  tasks.divide();
+  const at::Tensor scratch = at::empty({tasks.scratch_bytes()}, at::kByte);
+  tasks.set_scratch(scratch.mutable_data_ptr());
+  const int64_t threads = tasks.workload() >= (1 << 15) ? at::get_num_threads() : 1;
+  tasks.start(threads);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { tasks.work(begin, end); });
+  const std::vector<Sums> sums = tasks.totals();
+  const at::Tensor found = at::zeros({int64_t(tensors.size()), 4}, at::kDouble);
+  for (size_t i = 0; i < sums.size(); ++i) {
+    double* const row = found.mutable_data_ptr<double>() + 4 * i;
+    row[0] = double(sums[i].zeros);
+    row[1] = double(tasks.tensors[i].grouped ? sums[i].zero_groups : sums[i].zeros);
+    row[2] = sums[i].gap;
+    row[3] = sums[i].value;
+  }
+  return found;
+}
+
 // What stands beside a tensor of weights, dense and in the order of its elements.
 class Beside {
  public:
@@ -347,6 +392,11 @@ std::vector<at::Tensor> squares_meta(at::TensorList tensors, at::IntArrayRef gro
     sums.push_back(at::empty({groups_of(w, group_dim, group_block)}, w.options().dtype(at::kDouble)));
   return sums;
 }
+at::Tensor sums_of_u_meta(at::TensorList tensors, Names, double, double, double, OptionalDims, bool, int64_t,
+                          const c10::List<std::optional<at::Tensor>>&, bool) {
+  check_meta(tensors);
+  return at::empty({int64_t(tensors.size()), 4}, at::TensorOptions().dtype(at::kDouble).device(at::kMeta));
+}
 void cuts_meta(at::TensorList cuts, at::TensorList, at::TensorList tensors, const c10::List<std::optional<at::Tensor>>&,
                const c10::List<std::optional<at::Tensor>>&, at::IntArrayRef, bool, at::OptionalIntArrayRef) {
   check_meta(cuts);
@@ -367,6 +417,9 @@ TORCH_LIBRARY(rvsm_kernels, m) {
   m.def(
       "penalty_value(Tensor[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
       "bool group_scale=False, int group_block=1) -> Tensor");
+  m.def(
+      "sums_of_u(Tensor[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale, "
+      "int group_block, Tensor?[] cuts, bool zeros) -> Tensor");
   m.def("squares(Tensor[] w, int[] group_dim, int group_block=1) -> Tensor[]");
   m.def(
       "cuts_(Tensor(a!)[] cuts, Tensor(b!)[] last, Tensor[] w, Tensor?[] masters, Tensor?[] duals, int[] survivors, "
@@ -386,6 +439,7 @@ static void implement(torch::Library& m) {
 TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) {
   implement(m);
   m.impl("magnitude_counts", magnitude_counts);
+  m.impl("sums_of_u", sums_of_u);
 }
 #if defined(RVSM_CUDA)
 TORCH_LIBRARY_IMPL(rvsm_kernels, CUDA, m) { implement(m); }
@@ -398,6 +452,7 @@ TORCH_LIBRARY_IMPL(rvsm_kernels, Meta, m) {
   m.impl("squares", squares_meta);
   m.impl("cuts_", cuts_meta);
   m.impl("magnitude_counts", magnitude_counts_meta);
+  m.impl("sums_of_u", sums_of_u_meta);
 }
 
 }  // namespace rvsm

@@ -194,7 +194,8 @@ def test_the_signature_is_that_of_the_table(made: type) -> None:
     """Every option is a keyword with the default of the table; AdaptiveHardThreshold leaves some out."""
     table = {option.name: option.default for option in OPTIONS}
     parameters = inspect.signature(made).parameters
-    given = {name: p.default for name, p in parameters.items() if name not in ("params", "amp_scaling", "engine")}
+    others = ("params", "amp_scaling", "engine", "statistics")
+    given = {name: p.default for name, p in parameters.items() if name not in others}
     assert given == {name: table[name] for name in given}
     assert made is not rk.RVSM or set(given) == set(table)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -88,6 +89,14 @@ class Pair:
             assert same_bits(x, y)
         else:
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+    def check_statistics(self) -> None:
+        """Those of the last step are sums over all ranks: counts to the last integer."""
+        ours, theirs = self.ours.statistics(), self.theirs.statistics()
+        for mine, other in zip([*ours.rows, ours.total], [*theirs.rows, theirs.total], strict=True):
+            for name, value in other.to_dict().items():
+                found = mine.to_dict()[name]
+                assert found == pytest.approx(value, rel=1e-6) if isinstance(value, float) else found == value, name
 
 
 METHODS = ("rvsm", "rvsm-delayed", "admm")

@@ -26,9 +26,11 @@ def follow_one_process(folder: Path) -> None:
     mesh = mesh_of()
     for cls, dims, placement, method in itertools.product((rk.RVSM, rk.RVSMAdamW), DIMS, placements(), METHODS):
         options = {} if dims is None else {"group_dim": dims, "group_scale": method != "admm", **GROUPED}
-        pair = Pair(cls, mesh, [placement], method=method, decoupled=method != "rvsm-delayed", **options)
+        options |= {"decoupled": method != "rvsm-delayed", "statistics": True}
+        pair = Pair(cls, mesh, [placement], method=method, **options)
         pair.step(3)
         pair.check(exact=dims is None)
+        pair.check_statistics()
         with pair.ours.sparse_weights(), pair.theirs.sparse_weights():
             for p, q in zip(pair.sharded, pair.whole, strict=True):
                 assert torch.equal(p.full_tensor() == 0, q == 0)
@@ -41,9 +43,10 @@ def blocks_follow_one_process(folder: Path) -> None:
     mesh, shapes = mesh_of(), ((8, 4), (4, 8, 3))
     for placement, dim, method in itertools.product(placements(), (0, 1), METHODS):
         options = {"group_dim": dim, "group_block": 2, "group_scale": method != "admm", **GROUPED}
-        pair = Pair(rk.RVSM, mesh, [placement], shapes=shapes, method=method, **options)
+        pair = Pair(rk.RVSM, mesh, [placement], shapes=shapes, method=method, statistics=True, **options)
         pair.step(3)
         pair.check(exact=False)
+        pair.check_statistics()
         with pair.ours.sparse_weights(), pair.theirs.sparse_weights():
             for p, q in zip(pair.sharded, pair.whole, strict=True):
                 assert torch.equal(p.full_tensor() == 0, q == 0)

@@ -79,6 +79,7 @@ class _Local:
     instead: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     cuts: dict[Tensor, Tensor] = field(default_factory=dict)
     norms: dict[Tensor, Tensor] = field(default_factory=dict)
+    statistics: dict[Tensor, Tensor] = field(default_factory=dict)
     _places: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def group_of(self, i: int, group: Group, options: StepOptions) -> dict[str, Any]:
@@ -93,7 +94,14 @@ class _Local:
         """The inputs of the step."""
         states: Any = self.states
         return StepInputs(
-            self.grad_scale, self.found_inf, self.options, states, self.instead, self.cuts, self.norms
+            self.grad_scale,
+            self.found_inf,
+            self.options,
+            states,
+            self.instead,
+            self.cuts,
+            self.norms,
+            self.statistics,
         )
 
 
@@ -182,6 +190,8 @@ class ShardEngine(Engine):
             local.instead[shard] = shards_of(inputs.instead[p])
         if inputs.cuts and p in inputs.cuts:
             local.cuts[shard] = shard_of(inputs.cuts[p])
+        if inputs.statistics:
+            local.statistics[shard] = inputs.statistics[p]
         if seen.ranks:
             states = {**seen.states, **local.instead.get(shard, {})}
             self._norms.add(shard, seen.grouping, seen.ranks, rows_of(shard, options, states), options.norm_rows)

@@ -63,6 +63,29 @@ def value_across(p: Tensor, group: Mapping[str, Any]) -> Tensor:
     return lam * value + beta / 2 * gap
 
 
+def add_rows(rows: Sequence[tuple[Tensor, Grouping, Tensor]], of_elements: int) -> None:
+    """Add the numbers of all ranks to those of this rank's shards, in place: one message for each set of ranks.
+
+    Args:
+        rows: (a DTensor, what its groups are, numbers of its shard).
+        of_elements: the first so many numbers are sums over elements, the others over groups. Every rank that has a
+            part of a group counts that group.
+    """
+    by_ranks: dict[Any, list[Tensor]] = {}
+    for t, grouping, numbers in rows:
+        dims = group_dims(grouping, t.dim())
+        key = tuple((ranks, dims is None or dim in dims) for ranks, dim in dividing_ranks(t)), numbers.device
+        by_ranks.setdefault(key, []).append(numbers)
+    for (all_ranks, _), alike in by_ranks.items():
+        table = torch.stack(alike)
+        for ranks, of_groups_too in all_ranks:
+            part = table if of_groups_too else table[:, :of_elements].contiguous()
+            torch.distributed.all_reduce(part, group=ranks)
+            table[:, : part.shape[1]] = part
+        for numbers, total in zip(alike, table.unbind(), strict=True):
+            numbers.copy_(total)
+
+
 def add_by_ranks(values: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The sum of numbers of several DTensors, whose shards have a part of it each: one message for each set of ranks.
 

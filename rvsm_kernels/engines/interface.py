@@ -38,6 +38,9 @@ class StepInputs:
         norms: norms of groups that were made elsewhere (on another rank, over several tensors): float64, one number
             for each group in the order of its group view (batch * groups + group), on the parameter's device; with
             ADMM and a group lasso two rows, of w + dual and of w. Norms that are missing here the engine sums itself.
+        statistics: where the step is to write its statistics: seven float64 numbers for each parameter, contiguous and
+            on the device of its memory (:data:`rvsm_kernels.method.statistics.COLUMNS`). Empty where none are wanted.
+            Of a parameter that occurs twice they are those of the last occurrence.
         changed: the places of the groups whose options are new since the last step that this engine prepared; None for
             all of them.
     """
@@ -49,6 +52,7 @@ class StepInputs:
     instead: Mapping[Tensor, Mapping[str, Tensor]] = field(default_factory=dict)
     cuts: Mapping[Tensor, Tensor] = field(default_factory=dict)
     norms: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    statistics: Mapping[Tensor, Tensor] = field(default_factory=dict)
     changed: Collection[int] | None = None
 
     def state_of(self, p: Tensor, name: str) -> Tensor | None:
@@ -119,6 +123,20 @@ class Engine(ABC):
     @abstractmethod
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         """w <- prox_{tau P}(w) in place, for parameters of one split group."""
+
+    def sums_of_u(
+        self, weights: Sequence[Tensor], group: Mapping[str, Any], cuts: Sequence[Tensor], zeros: bool
+    ) -> Tensor | None:
+        """Sums over u = prox(weights), which is not made; None where the engine has no such kernel.
+
+        Args:
+            group: a split group; its penalty top-k needs ``cuts``, one for each tensor.
+            zeros: False leaves zeros of u in groups uncounted, and the weights are read once.
+
+        Returns:
+            For each tensor four float64 numbers on the CPU: zeros, zero groups, ||w - u||^2, P(u).
+        """
+        return None
 
     @abstractmethod
     def penalty_value(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..method.bases import BASES
 from ..method.groups import Grouping, as_dims, group_dims, size_of_block
+from ..method.memory import kind_of, tracer
 from ..method.penalties import PENALTIES
 from ..method.precision import Stored
 from ..method.prox import PROX_NUMBERS
@@ -26,6 +27,7 @@ from ..method.support import Support
 from . import cuts, whole
 from .checks import check_groups
 from .interface import Engine, Group, Ready, StepInputs
+from .measured import write_all_statistics
 from .reference import keep_largest_, value_of_windows
 
 load_error: str | None = None
@@ -174,17 +176,26 @@ class NativeEngine(Engine):
 
     def __init__(self) -> None:
         self._plan = _C.Plan()
+        self._measured: tuple[Sequence[Group], StepInputs] | None = None  # what is to be measured before the launch
 
     def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
-        return Ready(self._plan.prepare(groups, inputs))
+        ready = Ready(self._plan.prepare(groups, inputs))
+        self._measured = (groups, inputs) if ready == Ready.YES and inputs.statistics else None
+        return ready
 
     def launch(self) -> None:
+        if self._measured is not None:
+            write_all_statistics(*self._measured, _is_measured_apart)
+            self._measured = None
         self._plan.launch()
 
     def step(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
+        if inputs.statistics and (_C.interprets_cuda() or not all(row.is_cpu for row in inputs.statistics.values())):
+            return super().step(groups, inputs)
         return Ready(self._plan.step(groups, inputs))
 
     def drop(self) -> None:
+        self._measured = None
         self._plan.drop()
 
     def select(self, selections: Sequence[Selection]) -> None:
@@ -209,6 +220,21 @@ class NativeEngine(Engine):
         if is_nm(group):
             return value_of_windows(params, group)
         return torch.ops.rvsm_kernels.penalty_value(params, *_penalty_arguments(group))
+
+    def sums_of_u(
+        self, weights: Sequence[Tensor], group: Mapping[str, Any], cuts: Sequence[Tensor], zeros: bool
+    ) -> Tensor | None:
+        if tracer() is not None or any(w.device.type != "cpu" or kind_of(w) is not None for w in weights):
+            return None
+        penalty, *numbers = _penalty_arguments(group)
+        # What the cut of top-k zeroes is what that of l0 does.
+        penalty = "l0" if penalty == "topk" else penalty
+        return torch.ops.rvsm_kernels.sums_of_u(weights, penalty, *numbers, cuts, zeros)
+
+
+def _is_measured_apart(p: Tensor) -> bool:
+    """Whether the statistics of a parameter are made by torch's operators: the kernels of CUDA make none yet."""
+    return p.device.type != "cpu" or _C.interprets_cuda()
 
 
 def _penalty_arguments(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import to_opmath
-from ..method.groups import from_memory_order, grouping_of, magnitudes, once
+from ..method.groups import grouping_of, magnitudes, once
 from ..method.memory import kind_of, named, turns_of, whole
 from ..method.parameters import param_name, with_gradient
 from ..method.penalties import PENALTIES
@@ -29,6 +29,7 @@ from ..method.windows import keep_largest
 from .checks import check_entry, check_norms
 from .counters import advance, counts_of
 from .interface import Engine, Group, Ready, StepInputs
+from .measured import norms_for, write_statistics
 
 States = dict[str, Tensor | None]
 """The states of a parameter by name, None for one that begins with zeros."""
@@ -69,27 +70,6 @@ def _find_masters(params: Sequence[Tensor], states: Sequence[States], options: S
     return masters
 
 
-def _norms(
-    params: Sequence[Tensor], v: Sequence[Tensor], options: StepOptions, inputs: StepInputs, row: int
-) -> list[Tensor]:
-    """The magnitudes of v, of each element or group.
-
-    Args:
-        v: the weights, or weights + dual, in the type of the arithmetic.
-        row: the row of v among norms that were made elsewhere. Where there is one row only, it is that of v.
-    """
-    groups = grouping_of(options.values)
-    norms = []
-    for p, x in zip(params, v, strict=True):
-        given = inputs.norms.get(p)
-        if given is None:
-            norms.append(magnitudes(x, groups))
-        else:
-            rows = given.reshape(-1, given.shape[-1])
-            norms.append(from_memory_order(rows[min(row, len(rows) - 1)], x, groups))
-    return norms
-
-
 def step_params(
     params: Sequence[Tensor],
     states: Sequence[States],
@@ -116,13 +96,13 @@ def step_params(
         g = list(torch._foreach_neg(g))
 
     if options.lasso:
-        norms = _norms(params, w, options, inputs, row=1)
+        norms = [norms_for(p, x, options, inputs, row=1) for p, x in zip(params, w, strict=True)]
         unit = [x / torch.where(r == 0, torch.ones_like(r), r) for x, r in zip(w, norms, strict=True)]
     if options.split:
         method_states = [] if method.state is None else _or_zeros(params, states, method.state, options)
         before = [to_opmath(x) for x in method_states]
         v = list(torch._foreach_add(w, before)) if method.adds_state else w
-        norms = _norms(params, v, options, inputs, row=0)
+        norms = [norms_for(p, x, options, inputs, row=0) for p, x in zip(params, v, strict=True)]
         if options.pattern is not None:
             u = [keep_largest(x, options.pattern) for x in v]
         elif options.topk:
@@ -231,6 +211,8 @@ class ReferenceEngine(Engine):
                         states = {p: find_states(p, options, inputs) for p in params}
                     counts = counts_of(params, options, inputs)
                     moves = options.values["lr"] != 0
+                    if inputs.statistics:
+                        write_statistics(params, options, inputs)
                     step_params(params, [states[p] for p in params], counts, options, inputs, moves)
                     advance(params, options, inputs)
                 except (AssertionError, NotImplementedError, RuntimeError) as error:

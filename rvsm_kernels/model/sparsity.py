@@ -14,11 +14,9 @@ from ..dist.sums import add_ranks, zeros_of
 from ..method.groups import GroupDim, Grouping, check_grouping, group_count, grouping, magnitudes, once
 from ..method.memory import kind_of, whole
 from ..method.options import at_least_one
+from ..method.statistics import ZERO_NORM
 from ..method.windows import Pattern, broken, check_pattern, why_not
 from .param_groups import counted_weights
-
-ZERO_NORM = 1e-15
-"""A group counts as zero when ||u_G||_2 is below this, as in the papers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +177,14 @@ def _counted(name: str, u: Tensor, group_dim: Grouping, left: str | None) -> Spa
     if group_dim is None:
         return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zeros, u.numel(), left)
     norms = once(magnitudes(u if u.is_floating_point() else u.float(), group_dim), group_dim)
-    return SparsityRow(name, tuple(u.shape), zeros, u.numel(), int((norms < ZERO_NORM).sum()), norms.numel(), left)
+    zero_groups = int((norms.double() < ZERO_NORM).sum())  # to float16 the limit is 0
+    return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zero_groups, norms.numel(), left)
+
+
+def counted(name: str, u: Tensor, zeros: int, zero_groups: int, group_dim: Grouping) -> SparsityRow:
+    """The row of a tensor like u whose zeros have been counted elsewhere."""
+    groups = u.numel() if group_dim is None else group_count(u.shape, group_dim)
+    return SparsityRow(name, tuple(u.shape), zeros, u.numel(), zero_groups, groups)
 
 
 @torch.no_grad()

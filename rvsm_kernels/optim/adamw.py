@@ -42,9 +42,9 @@ class RVSMAdamW(SplitOptimizer):
         penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, group_scale, group_lasso,
             decoupled, method: see :class:`rvsm_kernels.RVSM`. With ``decoupled=False`` the pull passes through the
             moments, which take its size away: what is left of it is hardly more than its sign.
-        master_weights, rounding, seed, state_dtype, amp_scaling, engine: see :class:`rvsm_kernels.RVSM`. Moments in
-            bfloat16 have eight bits: an ``exp_avg_sq`` that is to shrink by less than 1/512 in a step (a beta2 above
-            0.998) stays where it is.
+        master_weights, rounding, seed, state_dtype, amp_scaling, engine, statistics: see :class:`rvsm_kernels.RVSM`.
+            Moments in bfloat16 have eight bits: an ``exp_avg_sq`` that is to shrink by less than 1/512 in a step (a
+            beta2 above 0.998) stays where it is.
 
     Raises:
         ValueError: a number out of range, an unknown name, ``group_lasso`` without ``group_dim``, a ``group_dim``
@@ -93,5 +93,6 @@ class RVSMAdamW(SplitOptimizer):
         state_dtype: str | None = None,
         amp_scaling: bool = True,
         engine: str | None = None,
+        statistics: bool = False,
     ) -> None:
-        super().__init__(params, locals(), amp_scaling=amp_scaling, engine=engine)
+        super().__init__(params, locals(), amp_scaling=amp_scaling, engine=engine, statistics=statistics)

@@ -35,7 +35,7 @@ class AdaptiveHardThreshold(SplitOptimizer):
         density: the share of elements or groups that survive, in (0, 1]; can differ per group.
         group_dim, group_block: what indexes the groups, None and 1 for elements (see :class:`RVSM`).
         unit_norm: w <- w / ||w|| of each tensor at the end of the step.
-        engine: see :class:`RVSM`.
+        engine, statistics: see :class:`RVSM`; the step is a plain one, so that u is w in its statistics.
 
     Raises:
         ValueError: a number out of range, no density.
@@ -61,11 +61,12 @@ class AdaptiveHardThreshold(SplitOptimizer):
         maximize: bool = False,
         amp_scaling: bool = True,
         engine: str | None = None,
+        statistics: bool = False,
     ) -> None:
         if density is None:
             raise ValueError("AdaptiveHardThreshold needs a density: the share of elements or groups that survive")
         options = {**locals(), "penalty": "topk", "lam": 1.0, "beta": 1.0}
-        super().__init__(params, options, amp_scaling=amp_scaling, engine=engine)
+        super().__init__(params, options, amp_scaling=amp_scaling, engine=engine, statistics=statistics)
 
     def _validate(self, group: Mapping[str, Any]) -> None:
         super()._validate(group)

@@ -88,6 +88,9 @@ class RVSM(SplitOptimizer):
         engine: ``"native"``, ``"triton"`` (GPUs), ``"reference"`` or None, which takes the first of them that serves
             the device. DTensors are stepped shard by shard; other tensors without memory of their own (FakeTensor, ...)
             and traced code get the reference.
+        statistics: each step also counts and adds up what :meth:`statistics` reads: zeros of u, ||w - u||^2, lam P(u),
+            the norm of the gradient, elements that are not finite. ``collect_statistics`` turns it on and off between
+            steps.
 
     Raises:
         ValueError: a number out of range, an unknown name, ``group_lasso`` without ``group_dim``, a ``group_dim``
@@ -137,5 +140,6 @@ class RVSM(SplitOptimizer):
         state_dtype: str | None = None,
         amp_scaling: bool = True,
         engine: str | None = None,
+        statistics: bool = False,
     ) -> None:
-        super().__init__(params, locals(), amp_scaling=amp_scaling, engine=engine)
+        super().__init__(params, locals(), amp_scaling=amp_scaling, engine=engine, statistics=statistics)

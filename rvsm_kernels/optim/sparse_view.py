@@ -24,9 +24,9 @@ from ..method.methods import METHODS
 from ..method.parameters import is_left_alone, param_name
 from ..method.precision import MASTER_STATES, as_parameter, has_master, join, master_of, new_master, store
 from ..method.selection import Candidates, Room, Select, Selection, cut_by, thresholded
-from ..method.split import is_split, is_topk
+from ..method.split import is_nm, is_split, is_topk
 from ..method.warn import some, warn
-from ..model.sparsity import SparsityReport, SparsityRow, is_all_zero, measure
+from ..model.sparsity import SparsityReport, SparsityRow, counted, is_all_zero, measure
 from . import marks
 
 if TYPE_CHECKING:
@@ -358,9 +358,30 @@ class SparseView:
         for p in params:
             if p in already_u or more:
                 w = self._weights(p, group)
+                sums = None if p in already_u else self._sums_of_u(p, w, group, engine, zeros=False)
+                if sums is not None and is_topk(group):  # P of top-k is 0
+                    total = total + (float(group["beta"]) / 2 * sums[2]).to(total.device)
+                    continue
                 u = w if p in already_u else self._u_of(p, w, group, engine)
                 total = total + more_than_prox.value_of(whole(w), whole(u), group).to(total.device)
         return total
+
+    def _sums_of_u(self, p: Tensor, w: Tensor, group: Group, engine: Engine, zeros: bool) -> Tensor | None:
+        """:meth:`Engine.sums_of_u` of one parameter with these weights, None where u itself must be looked at.
+
+        Sums of a half type would be those of u before it is rounded. With a dual they are of w + dual, of which the
+        zeros of u are.
+        """
+        dual = self._dual(p, group)
+        kept = grouping_of(group) is None and group["penalty"] in ("l0", "topk")  # u is w or 0
+        if (w.dtype not in (torch.float32, torch.float64) and not kept) or (dual is not None and not zeros):
+            return None
+        if is_nm(group):  # the report looks at u for its pattern
+            return None
+        v = w if dual is None and not is_topk(group) else thresholded(w, dual)
+        cuts = [self.topk_cut(p, w, group, engine)] if is_topk(group) else []
+        sums = engine.sums_of_u([v], group, cuts, zeros)
+        return None if sums is None else sums[0]
 
     def sparsity(self) -> SparsityReport:
         """See :meth:`SplitOptimizer.sparsity`."""
@@ -385,8 +406,14 @@ class SparseView:
                     u = w
                     if is_split(group) and w.numel() > 0 and p.requires_grad and not self._is_u(p, group):
                         self._check(p, w, group, name)
-                        u = self._u_of(p, w, group, self._engine_of(w, name)).to(w.dtype)
-                    pattern = group["pattern"] if group["penalty"] == "nm" else None
+                        engine = self._engine_of(w, name)
+                        sums = self._sums_of_u(p, w, group, engine, zeros=True)
+                        if sums is not None:
+                            zeros, zero_groups = int(sums[0]), int(sums[1])
+                            rows.append((p, counted(name, w, zeros, zero_groups, grouping_of(group))))
+                            continue
+                        u = self._u_of(p, w, group, engine).to(w.dtype)
+                    pattern = group["pattern"] if is_nm(group) else None
                     rows.append((p, measure(name, u, grouping_of(group), pattern=pattern)))
                 except (AssertionError, NotImplementedError, RuntimeError) as error:
                     raise named(error, w, name) from error

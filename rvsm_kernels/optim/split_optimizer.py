@@ -37,6 +37,7 @@ from .attributes import FromScaler, OptionOfGroups, ends_scaling, outside_graphs
 from .chosen_engines import ChosenEngines
 from .sparse_view import SparseView
 from .sparse_weights import SparseWeights
+from .statistics import Statistics, StepStatistics
 
 
 class SplitOptimizer(Optimizer):
@@ -50,6 +51,7 @@ class SplitOptimizer(Optimizer):
             this optimizer are ignored.
         amp_scaling: whether a GradScaler hands its scale to the step.
         engine: the name of an engine, or None.
+        statistics: whether steps make statistics; see :meth:`statistics`.
     """
 
     _base: ClassVar[Base]
@@ -69,19 +71,29 @@ class SplitOptimizer(Optimizer):
             for name in cls._option_names:
                 setattr(cls, name, OptionOfGroups(name))
 
-    def __init__(self, params: Any, options: Mapping[str, Any], *, amp_scaling: bool, engine: str | None) -> None:
+    def __init__(
+        self,
+        params: Any,
+        options: Mapping[str, Any],
+        *,
+        amp_scaling: bool,
+        engine: str | None,
+        statistics: bool = False,
+    ) -> None:
         defaults = {option.name: options.get(option.name, option.default) for option in self._base.all_options}
         make_plain(defaults, self._option_names)
         self._validate(defaults)
         if not isinstance(amp_scaling, bool):
             raise TypeError(f"Invalid amp_scaling value: {shown(amp_scaling)} (True or False is needed)")
-        self._start(engine, amp_scaling)
+        self._start(engine, amp_scaling, statistics)
         super().__init__(params, defaults)
 
-    def _start(self, engine: str | None, amp_scaling: bool) -> None:
+    def _start(self, engine: str | None, amp_scaling: bool, statistics: bool = False) -> None:
         """The attributes beside torch's own; none of them is part of the state."""
         # GradScaler then hands grad_scale and found_inf to step() instead of unscaling in a pass of its own.
         self._step_supports_amp_scaling = amp_scaling
+        self._statistics = StepStatistics(False)
+        self.collect_statistics = statistics
         self._engines = ChosenEngines(self._only_engine or engine)
         self._view = SparseView(self)
         self._lock = threading.RLock()  # one step at a time: an engine's table serves one
@@ -211,6 +223,7 @@ class SplitOptimizer(Optimizer):
         """Whether the reference alone steps, with cuts of single tensors, and no GradScaler may call the step off."""
         alone = self._engines.requested == "reference" and self._at_once
         alone = alone and not any(budget_of(group) is not None for group in self.param_groups)
+        alone = alone and not self._statistics.on  # what a graph computes is not there before it has run
         return alone and "grad_scale" not in self.__dict__ and "found_inf" not in self.__dict__
 
     def _init_group(self, group: dict[str, Any], params: list[Tensor], states: list[Any]) -> bool:
@@ -235,8 +248,12 @@ class SplitOptimizer(Optimizer):
         # What a GradScaler hands over is there or not; asking by attribute would raise each time.
         scaling = self.__dict__
         inputs = StepInputs(scaling.get("grad_scale"), scaling.get("found_inf"), self._options, self._states)
+        if self._statistics.on:
+            inputs.statistics = self._statistics.rooms(self._stepped_groups())
         if not self._step_at_once(inputs):
             self._step_in_parts(inputs)
+        if self._statistics.on:
+            self._statistics.note(self._stepped_groups(), self._options)
         if self._any_unit_norm:
             for group, options in zip(self.param_groups, self._options, strict=True):
                 if options.values["unit_norm"] and options.values["lr"] != 0:
@@ -370,6 +387,40 @@ class SplitOptimizer(Optimizer):
         with self._lock:
             return self._view.sparsity()
 
+    @property
+    def collect_statistics(self) -> bool:
+        """Whether steps make statistics, as the argument ``statistics`` says at first; can be set between steps."""
+        return self._statistics.on
+
+    @collect_statistics.setter
+    def collect_statistics(self, on: bool) -> None:
+        if not isinstance(on, bool):
+            raise TypeError(f"Invalid statistics value: {shown(on)} (True or False is needed)")
+        self._statistics.on = on
+
+    def statistics(self) -> Statistics:
+        """What the last step with ``statistics=True`` has counted and added up, of each parameter and in total.
+
+        ::
+
+            optimizer.step()
+            last = optimizer.statistics()
+            log(zeros=last.split.zeros, L=loss + last.total.value, grad=last["layer.weight"].grad)
+
+        They belong to the weights as the step found them, with the options of that step: the u that pulled. A step that
+        ``found_inf`` has called off leaves the numbers of the step before. Parameters without a gradient are not among
+        them, with a wrapper only those with a penalty.
+
+        Returns:
+            Tensors on the parameters' devices, copies that later steps leave alone; nothing waits for a device. Of
+            DTensors they are sums over all ranks, so that every rank must ask; under ZeroRedundancyOptimizer those of
+            this rank's parameters.
+
+        Raises:
+            RuntimeError: no step has made any yet.
+        """
+        return self._statistics.report()
+
     # ---- torch.optim habits ------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -484,7 +535,8 @@ class SplitOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._view.is_open:
             raise RuntimeError("an optimizer cannot be copied or pickled inside sparse_weights()")
-        return {**super().__getstate__(), "_start_with": (self._engines.requested, self._step_supports_amp_scaling)}
+        start_with = self._engines.requested, self._step_supports_amp_scaling, self._statistics.on
+        return {**super().__getstate__(), "_start_with": start_with}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loading = "_engines" in self.__dict__  # else a new object: unpickled or copied

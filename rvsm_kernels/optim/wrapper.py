@@ -46,7 +46,8 @@ class RVSMWrapper(SplitOptimizer):
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose groups have an ``lr``; step the wrapper, not this.
         penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, group_scale, group_lasso,
-            decoupled, method, engine: see :class:`rvsm_kernels.RVSM`; for groups that do not set them.
+            decoupled, method, engine, statistics: see :class:`rvsm_kernels.RVSM`; options are for groups that do not
+            set them.
 
     Raises:
         TypeError: something that is no optimizer, or one that makes sparse weights already; a wrong type.
@@ -82,6 +83,7 @@ class RVSMWrapper(SplitOptimizer):
         decoupled: bool = True,
         method: str = "rvsm",
         engine: str | None = None,
+        statistics: bool = False,
     ) -> None:
         given = locals()
         if isinstance(optimizer, SplitOptimizer) or not isinstance(optimizer, Optimizer):
@@ -105,7 +107,7 @@ class RVSMWrapper(SplitOptimizer):
             self._check_new_group(i, group)
         Optimizer.__setstate__(self, {"optimizer": optimizer, "defaults": {**optimizer.defaults, **defaults}})
         self._own_states: Any = defaultdict(dict)
-        self._start(engine, True)
+        self._start(engine, True, statistics)
         for group, full in zip(optimizer.param_groups, completed, strict=True):
             group.update(full)
         self._take_over_states()
@@ -374,13 +376,14 @@ class RVSMWrapper(SplitOptimizer):
             "defaults": self.defaults,
             "_own_states": self._own_states,
             "_engine": self._engines.requested,
+            "_collects": self._statistics.on,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        engine = state.pop("_engine")
+        engine, statistics = state.pop("_engine"), state.pop("_collects", False)
         Optimizer.__setstate__(self, state)
-        self._start(engine, True)
+        self._start(engine, True, statistics)
         for option in NONE.all_options:  # a pickle of an earlier version may lack some
             if option.name != "lr" and option.name not in self.defaults:
                 self.defaults[option.name] = option.default

@@ -17,6 +17,7 @@ from ...method.selection import Selection
 from ...method.split import is_nm
 from ..checks import check_groups
 from ..interface import Engine, Group, Ready, StepInputs
+from ..measured import write_all_statistics
 from ..reference import keep_largest_, value_of_windows
 from . import selection, u
 from .launch import Launch
@@ -37,12 +38,13 @@ class TritonEngine(Engine):
         self._captured: list[Launch] = []  # graphs go on reading their tables
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._inputs: StepInputs | None = None
+        self._groups: Sequence[Group] = ()
         self._skip = False
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
-        self._inputs, self._skip = inputs, False
+        self._inputs, self._groups, self._skip = inputs, groups, False
         is_new = inputs.changed is None or len(inputs.changed) > 0
         structures = [options.structure for options in inputs.options] if is_new else self._structures
         known = structures == self._structures and (is_new or not self._table.numbers_moved(inputs.options))
@@ -84,12 +86,14 @@ class TritonEngine(Engine):
 
     def launch(self) -> None:
         assert self._inputs is not None
-        table = self._table
+        table, inputs = self._table, self._inputs
         if not self._skip:
+            if inputs.statistics:
+                write_all_statistics(self._groups, inputs, lambda p: True)
             for p, name, state in table.new_states:
-                self._inputs.states[p][name] = state
+                inputs.states[p][name] = state
             for turn in range(max(table.turns, default=-1) + 1):
-                self._run_turn(turn, self._inputs)
+                self._run_turn(turn, inputs)
             torch.autograd.graph.increment_version(table.changed)
         self.drop()
 
@@ -124,7 +128,7 @@ class TritonEngine(Engine):
         return scale, skip
 
     def drop(self) -> None:
-        self._inputs = None
+        self._inputs, self._groups = None, ()
         self._table.held = None
         if self._table.new_states or self._table.copies:
             self._forget()
