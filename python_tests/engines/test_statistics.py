@@ -128,6 +128,30 @@ def weights(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> n
 
 
 @quick_in_all
+@pytest.mark.parametrize("method", METHODS)
+def test_windows_and_budgets(engine: str, method: str) -> None:
+    """N:M, and a cut over several tensors: u is not of one tensor's magnitudes."""
+    g = generator(5)
+    for options in ({"penalty": "nm", "pattern": (2, 4)}, {"penalty": "topk", "density": 0.3, "budget": "global"}):
+        params = [nn.Parameter(torch.randn(shape, generator=g, device=DEVICE)) for shape in ((8, 12), (3, 4, 3, 3))]
+        optimizer = rk.RVSM(
+            params, lr=0.1, lam=1.0, beta=BETA, method=method, engine=engine, statistics=True, **options
+        )
+        for _ in range(2):
+            w = [p.detach().double() for p in params]
+            with optimizer.sparse_weights():
+                u = [p.detach().double() for p in params]
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g, device=DEVICE)
+            optimizer.step()
+            for row, before, x, p in zip(optimizer.statistics().rows, w, u, params, strict=True):
+                found = row.to_dict()
+                assert found["zeros"] == found["zero_groups"] == int((x == 0).sum()) > 0, options
+                assert found["gap"] == pytest.approx(float((before - x).square().sum()), rel=1e-5)
+                assert found["penalty"] == 0 and found["grad"] == pytest.approx(float(p.grad.double().square().sum()))
+
+
+@quick_in_all
 def test_every_kind_of_step(engine: str) -> None:
     """Counts to the last integer, sums within RELATIVE, over SGD and AdamW; w, u and d are those of the step."""
     g = generator(0)

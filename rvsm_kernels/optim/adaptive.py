@@ -81,8 +81,8 @@ class AdaptiveHardThreshold(SplitOptimizer):
         """The step of the algorithm is a plain one: top-k says only what u is."""
         return super()._step_options({**group, "penalty": None})
 
-    def _start(self, engine: str | None, amp_scaling: bool) -> None:
-        super()._start(engine, amp_scaling)
+    def _start(self, engine: str | None, amp_scaling: bool, statistics: bool = False) -> None:
+        super()._start(engine, amp_scaling, statistics)
         self._rooms: dict[Tensor, Room] = {}
 
     def _supports(self) -> list[Support]:
