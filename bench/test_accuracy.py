@@ -31,6 +31,8 @@ def test_the_smallest_go() -> None:
     assert sum(int((w == 0).sum()) for w in weights) == round(0.9 * (600 + 2160))
     assert (weights[1] == 0).all() and (weights[0] == 0).float().mean() < 0.6  # one cut over both
     weights = _weights()
+    kept = pruners.masks(weights, 0.5, groups=False, each=True)
+    assert [int(mask.sum()) for mask in kept] == [300, 1080]
     norms = [w.transpose(0, 1).flatten(1).norm(dim=1) for w in weights]
     pruners.prune_(weights, 0.3, groups=True)
     for w, norm, channels in zip(weights, norms, (20, 30), strict=True):  # of each tensor
