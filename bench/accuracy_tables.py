@@ -136,6 +136,6 @@ def table(result: Result) -> str:
 def headline(result: Result) -> str:
     """The short answer: elements of Fashion-MNIST over SGD."""
     cells = _cells(result["rows"])
-    names = ("one-shot", "gradual", "pat", "l0", "l0-hold")
+    names = ("one-shot", "gradual", "gradual-each", "pat", "l0", "l0-hold")
     text = _part(result, cells, "fashion", "elements", names) or markdown.NOT_MEASURED
     return "\n\n".join([text, f"Fashion-MNIST; {_dense(cells, 'fashion')}.", markdown.stamp(result)])
