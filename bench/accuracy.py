@@ -74,7 +74,7 @@ class Method:
     Attributes:
         kind: ``"dense"``, with one-shot pruning of it; ``"gradual"``, ``"pat"``, ``"pat-lasso"``, ``"rvsm"``.
         options: of a param group of RVSM.
-        schedule: of ``rk.SparsitySchedule``.
+        schedule: of ``rk.SparsitySchedule``; its ``scope`` also of gradual pruning.
         of: what it is trained for: ``"elements"``, ``"channels"``.
         search: a setting that is tried beside the defaults, with fewer seeds, on elements of Fashion-MNIST.
     """
@@ -98,7 +98,10 @@ def _methods() -> list[Method]:
     l0 = {"penalty": "l0", "beta": 1.0}
     l1, tl1 = {"penalty": "l1", "beta": 6.0}, {"penalty": "tl1", "beta": 6.0, "a": 1.0}
     topk = {"penalty": "topk", "beta": 1.0, "density": 1.0}
+    elements = ("elements",)
     found = [Method("dense", "dense SGD", "dense"), Method("gradual", "gradual magnitude pruning", "gradual")]
+    each = "gradual magnitude pruning, of each layer"
+    found.append(Method("gradual-each", each, "gradual", schedule={"scope": "tensor"}, of=elements))
     rates: dict[str, Any] = {"0.2": 0.2, "0.1": 0.1, "0.5": 0.5, "0.05 to 0.5": [0.05, 0.5]}
     for (name, rate), hold in product(rates.items(), (False, True)):
         schedule = {"pull_rate": rate} | ({"hold": True} if hold else {})
@@ -113,7 +116,6 @@ def _methods() -> list[Method]:
                 search=not default,
             )
         )
-    elements = ("elements",)
     return [
         *found,
         Method("pat", "PAT (torchao), least sparsity", "pat"),
@@ -207,7 +209,8 @@ def _start(job: Job, model: nn.Module, curve: Curve) -> tuple[torch.optim.Optimi
         optimizer = pruners.pat(dense, weights, rest, options, curve, groups, lasso)
         return optimizer, pruners.LedLasso(optimizer, curve) if lasso else None
     optimizer = dense(model.parameters(), **options)
-    return optimizer, pruners.Gradual(weights, curve, groups) if method.kind == "gradual" else None
+    each = method.schedule.get("scope") == "tensor"
+    return optimizer, pruners.Gradual(weights, curve, groups, each) if method.kind == "gradual" else None
 
 
 def _measure(job: Job, model: nn.Module, images: Images, held_out: Images) -> Row:
@@ -308,7 +311,8 @@ def _turn(job: Job) -> tuple[Any, ...]:
     side = job.problem != "fashion", job.of != "elements", method.base != "sgd"
     late = job.seed >= SEARCH_SEEDS
     asked = method.kind in ("dense", "gradual") or method.options.get("penalty") == "l0"
-    return sum(side) + late, side, not asked, job.share == min(ELEMENTS), late, job.seed, job.share
+    last = job.share == min(ELEMENTS)
+    return sum(side) + late, side, last or not asked, job.seed, last, method.search, job.share
 
 
 def _key(row: Row) -> tuple[Any, ...]:

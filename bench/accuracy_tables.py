@@ -83,11 +83,11 @@ def _part(result: Result, cells: Cells, problem: str, of: str, names: Iterable[s
     return markdown.table([_WHAT[of], *(f"{share:.0%}" for share in shares)], lines) if lines else None
 
 
-def _dense(cells: Cells, problem: str) -> str:
+def _dense(result: Result, cells: Cells, problem: str) -> str:
     """The accuracies of the dense nets, in words."""
     found = {name: cells.get((problem, "elements", name, 0.0)) for name in ("dense", "dense-adamw")}
     labels = {"dense": "dense SGD", "dense-adamw": "dense AdamW"}
-    return ", ".join(f"{labels[name]} {_cell(cell, None, 0)} %" for name, cell in found.items() if cell)
+    return ", ".join(f"{labels[name]} {_cell(cell, None, result['seeds'])} %" for name, cell in found.items() if cell)
 
 
 def _note(result: Result) -> str:
@@ -117,6 +117,21 @@ def _misses(result: Result) -> list[str]:
     ]
 
 
+def _constant(result: Result) -> list[str]:
+    """Networks that give one answer to everything, because a whole layer is zero; one-shot pruning says it itself."""
+    labels = {name: label for name, label, _ in _names(result)}
+    lost: dict[tuple[str, str, str, float], list[bool]] = {}
+    for row in result["rows"]:
+        if row["method"] in labels and not row["method"].startswith("one-shot"):
+            key = row["problem"], row["of"], row["method"], row["share"]
+            lost.setdefault(key, []).append(row.get("dead", 0) > 0 or row["accuracy"] < 0.12)
+    return [
+        f"- {labels[name]}, {share:.0%} of {of}, {problem}: {sum(found)} of {len(found)}"
+        for (problem, of, name, share), found in lost.items()
+        if any(found)
+    ]
+
+
 def table(result: Result) -> str:
     """The Markdown of a result: a table for each problem and for elements and channels."""
     cells = _cells(result["rows"])
@@ -125,10 +140,13 @@ def table(result: Result) -> str:
         for of in _WHAT:
             text = _part(result, cells, problem, of)
             if text is not None:
-                parts += [f"**{told['title']}**, {told['epochs']} epochs; {_dense(cells, problem)}:", text]
+                parts += [f"**{told['title']}**, {told['epochs']} epochs; {_dense(result, cells, problem)}:", text]
     misses = _misses(result)
     if misses:
         parts.append("Other zeros than asked for:\n\n" + "\n".join(misses))
+    constant = [] if result["smoke"] else _constant(result)
+    if constant:
+        parts.append("Networks that have lost a whole layer, and give a constant:\n\n" + "\n".join(constant))
     smoke = ["*A smoke run: too short to say anything about quality.*"] if result["smoke"] else []
     return "\n\n".join([*parts, _note(result), *smoke, markdown.stamp(result)])
 
@@ -136,6 +154,6 @@ def table(result: Result) -> str:
 def headline(result: Result) -> str:
     """The short answer: elements of Fashion-MNIST over SGD."""
     cells = _cells(result["rows"])
-    names = ("one-shot", "gradual", "pat", "l0", "l0-hold")
+    names = ("one-shot", "gradual", "gradual-each", "pat", "l0", "l0-hold")
     text = _part(result, cells, "fashion", "elements", names) or markdown.NOT_MEASURED
-    return "\n\n".join([text, f"Fashion-MNIST; {_dense(cells, 'fashion')}.", markdown.stamp(result)])
+    return "\n\n".join([text, f"Fashion-MNIST; {_dense(result, cells, 'fashion')}.", markdown.stamp(result)])

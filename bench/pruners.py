@@ -47,13 +47,19 @@ def _above(scores: Sequence[Tensor], share: float) -> list[Tensor]:
     return [s > cut for s in scores]
 
 
+def _norms(w: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(w, dim=[d for d in range(w.dim()) if d != 1], keepdim=True)
+
+
 @torch.no_grad()
-def masks(weights: Sequence[Tensor], share: float, groups: bool) -> list[Tensor]:
-    """What survives where the share of the smallest goes to zero, in a shape that broadcasts over each weight."""
-    if not groups:
-        return _above([w.abs() for w in weights], share)
-    norms = (torch.linalg.vector_norm(w, dim=[d for d in range(w.dim()) if d != 1], keepdim=True) for w in weights)
-    return [_above([n], share)[0] for n in norms]
+def masks(weights: Sequence[Tensor], share: float, groups: bool, each: bool = False) -> list[Tensor]:
+    """What survives where the share of the smallest goes to zero, in a shape that broadcasts over each weight.
+
+    Args:
+        each: the share of each tensor, as always of groups, in the place of that of all together.
+    """
+    scores = [_norms(w) if groups else w.abs() for w in weights]
+    return [_above([s], share)[0] for s in scores] if groups or each else _above(scores, share)
 
 
 @torch.no_grad()
@@ -69,16 +75,16 @@ class Gradual:
     What is masked is 0 and remains the smallest, so that no weight comes back.
     """
 
-    def __init__(self, weights: Sequence[Tensor], curve: Curve, groups: bool) -> None:
-        self._weights, self._curve, self._groups = weights, curve, groups
-        self._masks = masks(weights, 0.0, groups)
+    def __init__(self, weights: Sequence[Tensor], curve: Curve, groups: bool, each: bool = False) -> None:
+        self._weights, self._curve, self._how = weights, curve, (groups, each)
+        self._masks = masks(weights, 0.0, *self._how)
         self._steps = 0
 
     @torch.no_grad()
     def step(self) -> None:
         self._steps += 1
         if self._curve.is_due(self._steps):
-            self._masks = masks(self._weights, self._curve.at(self._steps), self._groups)
+            self._masks = masks(self._weights, self._curve.at(self._steps), *self._how)
         torch._foreach_mul_(list(self._weights), self._masks)
 
 

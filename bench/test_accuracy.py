@@ -16,6 +16,7 @@ from . import accuracy, accuracy_tables, cli, fashion, pruners, report
 from .accuracy import METHODS, Job
 from .config import MissingPackage
 from .pruners import Curve
+from .results import environment
 
 # ---- the other ways --------------------------------------------------------------------------------------------------
 
@@ -31,6 +32,8 @@ def test_the_smallest_go() -> None:
     assert sum(int((w == 0).sum()) for w in weights) == round(0.9 * (600 + 2160))
     assert (weights[1] == 0).all() and (weights[0] == 0).float().mean() < 0.6  # one cut over both
     weights = _weights()
+    kept = pruners.masks(weights, 0.5, groups=False, each=True)
+    assert [int(mask.sum()) for mask in kept] == [300, 1080]
     norms = [w.transpose(0, 1).flatten(1).norm(dim=1) for w in weights]
     pruners.prune_(weights, 0.3, groups=True)
     for w, norm, channels in zip(weights, norms, (20, 30), strict=True):  # of each tensor
@@ -174,6 +177,24 @@ def test_a_difference_is_of_pairs() -> None:
     assert accuracy_tables.difference(cell, {0: 0.5}) is None
     assert accuracy_tables._cell(cell, other, 5) == "60.0 [3] (+2.0 ± 1.0)"
     assert accuracy_tables._cell(None, other, 5) == "–"
+
+
+def test_what_a_table_says_of_few_seeds_and_lost_layers() -> None:
+    base = {"problem": "digits", "of": "elements", "share": 0.9, "got": 0.9, "dead": 0}
+    rows = [
+        {**base, "method": "gradual", "seed": seed, "accuracy": 0.1 * (seed + 1), "dead": 1 - seed} for seed in (0, 1)
+    ]
+    rows.append({**base, "method": "l0", "seed": 0, "accuracy": 0.5, "got": 0.8})
+    rows.append({**base, "method": "dense", "seed": 0, "share": 0.0, "got": 0.0, "accuracy": 0.75})
+    methods = [{"name": m.name, "label": m.label, "setting": m.setting} for m in METHODS.values()]
+    head = {**environment("cpu", "python -m bench accuracy"), **accuracy._head(False), "complete": False}
+    text = accuracy_tables.table({**head, "methods": methods, "rows": rows})
+    assert "dense SGD 75.0 [1] %" in text and "| gradual magnitude pruning | 15.0 [2] |" in text
+    assert (
+        "gradual magnitude pruning, 90% of elements, digits: 1 of 2" in text and "channels" not in text.split("Test")[0]
+    )
+    assert "RVSM l0, pull_rate 0.2: 80.0% zeros where 90% were asked for" in text and "was interrupted" in text
+    assert accuracy_tables.headline({**head, "methods": methods, "rows": rows}).startswith("*not measured yet*")
 
 
 # ---- Fashion-MNIST ---------------------------------------------------------------------------------------------------
