@@ -20,12 +20,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rvsm_kernels.engines.triton import counts, device_numbers, elements, mixed, norms, windows
+from rvsm_kernels.engines.triton import counts, device_numbers, elements, mixed, norms, selection, windows
 from rvsm_kernels.engines.triton.calls import options_for
 from rvsm_kernels.engines.triton.launch import STORAGE, block_of
 from rvsm_kernels.engines.triton.table import FACTOR_TILE, PARTS_AT_ONCE, record_words
@@ -35,8 +36,13 @@ from rvsm_kernels.method.dtypes import opmath_type
 from .static import tool
 
 TARGETS = ("cuda:80", "cuda:90", "hip:gfx942")
-_TABLES = ("addresses", "entries", "records", "sources")
-_OTHERS = {"owners": "*i32", "found_inf": "*fp32", "totals": "*fp64", "count": "i32"}
+_TABLES = ("addresses", "entries", "records", "sources", "states", "bins")
+_OTHERS = {
+    "owners": "*i32",
+    "found_inf": "*fp32",
+    "totals": "*fp64",
+    **dict.fromkeys(("count", "shift", "used"), "i32"),
+}
 _ARGUMENTS = {**dict.fromkeys(_TABLES, "*i64"), **_OTHERS}
 
 
@@ -95,11 +101,19 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
         for method in (0, 2):
             constants = {"OF_METHOD": storage, "METHOD": method, "MASTER": 0, "BLOCK": windows.WINDOW_BLOCK}
             yield windows.window_kernel, {**types, **constants}, 0  # the elements of a window are anywhere
+            for master in (0, *{torch.bfloat16: (1,), torch.float16: (2,)}.get(dtype, ())):
+                constants = {"OF_METHOD": tl.float32 if master else storage, "METHOD": method, "MASTER": master}
+                constants |= {"BLOCK": selection.SELECT_BLOCK, "READS": selection.READS}
+                yield selection.histogram_kernel, {**types, **constants}, 0
+                yield selection.next_kernel, {**types, **constants}, 0
         yield elements.prox_kernel, {**types, "BLOCK": block_of(dtype, True)}, 2
         yield elements.penalty_kernel, {**types, "BLOCK": block_of(dtype, False)}, 1
         yield norms.sum_kernel, {**types, "WITH_DUAL": False}, 4  # one for each shape of a tile
         yield norms.sum_kernel, {**types, "WITH_DUAL": True}, 4 + 8
+    yield selection.bin_kernel, {}, 0
     for opmath in (tl.float32, tl.float64):
+        for between in (False, True):
+            yield selection.write_kernel, {"T": opmath, "BETWEEN": between}, 0
         yield norms.factor_kernel, {"T": opmath, "P": PARTS_AT_ONCE, "G": FACTOR_TILE}, 0
         for base in BASES.values():
             numbers = 10 + len(base.number_names)
@@ -126,6 +140,8 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     source = ASTSource(kernel, signature, fixed, aligned)
     threads = {device_numbers.finish_kernel: device_numbers.THREADS, counts.count_kernel: counts.THREADS}
     options = options_for(target.warp_size, threads.get(kernel, norms.THREADS.value))
+    if kernel in selection.KERNELS:
+        options |= selection.OPTIONS
     return triton.compile(source, target=target, options=options)
 
 

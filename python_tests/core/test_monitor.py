@@ -44,6 +44,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"penalty": "l1", "method": "admm"},
     {"penalty": "tl1", "structure": "in_channels", "group_scale": True},
     {"penalty": "topk", "density": 0.4},
+    {"penalty": "nm", "pattern": (1, 2)},
     {"penalty": "topk", "density": 0.4, "budget": "global", "structure": "out_channels", "group_scale": True},
 )
 
@@ -76,6 +77,27 @@ def test_what_is_written(options: dict[str, Any], tmp_path: Path) -> None:
         v = p.detach() + (optimizer.state[p]["dual"] if options.get("method") == "admm" else 0)
         r = v.abs() if dims is None else v.double().norm(dim=dims, keepdim=True).expand_as(v)
         assert torch.equal(u[name] == 0, r <= cut), name
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=repr)
+def test_statistics_in_the_place_of_counts(options: dict[str, Any]) -> None:
+    """The same tags; the numbers are those of the weights that the step found."""
+    model, counted, gathered = model_of(), Scalars(), Scalars()
+    optimizer = rk.RVSM(
+        rk.param_groups(model, **{"penalty": "l0", "lam": 2e-3, "beta": 1.0, **options}), lr=0.1, statistics=True
+    )
+    for _ in range(2):
+        optimizer.collect_statistics = False
+        rk.Monitor(optimizer, counted).write()
+        optimizer.collect_statistics = True
+        give_gradients(model)
+        optimizer.step()
+        rk.Monitor(optimizer, gathered).write()
+        want, found = counted.steps[0], gathered.steps[0]
+        assert want.keys() == found.keys()
+        for tag in want:
+            if not tag.startswith("cut/"):
+                assert found[tag] == pytest.approx(want[tag], rel=1e-5), tag
 
 
 def test_a_schedule_and_a_resumed_monitor() -> None:

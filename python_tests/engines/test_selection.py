@@ -1,11 +1,14 @@
-"""The compiled selection of top-k's cuts against torch's: the same numbers, whatever was there before."""
+"""The compiled selection of top-k's cuts against torch's: the same numbers, whatever was there before.
+
+Each test runs with the loops of the CPU, and with the kernels of CUDA interpreted on the host.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +28,14 @@ pytestmark = [
     pytest.mark.skipif(native.load_error is not None, reason=str(native.load_error)),
     pytest.mark.usefixtures("on_cpu"),
 ]
+
+
+@pytest.fixture(autouse=True, params=["loops", "kernels"])
+def selecting(request: pytest.FixtureRequest) -> Iterator[str]:
+    native._C.interpret_cuda(request.param == "kernels")
+    yield request.param
+    native._C.interpret_cuda(False)
+
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DENSITIES = (1e-6, 0.1, 0.5, 0.999, 1.0)
@@ -157,6 +168,28 @@ def test_layouts() -> None:
             s = selection(view, density)
             cuts.select([s])
             assert torch.equal(s.cut, cut_of(view, density))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_memory_that_begins_beside_a_boundary(dtype: torch.dtype) -> None:
+    """Nothing outside of the view is counted."""
+    w, y = (torch.randn(40001, generator=generator(k)).to(dtype) for k in (5, 6))
+    w[:1], w[-3:] = 100, 100
+    for view, dual in ((w[1:-3], None), (w[1:-3], y[2:-2]), (w[:-1], y[1:])):
+        check_cut(selection(view, 0.2, dual=dual))
+
+
+def test_where_to_look_the_next_time() -> None:
+    """The cut stands in what a selection leaves for the next one, and a half of its reach is not negative."""
+    w = torch.randn(50000, generator=generator(6))
+    s = selection(w, 0.1)
+    assert s.last.tolist() == [-1, -1]
+    for factor in (1.0, 1.0001):
+        w.mul_(factor)
+        cuts.select([s])
+        assert s.last[0].item() == s.cut.view(torch.int32).item()
+        inside = (w.abs().view(torch.int32).long() - s.last[0]).abs() <= s.last[1]
+        assert 1 < inside.sum() < w.numel() // 16, "the bracket holds few"
 
 
 def _optimizer(params: list[nn.Parameter], **options: Any) -> torch.optim.Optimizer:

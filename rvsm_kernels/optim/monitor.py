@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from ..method.options import shown, whole_number
 from .cuts_now import cuts_now
+from .split_optimizer import SplitOptimizer
 from .unwrap import optimizer_in
 
 
@@ -34,7 +35,9 @@ class Monitor:
     (of groups: the norm) up to which u is 0; ``options/lam``, ``options/beta`` and ``options/pull_rate`` = lr * beta of
     each group; ``schedule/sparsity``, what a schedule asks for.
 
-    All of it is counted when it is written, which reads the weights and waits for a GPU.
+    Where the optimizer gathers statistics (``statistics=True``), shares and L_beta are those of its last step, of the
+    weights as the step found them, and cost nothing; else they are counted when they are written, which reads the
+    weights. Either waits for a GPU.
 
     Args:
         optimizer: RVSM, RVSMAdamW, RVSMWrapper or a wrapper around one of them (:func:`rvsm_kernels.unwrap`).
@@ -73,12 +76,7 @@ class Monitor:
 
     def _scalars(self) -> dict[str, float]:
         optimizer = self._optimizer
-        report = optimizer.sparsity()
-        found = {"sparsity/total": report.share, "L_beta/penalty": float(optimizer.penalty_value())}
-        for row in report.rows:
-            found[f"sparsity/{row.name}"] = row.share
-            if row.groups not in (0, row.numel):
-                found[f"zero_groups/{row.name}"] = row.group_share
+        found = _of_last_step(optimizer) if optimizer.collect_statistics else _counted(optimizer)
         found |= {f"cut/{now.name}": now.cut for now in cuts_now(optimizer)}
         for i, group in enumerate(optimizer.param_groups):
             if group["penalty"] is None:
@@ -97,3 +95,26 @@ class Monitor:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.last_step = int(state_dict["last_step"])
+
+
+def _of_last_step(optimizer: SplitOptimizer) -> dict[str, float]:
+    """Shares and L_beta from the statistics of the last step."""
+    last = optimizer.statistics()
+    found = {"L_beta/penalty": float(last.split.value)}
+    for row in (last.split, *(row for row in last.rows if row.split)):
+        name = "total" if row is last.split else row.name
+        found[f"sparsity/{name}"] = int(row.zeros) / max(row.elements, 1)
+        if row is not last.split and row.groups not in (0, row.elements):
+            found[f"zero_groups/{name}"] = int(row.zero_groups) / row.groups
+    return found
+
+
+def _counted(optimizer: SplitOptimizer) -> dict[str, float]:
+    """The same of the weights as they are."""
+    report = optimizer.sparsity()
+    found = {"sparsity/total": report.share, "L_beta/penalty": float(optimizer.penalty_value())}
+    for row in report.rows:
+        found[f"sparsity/{row.name}"] = row.share
+        if row.groups not in (0, row.numel):
+            found[f"zero_groups/{row.name}"] = row.group_share
+    return found

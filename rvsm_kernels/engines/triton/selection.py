@@ -50,7 +50,7 @@ READS = 16
 NONE = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift", "used"])
 def histogram_kernel(
     entries, owners, states, bins, shift, used, S: tl.constexpr, T: tl.constexpr, OF_METHOD: tl.constexpr,
     METHOD: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr,
@@ -80,7 +80,7 @@ def histogram_kernel(
     tl.atomic_add(bins + cut * BINS + number, counts.to(tl.int64), counts > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def bin_kernel(states, bins, shift):
     """The range of each cut becomes that of the bin which holds it; the bins are empty again."""
     state = states + tl.program_id(0) * CUT_STATE
@@ -140,6 +140,11 @@ def write_kernel(states, T: tl.constexpr, BETWEEN: tl.constexpr):
         middle = cut + (high - cut) * 0.5
         cut = tl.where((larger > 0) & (middle < high), middle, cut)
     tl.store(tl.load(state + ADDRESS).to(tl.pointer_type(T)), cut)
+
+
+KERNELS = histogram_kernel, bin_kernel, next_kernel, write_kernel
+OPTIONS = {"enable_fp_fusion": False}
+"""torch rounds each operation of what is halfway."""
 
 
 def select(selections: Sequence[Selection], device_types: Sequence[str]) -> None:
@@ -203,7 +208,7 @@ def _select(selections: Sequence[Selection], device: torch.device, dtype: torch.
     bins = torch.zeros(len(selections) * BINS.value, dtype=torch.int64, device=device)
     kinds = dict.fromkeys(e.kind for e in entries if e.numel > 0)
     passes = [_Pass([e for e in entries if e.numel > 0 and e.kind == kind], kind, device, dtype) for kind in kinds]
-    options = {**options_for(WARP_SIZE), "enable_fp_fusion": False}  # torch rounds each operation
+    options = {**options_for(WARP_SIZE), **OPTIONS}
     grid = len(selections), 1, 1
     shift = bits = 63 if dtype == torch.float64 else 31
     while shift > 0:
