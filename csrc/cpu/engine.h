@@ -12,6 +12,7 @@ namespace rvsm::cpu {
 
 // Columns of a block with several rows: a factor per column is computed once and used for every row.
 constexpr int64_t kColumns = 16384;
+
 // A rectangle of a tensor in its view: one batch, rows [o0, o1) of the outer dimension, columns [c0, c1) of groups x
 // inner. A tensor without groups is one outer row of numel columns.
 struct Block {
