@@ -13,9 +13,6 @@ namespace rvsm::cpu {
 
 // Columns of a block with several rows: a factor per column is computed once and used for every row.
 constexpr int64_t kColumns = 16384;
-// Most columns whose sums are held at a time while a reduction walks over rows: long pieces of consecutive memory, and
-// sums that stay in the first-level cache.
-constexpr int64_t kStrip = 2560;
 
 // A rectangle of a tensor in its view: one batch, rows [o0, o1) of the outer dimension, columns [c0, c1) of groups x
 // inner. A tensor without groups is one outer row of numel columns.

@@ -70,9 +70,10 @@ inline void add_squares(double* __restrict sums, const Source w, int64_t stride,
   }
 }
 
-// Calls emit(group, sum) for every group that the block touches.
+// Calls emit(group, sum) for every group that the block touches. `room`: memory for a sum per column of the tensor,
+// which the sums of groups may overwrite, or null: the stack holds them then.
 template <class Source, class Emit>
-void block_squares(const Source all, const TensorArgs& args, const Block& block, const Emit& emit) {
+void block_squares(const Source all, const TensorArgs& args, const Block& block, double* room, const Emit& emit) {
   const GroupView& v = args.view;
   const int64_t columns = v.groups * v.inner;
   const Source base = all + block.batch * v.outer * columns;
@@ -88,9 +89,10 @@ void block_squares(const Source all, const TensorArgs& args, const Block& block,
   }
   // Short groups side by side: a sum per column, folded into groups at the end.
   const int64_t width = kMostColumns / v.inner * v.inner;
-  double sums[kMostColumns];
+  double on_stack[kMostColumns];
   for (int64_t c = block.c0; c < block.c1; c += width) {
     const int64_t n = std::min(width, block.c1 - c);
+    double* const sums = room == nullptr ? on_stack : room + c;
     std::fill(sums, sums + n, 0.0);
     int64_t o = block.o0;
     for (; o + kRows <= block.o1; o += kRows) {
@@ -119,12 +121,14 @@ void norm_row_squares(const Source source, const TensorArgs& args, const Block& 
   const int64_t groups = args.view.count(), first = block.batch * args.view.groups;
   if (args.parts > 1) {
     double* sums = args.partials + (norm_row * args.parts + part) * groups + first;
-    block_squares(source, args, block, [&](int64_t g, double sum) { sums[g] = sum; });
+    // Where every column is a group its sum is made where it stays: the partial sums are in memory once.
+    double* const room = args.view.inner == 1 ? sums : nullptr;
+    block_squares(source, args, block, room, [&](int64_t g, double sum) { sums[g] = sum; });
   } else if (args.sums != nullptr) {
-    block_squares(source, args, block, [&](int64_t g, double sum) { args.sums[first + g] = sum; });
+    block_squares(source, args, block, nullptr, [&](int64_t g, double sum) { args.sums[first + g] = sum; });
   } else {
     T* norms = static_cast<T*>(args.factor_norms) + norm_row * groups + first;
-    block_squares(source, args, block, [&](int64_t g, double sum) { norms[g] = T(std::sqrt(sum)); });
+    block_squares(source, args, block, nullptr, [&](int64_t g, double sum) { norms[g] = T(std::sqrt(sum)); });
   }
 }
 
