@@ -284,7 +284,7 @@ void keys() {
               "no general kernel of a base");
   });
   // Of every type five kernels without a base; factors of two types; counts, numbers and sums of general weights.
-  const size_t want = size_t(4 * (3 * bases + 5) + 2 * 2 * bases + 2 + 3);
+  const size_t want = size_t(4 * (3 * bases + 5) + 2 * 2 * bases + 2 + 4);
   CHECK(all.size() == want, "%zu kernels, not %zu", all.size(), want);
   ++checked;
 }
