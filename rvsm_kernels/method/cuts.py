@@ -45,11 +45,10 @@ def find_budgets(
 
     Args:
         values: the options of each group.
-        candidates: those of a parameter, from (its place among the groups, the parameter).
+        candidates: those of a parameter, from (the place of its group, its place there, the parameter); may raise.
 
     Raises:
         ValueError: groups of one budget that differ in density, or of which one has a ``group_dim`` alone.
-        RuntimeError: a parameter whose memory was freed.
     """
     budgets: Budgets = {}
     seen: set[int] = set()
@@ -62,10 +61,8 @@ def find_budgets(
             _check_alike(members[0].group, of_group)
         for j, p in enumerate(group["params"]):
             if p.requires_grad and not is_lazy(p) and not is_left_alone(p) and p.numel() > 0 and id(p) not in seen:
-                if kind_of(p) is None:
-                    refuse(p, param_name(group, i, j))  # no engine has seen one without a gradient
                 seen.add(id(p))
-                members.append(Member(p, of_group, candidates(i, p)))
+                members.append(Member(p, of_group, candidates(i, j, p)))
     return {key: members for key, members in budgets.items() if members}
 
 
@@ -96,6 +93,9 @@ def put_cut(to: Tensor, cut: Tensor, scale: float) -> None:
 
     So the tensor loses what was counted, also where magnitudes tie and all of them are to go.
     """
+    if scale == 1 and to.dtype == cut.dtype:
+        to.copy_(cut)
+        return
     cut = cut.to(to.device)
     product = (cut.to(torch.float64) * scale).to(to.dtype)
     bits = product.view(torch.int64 if to.dtype == torch.float64 else torch.int32)
@@ -128,10 +128,13 @@ class Cuts:
 
         Raises:
             ValueError: groups that cannot have one budget.
+            RuntimeError: a parameter of a budget whose memory was freed.
         """
 
-        def candidates(i: int, p: Tensor) -> Candidates:
+        def candidates(i: int, j: int, p: Tensor) -> Candidates:
             step = options[i]
+            if p.grad is None and kind_of(p) is None:  # no engine looks at it
+                refuse(p, param_name(groups[i], i, j))
             beside = states_beside(p, step, functools.partial(state_of, p))
             return Candidates(p.detach(), *beside, grouping_of(step.values), scale_of(step.values, p))
 

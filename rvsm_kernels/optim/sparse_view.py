@@ -176,7 +176,13 @@ class SparseView:
         cuts = self._cuts_of_budgets
         if cuts is None:
             cuts, groups = {}, list(map(device_numbers.read, self._optimizer.param_groups))
-            for name, members in find_budgets(groups, groups, lambda i, p: self.candidates(p, groups[i])).items():
+
+            def candidates(i: int, j: int, p: Tensor) -> Candidates:
+                if kind_of(p) is None:
+                    refuse(p, param_name(groups[i], i, j))
+                return self.candidates(p, groups[i])
+
+            for name, members in find_budgets(groups, groups, candidates).items():
                 room = Room.like(*(member.p for member in members))
                 select_budget(room, members, self.select_for([member.p for member in members]))
                 cuts[name] = room.cut
