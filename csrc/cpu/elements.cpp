@@ -159,21 +159,25 @@ void plain_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Bas
 
 // ---- statistics ------------------------------------------------------------------------------------------------
 
-// u of a tile, and d as the split hands it to the base.
+// The penalty whose g is summed element by element; that of groups is summed over their norms.
+template <class Pull>
+constexpr Penalty kSummed = Penalty::none;
+template <Penalty kPenalty, class T>
+constexpr Penalty kSummed<ElementPull<kPenalty, T>> = kPenalty;
+
+// Adds a tile as the step will find it.
 template <Method kMethod, class T, class Pull>
-inline void split_loop(T* __restrict u, T* __restrict d, const T* __restrict w, const T* __restrict g,
-                       const T* __restrict state, int64_t n, const Split<T> split, const Pull pull) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    T wi = w[i], of_method = kMethod == Method::rvsm ? T(0) : state[i];
+inline void measure_tile(Sums& sums, const T* __restrict w, const T* __restrict g, const T* __restrict state, int64_t n,
+                         const Split<T> split, const Pull pull) {
+  add_elements<kSummed<Pull>, true>(sums, n, split.prox.a, [&](int64_t i, T& wi, T& ui, T& di) {
+    wi = w[i];
+    T moved = wi, of_method = kMethod == Method::rvsm ? T(0) : state[i];
     const T v = thresholded<kMethod>(wi, of_method);
-    const T ui = Pull::kPull ? pull.u(v, i) : wi;
+    ui = Pull::kPull ? pull.u(v, i) : wi;
     const T gap = Pull::kPull ? gap_of<kMethod>(wi, v, ui, of_method) : T(0);
-    T di = g[i] * split.grad;
-    split_step(wi, di, gap, pull.direction(w[i], i), split, KnownSplit<Pull::kPull, Pull::kLasso>{});
-    u[i] = ui;
-    d[i] = di;
-  }
+    di = g[i] * split.grad;
+    split_step(moved, di, gap, pull.direction(wi, i), split, KnownSplit<Pull::kPull, Pull::kLasso>{});
+  });
 }
 
 // A tile of an array of any type: its own memory where that has the type of the arithmetic, else `tile`, filled.
@@ -195,18 +199,12 @@ inline const double* read_weights(const TensorArgs& args, int64_t at, int64_t, d
   return static_cast<const double*>(args.w) + at;
 }
 
-// The penalty whose g is summed element by element; that of groups is summed over their norms, those of top-k and of
-// N:M are 0.
-inline Penalty summed_penalty(const TensorArgs& args, Penalty penalty) {
-  return args.grouped || args.topk || args.windows.on() ? Penalty::none : penalty;
-}
-
 // Adds elements [at, at + n) of a tensor as their step will find them.
 template <Method kMethod, class T, class Pull>
 __attribute__((noinline)) void measure_span(Sums& sums, const TensorArgs& args, int64_t at, int64_t n,
                                             const Split<T>& split, const Pull& pull) {
   const Precision& p = args.precision;
-  T wt[kTile], gt[kTile], st[kTile], u[kTile], d[kTile];
+  T wt[kTile], gt[kTile], st[kTile];
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t m = std::min(kTile, n - i), from = at + i;
     const T* const w = read_weights(args, from, m, wt);
@@ -215,22 +213,18 @@ __attribute__((noinline)) void measure_span(Sums& sums, const TensorArgs& args, 
         kMethod == Method::rvsm
             ? w
             : read_tile(args.method_state(), p.mixed ? p.states[args.base.states] : args.dtype, from, m, st);
-    split_loop<kMethod>(u, d, w, g, state, m, split, pull.at(i));
-    with_penalty(summed_penalty(args, split.prox.penalty),
-                 [&](auto tag) { add_tile<decltype(tag)::value, true>(sums, w, u, d, m, split.prox.a); });
+    measure_tile<kMethod>(sums, w, g, state, m, split, pull.at(i));
   }
 }
 
 // Adds magnitudes of one kind, weights or norms of groups, as their prox will find them.
 template <Penalty kPenalty, class T>
 void measure_magnitudes(Sums& sums, const T* r, int64_t n, const Prox<T>& prox) {
-  T s[kTile];
   const ElementPull<kPenalty, T> pull{prox};
-  for (int64_t i = 0; i < n; i += kTile) {
-    const int64_t m = std::min(kTile, n - i);
-    for (int64_t k = 0; k < m; ++k) s[k] = pull.u(r[i + k], k);
-    add_tile<kPenalty, false>(sums, r + i, s, r + i, m, prox.a);
-  }
+  add_elements<kPenalty, false>(sums, n, prox.a, [&](int64_t i, T& ri, T& si, T&) {
+    ri = r[i];
+    si = pull.u(ri, i);
+  });
 }
 
 // Adds the groups that begin in a block, from their norms.
@@ -445,14 +439,15 @@ template <class S, class Pull>
 void measure_weights(Sums& sums, const TensorArgs& args, int64_t at, int64_t n, const Prox<Opmath<S>>& prox,
                      const Pull& pull) {
   using T = Opmath<S>;
-  T wt[kTile], u[kTile];
+  T wt[kTile];
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t m = std::min(kTile, n - i);
     const T* const w = read_weights(args, at + i, m, wt);
-    std::copy(w, w + m, u);
-    prox_loop(u, m, pull.at(i));
-    with_penalty(summed_penalty(args, prox.penalty),
-                 [&](auto tag) { add_tile<decltype(tag)::value, false>(sums, w, u, w, m, prox.a); });
+    const Pull part = pull.at(i);
+    add_elements<kSummed<Pull>, false>(sums, m, prox.a, [&](int64_t k, T& wk, T& uk, T&) {
+      wk = w[k];
+      uk = part.u(wk, k);
+    });
   }
 }
 

@@ -1,7 +1,9 @@
-// Counts and sums of the CPU engine over tiles of w, u and d. Part of elements.cpp, so compiled once per instruction
-// set. Sums are in double precision, in lanes of a fixed number, so every instruction set gives the same bits.
+// Counts and sums of the CPU engine over elements of w, u and d. Part of elements.cpp, so compiled once per instruction
+// set. There is a fixed number of lanes, added in a fixed order, so every instruction set gives the same bits.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -15,53 +17,69 @@ namespace {
 // Independent sums that an instruction or two can take together.
 constexpr int kSumLanes = 16;
 
-// Sums of a tile, lane by lane.
+// Elements whose terms are added up in the type of the arithmetic, lane by lane; sums of stretches are in double.
+constexpr int64_t kStretch = 256;
+
+// The sum of the lanes, in pairs.
 template <class T>
-struct LaneSums {
-  using Count = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  double gap[kSumLanes] = {}, grad[kSumLanes] = {}, value[kSumLanes] = {};
-  Count zeros[kSumLanes] = {}, finite[kSumLanes] = {};
+inline double fold(T* lane) {
+  for (int half = kSumLanes / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
+  return double(lane[0]);
+}
 
-  void add_to(Sums& sums) const {
-    for (int k = 0; k < kSumLanes; ++k) {
-      sums.gap += gap[k];
-      sums.grad += grad[k];
-      sums.value += value[k];
-      sums.zeros += zeros[k];
-      sums.nonfinite -= finite[k];
-    }
-  }
-};
-
-// The next kSumLanes elements, or fewer. kGrad: d is there; finite elements are counted then.
-template <Penalty kPenalty, bool kGrad, class T>
-inline __attribute__((always_inline)) void add_lanes(LaneSums<T>& s, const T* __restrict w, const T* __restrict u,
-                                                     const T* __restrict d, int n, T a) {
-  using Count = typename LaneSums<T>::Count;
+// Adds elements [begin, end) one by one, in double: exact where terms are out of the range of a float, or not finite.
+template <Penalty kPenalty, bool kGrad, class T, class Element>
+__attribute__((noinline)) void add_slowly(Sums& sums, int64_t begin, int64_t end, T a, const Element& element) {
   constexpr T kMost = std::numeric_limits<T>::max();
-  for (int k = 0; k < n; ++k) {
-    const double gap = double(w[k]) - double(u[k]);
-    s.gap[k] += gap * gap;
-    s.zeros[k] += Count(u[k] == T(0));
+  for (int64_t i = begin; i < end; ++i) {
+    T w = T(0), u = T(0), d = T(0);
+    element(i, w, u, d);
+    const double gap = double(w) - double(u);
+    sums.gap += gap * gap;
+    sums.zeros += u == T(0);
     if (kGrad) {
-      s.grad[k] += double(d[k]) * double(d[k]);
-      s.finite[k] += Count((std::fabs(w[k]) <= kMost) & (std::fabs(d[k]) <= kMost));
+      sums.grad += double(d) * double(d);
+      sums.nonfinite += !((std::fabs(w) <= kMost) & (std::fabs(d) <= kMost));
     }
-    if (kPenalty == Penalty::l1 || kPenalty == Penalty::tl1) s.value[k] += double(value<kPenalty>(std::fabs(u[k]), a));
+    sums.value += double(value<kPenalty>(std::fabs(u), a));
   }
 }
 
-// Adds a tile of elements. Penalty::none leaves out g.
-template <Penalty kPenalty, bool kGrad, class T>
-void add_tile(Sums& sums, const T* w, const T* u, const T* d, int64_t n, T a) {
-  LaneSums<T> s;
-  int64_t i = 0;
-  for (; i + kSumLanes <= n; i += kSumLanes) add_lanes<kPenalty, kGrad>(s, w + i, u + i, d + i, kSumLanes, a);
-  add_lanes<kPenalty, kGrad>(s, w + i, u + i, d + i, int(n - i), a);
-  const int64_t before = sums.zeros;
-  s.add_to(sums);
-  if (kGrad) sums.nonfinite += n;
-  if (kPenalty == Penalty::l0) sums.value += double(n - (sums.zeros - before));
+// Adds n elements; element(i, w, u, d) gives those of place i. kGrad: d is there, and what is not finite is counted.
+// Penalty::none leaves out g. Where w or d of an element is not finite, a sum is not either: w - u is NaN then.
+template <Penalty kPenalty, bool kGrad, class T, class Element>
+inline __attribute__((always_inline)) void add_elements(Sums& sums, int64_t n, T a, const Element& element) {
+  constexpr bool kValue = kPenalty == Penalty::l1 || kPenalty == Penalty::tl1;
+  for (int64_t begin = 0; begin < n; begin += kStretch) {
+    const int64_t end = std::min(n, begin + kStretch);
+    T gaps[kSumLanes] = {}, grads[kSumLanes] = {}, values[kSumLanes] = {};
+    std::conditional_t<sizeof(T) == 8, int64_t, int32_t> zeros[kSumLanes] = {};
+    const auto add = [&](int64_t i, int k) __attribute__((always_inline)) {
+      T w = T(0), u = T(0), d = T(0);
+      element(i + k, w, u, d);
+      const T gap = w - u;
+      gaps[k] += gap * gap;
+      zeros[k] += u == T(0);
+      if (kGrad) grads[k] += d * d;
+      if (kValue) values[k] += value<kPenalty>(std::fabs(u), a);
+    };
+    int64_t i = begin;
+    for (; i + kSumLanes <= end; i += kSumLanes)
+      for (int k = 0; k < kSumLanes; ++k) add(i, k);
+    for (int k = 0; k < end - i; ++k) add(i, k);
+    const double gap = fold(gaps), grad = kGrad ? fold(grads) : 0, of_u = kValue ? fold(values) : 0;
+    if (!(std::fabs(gap + grad + of_u) <= std::numeric_limits<double>::max())) {
+      add_slowly<kPenalty, kGrad>(sums, begin, end, a, element);
+      continue;
+    }
+    int64_t none = 0;
+    for (const auto z : zeros) none += z;
+    sums.zeros += none;
+    sums.gap += gap;
+    sums.grad += grad;
+    sums.value += kPenalty == Penalty::l0 ? double(end - begin - none) : of_u;
+  }
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ def value_across(p: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 
 def add_rows(rows: Sequence[tuple[Tensor, Grouping, Tensor]], of_elements: int) -> None:
-    """Add the numbers of all ranks to those of this rank's shards, in place: one message for each set of ranks.
+    """Add the numbers of all ranks to those of this rank's shards, in place: a message for each set of ranks.
 
     Args:
         rows: (a DTensor, what its groups are, numbers of its shard).
@@ -82,6 +82,10 @@ def add_rows(rows: Sequence[tuple[Tensor, Grouping, Tensor]], of_elements: int) 
             part = table if of_groups_too else table[:, :of_elements].contiguous()
             torch.distributed.all_reduce(part, group=ranks)
             table[:, : part.shape[1]] = part
+            if not of_groups_too:  # all ranks count the same groups, but one without elements counts none
+                part = table[:, of_elements:].contiguous()
+                torch.distributed.all_reduce(part, torch.distributed.ReduceOp.MAX, group=ranks)
+                table[:, of_elements:] = part
         for numbers, total in zip(alike, table.unbind(), strict=True):
             numbers.copy_(total)
 
