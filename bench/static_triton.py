@@ -36,7 +36,7 @@ from rvsm_kernels.method.dtypes import opmath_type
 from .static import tool
 
 TARGETS = ("cuda:80", "cuda:90", "hip:gfx942")
-_TABLES = ("addresses", "entries", "records", "sources", "states", "bins")
+_TABLES = ("addresses", "entries", "records", "sources", "states", "bins", "blocks")
 _OTHERS = {
     "owners": "*i32",
     "found_inf": "*fp32",

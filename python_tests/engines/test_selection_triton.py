@@ -25,11 +25,11 @@ def _needs_triton() -> None:
 
 def check(candidates: list[Candidates], survivors: int, between: bool = False) -> Tensor:
     """Triton's cut is torch's, bit for bit."""
-    from rvsm_kernels.engines.triton import selection  # imports Triton
+    from rvsm_kernels.engines.triton.selection import Selecting  # imports Triton
 
     room = Room.like(*(c.w for c in candidates))
     s = Selection(*room, candidates, survivors, between)
-    selection.select([s], served_device_types("triton"))
+    Selecting(served_device_types("triton")).select([s])
     want = dataclasses.replace(s, cut=torch.full_like(s.cut, 7))
     select_in_torch([want])
     assert torch.equal(s.cut, want.cut) or (s.cut.isnan() and want.cut.isnan()), (survivors, between, s.cut, want.cut)
@@ -100,13 +100,17 @@ def test_layouts_and_groups() -> None:
 
 @pytest.mark.slow
 def test_several_cuts_in_one_call() -> None:
-    from rvsm_kernels.engines.triton import selection
+    from rvsm_kernels.engines.triton.selection import Selecting
 
     ws = [drawn(7), drawn(1030), drawn(9, torch.float64), drawn(0), drawn(50, torch.bfloat16)]
     wanted = [Selection.by_density(Room.like(w), [Candidates(w)], 0.3) for w in ws]
     wanted.append(dataclasses.replace(wanted[1], cut=torch.zeros_like(wanted[1].cut), between=True))
-    selection.select(wanted, served_device_types("triton"))
-    for s in wanted:
-        other = dataclasses.replace(s, cut=torch.zeros_like(s.cut))
-        select_in_torch([other])
-        assert torch.equal(s.cut, other.cut)
+    selecting = Selecting(served_device_types("triton"))
+    for edit in (lambda w: w, lambda w: w.mul_(-2)):
+        for w in ws:
+            edit(w)
+        selecting.select(wanted)
+        for s in wanted:
+            other = dataclasses.replace(s, cut=torch.zeros_like(s.cut))
+            select_in_torch([other])
+            assert torch.equal(s.cut, other.cut)

@@ -19,8 +19,9 @@ from ..checks import check_groups
 from ..interface import Engine, Group, Ready, StepInputs
 from ..measured import write_all_statistics
 from ..reference import keep_largest_, value_of_windows
-from . import selection, u
+from . import u
 from .launch import Launch
+from .selection import Selecting
 from .staging import on_device
 from .step_table import StepTable
 from .table import capturing
@@ -34,6 +35,7 @@ class TritonEngine(Engine):
     def __init__(self, device_types: Sequence[str]) -> None:
         self._served = tuple(device_types)
         self._table = StepTable()
+        self._selecting = Selecting(device_types)
         self._structures: list[Any] = []  # of the groups that the table was made for
         self._captured: list[Launch] = []  # graphs go on reading their tables
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -134,7 +136,7 @@ class TritonEngine(Engine):
             self._forget()
 
     def select(self, selections: Sequence[Selection]) -> None:
-        selection.select(selections, self._served)
+        self._selecting.select(selections)
 
     # ---- u -----------------------------------------------------------------------------------------------------------
 

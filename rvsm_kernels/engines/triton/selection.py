@@ -6,7 +6,9 @@ in float64 six. Integers are added, so that the cut does not depend on the order
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +24,7 @@ from .launch import STORAGE
 from .precision import LOW, WHOLE
 from .split import ADMM
 from .staging import Staged, on_device
-from .table import owners_of, upload
+from .table import Table, capturing
 from .windows import keys_of
 
 # Fields of an entry, in int64.
@@ -52,16 +54,17 @@ NONE = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 @triton.jit(do_not_specialize=["shift", "used"])
 def histogram_kernel(
-    entries, owners, states, bins, shift, used, S: tl.constexpr, T: tl.constexpr, OF_METHOD: tl.constexpr,
+    entries, blocks, states, bins, shift, used, S: tl.constexpr, T: tl.constexpr, OF_METHOD: tl.constexpr,
     METHOD: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
     """Adds the magnitudes of all entries to the bins of their cuts, 2^shift magnitudes each.
 
     Args:
+        blocks: the entry of each program.
         bins: int64, BINS for each cut.
         used: how many of them belong to the range.
     """
-    entry = entries + tl.load(owners + tl.program_id(0)).to(tl.int64) * SELECT_ENTRY
+    entry = entries + tl.load(blocks + tl.program_id(0)) * SELECT_ENTRY
     w, behind, dual = tl.load(entry + W), tl.load(entry + BEHIND), tl.load(entry + DUAL)
     cut, numel = tl.load(entry + CUT), tl.load(entry + NUMEL)
     begin = tl.load(states + cut * CUT_STATE + BEGIN)
@@ -98,11 +101,11 @@ def bin_kernel(states, bins, shift):
 
 @triton.jit
 def next_kernel(
-    entries, owners, states, S: tl.constexpr, T: tl.constexpr, OF_METHOD: tl.constexpr, METHOD: tl.constexpr,
+    entries, blocks, states, S: tl.constexpr, T: tl.constexpr, OF_METHOD: tl.constexpr, METHOD: tl.constexpr,
     MASTER: tl.constexpr, BLOCK: tl.constexpr, READS: tl.constexpr,
 ):  # fmt: skip
     """The smallest magnitude above each cut."""
-    entry = entries + tl.load(owners + tl.program_id(0)).to(tl.int64) * SELECT_ENTRY
+    entry = entries + tl.load(blocks + tl.program_id(0)) * SELECT_ENTRY
     w, behind, dual = tl.load(entry + W), tl.load(entry + BEHIND), tl.load(entry + DUAL)
     state = states + tl.load(entry + CUT) * CUT_STATE
     numel, begin = tl.load(entry + NUMEL), tl.load(state + BEGIN)
@@ -147,20 +150,77 @@ OPTIONS = {"enable_fp_fusion": False}
 """torch rounds each operation of what is halfway."""
 
 
-def select(selections: Sequence[Selection], device_types: Sequence[str]) -> None:
-    """Fill cuts: those whose candidates are on one device of these types by the kernels, others by torch."""
-    served = [s for s in selections if s.cut.device.type in device_types and _is_served(s)]
-    if len(served) < len(selections):
-        select_in_torch([s for s in selections if not any(s is other for other in served)])
-    for s in served:
-        if s.survivors >= sum(c.count() for c in s.candidates):
-            s.cut.fill_(-1)
-    few = [s for s in served if s.survivors < sum(c.count() for c in s.candidates)]
-    for device, dtype, between in dict.fromkeys((s.cut.device, s.cut.dtype, s.between) for s in few):
-        alike = [s for s in few if (s.cut.device, s.cut.dtype, s.between) == (device, dtype, between)]
-        with on_device(device):
-            _select(alike, device, dtype, between)
-        torch.autograd.graph.increment_version([s.cut for s in alike if not s.cut.is_inference()])
+class Selecting:
+    """Selections of one optimizer. What the kernels are told stays where captured graphs read it.
+
+    Args:
+        device_types: that the kernels serve.
+    """
+
+    def __init__(self, device_types: Sequence[str]) -> None:
+        self._served = tuple(device_types)
+        self._tables: dict[Hashable, Table] = {}
+
+    def select(self, selections: Sequence[Selection]) -> None:
+        """Fill cuts: those whose candidates are on one device by the kernels, others by torch."""
+        served = [s for s in selections if s.cut.device.type in self._served and _is_served(s)]
+        if len(served) < len(selections):
+            select_in_torch([s for s in selections if not any(s is other for other in served)])
+        kinds: dict[tuple[torch.device, torch.dtype, bool], list[Selection]] = {}
+        for s in served:
+            if s.survivors >= sum(c.count() for c in s.candidates):
+                s.cut.fill_(-1)
+            else:
+                kinds.setdefault((s.cut.device, s.cut.dtype, s.between), []).append(s)
+        for (device, dtype, between), alike in kinds.items():
+            with on_device(device):
+                self._select(alike, device, dtype, between)
+            torch.autograd.graph.increment_version([s.cut for s in alike if not s.cut.is_inference()])
+
+    def _put(self, rows: Sequence[int], device: torch.device, *key: Hashable) -> Tensor:
+        """Numbers on the device, without waiting."""
+        table = self._tables.setdefault((device, *key), Table(device))
+        table.data = array("q", rows).tobytes()
+        return table.put(capturing(device))
+
+    def _select(self, selections: Sequence[Selection], device: torch.device, dtype: torch.dtype, between: bool) -> None:
+        """The cuts of one device and type."""
+        kinds: dict[_Kind, list[_Entry]] = {}
+        entries = [_Entry(c, k) for k, s in enumerate(selections) for c in s.candidates]
+        for e in entries:
+            if e.numel > 0:
+                kinds.setdefault(e.kind, []).append(e)
+        start = [x for s in selections for x in (0, 0, NONE.value, s.survivors, s.cut.data_ptr())]
+        states = self._put(start, device, "states", dtype, between).clone()
+        bins = torch.zeros(len(selections) * BINS.value, dtype=torch.int64, device=device)
+        options: dict[str, Any] = {**options_for(WARP_SIZE), **OPTIONS}
+        passes = []
+        for kind, of_kind in kinds.items():
+            weight, master, dual = kind
+            fields: list[int] = []
+            blocks: list[int] = []
+            for k, e in enumerate(of_kind):
+                fields += [*e.addresses, e.numel, len(blocks), e.cut]
+                blocks += [k] * e.blocks
+            tables = [self._put(rows, device, what, kind, between) for what, rows in (("e", fields), ("b", blocks))]
+            types = STORAGE[weight], STORAGE[dtype], STORAGE[dtype if dual is None else dual]
+            constants = *types, 0 if dual is None else ADMM.value, master, SELECT_BLOCK, READS
+            passes.append((len(blocks), tables, constants))
+
+        def read(kernel: Any, *arguments: Any) -> None:
+            for programs, tables, constants in passes:
+                kernel[programs, 1, 1](*tables, states, *arguments, *constants, **options)
+
+        grid = len(selections), 1, 1
+        shift = 63 if dtype == torch.float64 else 31
+        while shift > 0:
+            bits = min(shift, BIN_BITS)
+            shift -= bits
+            read(histogram_kernel, bins, shift, 1 << bits)
+            bin_kernel[grid](states, bins, shift, **options)
+        if between:
+            read(next_kernel)
+        write_kernel[grid](states, STORAGE[dtype], between, **options)
 
 
 def _is_served(s: Selection) -> bool:
@@ -194,51 +254,3 @@ class _Entry:
         self.numel, self.cut = c.w.numel(), cut
         self.addresses = w.dense.data_ptr(), behind, dual
         self.blocks = -(-self.numel // (SELECT_BLOCK * READS))
-
-    def fields(self, first: int) -> list[int]:
-        """In the order of the constants above."""
-        return [*self.addresses, self.numel, first, self.cut]
-
-
-def _select(selections: Sequence[Selection], device: torch.device, dtype: torch.dtype, between: bool) -> None:
-    """The cuts of one device and type."""
-    entries = [_Entry(c, k) for k, s in enumerate(selections) for c in s.candidates]
-    start = [[0, 0, NONE.value, s.survivors, s.cut.data_ptr()] for s in selections]
-    states = upload(torch.tensor(start, dtype=torch.int64, device="cpu"), device)
-    bins = torch.zeros(len(selections) * BINS.value, dtype=torch.int64, device=device)
-    kinds = dict.fromkeys(e.kind for e in entries if e.numel > 0)
-    passes = [_Pass([e for e in entries if e.numel > 0 and e.kind == kind], kind, device, dtype) for kind in kinds]
-    options = {**options_for(WARP_SIZE), **OPTIONS}
-    grid = len(selections), 1, 1
-    shift = bits = 63 if dtype == torch.float64 else 31
-    while shift > 0:
-        bits = min(shift, BIN_BITS)
-        shift -= bits
-        for of_kind in passes:
-            of_kind.run(histogram_kernel, options, states, bins, shift, 1 << bits)
-        bin_kernel[grid](states, bins, shift, **options)
-    if between:
-        for of_kind in passes:
-            of_kind.run(next_kernel, options, states)
-    write_kernel[grid](states, STORAGE[dtype], between, **options)
-
-
-class _Pass:
-    """The tensors of one kind: a launch in each round."""
-
-    def __init__(self, entries: Sequence[_Entry], kind: _Kind, device: torch.device, dtype: torch.dtype) -> None:
-        fields, first = [], 0
-        for e in entries:
-            fields.append(e.fields(first))
-            first += e.blocks
-        self._entries: Tensor = upload(torch.tensor(fields, dtype=torch.int64, device="cpu"), device)
-        self._owners: Tensor = upload(owners_of([e.blocks for e in entries]), device)
-        weight, master, dual = kind
-        method = 0 if dual is None else ADMM.value
-        types = STORAGE[weight], STORAGE[dtype], STORAGE[dtype if dual is None else dual]
-        self._constants = *types, method, master, SELECT_BLOCK, READS
-        self._grid = first, 1, 1
-
-    def run(self, kernel: object, options: dict[str, object], *arguments: object) -> None:
-        """Launch."""
-        kernel[self._grid](self._entries, self._owners, *arguments, *self._constants, **options)  # type: ignore[index]
