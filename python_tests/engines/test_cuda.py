@@ -121,8 +121,8 @@ def test_nothing_waits_for_a_selection(group_dim: int | None, engine: str) -> No
 def test_cuts_are_those_of_a_sort(between: bool, dtype: torch.dtype, engine: str) -> None:
     """Around the last cut too, and after an edit; of small tensors, large ones, ties and several at a time."""
     shapes = (5,), (9000,), (1001, 1003)
-    ws = [torch.randn(shape, generator=generator(1), device="cpu").to("cuda", dtype) for shape in shapes]
-    ws.append(torch.randint(-2, 3, (70000,), generator=generator(2), device="cpu").to("cuda", dtype))
+    ws = [torch.randn(shape, generator=generator(1), device="cuda").to(dtype) for shape in shapes]
+    ws.append(torch.randint(-2, 3, (70000,), generator=generator(2), device="cuda").to(dtype))
     of_all = [[Candidates(w)] for w in ws] + [[Candidates(w) for w in ws]]
     counts = [sum(c.count() for c in candidates) for candidates in of_all]
     wanted = [Selection(*Room.like(ws[0]), c, n // 3, between) for c, n in zip(of_all, counts, strict=True)]
