@@ -6,8 +6,8 @@
 
 #include "counts.h"
 #include "general.h"
+#include "picks.h"
 #include "resident.h"
-#include "selection.h"
 #include "windows.h"
 
 namespace rvsm::cuda {

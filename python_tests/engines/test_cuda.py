@@ -15,6 +15,8 @@ import rvsm_kernels as rk
 from bench.timing import launched
 from models import assert_same_weights, backward, optimizer_of, small
 from runner import check_reading, checked_step, same_bits
+from rvsm_kernels.engines.registry import make_engine
+from rvsm_kernels.method.selection import Candidates, Room, Selection, cut_among
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU, and RVSM_TEST_DEVICE=cuda")
 
@@ -114,7 +116,27 @@ def test_nothing_waits_for_a_selection(group_dim: int | None, engine: str) -> No
             optimizer.step()
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("between", [False, True])
+def test_cuts_are_those_of_a_sort(between: bool, dtype: torch.dtype, engine: str) -> None:
+    """Around the last cut too, and after an edit; of small tensors, large ones, ties and several at a time."""
+    shapes = (5,), (9000,), (1001, 1003)
+    ws = [torch.randn(shape, generator=generator(1), device="cuda").to(dtype) for shape in shapes]
+    ws.append(torch.randint(-2, 3, (70000,), generator=generator(2), device="cuda").to(dtype))
+    of_all = [[Candidates(w)] for w in ws] + [[Candidates(w) for w in ws]]
+    counts = [sum(c.count() for c in candidates) for candidates in of_all]
+    wanted = [Selection(*Room.like(ws[0]), c, n // 3, between) for c, n in zip(of_all, counts, strict=True)]
+    serving = make_engine(engine)
+    for factor in (1, 1, 1.0001, -3):
+        for w in ws:
+            w.mul_(factor)
+        with no_waiting():
+            serving.select(wanted)
+        for s in wanted:
+            assert torch.equal(s.cut, cut_among([c.magnitudes() for c in s.candidates], s.survivors, between))
+
+
+@pytest.mark.parametrize("split", [*SPLITS, {"penalty": "topk", "density": 0.3, "lam": 1.0, "beta": 0.5}])
 def test_graph_replay(split: dict[str, Any], engine: str) -> None:
     """A captured step, replayed with other gradients, is the step that eager execution does."""
     params, twins = parameters(), parameters()

@@ -405,8 +405,8 @@ Addresses addresses_of(const TensorArgs& args) {
 
 std::string name_of(const cuda::Key& key) {
   static const char* const kNames[] = {
-      "squares", "dual_squares", "general_squares", "factors", "step_resident", "prox_resident",
-      "step",    "prox",         "penalty",         "general", "count",         "numbers"};
+      "squares", "dual_squares", "general_squares", "factors", "step_resident", "prox_resident", "step",       "prox",
+      "penalty", "general",      "count",           "numbers", "windows",       "select_pass",   "select_pick"};
   std::string name = kNames[int(key.work)];
   const bool is_step =
       key.work == cuda::Work::step || key.work == cuda::Work::step_resident || key.work == cuda::Work::general;

@@ -181,7 +181,8 @@ class Selecting:
         """Numbers on the device, without waiting."""
         table = self._tables.setdefault((device, *key), Table(device))
         table.data = array("q", rows).tobytes()
-        return table.put(capturing(device))
+        with torch.inference_mode(False):  # a later step writes to it
+            return table.put(capturing(device))
 
     def _select(self, selections: Sequence[Selection], device: torch.device, dtype: torch.dtype, between: bool) -> None:
         """The cuts of one device and type."""
