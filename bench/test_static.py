@@ -142,8 +142,8 @@ def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
         kind, _, arguments = kernel.name.partition("<")
         storage = arguments.split(",")[0].rstrip(">")
         sets = kernel.loads[128], kernel.stores[128]
-        # A thread for a tensor or for a record; weights that are read one by one.
-        if kind in ("count_kernel", "numbers_kernel", "general_sum_kernel"):
+        # A thread for a tensor or for a record; weights that are read one by one, or whose type is found when they are.
+        if kind in ("count_kernel", "numbers_kernel", "general_sum_kernel") or kind.startswith("select_"):
             continue
         if kind == "resident_kernel":
             assert sets[0] >= 2 and sets[1] >= 1, line(kernel)
@@ -169,12 +169,13 @@ def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
     """Three quarters of the threads for every kernel of a step over float32 and half types; but the value of a penalty
     divides in double precision, float64 has twice as much to hold, and half types hold two phases at once where a
     block sums its own groups; a method with a state has one more array, and as many bytes in flight with half of the
-    threads; AdamW has one or two more, a root and a quotient."""
+    threads; AdamW has one or two more, a root and a quotient. A selection holds a run of weights of any type."""
     kernels = [kernel for kernel in compiled if kernel.arch == "90"]
     if not kernels:
         pytest.skip("this build has no code for sm_90")
     for kernel in kernels:
         both = kernel.name.startswith("resident_kernel") and "16" in kernel.name
+        both |= kernel.name.startswith("select_")
         heavy = "double" in kernel.name or kernel.name.startswith("penalty")
         state = kernel.name.startswith("step_kernel") and kernel.name.endswith("true>")
         state = state or ", true, true, " in kernel.name  # sums of w + dual

@@ -25,6 +25,11 @@ constexpr int kBlocks = sizeof(S) == 8 ? 3 : kMostBlocks;
 template <class S, class Base, bool kHasState>
 constexpr int step_blocks() {
   constexpr bool kHalf = sizeof(S) == 2, kTwoArrays = Base::kStates > 0 || Base::kWritesGrad;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  if (Base::kStates > 2) return 2;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if (Base::kStates > 2 && sizeof(S) == 8 && kHasState) return 1;
+#endif
   if (Base::kStates > 1) return sizeof(S) != 4 || kHasState ? 2 : 3;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 900)
   if (kHasState) return sizeof(S) == 8 ? 2 : 3;
@@ -34,6 +39,8 @@ constexpr int step_blocks() {
   if (sizeof(S) == 8 || !kTwoArrays) return kBlocks<S>;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
   return kHalf ? 4 : 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  return kHalf ? 2 : 3;  // with the windows of N:M in registers
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return kHalf ? 3 : 4;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

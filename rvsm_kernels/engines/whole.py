@@ -31,27 +31,37 @@ def _is_served(p: Tensor) -> bool:
 
 
 def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any) -> None:
-    """:func:`rvsm_kernels.method.selection.normalize_`: one read and one division of each tensor that is stored as it
-    is, in memory of its own, with a norm in the range of its type; torch's operations for the others.
+    """:func:`rvsm_kernels.method.selection.normalize_`: one read and one division of each tensor in memory of its own
+    with a norm in the range of its type; torch's operations for the others.
+
+    Weights behind masters, and those that are rounded stochastically, are divided in float32 as float32 weights are.
     """
-    plain = [t for t in tensors if t.master is None and t.step is None and t.p.numel() > 0 and _is_served(t.p)]
-    if not plain or isinstance(lr, Tensor) or any(turns_of([t.p for t in tensors])):
+    served = [t for t in tensors if t.p.numel() > 0 and _is_served(t.p)]
+    if not served or isinstance(lr, Tensor) or any(turns_of([t.p for t in tensors])):
         normalize_in_torch_(tensors, found_inf, lr)
         return
-    ours = {t.p for t in plain}
+    ours = {t.p for t in served}
     rest = [t for t in tensors if t.p not in ours and t.p.numel() > 0]
     if rest:
         normalize_in_torch_(rest, found_inf, lr)
     if found_inf is not None and found_inf.item() > 0:
         return
-    sums = torch.cat(torch.ops.rvsm_kernels.squares([t.p.detach() for t in plain], (), 1)).tolist()
-    norms = [math.sqrt(s) for s in sums]
-    in_range = [(t.p.detach(), n) for t, n in zip(plain, norms, strict=True) if _is_in_range(n, t.p.dtype)]
+    weights = [t.p.detach() if _is_stored_as_it_is(t) else t.load() for t in served]
+    sums = torch.cat(torch.ops.rvsm_kernels.squares(weights, (), 1)).tolist()
+    found = [(t, w, math.sqrt(s)) for t, w, s in zip(served, weights, sums, strict=True)]
+    in_range = [(t, w, norm) for t, w, norm in found if _is_in_range(norm, w.dtype)]
     if in_range:
-        torch.ops.rvsm_kernels.divide_([w for w, _ in in_range], [n for _, n in in_range])
-    out_of_range = [t for t, n in zip(plain, norms, strict=True) if not _is_in_range(n, t.p.dtype)]
+        torch.ops.rvsm_kernels.divide_([w for _, w, _ in in_range], [norm for _, _, norm in in_range])
+    for t, w, _ in in_range:
+        if not _is_stored_as_it_is(t):
+            t.store(w)
+    out_of_range = [t for t, w, norm in found if not _is_in_range(norm, w.dtype)]
     if out_of_range:
         normalize_in_torch_(out_of_range, None, lr)
+
+
+def _is_stored_as_it_is(t: Stored) -> bool:
+    return t.master is None and t.step is None
 
 
 def _is_in_range(norm: float, dtype: torch.dtype) -> bool:
