@@ -142,7 +142,7 @@ int64_t elementwise() {
         Tensor<S> got = start;
         TensorArgs args = got.args(n, o);
         args.view = {1, 1, n, 1};
-        if (n > 0) k->step(args, {0, 0, 1, 0, n});
+        if (n > 0) k->step(args, {0, 0, 1, 0, n}, nullptr);
         CHECK(got.same(want), "%s: %lld elements at %lld, storage of %zu bytes", k->isa, static_cast<long long>(n),
               static_cast<long long>(shift), sizeof(S));
         ++cases;
