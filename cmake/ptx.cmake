@@ -40,7 +40,7 @@ find_package(Threads REQUIRED)
 file(GLOB RVSM_PTX_SOURCES CONFIGURE_DEPENDS csrc/tests/ptx/*.cpp)
 add_executable(test_ptx EXCLUDE_FROM_ALL ${RVSM_PTX_SOURCES} csrc/cuda/launches.cpp csrc/cuda/host_kernels.cpp
                csrc/cpu/engine.cpp csrc/cpu/elements.cpp csrc/cpu/norms.cpp
-               csrc/cpu/magnitudes.cpp csrc/cpu/selection.cpp)
+               csrc/cpu/magnitudes.cpp csrc/cpu/selection.cpp csrc/cpu/whole.cpp)
 target_compile_definitions(test_ptx PRIVATE RVSM_ISA=base)
 target_compile_options(test_ptx PRIVATE -O2 -Wall -Wextra -ffp-contract=off -fno-strict-aliasing
                        $<$<BOOL:${RVSM_HAS_NATIVE}>:-march=native>)
