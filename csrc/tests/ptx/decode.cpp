@@ -271,7 +271,7 @@ class Decoder {
     if (space == "shared") x_.op = load ? Op::load_shared : Op::store_shared;
     if (space == "global") x_.op = load ? Op::load_global : Op::store_global;
     require(x_.op != Op::none);
-    require(x_.bits >= 16 || x_.op == Op::load_param);  // races are looked for in pairs of bytes
+    require(x_.bits >= 16 || space != "shared");  // races there are looked for in larger pieces
     address(arguments[load ? 1 : 0]);
     if (load) {
       x_.results = x_.elements = list(arguments[0], x_.result);

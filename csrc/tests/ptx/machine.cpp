@@ -236,8 +236,7 @@ uint8_t* Machine::global(Instruction& x, uint64_t address, bool write, int index
     }
   }
   if (!a->touches.empty()) {
-    const uint64_t first = (address >> 1) - (a->base >> 1), last = ((address + bytes - 1) >> 1) - (a->base >> 1);
-    for (uint64_t i = first; i <= last; ++i)
+    for (uint64_t i = at; i < at + bytes; ++i)
       if (const char* what = race(a->touches[i], {launch_, block_, uint16_t(thread), interval_}, write)) {
         report("race", index, thread, a->name + " is " + what);
         break;

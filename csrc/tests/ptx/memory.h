@@ -101,7 +101,7 @@ struct Allocation {
   std::string name;
   bool readonly = false;
   Pages<uint8_t> written;  // by byte; empty where all bytes were written before
-  Pages<Touch> touches;    // by pairs of bytes; empty where races are not looked for
+  Pages<Touch> touches;    // by byte; empty where races are not looked for
 };
 
 class Memory {
@@ -119,7 +119,7 @@ class Memory {
     a->name = name;
     a->readonly = access == read_only;
     if (access == not_yet_written) a->written = Pages<uint8_t>(size);
-    if (races) a->touches = Pages<Touch>(size / 2 + 2);
+    if (races) a->touches = Pages<Touch>(size);
     allocations_.push_back(std::move(a));
     sorted_ = false;
   }
