@@ -28,6 +28,23 @@ inline double fold(T* lane) {
   return double(lane[0]);
 }
 
+// Sums of squares below this may have lost terms that are smaller than any number. Terms of double are not that small.
+template <class T>
+constexpr double kVanishing = sizeof(T) == 4 ? 0x1p-100 : 0.0;
+
+// Whether elements [begin, end) have a gap or a d whose square may be lost, in a sum that is so small.
+template <bool kGrad, class T, class Element>
+__attribute__((noinline)) bool has_lost(int64_t begin, int64_t end, bool gaps, bool grads, const Element& element) {
+  int32_t any = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    T w = T(0), u = T(0), d = T(0);
+    element(i, w, u, d);
+    any |= int32_t(gaps) & int32_t(w != u);
+    if (kGrad) any |= int32_t(grads) & int32_t(d != T(0));
+  }
+  return any != 0;
+}
+
 // Adds elements [begin, end) one by one, in double: exact where terms are out of the range of a float, or not finite.
 template <Penalty kPenalty, bool kGrad, class T, class Element>
 __attribute__((noinline)) void add_slowly(Sums& sums, int64_t begin, int64_t end, T a, const Element& element) {
@@ -69,7 +86,9 @@ inline __attribute__((always_inline)) void add_elements(Sums& sums, int64_t n, T
       for (int k = 0; k < kSumLanes; ++k) add(i, k);
     for (int k = 0; k < end - i; ++k) add(i, k);
     const double gap = fold(gaps), grad = kGrad ? fold(grads) : 0, of_u = kValue ? fold(values) : 0;
-    if (!(std::fabs(gap + grad + of_u) <= std::numeric_limits<double>::max())) {
+    const bool small_gap = gap < kVanishing<T>, small_grad = kGrad && grad < kVanishing<T>;
+    if (!(std::fabs(gap + grad + of_u) <= std::numeric_limits<double>::max()) ||
+        ((small_gap || small_grad) && has_lost<kGrad, T>(begin, end, small_gap, small_grad, element))) {
       add_slowly<kPenalty, kGrad>(sums, begin, end, a, element);
       continue;
     }
