@@ -267,29 +267,21 @@ std::vector<Sums> TaskList::totals() const {
   return of_tensors;
 }
 
-namespace {
-
-struct AllKernels : Kernels {
-  const WholeKernels& whole;
-};
-
-}  // namespace
-
-#define RVSM_DECLARE(isa)                                                                                     \
-  extern const ElementKernels element_kernels_##isa;                                                          \
-  extern const NormKernels norm_kernels_##isa;                                                                \
-  extern const MagnitudeKernels magnitude_kernels_##isa;                                                      \
-  extern const WholeKernels whole_kernels_##isa;                                                              \
-  static const AllKernels kernels_##isa{{element_kernels_##isa, norm_kernels_##isa, magnitude_kernels_##isa}, \
-                                        whole_kernels_##isa};
+#define RVSM_DECLARE(isa)                                                                                \
+  extern const ElementKernels element_kernels_##isa;                                                     \
+  extern const NormKernels norm_kernels_##isa;                                                           \
+  extern const MagnitudeKernels magnitude_kernels_##isa;                                                 \
+  extern const WholeKernels whole_kernels_##isa;                                                         \
+  static const Kernels kernels_##isa{element_kernels_##isa, norm_kernels_##isa, magnitude_kernels_##isa, \
+                                     whole_kernels_##isa};
 RVSM_DECLARE(base)
 #if defined(RVSM_X86)
 RVSM_DECLARE(avx2)
 RVSM_DECLARE(avx512)
 #endif
 
-static const AllKernels& all_kernels() {
-  static const AllKernels& chosen = []() -> const AllKernels& {
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
 #if defined(RVSM_X86)
     // A value that names none of the three limits nothing; native.py warns of it.
     const char* value = std::getenv("RVSM_ISA");
@@ -305,9 +297,5 @@ static const AllKernels& all_kernels() {
   }();
   return chosen;
 }
-
-const Kernels& kernels() { return all_kernels(); }
-
-const WholeKernels& whole_kernels() { return all_kernels().whole; }
 
 }  // namespace rvsm::cpu

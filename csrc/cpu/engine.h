@@ -42,11 +42,13 @@ struct NormKernels {
 };
 
 struct MagnitudeKernels;  // see selection.h
+struct WholeKernels;      // see whole.h
 
 struct Kernels {
   const ElementKernels& elements;
   const NormKernels& norms;
   const MagnitudeKernels& magnitudes;
+  const WholeKernels& whole;
 };
 
 // The kernels for this processor; RVSM_ISA=base|avx2|avx512 in the environment asks for less than it has.

@@ -56,7 +56,7 @@ inline void round_tile(Half* __restrict to, const float* __restrict from, const 
   for (int64_t i = 0; i < n; ++i) store_rounded(to[i], from[i], random[i]);
 }
 
-__attribute__((noinline)) void load_weights(float* to, const TensorArgs& args, int64_t at, int64_t n) {
+[[maybe_unused]] __attribute__((noinline)) void load_weights(float* to, const TensorArgs& args, int64_t at, int64_t n) {
   if (args.precision.master == Master::low)
     return join_tile(to, static_cast<const BFloat16*>(args.w) + at,
                      static_cast<const int16_t*>(args.master_state()) + at, n);
@@ -66,7 +66,8 @@ __attribute__((noinline)) void load_weights(float* to, const TensorArgs& args, i
   load_plane(to, args.w, args.dtype, at, n);
 }
 
-__attribute__((noinline)) void store_weights(const TensorArgs& args, const float* from, int64_t at, int64_t n) {
+[[maybe_unused]] __attribute__((noinline)) void store_weights(const TensorArgs& args, const float* from, int64_t at,
+                                                              int64_t n) {
   const Precision& precision = args.precision;
   if (precision.master == Master::low)
     return split_tile(static_cast<BFloat16*>(args.w) + at, static_cast<int16_t*>(args.master_state()) + at, from, n);

@@ -24,7 +24,4 @@ struct WholeKernels {
   void (*threshold)(const TensorArgs&, int64_t at, int64_t n);
 };
 
-// Those for this processor; see kernels().
-const WholeKernels& whole_kernels();
-
 }  // namespace rvsm::cpu

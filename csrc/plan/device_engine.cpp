@@ -46,15 +46,16 @@ class CpuEngine final : public DeviceEngine {
   }
 
   at::Tensor total() override { return at::scalar_tensor(tasks_.total(), at::kDouble); }
+  std::vector<Sums> sums() const override { return tasks_.totals(); }
   int64_t workload() const override { return tasks_.workload(); }
 
  private:
   void write_statistics() {
-    const std::vector<Sums> sums = tasks_.totals();
-    for (size_t i = 0; i < sums.size(); ++i) {
+    const std::vector<Sums> of_tensors = sums();
+    for (size_t i = 0; i < of_tensors.size(); ++i) {
       const TensorArgs& args = tensors[i];
       if (args.active && args.statistics != nullptr)
-        sums[i].write(args.statistics, args.grouped, args.split, args.lam, args.beta);
+        of_tensors[i].write(args.statistics, args.grouped, args.split, args.lam, args.beta);
     }
   }
 
@@ -125,8 +126,10 @@ std::unique_ptr<DeviceEngine> DeviceEngine::make(at::Device device, Action actio
 #endif
   TORCH_CHECK(device.is_cpu(), "this build of rvsm_kernels has no engine for ", device);
   if (interpret) return std::make_unique<CudaEngine>(action, device, cuda::host_kernels());
-  return std::make_unique<CpuEngine>(action);
+  return make_for_cpu(action);
 }
+
+std::unique_ptr<DeviceEngine> DeviceEngine::make_for_cpu(Action action) { return std::make_unique<CpuEngine>(action); }
 
 size_t DeviceEngines::of(at::Device device, size_t turn) {
   for (size_t i = 0; i < engines_.size(); ++i)

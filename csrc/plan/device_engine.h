@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "../math/statistics.h"
 #include "../math/tensor_args.h"
 
 namespace rvsm {
@@ -22,6 +23,8 @@ class DeviceEngine {
   static bool serves(at::Device device);
   // Throws where it does not.
   static std::unique_ptr<DeviceEngine> make(at::Device device, Action action);
+  // The CPU's, also where the CUDA engine's lines are interpreted.
+  static std::unique_ptr<DeviceEngine> make_for_cpu(Action action);
 
   virtual ~DeviceEngine() = default;
   DeviceEngine(const DeviceEngine&) = delete;
@@ -36,6 +39,9 @@ class DeviceEngine {
 
   // Action::penalty, after run(): a 0-dim float64 tensor on the device.
   virtual at::Tensor total() = 0;
+
+  // Action::penalty and Action::zeros on the CPU, after run(): the sums of each tensor.
+  virtual std::vector<Sums> sums() const { return {}; }
 
   // Elements that the calling thread will work on: 0 where a device does.
   virtual int64_t workload() const = 0;

@@ -283,8 +283,8 @@ void keys() {
         CHECK(all.count({Work::general, dtype, key_of<decltype(base)>(), has_state}) == 1,
               "no general kernel of a base");
   });
-  // Of every type five kernels without a base; factors and the two of a selection of two types; counts, numbers, windows
-  // and sums of general weights.
+  // Of every type five kernels without a base; factors and the two of a selection of two types; counts, numbers,
+  // windows and sums of general weights.
   const size_t want = size_t(4 * (3 * bases + 5) + 2 * 2 * bases + 2 * 3 + 4);
   CHECK(all.size() == want, "%zu kernels, not %zu", all.size(), want);
   ++checked;

@@ -191,7 +191,7 @@ at::Tensor sums_of_u(at::TensorList tensors, Names penalty, double lam, double b
                      bool group_scale, int64_t group_block, const c10::List<std::optional<at::Tensor>>& cuts,
                      bool zeros) {
   ArgsList list({penalty, lam, beta, a, group_scale}, group_dim, group_block);
-  cpu::TaskList tasks(zeros ? Action::zeros : Action::penalty);
+  const auto engine = DeviceEngine::make_for_cpu(zeros ? Action::zeros : Action::penalty);
   std::vector<Staged> staged;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& w = tensors[i];
@@ -209,20 +209,16 @@ at::Tensor sums_of_u(at::TensorList tensors, Names penalty, double lam, double b
       args.cut = cut.const_data_ptr();
     }
     args.active = args.numel > 0;
-    tasks.tensors.push_back(args);
+    engine->tensors.push_back(args);
   }
-  tasks.divide();
-  const at::Tensor scratch = at::empty({tasks.scratch_bytes()}, at::kByte);
-  tasks.set_scratch(scratch.mutable_data_ptr());
-  const int64_t threads = tasks.workload() >= (1 << 15) ? at::get_num_threads() : 1;
-  tasks.start(threads);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { tasks.work(begin, end); });
-  const std::vector<Sums> sums = tasks.totals();
+  engine->divide();
+  engine->run();
+  const std::vector<Sums> sums = engine->sums();
   const at::Tensor found = at::zeros({int64_t(tensors.size()), 4}, at::kDouble);
   for (size_t i = 0; i < sums.size(); ++i) {
     double* const row = found.mutable_data_ptr<double>() + 4 * i;
     row[0] = double(sums[i].zeros);
-    row[1] = double(tasks.tensors[i].grouped ? sums[i].zero_groups : sums[i].zeros);
+    row[1] = double(engine->tensors[i].grouped ? sums[i].zero_groups : sums[i].zeros);
     row[2] = sums[i].gap;
     row[3] = sums[i].value;
   }

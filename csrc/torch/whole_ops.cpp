@@ -46,7 +46,7 @@ void divide_(at::TensorList tensors, at::ArrayRef<double> norms) {
     Staged staged(tensors[i], tensors[i].scalar_type());
     staged.load();
     const TensorArgs args = args_of(staged.dense(), true);
-    for_tasks(args.numel, [&](int64_t at, int64_t n) { cpu::whole_kernels().divide(args, norms[i], at, n); });
+    for_tasks(args.numel, [&](int64_t at, int64_t n) { cpu::kernels().whole.divide(args, norms[i], at, n); });
     staged.store();
     bump_version(tensors[i]);
   }
@@ -69,7 +69,7 @@ int64_t support_(const at::Tensor& bits, const at::Tensor& w, const at::Tensor& 
   args.cut = cut.const_data_ptr();
   uint8_t* const to = bits.mutable_data_ptr<uint8_t>();
   std::atomic<int64_t> count{0};
-  for_tasks(args.numel, [&](int64_t at, int64_t n) { count += cpu::whole_kernels().support(args, to, at, n); });
+  for_tasks(args.numel, [&](int64_t at, int64_t n) { count += cpu::kernels().whole.support(args, to, at, n); });
   bump_version(bits);
   return count;
 }
@@ -83,11 +83,11 @@ bool threshold_where_changed_(const at::Tensor& w, const at::Tensor& cut, const 
   const uint8_t* const before = bits.const_data_ptr<uint8_t>();
   std::atomic<bool> changed{false};
   for_tasks(args.numel, [&](int64_t at, int64_t n) {
-    if (!changed.load(std::memory_order_relaxed) && !cpu::whole_kernels().has_support(args, before, at, n))
+    if (!changed.load(std::memory_order_relaxed) && !cpu::kernels().whole.has_support(args, before, at, n))
       changed = true;
   });
   if (!changed) return false;
-  for_tasks(args.numel, [&](int64_t at, int64_t n) { cpu::whole_kernels().threshold(args, at, n); });
+  for_tasks(args.numel, [&](int64_t at, int64_t n) { cpu::kernels().whole.threshold(args, at, n); });
   staged.store();
   bump_version(w);
   return true;

@@ -56,7 +56,8 @@ def test_imports_go_down(part: str) -> None:
 
 def test_how_imports_are_found() -> None:
     """Relative ones, those inside functions, and those of a module by its package."""
-    assert {"method", "engines", "model"} <= used_parts(PACKAGE / "optim" / "split_optimizer.py")
+    assert {"method", "engines", "dist"} <= used_parts(PACKAGE / "optim" / "split_optimizer.py")
+    assert {"method", "model"} <= used_parts(PACKAGE / "optim" / "reading.py")
     assert "_C" in used_parts(PACKAGE / "engines" / "native.py")
     assert ("rvsm_kernels.engines.triton.engine", "TritonEngine") in imports(PACKAGE / "engines" / "registry.py")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..engines.histograms import magnitude_counts
 from ..method.groups import group_dims
-from ..method.selection import Candidates, Select, Selection
-from .norms import SharedNorms
-from .shards import dividing_ranks, is_of_shards, is_sharded, ranks_of_groups, shard_of
+from ..method.selection import Candidates, Select, Selection, halfway
+from .shards import dividing_ranks, is_of_shards, is_sharded, shard_of
+from .sums import group_norms
 
 _BITS = 11
 """A histogram tells so many bits of a magnitude."""
@@ -49,9 +49,7 @@ def _cut(s: Selection) -> Tensor:
     low = search.magnitude(s.survivors)
     if not s.between or s.survivors == 0:
         return low
-    high = search.magnitude(s.survivors - 1)
-    middle = low + (high - low) / 2
-    return torch.where(high.isfinite() & (middle < high), middle, low)
+    return halfway(low, search.magnitude(s.survivors - 1))
 
 
 def _part_of(c: Candidates) -> _Part:
@@ -65,11 +63,8 @@ def _part_of(c: Candidates) -> _Part:
     shard = Candidates(shard_of(c.w), master, dual)
     if dims is None:
         return _Part(ranks, shard)
-    norms = SharedNorms()
-    norms.add(shard.w, c.group_dim, ranks_of_groups(c.w, c.group_dim), [shard.thresholded()], 1)
-    ((_, room),) = norms.rooms()
-    norms.fill()
-    r = room.reshape(-1).to(shard.thresholded().dtype)
+    v = shard.thresholded()
+    r = group_norms(c.w, c.group_dim, v).to(v.dtype)
     return _Part(ranks, Candidates(r if c.scale == 1 else r / c.scale))
 
 

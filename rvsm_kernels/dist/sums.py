@@ -17,14 +17,17 @@ from .norms import SharedNorms
 from .shards import dividing_ranks, ranks_of_groups, shard_of
 
 
-def group_norms(t: Tensor, group_dim: Grouping) -> Tensor:
+def group_norms(t: Tensor, group_dim: Grouping, of: Tensor | None = None) -> Tensor:
     """||w_G|| of the groups that this rank's shard has a part of, float64, in the order of the shard's memory.
 
     A group that lies on several ranks is whole here, and on each of them.
+
+    Args:
+        of: what the norms are of in the place of the shard, like it.
     """
     norms = SharedNorms()
     shard = shard_of(t)
-    norms.add(shard, group_dim, ranks_of_groups(t, group_dim), [shard], 1)
+    norms.add(shard, group_dim, ranks_of_groups(t, group_dim), [shard if of is None else of], 1)
     ((_, room),) = norms.rooms()
     norms.fill()
     return room.reshape(-1)

@@ -28,7 +28,7 @@ from . import cuts, whole
 from .checks import check_groups
 from .interface import Engine, Group, Ready, StepInputs
 from .measured import write_all_statistics
-from .reference import keep_largest_, value_of_windows
+from .windows import keep_largest_, value_of_windows
 
 load_error: str | None = None
 """Why the compiled engine is missing, or None."""

@@ -24,12 +24,12 @@ from ..method.prox import prox, threshold
 from ..method.selection import keep_above
 from ..method.split import is_nm, strength
 from ..method.step_options import StepOptions
-from ..method.u import value_of
 from ..method.windows import keep_largest
 from .checks import check_entry, check_norms
 from .counters import advance, counts_of
 from .interface import Engine, Group, Ready, StepInputs
 from .measured import norms_for, write_statistics
+from .windows import keep_largest_, value_of_windows
 
 States = dict[str, Tensor | None]
 """The states of a parameter by name, None for one that begins with zeros."""
@@ -156,21 +156,6 @@ def _or_zeros(params: Sequence[Tensor], states: Sequence[States], name: str, opt
         torch.zeros_like(p, dtype=options.states_of(p.dtype)[name]) if x is None else x
         for p, x in zip(params, found, strict=True)
     ]
-
-
-def keep_largest_(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-    """w <- u in place, for parameters of a split group with N:M sparsity; every engine's."""
-    for p in params:
-        p.copy_(keep_largest(to_opmath(p), group["pattern"]))
-
-
-def value_of_windows(params: Sequence[Tensor], group: Mapping[str, Any]) -> Tensor:
-    """beta/2 ||w - u||^2 over parameters of a split group with N:M sparsity, 0-dim float64; every engine's."""
-    total = torch.zeros((), dtype=torch.float64, device=params[0].device)
-    for p in params:
-        w = to_opmath(p)
-        total += value_of(w, keep_largest(w, group["pattern"]), group).to(total.device)
-    return total
 
 
 class ReferenceEngine(Engine):

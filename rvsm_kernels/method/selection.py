@@ -51,8 +51,11 @@ def cut_among(magnitudes: Sequence[Tensor], survivors: int, between: bool) -> Te
     if dropped == 0:
         return magnitudes[0].new_full((), -1.0)
     low, high = _neighbours(magnitudes, dropped, both=between and survivors > 0)
-    if high is None:
-        return low
+    return low if high is None else halfway(low, high)
+
+
+def halfway(low: Tensor, high: Tensor) -> Tensor:
+    """The number halfway between two magnitudes; the lower one where the other is not finite, or none is between."""
     middle = low + (high - low) / 2
     # The middle of two neighbouring floats may be rounded up to high.
     return torch.where(high.isfinite() & (middle < high), middle, low)

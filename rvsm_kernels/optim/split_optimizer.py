@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -31,16 +31,15 @@ from ..method.parameters import is_left_alone, param_name, with_gradient
 from ..method.precision import Stored
 from ..method.split import state_name
 from ..method.step_options import StepOptions
-from ..model.sparsity import SparsityReport
 from . import advice, checkpoint, method_states, traced
 from .attributes import FromScaler, OptionOfGroups, ends_scaling, outside_graphs
 from .chosen_engines import ChosenEngines
+from .reading import ReadsU
 from .sparse_view import SparseView
-from .sparse_weights import SparseWeights
-from .statistics import Statistics, StepStatistics
+from .statistics import StepStatistics
 
 
-class SplitOptimizer(Optimizer):
+class SplitOptimizer(ReadsU, Optimizer):
     """Relaxed variable splitting over a base step; see :class:`rvsm_kernels.RVSM`.
 
     A subclass says which base it steps with, and has a constructor with the options of that base and of the splitting.
@@ -330,96 +329,6 @@ class SplitOptimizer(Optimizer):
         """Do the step that was prepared."""
         for engine in engines:
             engine.launch()
-
-    # ---- u -----------------------------------------------------------------------------------------------------------
-
-    def sparse_weights(self, model: nn.Module | None = None, *, frozen: bool = False) -> SparseWeights:
-        """Hold u = prox_{tau P}(w) in the parameters, and give w back bit for bit afterwards.
-
-        ::
-
-            with optimizer.sparse_weights():
-                validate(model)
-
-        w comes back also when the body raises. Inside, :meth:`step` and a second :meth:`sparse_weights` raise
-        RuntimeError. Costs one copy of the split parameters while it is open.
-
-        What shares memory with the parameters shows w again afterwards: ``model.state_dict()``, and what
-        ``torch.export`` or ``torch.jit.trace`` made of the model. To keep u, copy it inside:
-        ``{k: v.clone() for k, v in model.state_dict().items()}``.
-
-        Args:
-            model: its batch norms' running statistics are given back too. Without it, a forward pass in training mode
-                changes them for good, which is warned about.
-            frozen: also parameters with ``requires_grad=False``, which else stay as they are.
-        """
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"sparse_weights takes a module or nothing, but got a {type(model).__name__}")
-        return SparseWeights(self, model, frozen)
-
-    def sparsify_(self, *, frozen: bool = False) -> None:
-        """w <- u for good. Momentum is left alone, so a pruned weight may grow again.
-
-        Until a step or an edit changes them, the weights are u: a second call changes nothing, :meth:`sparse_weights`
-        holds what they are, and :meth:`sparsity` counts it. The dual of ``method="admm"`` becomes what the step makes
-        of it, w + dual - u, so that u stays what it is.
-
-        Args:
-            frozen: also parameters with ``requires_grad=False``, which else stay as they are.
-        """
-        self._view.sparsify_(frozen)
-
-    def penalty_value(self) -> Tensor:
-        """lam P(u) + beta/2 ||w - u||^2 over all split parameters: ``loss + penalty_value()`` is L_beta(w, u).
-
-        Returns:
-            A 0-dim float64 tensor on the parameters' device; not differentiable.
-        """
-        with self._lock:
-            return self._view.penalty_value()
-
-    def sparsity(self) -> SparsityReport:
-        """How sparse u is: zeros and zero groups of every parameter with a penalty, and in total.
-
-        Frozen parameters (``requires_grad=False``), and weights that :meth:`sparsify_` has made u, are counted as they
-        are.
-        """
-        with self._lock:
-            return self._view.sparsity()
-
-    @property
-    def collect_statistics(self) -> bool:
-        """Whether steps make statistics, as the argument ``statistics`` says at first; can be set between steps."""
-        return self._statistics.on
-
-    @collect_statistics.setter
-    def collect_statistics(self, on: bool) -> None:
-        if not isinstance(on, bool):
-            raise TypeError(f"Invalid statistics value: {shown(on)} (True or False is needed)")
-        self._statistics.on = on
-
-    def statistics(self) -> Statistics:
-        """What the last step with ``statistics=True`` has counted and added up, of each parameter and in total.
-
-        ::
-
-            optimizer.step()
-            last = optimizer.statistics()
-            log(zeros=last.split.zeros, L=loss + last.total.value, grad=last["layer.weight"].grad)
-
-        They belong to the weights as the step found them, with the options of that step: the u that pulled. A step that
-        ``found_inf`` has called off leaves the numbers of the step before. Parameters without a gradient are not among
-        them, with a wrapper only those with a penalty.
-
-        Returns:
-            Tensors on the parameters' devices, copies that later steps leave alone; nothing waits for a device. Of
-            DTensors they are sums over all ranks, so that every rank must ask; under ZeroRedundancyOptimizer those of
-            this rank's parameters.
-
-        Raises:
-            RuntimeError: no step has made any yet.
-        """
-        return self._statistics.report()
 
     # ---- torch.optim habits ------------------------------------------------------------------------------------------
 

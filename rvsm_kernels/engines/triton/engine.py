@@ -18,7 +18,7 @@ from ...method.split import is_nm
 from ..checks import check_groups
 from ..interface import Engine, Group, Ready, StepInputs
 from ..measured import write_all_statistics
-from ..reference import keep_largest_, value_of_windows
+from ..windows import keep_largest_, value_of_windows
 from . import u
 from .launch import Launch
 from .selection import Selecting
