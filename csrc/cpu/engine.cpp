@@ -179,7 +179,7 @@ void TaskList::deal(int64_t threads) {
 
 void TaskList::start(int64_t threads) {
   bool measures = action_ == Action::penalty || action_ == Action::zeros;
-  for (const TensorArgs& args : tensors) measures |= args.active && args.statistics != nullptr;
+  for (const TensorArgs& args : tensors) measures |= args.active && args.sums_of_tasks();
   if (threads != int64_t(lanes_.size()) || measures != measures_) {
     measures_ = measures;
     divide_for(threads);
@@ -241,6 +241,8 @@ void TaskList::run(int64_t index) {
   switch (action_) {
     case Action::step:
       k.elements.step(args, task.block, measures_ && args.statistics != nullptr ? &sums_[size_t(index)] : nullptr);
+      // The new weights are still in the cache.
+      if (args.new_squares != nullptr) sums_[size_t(index)].new_squares = k.norms.sum(args, task.block);
       break;
     case Action::prox:
       k.elements.prox(args, task.block);

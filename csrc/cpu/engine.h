@@ -39,6 +39,8 @@ struct NormKernels {
   void (*squares)(const TensorArgs&, const Block&, int64_t part);
   // Adds the parts of every group up, in their order.
   void (*join)(const TensorArgs&);
+  // The sum of squares of the weights in a block, row by row.
+  double (*sum)(const TensorArgs&, const Block&);
 };
 
 struct MagnitudeKernels;  // see selection.h
@@ -89,7 +91,7 @@ class TaskList {
   double total() const;
 
   // The sums of each tensor that has any, task by task in their order; null without any: Action::penalty and zeros, and
-  // steps with statistics.
+  // steps with statistics or new squares.
   std::vector<Sums> totals() const;
 
  private:

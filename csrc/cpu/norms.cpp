@@ -182,9 +182,19 @@ void join(const TensorArgs& args) {
   });
 }
 
+double sum(const TensorArgs& args, const Block& block) {
+  return with_weights(args, [&](const auto weights) {
+    const int64_t columns = args.view.groups * args.view.inner;
+    double total = 0;
+    for (int64_t o = block.o0; o < block.o1; ++o)
+      total += square_sum(weights + ((block.batch * args.view.outer + o) * columns + block.c0), block.c1 - block.c0);
+    return total;
+  });
+}
+
 }  // namespace
 
 extern const NormKernels RVSM_NORM_KERNELS;
-const NormKernels RVSM_NORM_KERNELS = {squares, join};
+const NormKernels RVSM_NORM_KERNELS = {squares, join, sum};
 
 }  // namespace rvsm::cpu

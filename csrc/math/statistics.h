@@ -19,6 +19,7 @@ struct Sums {
   double gap = 0;           // |w - u|^2
   double grad = 0;          // |d|^2, of what the split hands to the base
   double value = 0;         // g of every element's or group's u
+  double new_squares = 0;   // |w|^2 after the step; in no row
 
   void add(const Sums& o) {
     zeros += o.zeros;
@@ -27,6 +28,7 @@ struct Sums {
     gap += o.gap;
     grad += o.grad;
     value += o.value;
+    new_squares += o.new_squares;
   }
 
   // `grouped`: the groups are more than elements. `split`: there is a splitting; else u is w. `lam`, `beta`: of it.

@@ -67,6 +67,8 @@ struct TensorArgs {
   void* method_state() const { return method == Method::rvsm ? nullptr : state[base.states]; }
   // Whether the types of its arrays, or its numbers, are known only when its step runs.
   bool general() const { return precision.mixed || device_numbers != nullptr; }
+  // Whether the tasks of its step add something up.
+  bool sums_of_tasks() const { return statistics != nullptr || new_squares != nullptr; }
   // How many norms each group needs: that of what is thresholded and, where that is not w, that of w for group lasso.
   int norm_rows() const { return method == Method::admm && lasso ? 2 : 1; }
 
@@ -74,6 +76,8 @@ struct TensorArgs {
   bool counts_zeros = false;     // Action::zeros
   bool split = false;            // of a step: there is a splitting
 
+  // Of a step on the CPU: where the sum of squares of its new weights goes, or null.
+  double* new_squares = nullptr;
   // Scratch of the CPU engine.
   void* factor_norms = nullptr;  // norm_rows x one per group, in the type of the arithmetic
   double* partials = nullptr;    // norm_rows x parts x groups sums of squares, where long groups have parts

@@ -42,7 +42,7 @@ class CpuEngine final : public DeviceEngine {
     } else {
       at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { tasks_.work(begin, end); });
     }
-    if (action_ == Action::step) write_statistics();
+    if (action_ == Action::step) write_sums();
   }
 
   at::Tensor total() override { return at::scalar_tensor(tasks_.total(), at::kDouble); }
@@ -50,12 +50,13 @@ class CpuEngine final : public DeviceEngine {
   int64_t workload() const override { return tasks_.workload(); }
 
  private:
-  void write_statistics() {
+  void write_sums() {
     const std::vector<Sums> of_tensors = sums();
     for (size_t i = 0; i < of_tensors.size(); ++i) {
       const TensorArgs& args = tensors[i];
       if (args.active && args.statistics != nullptr)
         of_tensors[i].write(args.statistics, args.grouped, args.split, args.lam, args.beta);
+      if (args.active && args.new_squares != nullptr) *args.new_squares = of_tensors[i].new_squares;
     }
   }
 

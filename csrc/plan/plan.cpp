@@ -50,6 +50,7 @@ void Plan::read_inputs(const py::object& inputs) {
   inputs_.cuts = dict_of(inputs, "cuts");
   inputs_.norms = dict_of(inputs, "norms");
   inputs_.statistics = dict_of(inputs, "statistics");
+  inputs_.new_squares = dict_of(inputs, "new_squares");
   const py::list options = inputs.attr("options");
   const py::object changed = inputs.attr("changed");
   if (changed.is_none()) {

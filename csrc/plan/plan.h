@@ -15,11 +15,15 @@ namespace rvsm {
 // What one step is given: StepInputs of engines/interface.py, borrowed while the plan holds the object.
 struct StepInputs {
   Scaling scaling;
-  PyObject* states = nullptr;      // optimizer.state
-  PyObject* instead = nullptr;     // {parameter: {name: tensor}} in the place of those
-  PyObject* cuts = nullptr;        // {parameter: cut of top-k}
-  PyObject* norms = nullptr;       // {parameter: norms that were made elsewhere}
-  PyObject* statistics = nullptr;  // {parameter: where its row goes}
+  PyObject* states = nullptr;       // optimizer.state
+  PyObject* instead = nullptr;      // {parameter: {name: tensor}} in the place of those
+  PyObject* cuts = nullptr;         // {parameter: cut of top-k}
+  PyObject* norms = nullptr;        // {parameter: norms that were made elsewhere}
+  PyObject* statistics = nullptr;   // {parameter: where its row goes}
+  PyObject* new_squares = nullptr;  // {parameter: where the sum of squares of its new weights goes}, of some
+
+  // Whether the step is to add something up.
+  bool wants_sums() const { return statistics != nullptr || new_squares != nullptr; }
 };
 
 // What Plan::prepare answers: Ready of engines/interface.py.
@@ -113,7 +117,7 @@ class Plan {
   bool find_states(const GroupOptions& options, const Stored& stored, ParamSlot& slot);
   int64_t count_of(const py::list& groups, const ParamSlot& slot);
   float* counter_of(const py::list& groups, ParamSlot& slot);
-  void find_beside(TensorArgs& args, const ParamSlot& slot) const;
+  void find_beside(TensorArgs& args, const ParamSlot& slot, bool staged) const;
   bool fits(const ParamSlot& slot, const Stored& stored) const;
   void refuse(const py::list& groups, const ParamSlot& slot);
   at::Tensor made_before(const ParamSlot& slot, size_t state) const;

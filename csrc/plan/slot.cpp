@@ -246,8 +246,8 @@ void Plan::stage(ParamSlot& slot) {
     args.state[k] = dense_of(Staged(state_of(slot, k, dense), dense), true).mutable_data_ptr();
 }
 
-// What stands beside the states: the cut of top-k, norms that were made elsewhere, room for statistics.
-void Plan::find_beside(TensorArgs& args, const ParamSlot& slot) const {
+// What stands beside the states: the cut of top-k, norms that were made elsewhere, room for statistics and for squares.
+void Plan::find_beside(TensorArgs& args, const ParamSlot& slot, bool staged) const {
   args.cut = args.topk ? found_tensor(inputs_.cuts, slot.param, "cut").const_data_ptr() : nullptr;
   args.norms = nullptr;
   args.statistics = nullptr;
@@ -257,6 +257,14 @@ void Plan::find_beside(TensorArgs& args, const ParamSlot& slot) const {
                     row.device() == slot.device,
                 "a row of statistics is ", int(kColumnsOfRow), " contiguous float64 numbers on the parameter's device");
     args.statistics = row.mutable_data_ptr<double>();
+  }
+  args.new_squares = nullptr;
+  // Of a copy they would be those of weights that were not rounded yet.
+  if (!staged && inputs_.new_squares != nullptr && get(inputs_.new_squares, slot.param) != nullptr) {
+    const at::Tensor& room = found_tensor(inputs_.new_squares, slot.param, "squares");
+    TORCH_CHECK(room.is_cpu() && room.scalar_type() == at::kDouble && room.numel() == 1,
+                "the sum of squares of new weights is one float64 number on the CPU");
+    args.new_squares = room.mutable_data_ptr<double>();
   }
   if (!slot.norms_given || !args.grouped) return;
   const at::Tensor& norms = found_tensor(inputs_.norms, slot.param, "norms");
@@ -320,12 +328,12 @@ void Plan::prepare_slot(const py::list& groups, ParamSlot& slot) {
     options.apply(args, count);
   slot.count = count;
   args.precision.random.step = uint32_t(steps);
-  if (!usual || !all_there) {
+  const bool staged = !usual || !all_there;
+  if (staged) {
     address = address_of(w);
     stage(slot);
   }
-  if (args.topk || slot.norms_given || args.statistics != nullptr || inputs_.statistics != nullptr)
-    find_beside(args, slot);
+  if (args.topk || slot.norms_given || args.sums_of_tasks() || inputs_.wants_sums()) find_beside(args, slot, staged);
   addresses_changed_ |= address != std::exchange(slot.address, address);
   args.scale = inverse_scales_[slot.engine];
 }

@@ -17,12 +17,12 @@ namespace {
 // Elements of a task: whole tiles of the support.
 constexpr int64_t kTask = 64 * cpu::kSupportTile;
 
-// Calls work(at, n) for the tasks of a tensor, those of different threads at the same time.
+// Calls work(at, n) for the tasks of a tensor, those of different threads at the same time. A thread begins with its
+// last task: that memory the step has left in the cache.
 template <class Work>
 void for_tasks(int64_t numel, const Work& work) {
   at::parallel_for(0, ceil_div(numel, kTask), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin * kTask; at < std::min(numel, end * kTask); at += kTask)
-      work(at, std::min(kTask, numel - at));
+    for (int64_t i = end; i-- > begin;) work(i * kTask, std::min(kTask, numel - i * kTask));
   });
 }
 
@@ -42,7 +42,7 @@ TensorArgs args_of(const at::Tensor& dense, bool writes) {
 void divide_(at::TensorList tensors, at::ArrayRef<double> norms) {
   TORCH_CHECK(tensors.size() == norms.size(), "divide_ needs a norm for each tensor");
   for (const at::Tensor& w : tensors) check_on_cpu(w);
-  for (size_t i = 0; i < tensors.size(); ++i) {
+  for (size_t i = tensors.size(); i-- > 0;) {
     Staged staged(tensors[i], tensors[i].scalar_type());
     staged.load();
     const TensorArgs args = args_of(staged.dense(), true);

@@ -61,7 +61,7 @@ def test_the_quotient_is_rounded_once(dtype: torch.dtype, layout: str, threads: 
         arithmetic = w.double() if dtype == torch.float64 else w.float()
         norms.append(w.double().square().sum().sqrt().to(arithmetic.dtype))
         wanted.append((arithmetic / norms[-1]).to(dtype))
-    whole.normalize_([Stored(w) for w in tensors], None, None)
+    whole.normalize_([Stored(w) for w in tensors], None, None, {})
     for w, want, norm in zip(tensors, wanted, norms, strict=True):
         if dtype == torch.float64:  # another order of summation
             torch.testing.assert_close(w, want, rtol=1e-14, atol=0)
@@ -76,7 +76,7 @@ def test_what_one_division_cannot_do(dtype: torch.dtype) -> None:
     rows = [[0.0, -0.0], [math.inf, 1], [math.nan, 1], [tiny, 2 * tiny], [torch.finfo(dtype).max] * 2, [3, 4]]
     tensors = [torch.tensor(row, dtype=dtype) for row in rows]
     wanted = [t.clone() for t in tensors]
-    whole.normalize_([Stored(t) for t in (*tensors, torch.zeros(0, 2, dtype=dtype))], None, None)
+    whole.normalize_([Stored(t) for t in (*tensors, torch.zeros(0, 2, dtype=dtype))], None, None, {})
     normalize_in_torch_([Stored(t) for t in wanted], None)
     for got, want in zip(tensors, wanted, strict=True):
         torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-6, atol=0)
@@ -89,17 +89,66 @@ def test_norms_where_nothing_is_to_move() -> None:
     w = made((3, 5), torch.float32)
     before = w.clone()
     for found_inf, lr in ((torch.tensor(1.0), None), (torch.tensor([2.0]), None), (None, torch.tensor(0.0))):
-        whole.normalize_([Stored(w)], found_inf, lr)
+        whole.normalize_([Stored(w)], found_inf, lr, {})
         assert torch.equal(w, before)
-    whole.normalize_([Stored(w)], torch.tensor(0.0), torch.tensor(0.1))
+    whole.normalize_([Stored(w)], torch.tensor(0.0), torch.tensor(0.1), {})
     assert abs(w.double().norm().item() - 1) < 1e-6
+
+
+GATHERS: dict[str, dict[str, Any]] = {
+    "l0": {"penalty": "l0"},
+    "momentum": {"penalty": "l1", "momentum": 0.9, "statistics": True},
+    "input channels": {"penalty": "l0", "group_dim": 1, "group_lasso": 0.01},
+    "blocks": {"penalty": "l1", "group_dim": 0, "group_block": 2},
+    "top-k": {"penalty": "topk", "density": 0.5},
+    "2:4": {"penalty": "nm", "pattern": (2, 4)},
+    "admm": {"penalty": "l0", "method": "admm"},
+    "no penalty": {"penalty": None},
+    "masters": {"penalty": "l0", "master_weights": True, "momentum": 0.9},
+    "stochastic": {"penalty": "l0", "rounding": "stochastic"},
+    "float32 momentum": {"penalty": "l0", "momentum": 0.9, "state_dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", GATHERS.values(), ids=GATHERS)
+def test_the_step_adds_up_the_squares_of_its_new_weights(
+    options: dict[str, Any], dtype: torch.dtype, threads: int
+) -> None:
+    """Those that a step without the division leaves; of a tensor that is stepped as a copy nothing is known.
+
+    The first step, which makes states, may know nothing.
+    """
+    shapes = [(2, 4), (4, 8), (2, 32772), (402, 332)]
+
+    def stepped(unit_norm: bool) -> tuple[rk.RVSM, list[nn.Parameter]]:
+        params = [nn.Parameter(made(shape, dtype, seed=k)) for k, shape in enumerate(shapes)]
+        params += [nn.Parameter(made((402, 332), dtype, layout, 9)) for layout in ("transposed", "every other row")]
+        for k, p in enumerate(params):
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator(100 + k)))
+        optimizer = rk.RVSM(params, lr=0.1, lam=0.1, beta=2.0, engine="native", **options)
+        optimizer.step()
+        optimizer.param_groups[0]["unit_norm"] = unit_norm
+        optimizer.step()
+        return optimizer, params
+
+    optimizer, _ = stepped(True)
+    twin, moved = stepped(False)
+    gathered = [room.item() for room in optimizer._squares._rooms.values()]
+    assert gathered[-1] == -1
+    if dtype == torch.float64 and "state_dtype" in options:  # its states are copies, and so is it
+        assert set(gathered) == {-1.0}
+        return
+    for p, got in zip(moved[:-1], gathered, strict=False):
+        want = Stored.of(p, twin.param_groups[0], twin.state.get(p)).load().double().square().sum().item()
+        assert abs(got - want) <= 1e-12 * want, p.shape
 
 
 def test_norms_of_tensors_that_share_memory() -> None:
     """In their order: the second one sees what the first has done."""
     start = made((6, 4), torch.float32)
     results = []
-    for normalize in (whole.normalize_, normalize_in_torch_):
+    for normalize in (lambda tensors, *rest: whole.normalize_(tensors, *rest, {}), normalize_in_torch_):
         w = start.clone()
         normalize([Stored(w[1:]), Stored(w[:3]), Stored(w[5])], None, None)
         results.append(w)

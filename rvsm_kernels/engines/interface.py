@@ -41,6 +41,9 @@ class StepInputs:
         statistics: where the step is to write its statistics: seven float64 numbers for each parameter, contiguous and
             on the device of its memory (:data:`rvsm_kernels.method.statistics.COLUMNS`). Empty where none are wanted.
             Of a parameter that occurs twice they are those of the last occurrence.
+        new_squares: 1-element float64 tensors on the CPU: where the sum of squares of the new weights of a parameter
+            goes, for an engine that adds it up in its step. Others leave it as it is, and so does a step that is called
+            off.
         changed: the places of the groups whose options are new since the last step that this engine prepared; None for
             all of them.
     """
@@ -53,6 +56,7 @@ class StepInputs:
     cuts: Mapping[Tensor, Tensor] = field(default_factory=dict)
     norms: Mapping[Tensor, Tensor] = field(default_factory=dict)
     statistics: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    new_squares: Mapping[Tensor, Tensor] = field(default_factory=dict)
     changed: Collection[int] | None = None
 
     def state_of(self, p: Tensor, name: str) -> Tensor | None:
@@ -108,8 +112,14 @@ class Engine(ABC):
         """Fill the cuts of top-k of parameters that this engine serves."""
         select(selections)
 
-    def normalize_(self, tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = None) -> None:
-        """w <- w / ||w||_2 of each of some parameters; see :func:`rvsm_kernels.method.selection.normalize_`."""
+    def normalize_(
+        self, tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any, squares: Mapping[Tensor, Tensor]
+    ) -> None:
+        """w <- w / ||w||_2 of each of some parameters; see :func:`rvsm_kernels.method.selection.normalize_`.
+
+        Args:
+            squares: :attr:`StepInputs.new_squares` after the step; a negative one is not known.
+        """
         normalize_(tensors, found_inf, lr)
 
     def support_of(self, p: Tensor, density: float, grouping: Grouping, room: Room) -> Support:

@@ -201,8 +201,10 @@ class NativeEngine(Engine):
     def select(self, selections: Sequence[Selection]) -> None:
         cuts.select(selections)
 
-    def normalize_(self, tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = None) -> None:
-        whole.normalize_(tensors, found_inf, lr)
+    def normalize_(
+        self, tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any, squares: Mapping[Tensor, Tensor]
+    ) -> None:
+        whole.normalize_(tensors, found_inf, lr, squares)
 
     def support_of(self, p: Tensor, density: float, grouping: Grouping, room: Room) -> Support:
         return whole.support_of(p, density, grouping, room)

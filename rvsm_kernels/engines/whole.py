@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,15 @@ def _is_served(p: Tensor) -> bool:
 # ---- the unit norm ---------------------------------------------------------------------------------------------------
 
 
-def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any) -> None:
-    """:func:`rvsm_kernels.method.selection.normalize_`: one read and one division of each tensor in memory of its own
-    with a norm in the range of its type; torch's operations for the others.
+def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any, squares: Mapping[Tensor, Tensor]) -> None:
+    """:func:`rvsm_kernels.method.selection.normalize_`: one division of each tensor in memory of its own with a norm in
+    the range of its type; torch's operations for the others.
 
     Weights behind masters, and those that are rounded stochastically, are divided in float32 as float32 weights are.
+
+    Args:
+        squares: the sums of squares that the step has added up. Where one is missing or negative the weights are read
+            for it.
     """
     served = [t for t in tensors if t.p.numel() > 0 and _is_served(t.p)]
     if not served or isinstance(lr, Tensor) or any(turns_of([t.p for t in tensors])):
@@ -47,8 +51,7 @@ def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any) -> 
     if found_inf is not None and found_inf.item() > 0:
         return
     weights = [t.p.detach() if _is_stored_as_it_is(t) else t.load() for t in served]
-    sums = torch.cat(torch.ops.rvsm_kernels.squares(weights, (), 1)).tolist()
-    found = [(t, w, math.sqrt(s)) for t, w, s in zip(served, weights, sums, strict=True)]
+    found = [(t, w, math.sqrt(s)) for t, w, s in zip(served, weights, _squares(served, weights, squares), strict=True)]
     in_range = [(t, w, norm) for t, w, norm in found if _is_in_range(norm, w.dtype)]
     if in_range:
         torch.ops.rvsm_kernels.divide_([w for _, w, _ in in_range], [norm for _, _, norm in in_range])
@@ -58,6 +61,17 @@ def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any) -> 
     out_of_range = [t for t, w, norm in found if not _is_in_range(norm, w.dtype)]
     if out_of_range:
         normalize_in_torch_(out_of_range, None, lr)
+
+
+def _squares(tensors: Sequence[Stored], weights: Sequence[Tensor], known: Mapping[Tensor, Tensor]) -> list[float]:
+    """The sum of squares of each tensor."""
+    sums = [known[t.p].item() if t.p in known else -1.0 for t in tensors]
+    unknown = [i for i, s in enumerate(sums) if s < 0]
+    if unknown:
+        found = torch.cat(torch.ops.rvsm_kernels.squares([weights[i] for i in unknown], (), 1)).tolist()
+        for i, s in zip(unknown, found, strict=True):
+            sums[i] = s
+    return sums
 
 
 def _is_stored_as_it_is(t: Stored) -> bool:

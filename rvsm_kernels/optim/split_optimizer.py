@@ -26,6 +26,7 @@ from ..method.bases import Base, validate
 from ..method.cuts import Cuts, budget_of
 from ..method.groups import grouping_of
 from ..method.methods import METHODS
+from ..method.new_squares import NewSquares
 from ..method.options import make_plain, may_differ, names_of, shown, snapshot
 from ..method.parameters import is_left_alone, param_name, with_gradient
 from ..method.precision import Stored
@@ -98,6 +99,7 @@ class SplitOptimizer(ReadsU, Optimizer):
         self._lock = threading.RLock()  # one step at a time: an engine's table serves one
         self._pull_rates = advice.PullRates()
         self._cuts = Cuts()
+        self._squares = NewSquares()
         self._seen: list[tuple[Any, ...] | None] = []  # the options of each group at their last check
         self._options: list[StepOptions] = []  # the same for the engines
         self._changed: set[int] = set()  # the groups of which the engine has not been told yet
@@ -249,6 +251,8 @@ class SplitOptimizer(ReadsU, Optimizer):
         inputs = StepInputs(scaling.get("grad_scale"), scaling.get("found_inf"), self._options, self._states)
         if self._statistics.on:
             inputs.statistics = self._statistics.rooms(self._stepped_groups())
+        if self._any_unit_norm and self._at_once:  # else w changes once more before it is divided
+            inputs.new_squares = self._squares.rooms(self.param_groups)
         if not self._step_at_once(inputs):
             self._step_in_parts(inputs)
         if self._statistics.on:
@@ -259,7 +263,7 @@ class SplitOptimizer(ReadsU, Optimizer):
                     moved = [Stored.of(p, group, self._states.get(p)) for _, p in with_gradient(group)]
                     lr = group["lr"] if options.on_device else None
                     for engine, theirs in self._by_engine([t for t in moved if not is_sharded(t.p)]):
-                        engine.normalize_(theirs, inputs.found_inf, lr)
+                        engine.normalize_(theirs, inputs.found_inf, lr, inputs.new_squares)
                     normalize_shards_([t for t in moved if is_sharded(t.p)], inputs.found_inf, lr)
 
     def _by_engine(self, tensors: Sequence[Stored]) -> list[tuple[Engine, list[Stored]]]:
