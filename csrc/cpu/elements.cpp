@@ -21,8 +21,6 @@ constexpr int64_t kSpan = kColumns;
 constexpr int64_t kSpill = 16;
 // Groups with this many consecutive elements need no factor per column.
 constexpr int64_t kLong = 256;
-// Elements of a step whose statistics are made before it: what they have read is still in the cache then.
-constexpr int64_t kMeasured = 4 * kTile;
 
 template <class S>
 constexpr bool kIsHalf = sizeof(S) == 2;
@@ -246,13 +244,14 @@ __attribute__((noinline)) void measure_groups(Sums& sums, const TensorArgs& args
   });
 }
 
-// The step of elements [at, at + n) of a tensor, and their statistics where `sums` is not null.
+// The step of elements [at, at + n) of a tensor, and their statistics where `sums` is not null: those of a piece are
+// made before its step, which finds in the cache what they have read.
 template <class S, class Base, Method kMethod, class Pull, class On>
 inline void step_span(const TensorArgs& args, int64_t at, int64_t n, const Numbers<Base, Opmath<S>>& numbers,
                       const Pull& pull, const On& on, Sums* sums) {
-  const int64_t piece = sums == nullptr ? n : kMeasured;
-  for (int64_t i = 0; i < n; i += piece) {
-    const int64_t m = std::min(piece, n - i);
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t m = std::min(kPiece, n - i);
+    if (n > 2 * kPiece) prefetch_planes(args, Base::kReadsGrad || sums != nullptr, at + i, m);
     if (sums != nullptr) measure_span<kMethod>(*sums, args, at + i, m, numbers.split, pull.at(i));
     if constexpr (std::is_same_v<S, Mixed>)
       mixed_span<Base, kMethod>(args, at + i, m, numbers, pull.at(i), on);
@@ -439,9 +438,10 @@ template <class S, class Pull>
 void measure_weights(Sums& sums, const TensorArgs& args, int64_t at, int64_t n, const Prox<Opmath<S>>& prox,
                      const Pull& pull) {
   using T = Opmath<S>;
-  T wt[kTile];
-  for (int64_t i = 0; i < n; i += kTile) {
-    const int64_t m = std::min(kTile, n - i);
+  T wt[kPiece];
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t m = std::min(kPiece, n - i);
+    if (n > 2 * kPiece) prefetch_weights(args, at + i, m);
     const T* const w = read_weights(args, at + i, m, wt);
     const Pull part = pull.at(i);
     add_elements<kSummed<Pull>, false>(sums, m, prox.a, [&](int64_t k, T& wk, T& uk, T&) {

@@ -12,6 +12,36 @@ namespace {
 
 // Storage types are converted in tiles that stay in the first-level cache.
 constexpr int64_t kTile = 512;
+// Elements that a step takes at a time, and how far ahead of them it asks for memory: a processor does not look beyond
+// the end of a page by itself, and reads little ahead of loops with many instructions.
+constexpr int64_t kPiece = 256;
+constexpr int64_t kAhead = 384;
+
+constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+// Asks for n elements of an array, kAhead behind element `at`.
+inline void prefetch_plane(const void* memory, Dtype dtype, int64_t at, int64_t n) {
+  const char* const begin = static_cast<const char*>(memory) + (at + kAhead) * bytes_of(dtype);
+  for (int64_t k = 0; k < n * bytes_of(dtype); k += 64) __builtin_prefetch(begin + k);
+}
+
+// The same of the weights, with what stands behind them. A function without an effect that the compiler knows of, whose
+// calls it would leave out but for the empty statement.
+[[maybe_unused]] __attribute__((noinline)) void prefetch_weights(const TensorArgs& args, int64_t at, int64_t n) {
+  asm volatile("");
+  prefetch_plane(args.w, args.dtype, at, n);
+  if (args.precision.master != Master::none)
+    prefetch_plane(args.master_state(), args.precision.master == Master::low ? Dtype::bf16 : Dtype::f32, at, n);
+}
+
+// The same of all arrays of a step.
+[[maybe_unused]] __attribute__((noinline)) void prefetch_planes(const TensorArgs& args, bool reads_grad, int64_t at,
+                                                                int64_t n) {
+  prefetch_weights(args, at, n);
+  const Precision& p = args.precision;
+  if (reads_grad) prefetch_plane(args.g, p.mixed ? p.grad : args.dtype, at, n);
+  for (int k = 0; k < args.states(); ++k) prefetch_plane(args.state[k], p.mixed ? p.states[k] : args.dtype, at, n);
+}
 
 template <class S, class T>
 inline void load_tile(T* __restrict to, const S* __restrict from, int64_t n) {

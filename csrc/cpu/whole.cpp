@@ -21,14 +21,19 @@ inline void divide_loop(T* __restrict w, int64_t n, T norm) {
 }
 
 void divide(const TensorArgs& args, double norm, int64_t at, int64_t n) {
-  if (args.dtype == Dtype::f64) return divide_loop(static_cast<double*>(args.w) + at, n, norm);
-  if (args.dtype == Dtype::f32) return divide_loop(static_cast<float*>(args.w) + at, n, float(norm));
-  float tile[kTile];
-  for (int64_t i = 0; i < n; i += kTile) {
-    const int64_t m = std::min(kTile, n - i);
-    load_plane(tile, args.w, args.dtype, at + i, m);
-    divide_loop(tile, m, float(norm));
-    store_plane(args.w, tile, args.dtype, at + i, m);
+  float tile[kPiece];
+  for (int64_t i = at; i < at + n; i += kPiece) {
+    const int64_t m = std::min(kPiece, at + n - i);
+    prefetch_plane(args.w, args.dtype, i, m);
+    if (args.dtype == Dtype::f64) {
+      divide_loop(static_cast<double*>(args.w) + i, m, norm);
+    } else if (args.dtype == Dtype::f32) {
+      divide_loop(static_cast<float*>(args.w) + i, m, float(norm));
+    } else {
+      load_plane(tile, args.w, args.dtype, i, m);
+      divide_loop(tile, m, float(norm));
+      store_plane(args.w, tile, args.dtype, i, m);
+    }
   }
 }
 
@@ -36,7 +41,7 @@ void divide(const TensorArgs& args, double norm, int64_t at, int64_t n) {
 
 // Places of memory that are read in turns, and how far ahead of each: see magnitudes.cpp.
 constexpr int64_t kStreams = 4;
-constexpr int64_t kAhead = 512;
+constexpr int64_t kAheadOfStream = 512;
 
 // Which of eight numbers are not at most `cut` in magnitude, in the bits of a byte.
 template <class T>
@@ -86,7 +91,7 @@ bool for_supports(const TensorArgs& args, int64_t at, int64_t n, const F& f) {
       if (offset >= n) continue;
       const int64_t m = std::min(kSupportTile, n - offset), from = at + offset;
       const S* const w = static_cast<const S*>(args.w) + from;
-      prefetch(Weights<S>{w} + kAhead, kSupportTile);
+      prefetch(Weights<S>{w} + kAheadOfStream, kSupportTile);
       if constexpr (sizeof(S) == 2) {
         T tile[kSupportTile];
         load_tile(tile, w, m);
