@@ -1,4 +1,5 @@
-// What a step counts and adds up of a tensor, and the row of numbers that comes of it. Without torch.
+// What a step counts and adds up of a tensor, and the row of numbers that comes of it. Without torch, for host and
+// device.
 #pragma once
 
 #include "penalty.h"
@@ -28,17 +29,40 @@ struct Sums {
     grad += o.grad;
     value += o.value;
   }
-
-  // `grouped`: the groups are more than elements. `split`: there is a splitting; else u is w. `lam`, `beta`: of it.
-  void write(double* row, bool grouped, bool split, double lam, double beta) const {
-    row[kZeros] = double(zeros);
-    row[kNonfinite] = double(nonfinite);
-    row[kGap] = split ? gap : 0;
-    row[kGrad] = grad;
-    row[kQuadratic] = split ? beta / 2 * gap : 0;
-    row[kZeroGroups] = split ? double(grouped ? zero_groups : zeros) : 0;
-    row[kPenaltyValue] = split && lam != 0 ? lam * value : 0;
-  }
 };
+
+// `grouped`: the groups are more than elements. `split`: there is a splitting; else u is w. `lam`, `beta`: of it.
+RVSM_HD void write_row(double* row, const Sums& s, bool grouped, bool split, double lam, double beta) {
+  row[kZeros] = double(s.zeros);
+  row[kNonfinite] = double(s.nonfinite);
+  row[kGap] = split ? s.gap : 0;
+  row[kGrad] = s.grad;
+  row[kQuadratic] = split ? beta / 2 * s.gap : 0;
+  row[kZeroGroups] = split ? double(grouped ? s.zero_groups : s.zeros) : 0;
+  row[kPenaltyValue] = split && lam != 0 ? lam * s.value : 0;
+}
+
+// Sums as numbers of one type, for a device, which adds them up; counts are exact up to 2^53.
+constexpr int kSumsOfTensor = 6;
+
+RVSM_HD void pack(double* to, const Sums& s) {
+  to[0] = double(s.zeros);
+  to[1] = double(s.nonfinite);
+  to[2] = double(s.zero_groups);
+  to[3] = s.gap;
+  to[4] = s.grad;
+  to[5] = s.value;
+}
+
+RVSM_HD Sums unpack(const double* from) {
+  Sums s;
+  s.zeros = int64_t(from[0]);
+  s.nonfinite = int64_t(from[1]);
+  s.zero_groups = int64_t(from[2]);
+  s.gap = from[3];
+  s.grad = from[4];
+  s.value = from[5];
+  return s;
+}
 
 }  // namespace rvsm
