@@ -101,9 +101,21 @@ __global__ void __launch_bounds__(kThreads, 4) penalty_kernel(const __grid_const
   penalty_block<S>(table, blockIdx.x, sums, ForThreads{});
 }
 
+// Half of the threads of sm_90; fewer where the compiler spills.
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
-    measure_kernel(const __grid_constant__ Table table) {
+constexpr int measure_blocks() {
+  if (sizeof(T) == 8) return 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  return 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return 2;
+#else
+  return 4;
+#endif
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, measure_blocks<T>()) measure_kernel(const __grid_constant__ Table table) {
   __shared__ double sums[kMeasuredSums];
   measure_block<T>(table, blockIdx.x, sums, ForThreads{});
 }

@@ -14,6 +14,21 @@ namespace rvsm::cuda {
 // Elements of a block: more than a general step's, since a block ends with a sum over its threads.
 constexpr int64_t kMeasuredChunk = 2 * kGeneralChunk;
 
+// Sums of a thread, whose elements are few; those of a block and of a tensor are numbers of one type, exact up to 2^53.
+using ThreadSums = SumsOf<int32_t>;
+constexpr int kSumsOfTensor = 6;
+
+RVSM_HD void pack(double* to, const ThreadSums& s) {
+  to[0] = s.zeros;
+  to[1] = s.nonfinite;
+  to[2] = s.zero_groups;
+  to[3] = s.gap;
+  to[4] = s.grad;
+  to[5] = s.value;
+}
+
+RVSM_HD SumsOf<double> unpack(const double* from) { return {from[0], from[1], from[2], from[3], from[4], from[5]}; }
+
 // The numbers of a base are not needed.
 template <class T>
 using MeasuredNumbers = GeneralNumbers<T, NoBase<false>>;
@@ -27,8 +42,8 @@ constexpr Penalty kSummed<ElementPull<kPenalty, T>> = kPenalty;
 // Adds n elements from element i on as their step will find them. Every term is added in double: a square of a small
 // float is no float.
 template <int n, class T, class Pull>
-RVSM_HD void measure_run(Sums& sums, const GeneralEntry& e, const MeasuredNumbers<T>& numbers, int64_t i, T factor,
-                         SplitSwitches on, const Pull& pull) {
+RVSM_HD void measure_run(ThreadSums& sums, const GeneralEntry& e, const MeasuredNumbers<T>& numbers, int64_t i,
+                         T factor, SplitSwitches on, const Pull& pull) {
   constexpr T kMost = std::numeric_limits<T>::max();
   const bool has_state = numbers.method != Method::rvsm;
   T w[n], g[n], states[n] = {};
@@ -56,7 +71,8 @@ RVSM_HD void measure_run(Sums& sums, const GeneralEntry& e, const MeasuredNumber
 
 // Adds the thread's groups, from their norms.
 template <class T>
-RVSM_HD void measure_norms(Sums& sums, const T* norms, int64_t begin, int64_t end, int thread, const Prox<T>& prox) {
+RVSM_HD void measure_norms(ThreadSums& sums, const T* norms, int64_t begin, int64_t end, int thread,
+                           const Prox<T>& prox) {
   with_penalty(prox.penalty, [&](auto tag) {
     constexpr Penalty kPenalty = decltype(tag)::value;
     RVSM_NO_UNROLL
@@ -71,7 +87,7 @@ RVSM_HD void measure_norms(Sums& sums, const T* norms, int64_t begin, int64_t en
 // The share of one thread of one block. The entries are those of a general step, whose only states are the method's and
 // the rest of the weights; one without a gradient has the norms of groups in the place of w.
 template <class T>
-RVSM_HD Sums measure_thread(const Table& t, uint32_t block, int thread) {
+RVSM_HD ThreadSums measure_thread(const Table& t, uint32_t block, int thread) {
   const GeneralEntry* const entries = general_entries(t);
   const int index = find(entries, int(t.entries), block);
   const GeneralEntry& e = entries[index];
@@ -82,7 +98,7 @@ RVSM_HD Sums measure_thread(const Table& t, uint32_t block, int thread) {
   const GeneralRecord<T>& record = slot_of<GeneralRecord<T>>(t, slot);
   const MeasuredNumbers<T> numbers = general_numbers<NoBase<false>>(t, index, record);
   const Prox<T>& prox = numbers.split.prox;
-  Sums sums;
+  ThreadSums sums;
   const auto measure = [&](const auto& pull) {
     const T factor = scale_of<T>(t) * numbers.split.grad;
     const SplitSwitches on{pull.pulls(prox), numbers.lasso && pull.kMayLasso};

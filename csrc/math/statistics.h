@@ -13,15 +13,16 @@ constexpr double kZeroNorm = 1e-15;
 enum Column { kZeros, kNonfinite, kGap, kGrad, kQuadratic, kZeroGroups, kPenaltyValue, kColumnsOfRow };
 
 // Sums over some elements of a tensor, and over some of its groups.
-struct Sums {
-  int64_t zeros = 0;        // elements of u that are 0
-  int64_t nonfinite = 0;    // elements where w or d is NaN or infinite
-  int64_t zero_groups = 0;  // groups whose u is 0; not counted where a group is an element
-  double gap = 0;           // |w - u|^2
-  double grad = 0;          // |d|^2, of what the split hands to the base
-  double value = 0;         // g of every element's or group's u
+template <class Count>
+struct SumsOf {
+  Count zeros = 0;        // elements of u that are 0
+  Count nonfinite = 0;    // elements where w or d is NaN or infinite
+  Count zero_groups = 0;  // groups whose u is 0; not counted where a group is an element
+  double gap = 0;         // |w - u|^2
+  double grad = 0;        // |d|^2, of what the split hands to the base
+  double value = 0;       // g of every element's or group's u
 
-  void add(const Sums& o) {
+  void add(const SumsOf& o) {
     zeros += o.zeros;
     nonfinite += o.nonfinite;
     zero_groups += o.zero_groups;
@@ -31,8 +32,11 @@ struct Sums {
   }
 };
 
+using Sums = SumsOf<int64_t>;
+
 // `grouped`: the groups are more than elements. `split`: there is a splitting; else u is w. `lam`, `beta`: of it.
-RVSM_HD void write_row(double* row, const Sums& s, bool grouped, bool split, double lam, double beta) {
+template <class Count>
+RVSM_HD void write_row(double* row, const SumsOf<Count>& s, bool grouped, bool split, double lam, double beta) {
   row[kZeros] = double(s.zeros);
   row[kNonfinite] = double(s.nonfinite);
   row[kGap] = split ? s.gap : 0;
@@ -40,29 +44,6 @@ RVSM_HD void write_row(double* row, const Sums& s, bool grouped, bool split, dou
   row[kQuadratic] = split ? beta / 2 * s.gap : 0;
   row[kZeroGroups] = split ? double(grouped ? s.zero_groups : s.zeros) : 0;
   row[kPenaltyValue] = split && lam != 0 ? lam * s.value : 0;
-}
-
-// Sums as numbers of one type, for a device, which adds them up; counts are exact up to 2^53.
-constexpr int kSumsOfTensor = 6;
-
-RVSM_HD void pack(double* to, const Sums& s) {
-  to[0] = double(s.zeros);
-  to[1] = double(s.nonfinite);
-  to[2] = double(s.zero_groups);
-  to[3] = s.gap;
-  to[4] = s.grad;
-  to[5] = s.value;
-}
-
-RVSM_HD Sums unpack(const double* from) {
-  Sums s;
-  s.zeros = int64_t(from[0]);
-  s.nonfinite = int64_t(from[1]);
-  s.zero_groups = int64_t(from[2]);
-  s.gap = from[3];
-  s.grad = from[4];
-  s.value = from[5];
-  return s;
 }
 
 }  // namespace rvsm
