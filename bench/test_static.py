@@ -123,7 +123,8 @@ def test_every_kernel_is_there(compiled: list[Kernel]) -> None:
     """Each storage type has its step, prox, norms and penalty, on every architecture."""
     for arch in {kernel.arch for kernel in compiled}:
         names = [kernel.name for kernel in compiled if kernel.arch == arch]
-        assert {"count_kernel", "numbers_kernel", "general_sum_kernel"} <= set(names)
+        assert {"count_kernel", "numbers_kernel", "general_sum_kernel", "row_kernel"} <= set(names)
+        assert {"measure_kernel<float>", "measure_kernel<double>"} <= set(names)
         for storage in ("float", "double", "BFloat16", "Float16"):
             for kind in ("prox", "sum", "penalty"):
                 assert any(name.startswith(f"{kind}_kernel<{storage}") for name in names), (arch, kind, storage)
@@ -143,7 +144,9 @@ def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
         storage = arguments.split(",")[0].rstrip(">")
         sets = kernel.loads[128], kernel.stores[128]
         # A thread for a tensor or for a record; weights that are read one by one, or whose type is found when they are.
-        if kind in ("count_kernel", "numbers_kernel", "general_sum_kernel", "window_kernel") or "select_" in kind:
+        # Sums of blocks that become rows of statistics.
+        apart = ("count_kernel", "numbers_kernel", "general_sum_kernel", "window_kernel", "row_kernel")
+        if kind in apart or "select_" in kind:
             continue
         if kind == "resident_kernel":
             assert sets[0] >= 2 and sets[1] >= 1, line(kernel)
@@ -162,14 +165,15 @@ def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
         if storage != "double":
             # AdamW's corrections are in double precision.
             assert kernel.loads[64] == 0 or "AdamW" in kernel.name, line(kernel)
-            assert kernel.stores[64] == 0 or kind in ("sum_kernel", "penalty_kernel"), line(kernel)
+            assert kernel.stores[64] == 0 or kind in ("sum_kernel", "penalty_kernel", "measure_kernel"), line(kernel)
 
 
 def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
     """Three quarters of the threads for every kernel of a step over float32 and half types; but the value of a penalty
     divides in double precision, float64 has twice as much to hold, and half types hold two phases at once where a
     block sums its own groups; a method with a state has one more array, and as many bytes in flight with half of the
-    threads; AdamW has one or two more, a root and a quotient. A selection holds a run of weights of any type."""
+    threads; AdamW has one or two more, a root and a quotient. A selection holds a run of weights of any type,
+    statistics hold three of them."""
     kernels = [kernel for kernel in compiled if kernel.arch == "90"]
     if not kernels:
         pytest.skip("this build has no code for sm_90")
@@ -184,7 +188,7 @@ def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
             least = min(least, 0.625)
         if "AdamW" in kernel.name:
             least = 0.25 if state or "float" not in kernel.name else 0.375
-        if kernel.name.startswith("general_"):  # eight elements of every array are held at a time
+        if kernel.name.startswith(("general_", "measure_")):  # eight elements of every array are held at a time
             least = 0.125 if heavy else 0.25
         if kernel.name == "numbers_kernel":  # a thread holds a record
             least = 0.5

@@ -38,7 +38,7 @@ include(CheckCXXCompilerFlag)
 check_cxx_compiler_flag(-march=native RVSM_HAS_NATIVE)
 find_package(Threads REQUIRED)
 file(GLOB RVSM_PTX_SOURCES CONFIGURE_DEPENDS csrc/tests/ptx/*.cpp)
-add_executable(test_ptx EXCLUDE_FROM_ALL ${RVSM_PTX_SOURCES} csrc/cuda/launches.cpp csrc/cuda/host_kernels.cpp
+add_executable(test_ptx EXCLUDE_FROM_ALL ${RVSM_PTX_SOURCES} csrc/cuda/launches.cpp csrc/cuda/measuring.cpp csrc/cuda/host_kernels.cpp
                csrc/cpu/engine.cpp csrc/cpu/elements.cpp csrc/cpu/norms.cpp
                csrc/cpu/magnitudes.cpp csrc/cpu/selection.cpp csrc/cpu/whole.cpp)
 target_compile_definitions(test_ptx PRIVATE RVSM_ISA=base)

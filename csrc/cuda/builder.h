@@ -8,6 +8,7 @@
 
 #include "counts.h"
 #include "general.h"
+#include "measure.h"
 #include "resident.h"
 #include "windows.h"
 
@@ -109,10 +110,10 @@ class TableBuilder : public LaunchList<Table> {
   }
 
   // A tensor of a general step, or a piece of one, in groups (`factors`: where its norms are) or not, that begins
-  // `offset` elements into the tensor. `finished`: its numbers on the device, or null.
+  // `offset` elements into the tensor. `finished`: its numbers on the device, or null. `chunk`: elements of a block.
   template <class T>
   void add_general(const TensorArgs& args, int64_t offset, int64_t numel, const FactorPlace* factors,
-                   const void* finished) {
+                   const void* finished, int64_t chunk = kGeneralChunk) {
     GeneralRecord<T> record;
     std::memset(static_cast<void*>(&record), 0, sizeof record);
     record.finished = static_cast<const FinishedRecord<T>*>(finished);
@@ -136,7 +137,7 @@ class TableBuilder : public LaunchList<Table> {
     e = general_entry(args, offset, numel);
     e.first = t.blocks;
     e.record = slot;
-    t.blocks += uint32_t(ceil_div(numel, kGeneralChunk));
+    t.blocks += uint32_t(ceil_div(numel, chunk));
   }
 
  private:
@@ -340,8 +341,9 @@ class NumbersBuilder : public LaunchList<NumbersTable> {
 // The tables of windows.
 class WindowBuilder : public LaunchList<WindowTable> {
  public:
-  // `bits`: of the elements that survive.
+  // `bits`: of the elements that survive; a tensor's step and its statistics may both ask for them.
   void add(const TensorArgs& args, uint8_t* bits) {
+    if (!empty() && table().at[table().entries - 1].bits == bits) return;
     if (empty() || table().entries == kEntries) begin_table();
     WindowTable& t = table();
     WindowEntry& e = t.at[t.entries++];
@@ -366,6 +368,23 @@ class WindowBuilder : public LaunchList<WindowTable> {
 
  private:
   static constexpr uint32_t kEntries = sizeof(WindowTable::at) / sizeof(WindowEntry);
+};
+
+// The tables of rows of statistics.
+class RowBuilder : public LaunchList<RowTable> {
+ public:
+  // `sums`: of the blocks that have measured the tensor.
+  void add(const TensorArgs& args, const double* sums, int64_t blocks) {
+    if (empty() || table().entries == kEntries) begin_table();
+    RowTable& t = table();
+    const DeviceNumbers device = args.device_numbers == nullptr ? DeviceNumbers{} : *args.device_numbers;
+    t.at[t.entries++] = {args.statistics, sums, blocks, args.lam, args.beta, device, args.grouped, args.split};
+    t.blocks = t.entries;
+    last().note(args.group);
+  }
+
+ private:
+  static constexpr uint32_t kEntries = sizeof(RowTable::at) / sizeof(RowEntry);
 };
 
 // The tables of sums.

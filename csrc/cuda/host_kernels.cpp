@@ -61,6 +61,19 @@ struct HostStarter {
     });
   }
 
+  static const char* rows(const Stream&, const void* table) {
+    std::vector<double> sums(kRowSums);
+    return for_blocks<RowTable>(
+        table, [&](const RowTable& t, uint32_t block) { row_block(t, block, sums.data(), kForThreads); });
+  }
+
+  template <class T>
+  static const char* measure(const Stream&, const void* table) {
+    std::vector<double> sums(kMeasuredSums);
+    return for_blocks<Table>(
+        table, [&](const Table& t, uint32_t block) { measure_block<T>(t, block, sums.data(), kForThreads); });
+  }
+
   template <class T, class Base, bool kHasState>
   static const char* general(const Stream&, const void* table) {
     return for_blocks<Table>(table, [](const Table& t, uint32_t block) {

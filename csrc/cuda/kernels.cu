@@ -101,6 +101,30 @@ __global__ void __launch_bounds__(kThreads, 4) penalty_kernel(const __grid_const
   penalty_block<S>(table, blockIdx.x, sums, ForThreads{});
 }
 
+// Half of the threads of sm_90; fewer where the compiler spills.
+template <class T>
+constexpr int measure_blocks() {
+  if (sizeof(T) == 8) return 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  return 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return 2;
+#else
+  return 4;
+#endif
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, measure_blocks<T>()) measure_kernel(const __grid_constant__ Table table) {
+  __shared__ double sums[kMeasuredSums];
+  measure_block<T>(table, blockIdx.x, sums, ForThreads{});
+}
+
+__global__ void __launch_bounds__(kThreads) row_kernel(const __grid_constant__ RowTable table) {
+  __shared__ double sums[kRowSums];
+  row_block(table, blockIdx.x, sums, ForThreads{});
+}
+
 __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ CountTable table) {
   count_thread(table, blockIdx.x, int(threadIdx.x));
 }
@@ -119,6 +143,11 @@ struct DeviceStarter {
   static const char* windows(const Stream& stream, const void* table) { return launch(stream, window_kernel, table); }
   static const char* general_squares(const Stream& stream, const void* table) {
     return launch(stream, general_sum_kernel, table);
+  }
+  static const char* rows(const Stream& stream, const void* table) { return launch(stream, row_kernel, table); }
+  template <class T>
+  static const char* measure(const Stream& stream, const void* table) {
+    return launch(stream, measure_kernel<T>, table);
   }
   template <class T, class Base, bool kHasState>
   static const char* general(const Stream& stream, const void* table) {

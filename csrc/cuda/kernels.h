@@ -6,6 +6,7 @@
 
 #include "counts.h"
 #include "general.h"
+#include "measure.h"
 #include "picks.h"
 #include "resident.h"
 #include "windows.h"
@@ -25,6 +26,7 @@ enum class Work : uint8_t {
   dual_squares,     // the same, entries may have a dual
   general_squares,  // the same of weights whose type is known only when it runs
   factors,          // a SumTable: sums of parts or norms from elsewhere; the type is that of the factors
+  measure,          // a step's statistics; the type is the arithmetic's
   step_resident,    // a step of groups that its blocks sum themselves
   prox_resident,
   step,
@@ -36,6 +38,7 @@ enum class Work : uint8_t {
   windows,  // a WindowTable; the same
   select_pass,  // a PassTable, of a selection; the type is that of the arithmetic
   select_pick,  // a CutTable; the same
+  rows,         // a RowTable; after all that measures
 };
 
 struct Key {
@@ -74,6 +77,7 @@ Kernels all_kernels() {
   all[{Work::numbers, Dtype::f32, {}, false}] = Starter::numbers;
   all[{Work::windows, Dtype::f32, {}, false}] = Starter::windows;
   all[{Work::general_squares, Dtype::f32, {}, false}] = Starter::general_squares;
+  all[{Work::rows, Dtype::f32, {}, false}] = Starter::rows;
   const auto add_storage = [&](auto storage, Dtype dtype) {
     using S = decltype(storage);
     const auto add = [&](Work work, Start start) { all[{work, dtype, {}, false}] = start; };
@@ -84,6 +88,7 @@ Kernels all_kernels() {
     add(Work::penalty, Starter::template penalty<S>);
     if constexpr (sizeof(S) >= 4) {
       add(Work::factors, Starter::template factors<S>);
+      add(Work::measure, Starter::template measure<S>);
       add(Work::select_pass, Starter::template select_pass<S>);
       add(Work::select_pick, Starter::template select_pick<S>);
     }

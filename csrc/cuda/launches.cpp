@@ -41,6 +41,9 @@ const char* name_of(Work work) {
       return "numbers";
     case Work::windows:
       return "window";
+    case Work::measure:
+    case Work::rows:
+      return "statistics";
     case Work::select_pass:
     case Work::select_pick:
       return "selection";
@@ -55,6 +58,9 @@ void Launches::divide(int64_t limit) {
   limit_ = limit;
   groups_.assign(tensors.size(), Groups{});
   blocks_ = 0;
+  measures_ = action_ == Action::step &&
+              std::any_of(tensors.begin(), tensors.end(), [](const TensorArgs& t) { return t.statistics != nullptr; });
+  most_measured_[0] = most_measured_[1] = 0;
   bool any_parts = false;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const TensorArgs& args = tensors[i];
@@ -80,17 +86,11 @@ void Launches::divide(int64_t limit) {
       numbers = v.count();
     }
     if (action_ == Action::penalty) blocks_ += ceil_div(numbers, kChunk<double>);  // no type has more chunks
+    if (measures_) most_measured_[args.dtype == Dtype::f64] += measuring_blocks(args);
   }
   // At most three launches: sums, resident groups and the step, or sums, factors of sums of parts and the step.
   if (any_parts)
     for (Groups& g : groups_) g.resident = false;
-}
-
-// Calls f(offset, numel) for the pieces of a tensor with windows: places in it are in 32 bits, and its bits in bytes.
-template <class F>
-void Launches::for_flat_pieces(const TensorArgs& args, const F& f) const {
-  const int64_t most = std::max<int64_t>((limit_ - 1) / kOfByte, 1) * kOfByte;
-  for (int64_t at = 0; at < args.numel; at += most) f(at, std::min(most, args.numel - at));
 }
 
 // Whether the windows of a tensor are inside the vectors of a thread.
@@ -128,6 +128,7 @@ int64_t Launches::finished_records() const {
 // what is thresholded: the norm of w, for a group lasso.
 bool Launches::has_lengths(const TensorArgs& args, const Groups& groups) const {
   if (groups.general) return args.norm_rows() > 1;
+  if (groups.resident) return false;
   return writes_weights() && groups.lasso;
 }
 
@@ -135,11 +136,13 @@ int64_t Launches::scratch_bytes() const {
   int64_t bytes = aligned(blocks_ * int64_t(sizeof(double)));
   bytes += aligned(counted_entries() * kMostCorrections * int64_t(sizeof(double)));
   bytes += aligned(finished_records() * NumbersBuilder::kFinishedBytes);
+  bytes += aligned((most_measured_[0] + most_measured_[1]) * kSumsOfTensor * int64_t(sizeof(double)));
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i].windows.on()) bytes += aligned(ceil_div(tensors[i].numel, kOfByte));
-    if (!tensors[i].grouped || groups_[i].resident) continue;
-    const int64_t factors = aligned(tensors[i].view.count() * element_size(opmath(tensors[i].dtype)));
-    bytes += factors * (has_lengths(tensors[i], groups_[i]) ? 2 : 1);
+    if (!tensors[i].grouped || (groups_[i].resident && !measures_)) continue;
+    const int64_t factors = tensors[i].view.count() * element_size(opmath(tensors[i].dtype));
+    bytes += aligned(factors * (keeps_norms(groups_[i]) ? 2 : 1));
+    if (has_lengths(tensors[i], groups_[i])) bytes += aligned(factors);
     bytes += aligned(tensors[i].norm_rows() * groups_[i].partials * int64_t(sizeof(double)));
   }
   return bytes;
@@ -151,26 +154,31 @@ void Launches::set_scratch(void* memory) {
   totals_ = reinterpret_cast<double*>(take(blocks_ * int64_t(sizeof(double))));
   corrections_ = reinterpret_cast<double*>(take(counted_entries() * kMostCorrections * int64_t(sizeof(double))));
   finished_ = take(finished_records() * NumbersBuilder::kFinishedBytes);
+  find_measuring_room(reinterpret_cast<double*>(
+      take((most_measured_[0] + most_measured_[1]) * kSumsOfTensor * int64_t(sizeof(double)))));
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i].windows.on())
       groups_[i].bits = reinterpret_cast<uint8_t*>(take(ceil_div(tensors[i].numel, kOfByte)));
-    if (!tensors[i].grouped || groups_[i].resident) continue;
+    if (!tensors[i].grouped || (groups_[i].resident && !measures_)) continue;
     Groups& g = groups_[i];
     const GroupView& v = tensors[i].view;
     const int64_t factors = v.count() * element_size(opmath(tensors[i].dtype));
     const bool value = action_ == Action::penalty;
-    g.ratio = writes_weights() ? take(factors) : nullptr;
+    g.ratio = writes_weights() ? take(factors * (keeps_norms(g) ? 2 : 1)) : nullptr;
     g.length = value || has_lengths(tensors[i], g) ? take(factors) : nullptr;
     if (g.general && g.length == nullptr) g.length = g.ratio;
+    g.norms = keeps_norms(g) ? g.ratio + factors : g.ratio;
     g.parts = reinterpret_cast<double*>(take(tensors[i].norm_rows() * g.partials * int64_t(sizeof(double))));
     g.pieces.clear();
     const int64_t size = element_size(opmath(tensors[i].dtype));
     for_pieces(v, limit_, [&](int64_t offset, const GroupView& piece, int64_t group) {
       const int64_t from = group * size;
+      const bool lengths = g.length != nullptr && (g.lasso || g.general);
       g.pieces.push_back({offset, piece.count() * piece.size(),
-                          factor_place(piece, g.ratio + from, g.lasso || g.general ? g.length + from : nullptr)});
+                          factor_place(piece, g.ratio + from, lengths ? g.length + from : nullptr),
+                          factor_place(piece, g.norms + from, (lengths ? g.length : g.norms) + from)});
     });
-    Finish finish = value || g.general ? Finish::norms : Finish::factors;
+    Finish finish = value || g.general || g.resident ? Finish::norms : Finish::factors;
     if (action_ == Action::squares) finish = Finish::total;
     for (Layout* layout : {&g.stored, &g.widened}) {
       for (SumEntry& e : layout->sums) {
@@ -221,6 +229,8 @@ void Launches::add_norm_row(const TensorArgs& args, const Groups& groups, int no
     if (norm_row > 0) s->out = nullptr;
     if (!lengths) s->length = nullptr;
     if (groups.general) s->length = norm_row == 0 ? groups.ratio : groups.length;
+    if (groups.resident) s->length = groups.norms;
+    s->keeps_norms = keeps_norms(groups) && norm_row == 0;
     if (action_ == Action::squares) s->out = args.sums;
   }
   const bool mixed = args.precision.mixed && action_ == Action::step;
@@ -362,15 +372,18 @@ void Launches::run(const Stream& stream, const Scaling& scaling, double* total) 
   for (auto& [key, builder] : tables_) builder.clear();
   numbers_.begin_step(finished_);
   windows_.clear();
+  rows_.clear();
+  measured_[0] = measured_[1] = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const TensorArgs& args = tensors[i];
     if (!args.active || args.numel == 0) continue;
-    if (args.grouped && !groups_[i].resident) add_norms(args, groups_[i]);
+    if (args.grouped && (!groups_[i].resident || is_measured(args))) add_norms(args, groups_[i]);
     if (action_ == Action::squares) continue;
     if (action_ == Action::step && args.general())
       add_general(args, groups_[i]);
     else
       with_storage(args.dtype, [&](auto s) { add<decltype(s)>(args, groups_[i]); });
+    if (is_measured(args)) add_statistics(args, groups_[i]);
   }
   for (auto& [key, builder] : sums_)
     for (auto& l : builder) start(stream, key, l.table.get(), l.groups);
@@ -384,17 +397,26 @@ void Launches::run(const Stream& stream, const Scaling& scaling, double* total) 
     }
   }
   int64_t blocks = 0;
+  double* sums[2] = {sums_of_blocks_[0], sums_of_blocks_[1]};
   for (auto& [key, builder] : tables_) {
     for (auto& l : builder) {
-      if (key.work == Work::step || key.work == Work::step_resident || key.work == Work::general) {
+      if (action_ == Action::step) {
         l.table->grad_scale = scaling.grad_scale;
         l.table->found_inf = scaling.found_inf;
+      }
+      if (key.work == Work::measure) {
+        double*& next = sums[key.dtype == Dtype::f64];
+        l.table->totals = std::exchange(next, next + l.table->blocks * kSumsOfTensor);
       } else if (key.work == Work::penalty) {
         l.table->totals = totals_ + blocks;
         blocks += l.table->blocks;
       }
       start(stream, key, l.table.get(), l.groups);
     }
+  }
+  for (auto& l : rows_) {
+    l.table->found_inf = scaling.found_inf;
+    start(stream, {Work::rows, Dtype::f32, {}}, l.table.get(), l.groups);
   }
   if (total == nullptr) return;
   SumEntry e = divide_sums({1, 1, 1, blocks}, sizeof(double), true);

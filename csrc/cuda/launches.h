@@ -1,6 +1,7 @@
 // The CUDA engine: all tensors of a step in as few launches as there are kinds of work. Without torch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <vector>
@@ -14,7 +15,8 @@ namespace rvsm::cuda {
 // count of states, and groups that are short and consecutive in memory another. For other groups one launch before the
 // step makes the factors, or two where long groups are summed in parts. For windows that are not inside a vector a
 // launch before the step finds out what survives. Steps with several storage types, and steps with numbers on the
-// device, are a launch of their own (general.h).
+// device, are a launch of their own (general.h). Statistics take two launches more, one before the step and one after
+// it (measure.h).
 class Launches {
  public:
   Launches(Action action, const Kernels& kernels) : action_(action), kernels_(kernels) {}
@@ -29,6 +31,9 @@ class Launches {
   // Bytes of scratch on the device (the factors of the groups, and sums of parts), and where it is.
   int64_t scratch_bytes() const;
   void set_scratch(void* memory);
+
+  // Whether statistics are wanted that the scratch has no room for: divide() first.
+  bool lacks_room() const;
 
   // Numbers on the device that GradScaler brings; null where there are none.
   struct Scaling {
@@ -56,11 +61,13 @@ class Launches {
     struct Piece {
       int64_t offset, numel;
       FactorPlace factors;
+      FactorPlace norms;  // what statistics read in the place of the factors: the norms
     };
     std::vector<Piece> pieces;
     int64_t partials = 0;  // sums of parts for one row of norms, at most
     bool lasso = false;
     char *ratio = nullptr, *length = nullptr;
+    char* norms = nullptr;    // for statistics: of what is thresholded
     uint8_t* bits = nullptr;  // of a tensor with windows: of the elements that survive
     double* parts = nullptr;
 
@@ -78,14 +85,25 @@ class Launches {
   void add_pieces(const TensorArgs& args, const Groups& groups, TableBuilder& builder, void* source);
   void* source(const TensorArgs& args) const;
   void add_general(const TensorArgs& args, const Groups& groups);
+  // Calls f(offset, numel) for the pieces of a tensor with windows: places in it are in 32 bits, and its bits in bytes.
   template <class F>
-  void for_flat_pieces(const TensorArgs& args, const F& f) const;
+  void for_flat_pieces(const TensorArgs& args, const F& f) const {
+    const int64_t most = std::max<int64_t>((limit_ - 1) / kOfByte, 1) * kOfByte;
+    for (int64_t at = 0; at < args.numel; at += most) f(at, std::min(most, args.numel - at));
+  }
   int64_t counted_entries() const;
   int64_t finished_records() const;
   bool has_lengths(const TensorArgs& args, const Groups& groups) const;
   void add_counts();
   void add_norms(const TensorArgs& args, const Groups& groups);
   void add_norm_row(const TensorArgs& args, const Groups& groups, int norm_row);
+  // measuring.cpp: statistics.
+  bool is_measured(const TensorArgs& args) const { return measures_ && args.statistics != nullptr; }
+  // Whether norms of groups are wanted that no step needs: they stand behind the ratios.
+  bool keeps_norms(const Groups& groups) const { return measures_ && !groups.general && !groups.resident; }
+  int64_t measuring_blocks(const TensorArgs& args) const;
+  void find_measuring_room(double* memory);
+  void add_statistics(const TensorArgs& args, const Groups& groups);
   void start(const Stream& stream, const Key& key, const void* table, const std::vector<int32_t>& groups);
 
   Action action_;
@@ -104,6 +122,11 @@ class Launches {
   NumbersBuilder numbers_;
   WindowBuilder windows_;
   char* finished_ = nullptr;  // records
+  bool measures_ = false;     // the scratch has room for statistics
+  // Of statistics in float32 and in float64: the most blocks, those of this step so far, and where their sums go.
+  int64_t most_measured_[2] = {}, measured_[2] = {};
+  double* sums_of_blocks_[2] = {};
+  RowBuilder rows_;
 };
 
 }  // namespace rvsm::cuda

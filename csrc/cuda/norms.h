@@ -43,8 +43,9 @@ struct alignas(16) SumEntry {
   int64_t outer, groups, inner, count;  // count: the groups of all batches
   uint32_t first;                       // its first block
   uint32_t tiles, parts;
-  uint16_t tile;       // groups of a tile
-  uint16_t lanes : 9;  // threads that share one row of a group (team) or of the tile (strip)
+  uint16_t tile : 15;        // groups of a tile
+  uint16_t keeps_norms : 1;  // factors: the norms are wanted too, behind the ratios of all groups
+  uint16_t lanes : 9;        // threads that share one row of a group (team) or of the tile (strip)
   // parts_are_rows: a part of a group is some of its rows, else a piece of each row. are_norms: x holds norms, not what
   // they are made of.
   uint16_t strip : 1, vectors : 1, parts_are_rows : 1, finish : 2, reads_cut : 1, are_norms : 1;
@@ -234,6 +235,7 @@ RVSM_HD void finish_group(const SumEntry& e, uint32_t part, int64_t group, doubl
     const Prox<T> prox =
         e.reads_cut ? Prox<T>{Penalty::l0, *static_cast<const T*>(e.cut), 0, 0, 0, 0} : narrow<T>(e.prox);
     static_cast<T*>(e.out)[group] = shrink_ratio(norm, prox);
+    if (e.keeps_norms) static_cast<T*>(e.out)[e.count + group] = norm;
   }
   if (e.length != nullptr) static_cast<T*>(e.length)[group] = finish == Finish::factors ? length_of(norm) : norm;
 }

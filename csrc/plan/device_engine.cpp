@@ -55,7 +55,7 @@ class CpuEngine final : public DeviceEngine {
     for (size_t i = 0; i < of_tensors.size(); ++i) {
       const TensorArgs& args = tensors[i];
       if (args.active && args.statistics != nullptr)
-        of_tensors[i].write(args.statistics, args.grouped, args.split, args.lam, args.beta);
+        write_row(args.statistics, of_tensors[i], args.grouped, args.split, args.lam, args.beta);
       if (args.active && args.new_squares != nullptr) *args.new_squares = of_tensors[i].new_squares;
     }
   }
@@ -82,6 +82,8 @@ class CudaEngine final : public DeviceEngine {
 
   void run(const Scaling& scaling) override {
     const c10::DeviceGuard guard(device);
+    // Only the first step with statistics finds them without scratch.
+    if (launches_.lacks_room()) divide();
     cuda::Stream target;
     if (!device.is_cpu()) {
       const c10::Stream current = stream();

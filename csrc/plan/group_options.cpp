@@ -50,10 +50,13 @@ GroupOptions::GroupOptions(const py::object& o) : source(o) {
   if (on_device() && device_tensors.size() != kDeviceNumbers)
     throw std::runtime_error("other numbers on the device than a kernel reads");
   find_device_numbers();
-  if (split && !on_device()) {
+  if (split) {
     const py::object values = o.attr("values");
-    lam = topk ? 0 : values["lam"].cast<double>();
-    beta = values["beta"].cast<double>();
+    const auto known = [&](const char* name, DeviceNumber number) {
+      return on_device() && device_tensors[number].defined() ? 1 : values[name].cast<double>();
+    };
+    lam = topk ? 0 : known("lam", kLam);
+    beta = known("beta", kBeta);
   }
 }
 

@@ -60,7 +60,7 @@ class GroupOptions {
   py::object source;  // the StepOptions
   BaseKind base = BaseKind::sgd;
   Method method = Method::rvsm;
-  double lam = 0, beta = 0;  // of the splitting; 0 where they stand on a device
+  double lam = 0, beta = 0;  // of the splitting; 1 where they stand on a device
   bool split = false, topk = false, lasso = false, scaled = false, writes_grad = false;
   bool starts_from_u = false;          // the method's state begins with u, else with zeros
   Dims dims;                           // group_dim; nullopt for elements, and where norms do not matter

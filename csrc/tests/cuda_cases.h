@@ -52,6 +52,7 @@ constexpr int kMostOfBase = 3;
 // Where the arrays of a tensor are.
 struct Places {
   char *w, *g, *base_states[kMostOfBase], *method_state, *rest, *cut, *norms, *counter, *device_values;
+  char* row = nullptr;  // of statistics
 };
 
 // A tensor of any type, with guard elements around it.
@@ -62,6 +63,8 @@ struct Tensor {
   DeviceNumbers device;
   int64_t at;
   bool norms_given = false, counted = false;
+  std::vector<char> row;  // of statistics, where they are wanted
+  double lam_of_device, beta_of_device;
 
   // `parts`: some groups are so few and long that they are summed in parts. `methods`: some have a u or a dual, some a
   // cut of their own, some norms that were made elsewhere. `general`: the number of a kernel in general.h that steps
@@ -100,6 +103,10 @@ struct Tensor {
     if (counted || !device_values.empty()) of_device = records.emplace_back(record).data();
     if (!o.is_split()) args.windows = {};
     args.topk = methods && !args.windows.on() && o.is_split() && o.penalty == Penalty::l0 && integer(0, 1);
+    args.split = o.is_split();
+    lam_of_device = factors.strength(group_size());
+    beta_of_device = factors.beta;
+    if (methods && args.topk) args.lam = lam_of_device = 0;
     args.active = integer(0, 9) != 0 && args.numel > 0;
     norms_given = methods && args.grouped && integer(0, 3) == 0;
     norms.resize(size_t(args.norm_rows() * args.view.count()) * sizeof(double));
@@ -212,8 +219,16 @@ struct Tensor {
             cut.data(),
             norms.data(),
             counter.data(),
-            device_values.data()};
+            device_values.data(),
+            row.data()};
   }
+
+  // Statistics are wanted; where nothing is written, NaN stays.
+  void want_statistics() {
+    row.resize(kColumnsOfRow * sizeof(double));
+    std::fill_n(reinterpret_cast<double*>(row.data()), int(kColumnsOfRow), NAN);
+  }
+  const double* numbers_of_row() const { return reinterpret_cast<const double*>(row.data()); }
 
   // Where the engine finds the arrays; the gradient is sometimes out of line.
   void aim(const Places& p) {
@@ -230,6 +245,7 @@ struct Tensor {
     args.norms = norms_given ? reinterpret_cast<const double*>(p.norms) : nullptr;
     for (int k = 0; k < kDeviceNumbers; ++k)
       if (device.at[k] != nullptr) device.at[k] = p.device_values + 8 * k;
+    args.statistics = row.empty() ? nullptr : reinterpret_cast<double*>(p.row);
   }
 
   // What the array `v` of element i holds; of weights with a master the weight. `v` is this tensor's.
@@ -276,6 +292,28 @@ inline void compare(const Tensor& got, const Tensor& want, const char* what, dou
   }
 }
 
+// A row of statistics of a tensor against the sums of the CPU engine. Counts are the same; a difference of numbers that
+// are rounded alike is off by their rounding, and so is the square of its norm.
+inline void compare_row(const Tensor& got, const Tensor& want, const Sums& sums, double loose) {
+  const TensorArgs& args = want.args;
+  double row[kColumnsOfRow];
+  write_row(row, sums, args.grouped, args.split, args.lam, args.beta);
+  const double bound = (args.dtype == Dtype::f64 ? 1e-13 : 1e-6) * (1 + loose), n = double(args.numel);
+  for (int k = 0; k < kColumnsOfRow; ++k) {
+    const double x = got.numbers_of_row()[k], y = row[k];
+    if (!args.active) {
+      CHECK(std::isnan(x), "statistics %d of a tensor that is not stepped: %.17g", k, x);
+      continue;
+    }
+    // Without a splitting u is w, whatever norms were given.
+    if (k == kZeros && !args.split && want.norms_given) continue;
+    const bool counts = k == kZeros || k == kNonfinite || k == kZeroGroups;
+    const double allowed = counts ? 0 : bound * (std::fabs(y) + std::sqrt(std::fabs(y) * n) + args.lam * n);
+    CHECK(std::fabs(x - y) <= allowed, "statistics %d of %lld elements: %.17g, not %.17g", k,
+          static_cast<long long>(args.numel), x, y);
+  }
+}
+
 // Many tensors of all kinds and types in as many tables as they need; where the number is even, some groups are summed
 // in parts, else short ones by the blocks of their step. `loose`: 0 where both engines round alike. `general`: the
 // kernels of general.h alone, one after the other.
@@ -288,6 +326,10 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
   for (int i = 0; i < count; ++i)
     got.emplace_back(3 * cuda::kChunk<float>, count % 2 == 0, action == Action::step,
                      general ? i % Tensor::kKernels : -1, records);
+  // Jobs without any statistics are divided otherwise.
+  if (action == Action::step && integer(0, 2) != 0)
+    for (Tensor& t : got)
+      if (integer(0, 3) != 0) t.want_statistics();
   std::vector<Tensor> want = got;
   const std::vector<Tensor> before = got;
   cuda::Launches launches(action, kernels);
@@ -303,11 +345,14 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
                       memory.place(x.cut),
                       memory.place(x.norms),
                       memory.place(x.counter),
-                      memory.place(x.device_values)});
+                      memory.place(x.device_values),
+                      memory.place(x.row)});
     x.aim(places.back());
     if (x.of_device != nullptr) x.args.numbers = x.of_device;
     if (x.counted) x.args.counter = reinterpret_cast<float*>(places.back().counter);
     if (!x.device_values.empty()) x.args.device_numbers = &x.device;
+    x.args.lam = x.lam_of_device;
+    x.args.beta = x.beta_of_device;
     y.aim(y.own());
     launches.tensors.push_back(x.args);
     tasks.tensors.push_back(y.args);
@@ -337,6 +382,7 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
       memory.fetch(x.method_state, p.method_state);
       memory.fetch(x.rest, p.rest);
       memory.fetch(x.counter, p.counter);
+      memory.fetch(x.row, p.row);
     }
   };
   std::vector<char> numbers(3 * sizeof(float));
@@ -349,6 +395,7 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
     for (size_t i = 0; i < got.size(); ++i)
       CHECK(got[i].w == before[i].w && got[i].counter == before[i].counter && got[i].g == before[i].g &&
                 got[i].rest == before[i].rest && got[i].method_state == before[i].method_state &&
+                got[i].row == before[i].row &&
                 std::equal(got[i].base_states, got[i].base_states + kMostOfBase, before[i].base_states),
             "a step in spite of Inf");
     launches.run({}, {placed, placed + 2});
@@ -357,8 +404,10 @@ int64_t engines(int count, Action action, const cuda::Kernels& kernels, double l
   }
   fetch();
   const char* const what = action == Action::step ? "step" : "prox";
+  const std::vector<Sums> sums = action == Action::step ? tasks.totals() : std::vector<Sums>();
   for (size_t i = 0; i < got.size(); ++i) {
     compare(got[i], want[i], what, loose);
+    if (!got[i].row.empty()) compare_row(got[i], want[i], sums[i], loose);
     if (!got[i].counted) continue;
     const auto count = [](const Tensor& t) { return *reinterpret_cast<const float*>(t.counter.data()); };
     CHECK(count(got[i]) == count(before[i]) + float(got[i].args.active), "a tensor that was counted %g, then %g",

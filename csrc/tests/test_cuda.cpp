@@ -211,11 +211,15 @@ void launch_counts() {
   Kernels counting = host_kernels();
   for (auto& [key, start] : counting)
     start = [](const Stream&, const void*) -> const char* { return ++started, nullptr; };
+  // Statistics of 100 tensors are two launches more, and the norms of consecutive groups a third.
   struct Kind {
     int tensors, launches;
     GroupView view;  // of a tensor in groups, empty of another
+    bool measured = false;
   };
-  for (const Kind& kind : {Kind{1000, 1, {}}, Kind{250, 2, {1, 3, 4, 1}}, Kind{400, 1, {1, 1, 3, 4}}}) {
+  double row[kColumnsOfRow];
+  for (const Kind& kind : {Kind{1000, 1, {}}, Kind{250, 2, {1, 3, 4, 1}}, Kind{400, 1, {1, 1, 3, 4}},
+                           Kind{100, 3, {}, true}, Kind{80, 4, {1, 3, 4, 1}, true}, Kind{80, 4, {1, 1, 3, 4}, true}}) {
     std::deque<NumberRow> records;
     Launches launches(Action::step, counting);
     for (int i = 0; i < kind.tensors; ++i) {
@@ -226,6 +230,7 @@ void launch_counts() {
       args.w = memory.data() + i;
       args.g = memory.data() + i;
       apply(o, args, false, records);
+      if (kind.measured) args.statistics = row;
       launches.tensors.push_back(args);
     }
     launches.divide();
@@ -283,9 +288,9 @@ void keys() {
         CHECK(all.count({Work::general, dtype, key_of<decltype(base)>(), has_state}) == 1,
               "no general kernel of a base");
   });
-  // Of every type five kernels without a base; factors and the two of a selection of two types; counts, numbers,
-  // windows and sums of general weights.
-  const size_t want = size_t(4 * (3 * bases + 5) + 2 * 2 * bases + 2 * 3 + 4);
+  // Of every type five kernels without a base; factors, statistics and the two of a selection of two types; counts,
+  // numbers, windows, rows of statistics and sums of general weights.
+  const size_t want = size_t(4 * (3 * bases + 5) + 2 * 2 * bases + 2 * 4 + 5);
   CHECK(all.size() == want, "%zu kernels, not %zu", all.size(), want);
   ++checked;
 }

@@ -199,6 +199,24 @@ def test_a_step_is_that_of_plain_numbers(engine: str, case: str) -> None:
     twins.check()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_statistics_are_those_of_plain_numbers(engine: str, case: str) -> None:
+    """The numbers that a row is multiplied by are read on the device too; where lam is 0, u is w."""
+    if engine == "triton":
+        pytest.skip("torch's operators make its statistics, and read the numbers")
+    cls, options = CASES[case]
+    twins = Twins(engine, cls, statistics=True, **options)
+    for k in range(4):
+        twins.step()
+        ours, theirs = twins.optimizer.statistics().rows, twins.plain.statistics().rows
+        for x, y in zip(ours, theirs, strict=True):
+            told = ("name", "split", "groups")  # a lam on the device may become positive at any time
+            found, want = ({k: v for k, v in row.to_dict().items() if k not in told} for row in (x, y))
+            assert found == pytest.approx(want, rel=1e-4, abs=1e-9), (case, k)
+            assert k < 3 or found["penalty"] == found["gap"] == 0
+        twins.fill(beta=0.5, lam=[0.25, 0.5, 0.0, 0.0][k])
+
+
 @pytest.mark.parametrize("cls", [SGD, ADAMW])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_types_of_parameters(engine: str, cls: type, dtype: torch.dtype) -> None:

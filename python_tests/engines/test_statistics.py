@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import definition
 import rvsm_kernels as rk
+from rvsm_kernels.engines import measured
 
 LAM, BETA, LASSO, SCALE = 3e-3, 0.5, 0.02, 8.0
 RELATIVE = 1e-6
@@ -301,6 +302,53 @@ def test_found_inf_keeps_the_last_numbers(engine: str) -> None:
     optimizer.found_inf = torch.zeros(())
     optimizer.step()
     assert optimizer.statistics().to_dict() != kept
+
+
+def test_compiled_kernels_make_them(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operator of torch makes a row of the compiled engines."""
+    if engine not in ("native", "interpreted"):
+        pytest.skip("the compiled engines")
+
+    def refuse(*args: Any) -> Tensor:
+        raise AssertionError("torch's operators have made statistics")
+
+    monkeypatch.setattr(measured, "_row", refuse)
+    g = generator(13)
+    for dtype, group_dim in itertools.product((torch.float32, torch.bfloat16, torch.float64), (None, 0, 1)):
+        p = weights((16, 8, 2, 2), dtype, g)
+        optimizer = rk.RVSM([p], lr=0.1, lam=LAM, beta=BETA, group_dim=group_dim, engine=engine, statistics=True)
+        optimizer.found_inf = torch.zeros((), device=DEVICE)  # prepares and launches apart
+        for _ in range(2):
+            w = p.detach().clone()
+            optimizer.step()
+            assert int(optimizer.statistics().total.elements) == p.numel()
+            assert float(optimizer.statistics().total.grad) > 0
+            assert not torch.equal(p.detach(), w)
+
+
+@quick_in_all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_no_bit_of_a_step_depends_on_them(engine: str, dtype: torch.dtype) -> None:
+    """Also of groups whose norms the step has no need of elsewhere: those that are consecutive in memory."""
+    if is_slow(engine) and dtype != torch.float32:
+        pytest.skip("float32 is what Triton's interpreter is tried with")
+    g = generator(14)
+    for shape, group_dim, method in itertools.product(
+        ((16, 8, 2, 2), (5, 7)), (None, 0, 1), METHODS[:1] if is_slow(engine) else METHODS
+    ):
+        p = weights(shape, dtype, g)
+        plain = rk.RVSM(
+            [p], lr=0.1, momentum=0.9, lam=LAM, beta=BETA, group_dim=group_dim, method=method, engine=engine
+        )
+        other = copy.deepcopy(plain)
+        other.collect_statistics = True
+        q = other.param_groups[0]["params"][0]
+        for _ in range(3):
+            p.grad = torch.randn(shape, generator=g, device=DEVICE).to(dtype)
+            q.grad = p.grad.clone()
+            plain.step()
+            other.step()
+            assert torch.equal(p, q), (shape, group_dim, method)
 
 
 def test_pickle_and_deepcopy(engine: str) -> None:

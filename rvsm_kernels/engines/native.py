@@ -27,7 +27,6 @@ from ..method.support import Support
 from . import cuts, whole
 from .checks import check_groups
 from .interface import Engine, Group, Ready, StepInputs
-from .measured import write_all_statistics
 from .windows import keep_largest_, value_of_windows
 
 load_error: str | None = None
@@ -176,26 +175,17 @@ class NativeEngine(Engine):
 
     def __init__(self) -> None:
         self._plan = _C.Plan()
-        self._measured: tuple[Sequence[Group], StepInputs] | None = None  # what is to be measured before the launch
 
     def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
-        ready = Ready(self._plan.prepare(groups, inputs))
-        self._measured = (groups, inputs) if ready == Ready.YES and inputs.statistics else None
-        return ready
+        return Ready(self._plan.prepare(groups, inputs))
 
     def launch(self) -> None:
-        if self._measured is not None:
-            write_all_statistics(*self._measured, _is_measured_apart)
-            self._measured = None
         self._plan.launch()
 
     def step(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
-        if inputs.statistics and (_C.interprets_cuda() or not all(row.is_cpu for row in inputs.statistics.values())):
-            return super().step(groups, inputs)
         return Ready(self._plan.step(groups, inputs))
 
     def drop(self) -> None:
-        self._measured = None
         self._plan.drop()
 
     def select(self, selections: Sequence[Selection]) -> None:
@@ -232,11 +222,6 @@ class NativeEngine(Engine):
         # What the cut of top-k zeroes is what that of l0 does.
         penalty = "l0" if penalty == "topk" else penalty
         return torch.ops.rvsm_kernels.sums_of_u(weights, penalty, *numbers, cuts, zeros)
-
-
-def _is_measured_apart(p: Tensor) -> bool:
-    """Whether the statistics of a parameter are made by torch's operators: the kernels of CUDA make none yet."""
-    return p.device.type != "cpu" or _C.interprets_cuda()
 
 
 def _penalty_arguments(group: Mapping[str, Any]) -> tuple[Any, ...]:

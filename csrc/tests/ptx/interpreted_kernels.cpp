@@ -22,6 +22,7 @@ namespace {
 
 using cuda::CountTable;
 using cuda::NumbersTable;
+using cuda::RowTable;
 using cuda::SumTable;
 using cuda::Table;
 using cuda::WindowTable;
@@ -63,6 +64,10 @@ std::string symbol_of(const cuda::Key& key) {
       return "14numbers_kernelE";
     case Work::windows:
       return "13window_kernelE";
+    case Work::rows:
+      return "10row_kernelE";
+    case Work::measure:
+      return "14measure_kernelI" + storage + "EEv";
     case Work::general_squares:
       return "18general_sum_kernelE";
     case Work::general:
@@ -82,7 +87,7 @@ int states_of(const cuda::Key& key) { return key.base.states + int(key.method_st
 using EntryHead = cuda::TableEntry<0>;
 
 size_t entry_bytes(const cuda::Key& key) {
-  if (key.work == cuda::Work::general) return sizeof(cuda::GeneralEntry);
+  if (key.work == cuda::Work::general || key.work == cuda::Work::measure) return sizeof(cuda::GeneralEntry);
   return sizeof(EntryHead) + size_t(states_of(key)) * sizeof(void*);
 }
 
@@ -158,6 +163,13 @@ std::vector<bool> filled(const cuda::Key&, const WindowTable& t) {
   return bytes;
 }
 
+// The same of a table of rows of statistics.
+std::vector<bool> filled(const cuda::Key&, const RowTable& t) {
+  std::vector<bool> bytes(sizeof(RowTable), false);
+  std::fill_n(bytes.begin(), offsetof(RowTable, at) + sizeof(cuda::RowEntry) * t.entries, true);
+  return bytes;
+}
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 std::vector<uint32_t> in_order(uint32_t blocks) {
@@ -200,6 +212,13 @@ struct Starter {
   }
   static const char* windows(const cuda::Stream&, const void* table) {
     return Do::template launch<WindowTable>({cuda::Work::windows, Dtype::f32, {}}, table);
+  }
+  static const char* rows(const cuda::Stream&, const void* table) {
+    return Do::template launch<RowTable>({cuda::Work::rows, Dtype::f32, {}}, table);
+  }
+  template <class T>
+  static const char* measure(const cuda::Stream&, const void* table) {
+    return Do::template launch<Table>({cuda::Work::measure, kDtypeOf<T>, {}}, table);
   }
   // No case has a selection.
   template <class T>
@@ -277,6 +296,7 @@ auto with_table(const Launch& launch, const F& f) {
   if (launch.counts()) return f(*table_of<CountTable>(launch));
   if (launch.key.work == cuda::Work::numbers) return f(*table_of<NumbersTable>(launch));
   if (launch.key.work == cuda::Work::windows) return f(*table_of<WindowTable>(launch));
+  if (launch.key.work == cuda::Work::rows) return f(*table_of<RowTable>(launch));
   return launch.sums() ? f(*table_of<SumTable>(launch)) : f(*table_of<Table>(launch));
 }
 
@@ -289,11 +309,15 @@ template <class S>
 void host_block(const cuda::Key& key, const Table& t, uint32_t block) {
   using cuda::Work;
   static cuda::ResidentShared<Opmath<S>> shared;
-  static double sums[cuda::kThreads];
+  static double sums[cuda::kMeasuredSums];
   if (key.work == Work::prox) return kForThreads([&](int i) { cuda::prox_thread<S>(t, block, i); });
   if (key.work == Work::prox_resident)
     return cuda::resident_block<S, cuda::ProxBase, false>(t, block, shared, kForThreads);
   if (key.work == Work::penalty) return cuda::penalty_block<S>(t, block, sums, kForThreads);
+  if (key.work == Work::measure) {
+    if constexpr (sizeof(S) >= 4) cuda::measure_block<S>(t, block, sums, kForThreads);
+    return;
+  }
   with_base(key.base, [&](auto base) {
     using Base = decltype(base);
     if (key.work == Work::general) {
@@ -336,6 +360,12 @@ void host_block(const cuda::Key&, const NumbersTable& t, uint32_t block) {
 template <class S>
 void host_block(const cuda::Key&, const WindowTable& t, uint32_t block) {
   kForThreads([&](int i) { cuda::window_thread(t, block, i); });
+}
+
+template <class S>
+void host_block(const cuda::Key&, const RowTable& t, uint32_t block) {
+  static double sums[cuda::kRowSums];
+  cuda::row_block(t, block, sums, kForThreads);
 }
 
 }  // namespace
@@ -404,9 +434,11 @@ Addresses addresses_of(const TensorArgs& args) {
 }
 
 std::string name_of(const cuda::Key& key) {
-  static const char* const kNames[] = {
-      "squares", "dual_squares", "general_squares", "factors", "step_resident", "prox_resident", "step",       "prox",
-      "penalty", "general",      "count",           "numbers", "windows",       "select_pass",   "select_pick"};
+  static const char* const kNames[] = {"squares", "dual_squares",  "general_squares", "factors",
+                                       "measure", "step_resident", "prox_resident",   "step",
+                                       "prox",    "penalty",       "general",         "count",
+                                       "numbers", "windows",       "select_pass",     "select_pick",
+                                       "rows"};
   std::string name = kNames[int(key.work)];
   const bool is_step =
       key.work == cuda::Work::step || key.work == cuda::Work::step_resident || key.work == cuda::Work::general;
