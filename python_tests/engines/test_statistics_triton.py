@@ -134,6 +134,19 @@ def test_types(dtype: torch.dtype) -> None:
             compare(*both)
 
 
+def test_blocks_of_indices() -> None:
+    """A group is counted once, not once for each of its indices."""
+    options: dict[str, Any] = {"penalty": "tl1", "lam": 10 * LAM, "beta": BETA, "group_dim": 0, "group_block": 2}
+    both = [
+        rk.RVSM(params_of([(8, 6), (4, 3, 5)]), lr=0.1, engine=engine, statistics=True, **options)
+        for engine in ("triton", "reference")
+    ]
+    for optimizer in both:
+        optimizer.step()
+    compare(*both)
+    assert both[0].statistics().total.groups == 6
+
+
 def test_windows() -> None:
     for method in ("rvsm", "admm"):
         options: dict[str, Any] = {"penalty": "nm", "pattern": (2, 4), "method": method, "decoupled": False}
