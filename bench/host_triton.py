@@ -91,6 +91,8 @@ def contenders() -> dict[str, tuple[Callable[[], None], Callable[[], Any]]]:
     """What comes before a step and is not measured, and the step."""
     params = parameters()
     plain, native = optimizer_of(OnCpu, params), optimizer_of(rk.RVSM, parameters())
+    measured = optimizer_of(OnCpu, parameters())
+    measured.collect_statistics = True
     others = [[torch.randn(8, 8) for _ in params] for _ in range(2)]
     turn = 0
 
@@ -110,6 +112,7 @@ def contenders() -> dict[str, tuple[Callable[[], None], Callable[[], Any]]]:
         "triton, same addresses": (nothing, plain.step),
         "triton, gradients elsewhere": (move, plain.step),
         "triton, another lr": (edit, plain.step),
+        "triton, with statistics": (nothing, measured.step),
         "native on the CPU": (nothing, native.step),
     }
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rvsm_kernels.engines.triton import counts, device_numbers, elements, mixed, norms, selection, windows
+from rvsm_kernels.engines.triton import counts, device_numbers, elements, mixed, norms, selection, statistics, windows
 from rvsm_kernels.engines.triton.calls import options_for
 from rvsm_kernels.engines.triton.launch import STORAGE, block_of
 from rvsm_kernels.engines.triton.table import FACTOR_TILE, PARTS_AT_ONCE, record_words
@@ -36,11 +36,12 @@ from rvsm_kernels.method.dtypes import opmath_type
 from .static import tool
 
 TARGETS = ("cuda:80", "cuda:90", "hip:gfx942")
-_TABLES = ("addresses", "entries", "records", "sources", "states", "bins", "blocks")
+_TABLES = ("addresses", "entries", "records", "sources", "states", "bins", "blocks", "strengths", "pieces")
+_TOTALS = ("totals", "rows", "sums")
 _OTHERS = {
     "owners": "*i32",
     "found_inf": "*fp32",
-    "totals": "*fp64",
+    **dict.fromkeys(_TOTALS, "*fp64"),
     **dict.fromkeys(("count", "shift", "used"), "i32"),
 }
 _ARGUMENTS = {**dict.fromkeys(_TABLES, "*i64"), **_OTHERS}
@@ -57,19 +58,22 @@ def steps() -> Iterator[tuple[dict[str, Any], int]]:
     for momentum, tl1, groups, method in itertools.product((0, 1), (False, True), (False, True), range(3)):
         kind = {"BASE": SGD.number, "WRITES_GRADIENT": False, "WITH_TL1": tl1, "WITH_GROUPS": groups, "METHOD": method}
         states = momentum + (method > 0)
-        yield {**kind, "STATES": states, "REST": 0}, 3 + 2 * states
+        for measures in (False, True)[: 1 + momentum]:  # statistics where most registers are needed
+            yield {**kind, "STATES": states, "REST": 0, "MEASURES": measures}, 3 + 2 * states
         if method > 0:
-            yield {**kind, "STATES": states, "REST": 16}, 3 + 2 * states
+            yield {**kind, "STATES": states, "REST": 16, "MEASURES": False}, 3 + 2 * states
     for writes, method in itertools.product((False, True), (0, 2)):
         kind = {"BASE": NONE.number, "WRITES_GRADIENT": writes, "WITH_TL1": True, "WITH_GROUPS": True, "METHOD": method}
         states = int(method > 0)
-        yield {**kind, "STATES": states, "REST": 0}, 2 + 2 * writes + 2 * states
+        yield {**kind, "STATES": states, "REST": 0, "MEASURES": False}, 2 + 2 * writes + 2 * states
+        yield {**kind, "STATES": states, "REST": 0, "MEASURES": True}, 3 + writes + 2 * states  # reads the gradient
     for moments, groups, method in itertools.product((2, 3), (False, True), (0, 2)):
         kind = {"BASE": ADAMW.number, "WRITES_GRADIENT": False, "WITH_TL1": True, "WITH_GROUPS": groups}
         states = moments + (method > 0)
-        yield {**kind, "METHOD": method, "STATES": states, "REST": 0}, 3 + 2 * states
+        for measures in (False, True):
+            yield {**kind, "METHOD": method, "STATES": states, "REST": 0, "MEASURES": measures}, 3 + 2 * states
         if method > 0:
-            yield {**kind, "METHOD": method, "STATES": states, "REST": 19}, 3 + 2 * states
+            yield {**kind, "METHOD": method, "STATES": states, "REST": 19, "MEASURES": False}, 3 + 2 * states
 
 
 def mixed_steps() -> Iterator[tuple[dict[str, Any], int]]:
@@ -86,7 +90,8 @@ def mixed_steps() -> Iterator[tuple[dict[str, Any], int]]:
         for base, of_base in ((SGD, 0), (SGD, 1), (ADAMW, 2), (ADAMW, 3)):
             states = of_base + (method > 0)
             constants = {**kind, "BASE": base.number, "STATES": states, "WRITES_GRADIENT": False, "WITH_TL1": tl1}
-            yield {**constants, "REST": 0}, 3 + 2 * (states + (master > 0))
+            for measures in (False, True)[: 1 + tl1]:
+                yield {**constants, "REST": 0, "MEASURES": measures}, 3 + 2 * (states + (master > 0))
 
 
 def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
@@ -108,13 +113,19 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], int]]:
                 yield selection.next_kernel, {**types, **constants}, 0
         yield elements.prox_kernel, {**types, "BLOCK": block_of(dtype, True)}, 2
         yield elements.penalty_kernel, {**types, "BLOCK": block_of(dtype, False)}, 1
-        yield norms.sum_kernel, {**types, "WITH_DUAL": False}, 4  # one for each shape of a tile
-        yield norms.sum_kernel, {**types, "WITH_DUAL": True}, 4 + 8
+        for measures in (False, True):
+            constants = {**types, "MEASURES": measures}
+            yield norms.sum_kernel, {**constants, "WITH_DUAL": False}, 4  # one for each shape of a tile
+            yield norms.sum_kernel, {**constants, "WITH_DUAL": True}, 4 + 8
     yield selection.bin_kernel, {}, 0
+    yield statistics.piece_kernel, {}, 0
+    yield statistics.row_kernel, {}, 0
     for opmath in (tl.float32, tl.float64):
         for between in (False, True):
             yield selection.write_kernel, {"T": opmath, "BETWEEN": between}, 0
-        yield norms.factor_kernel, {"T": opmath, "P": PARTS_AT_ONCE, "G": FACTOR_TILE}, 0
+        for measures in (False, True):
+            constants = {"T": opmath, "P": PARTS_AT_ONCE, "G": FACTOR_TILE, "MEASURES": measures}
+            yield norms.factor_kernel, constants, 0
         for base in BASES.values():
             numbers = 10 + len(base.number_names)
             words = record_words(numbers + 1, opmath == tl.float64, numbers + 1)
@@ -135,7 +146,7 @@ def compiled(kernel: Any, constants: dict[str, Any], target: GPUTarget) -> Any:
     fixed = {(names.index(name),): value for name, value in constants.items()}
     # As a launch finds them: whole allocations.
     aligned = {
-        (k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name in (*_TABLES, "owners", "totals")
+        (k,): [["tt.divisibility", 16]] for k, name in enumerate(names) if name in (*_TABLES, *_TOTALS, "owners")
     }
     source = ASTSource(kernel, signature, fixed, aligned)
     threads = {device_numbers.finish_kernel: device_numbers.THREADS, counts.count_kernel: counts.THREADS}

@@ -205,16 +205,16 @@ def test_pieces_cover_every_element_once() -> None:
 
 def test_given_norms_are_read_within_their_tensor() -> None:
     """Two rows of norms where ADMM meets a group lasso, one row of the other tensors of the same launch."""
-    from rvsm_kernels.engines.triton import launch, norms
+    from rvsm_kernels.engines.triton import kinds, launch, norms
 
     w = [torch.ones(6, 5), torch.ones(4, 3), torch.ones(7, 2)]
     given = [torch.ones(2, 6, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
     tensors = [
-        launch.TensorArgs(w[0], w[0], GroupView(1, 1, 6, 5), ("lasso",), norms=given[0].data_ptr(), lasso=True),
-        launch.TensorArgs(w[1], w[1], GroupView(1, 1, 4, 3), ("plain",), norms=given[1].data_ptr()),
-        launch.TensorArgs(w[2], w[2], GroupView(1, 1, 7, 2), ("plain",)),
+        kinds.TensorArgs(w[0], w[0], GroupView(1, 1, 6, 5), ("lasso",), norms=given[0].data_ptr(), lasso=True),
+        kinds.TensorArgs(w[1], w[1], GroupView(1, 1, 4, 3), ("plain",), norms=given[1].data_ptr()),
+        kinds.TensorArgs(w[2], w[2], GroupView(1, 1, 7, 2), ("plain",)),
     ]
-    kind = launch.StepKind(method=2, states=1, numbers=16)
+    kind = kinds.StepKind(method=2, states=1, numbers=16)
     made = launch.Launch("step", torch.float32, torch.device("cpu"), tensors, with_tl1=False, kind=kind)
     read = [
         entry[norms.PARTIALS.value] + 8 * group

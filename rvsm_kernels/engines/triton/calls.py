@@ -31,26 +31,28 @@ class Grid:
     """
 
     def __init__(self, programs: int, threads: int = THREADS.value) -> None:
+        self.programs = programs
         self._grid = programs, 1, 1
         self._options = options_for(WARP_SIZE, threads)
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, kernel: Any, *arguments: Any, dtypes: Any = None) -> None:
+    def __call__(self, kernel: Any, *arguments: Any, kind: Any = None) -> None:
         """Launch.
 
         Looking up what was compiled is most of the host's time in a launch, and the answer cannot change: all tables
         are whole allocations, and no kernel looks at the alignment of other tensors.
 
         Args:
-            dtypes: those of the arguments that are other tensors in each call; what was compiled depends on them.
+            kind: what differs from call to call and what was compiled depends on: the types of the arguments that are
+                other tensors in each call, constants.
         """
-        compiled = self._compiled.get(dtypes)
+        compiled = self._compiled.get(kind)
         if compiled is not None:
             compiled[self._grid](*arguments)
             return
         compiled = kernel[self._grid](*arguments, **self._options)
         if compiled is not None:  # else the interpreter has run it
-            self._compiled[dtypes] = compiled
+            self._compiled[kind] = compiled
 
 
 class Call(Grid):

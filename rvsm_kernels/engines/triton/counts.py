@@ -103,5 +103,5 @@ class Counting:
             sources: on the device.
         """
         entries = self.table.put(captured)
-        self._grid(count_kernel, entries, sources, found_inf, *self._constants, dtypes=found_inf.dtype)
+        self._grid(count_kernel, entries, sources, found_inf, *self._constants, kind=found_inf.dtype)
         return entries, self.made

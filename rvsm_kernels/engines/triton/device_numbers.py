@@ -27,7 +27,7 @@ from .table import Table
 
 # The tensors of a source, each as its address and the number of its type, in the order of NAMES.
 TENSORS = tl.constexpr(len(device_numbers.NAMES))
-_NUMBER_OF_TYPE = {dtype: k + 1 for k, dtype in enumerate(DTYPES)}  # FLOAT32 .. FLOAT16
+NUMBER_OF_TYPE = {dtype: k + 1 for k, dtype in enumerate(DTYPES)}  # FLOAT32 .. FLOAT16
 FLOAT32 = tl.constexpr(1)
 FLOAT64 = tl.constexpr(2)
 BFLOAT16 = tl.constexpr(3)
@@ -113,7 +113,7 @@ class Sources:
             words = [0] * (2 * TENSORS.value)
             for k, t in enumerate(tensors):
                 if t is not None:
-                    words[2 * k : 2 * k + 2] = t.data_ptr(), _NUMBER_OF_TYPE[t.dtype]
+                    words[2 * k : 2 * k + 2] = t.data_ptr(), NUMBER_OF_TYPE[t.dtype]
             data.append(struct.pack(f"<{len(record)}d{len(words)}qq", *record, *words, options.seed))
         self.table.data = b"".join(data)
         self._tensors = [t for tensors in on_device for t in tensors if t is not None]

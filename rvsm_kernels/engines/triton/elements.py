@@ -15,6 +15,7 @@ import triton.language as tl
 from .bases import base_step, reads_gradient
 from .penalty import NONE, Prox, penalty_term, shrink
 from .split import Split, gap_of, method_states, split_step, thresholded
+from .sums import measure_block
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
@@ -199,21 +200,27 @@ def as_pointers(addresses, S: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr
 
 @triton.jit
 def arithmetic(
-    entry, numbers, w, d, states, of_method, at, mask, scale,
+    entry, numbers, w, d, states, of_method, at, mask, count, scale, totals,
     BASE: tl.constexpr, METHOD: tl.constexpr, BASE_STATES: tl.constexpr, WITH_TL1: tl.constexpr,
-    WITH_GROUPS: tl.constexpr, WITH_WINDOWS: tl.constexpr,
+    WITH_GROUPS: tl.constexpr, WITH_WINDOWS: tl.constexpr, MEASURES: tl.constexpr,
 ):  # fmt: skip
     """The step of elements that were loaded; returns the new w and d, and the states of the base and of the method.
 
     Args:
         d: the gradient; what the base makes a step of comes back.
         at: the places of the elements in their entry.
+        mask, count: which of them are there, and how many.
+        totals: where the sums of the statistics go, if the step ``MEASURES``.
     """
     f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), w.dtype), split_of(numbers)
     v = thresholded(w, of_method, METHOD)
     u, unit = pull_of(v, w, f, entry, at, mask, WITH_TL1, WITH_GROUPS, WITH_WINDOWS)
     gap, of_method = gap_of(w, v, u, of_method, METHOD)
+    found = w
     w, d = split_step(w, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
+    if MEASURES:
+        grouped = tl.load(entry + GROUPED) if WITH_GROUPS else 0
+        measure_block(totals, found, u, d, mask, count, f, grouped, WITH_TL1)
     w, states = base_step(w, states, d, numbers + PROX + SPLIT, entry + CORRECTIONS, BASE, BASE_STATES)
     return w, d, states, of_method
 
@@ -227,10 +234,10 @@ def inverse_of(grad_scale, T: tl.constexpr):
 
 @triton.jit
 def step_elements(
-    entry, numbers, w, g, state_pointers, place, begin, end, scale,
+    entry, numbers, w, g, state_pointers, place, begin, end, scale, totals,
     T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr, STATES: tl.constexpr,
     WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr, WITH_WINDOWS: tl.constexpr,
-    REST: tl.constexpr, WHOLE: tl.constexpr,
+    REST: tl.constexpr, MEASURES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Load, arithmetic, store. The elements are those of [begin, end) among BLOCK from `place` on.
 
@@ -241,7 +248,7 @@ def step_elements(
     mask = (i >= begin - place) & (i < end - place)
     wi = read(w + i, mask, WHOLE).to(T)
     d = tl.zeros_like(wi)
-    if reads_gradient(BASE, WRITES_GRADIENT):
+    if reads_gradient(BASE, WRITES_GRADIENT or MEASURES):
         d = read(g + i, mask, WHOLE).to(T)
     states = ()
     for k in tl.static_range(BASE_STATES):
@@ -249,10 +256,10 @@ def step_elements(
     of_method = wi
     if METHOD != 0:
         of_method = read(state_pointers[BASE_STATES] + i, mask, WHOLE).to(T)
-    at = place - begin + i
+    at, count = place - begin + i, tl.minimum(end - place, BLOCK) - tl.maximum(begin - place, 0)
     wi, d, states, of_method = arithmetic(
-        entry, numbers, wi, d, states, of_method, at, mask, scale,
-        BASE, METHOD, BASE_STATES, WITH_TL1, WITH_GROUPS, WITH_WINDOWS,
+        entry, numbers, wi, d, states, of_method, at, mask, count, scale, totals,
+        BASE, METHOD, BASE_STATES, WITH_TL1, WITH_GROUPS, WITH_WINDOWS, MEASURES,
     )  # fmt: skip
     write(w + i, wi, mask, WHOLE)
     if WRITES_GRADIENT:
@@ -265,14 +272,15 @@ def step_elements(
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
 def step_kernel(
-    addresses, entries, records, owners, grad_scale, found_inf,
+    addresses, entries, records, owners, grad_scale, found_inf, totals,
     S: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr,
     STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_GROUPS: tl.constexpr,
-    WITH_WINDOWS: tl.constexpr, REST: tl.constexpr,
+    WITH_WINDOWS: tl.constexpr, REST: tl.constexpr, MEASURES: tl.constexpr,
 ):  # fmt: skip
     """One step of all entries; nothing where found_inf is above 0.
 
     REST: the place of the number of a record that says whether lr is 0; 0 where there is none.
+    MEASURES: each block adds up its statistics (``sums.py``) and stores them among ``totals``.
     """
     if tl.load(found_inf) > 0:
         return
@@ -282,7 +290,7 @@ def step_kernel(
     # elements from the first boundary to the tensor are masked.
     lead = lead_of(w, S)
     aligned = lead == lead  # true, as a value at run time
-    if reads_gradient(BASE, WRITES_GRADIENT):
+    if reads_gradient(BASE, WRITES_GRADIENT or MEASURES):
         aligned = aligned & (lead == lead_of(g, S))
     for k in tl.static_range(STATES):
         aligned = aligned & (lead == lead_of(tl.load(address + STATE + k), S))
@@ -294,14 +302,14 @@ def step_kernel(
     if aligned & (place >= begin) & (place + BLOCK <= end):
         wg = as_pointers((w + shift, g + shift), S, 2, True)
         step_elements(
-            entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, True), place, begin, end, scale,
-            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, WITH_WINDOWS, REST, True,
+            entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, True), place, begin, end, scale, totals,
+            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, WITH_WINDOWS, REST, MEASURES, True,
         )  # fmt: skip
     else:
         wg = as_pointers((w + shift, g + shift), S, 2, False)
         step_elements(
-            entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, False), place, begin, end, scale,
-            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, WITH_WINDOWS, REST, False,
+            entry, numbers, wg[0], wg[1], as_pointers(states, S, STATES, False), place, begin, end, scale, totals,
+            T, BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_GROUPS, WITH_WINDOWS, REST, MEASURES, False,
         )  # fmt: skip
 
 

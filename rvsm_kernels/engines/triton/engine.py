@@ -17,7 +17,6 @@ from ...method.selection import Selection
 from ...method.split import is_nm
 from ..checks import check_groups
 from ..interface import Engine, Group, Ready, StepInputs
-from ..measured import write_all_statistics
 from ..windows import keep_largest_, value_of_windows
 from . import u
 from .launch import Launch
@@ -40,13 +39,12 @@ class TritonEngine(Engine):
         self._captured: list[Launch] = []  # graphs go on reading their tables
         self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._inputs: StepInputs | None = None
-        self._groups: Sequence[Group] = ()
         self._skip = False
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
     def prepare(self, groups: Sequence[Group], inputs: StepInputs) -> Ready:
-        self._inputs, self._groups, self._skip = inputs, groups, False
+        self._inputs, self._skip = inputs, False
         is_new = inputs.changed is None or len(inputs.changed) > 0
         structures = [options.structure for options in inputs.options] if is_new else self._structures
         known = structures == self._structures and (is_new or not self._table.numbers_moved(inputs.options))
@@ -90,8 +88,6 @@ class TritonEngine(Engine):
         assert self._inputs is not None
         table, inputs = self._table, self._inputs
         if not self._skip:
-            if inputs.statistics:
-                write_all_statistics(self._groups, inputs, lambda p: True)
             for p, name, state in table.new_states:
                 inputs.states[p][name] = state
             for turn in range(max(table.turns, default=-1) + 1):
@@ -130,7 +126,7 @@ class TritonEngine(Engine):
         return scale, skip
 
     def drop(self) -> None:
-        self._inputs, self._groups = None, ()
+        self._inputs = None
         self._table.held = None
         if self._table.new_states or self._table.copies:
             self._forget()

@@ -17,16 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ...method.dtypes import opmath_type
-from ...method.groups import GroupView
 from ...method.step_options import StepOptions
 from .calls import Call
 from .counts import Counting
 from .device_numbers import Sources
-from .elements import STATE, penalty_kernel, prox_kernel, step_kernel
-from .mixed import MIXED_BLOCK, Planes, mixed_kernel
+from .elements import penalty_kernel, prox_kernel, step_kernel
+from .kinds import ADDRESSES, NO_STEP, StepKind, TensorArgs
+from .mixed import MIXED_BLOCK, mixed_kernel
 from .norms import THREADS, factor_kernel, sum_kernel
 from .penalty import Prox
 from .split import ADMM
+from .statistics import Measuring, rows_of
 from .table import (
     FACTOR_TILE,
     NO_GROUPS,
@@ -43,7 +44,6 @@ from .table import (
 from .windows import WINDOW_BLOCK, window_kernel
 
 _PROX = len(Prox._fields)
-_ADDRESSES = STATE.value
 STORAGE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -60,64 +60,6 @@ def block_of(dtype: torch.dtype, grouped: bool) -> int:
 
 
 @dataclass
-class TensorArgs:
-    """One dense tensor of a launch: w, the gradient or what is read in its place, and how it is grouped.
-
-    Attributes:
-        key: what its numbers follow from; tensors with equal keys share a record.
-        cut: the address of the cut of top-k, or 0.
-        norms: the address of norms of its groups that were made elsewhere, or 0.
-        lasso: whether it has a group lasso, which needs the norms of w.
-        counts: whether the steps of its parameter are counted.
-        windows: (n, m, inner) of N:M sparsity, as ``Windows`` of ``csrc/math/types.h``; None for other penalties.
-    """
-
-    w: Tensor
-    g: Tensor
-    view: GroupView | None
-    key: tuple[Any, ...]
-    cut: int = 0
-    norms: int = 0
-    lasso: bool = False
-    counts: bool = False
-    windows: tuple[int, int, int] | None = None
-
-
-@dataclass(frozen=True)
-class StepKind:
-    """What the compiler knows of a step.
-
-    Attributes:
-        base, method: their numbers in ``method/bases.py`` and ``method/methods.py``.
-        states: how many each tensor has, the base's and the method's.
-        numbers: length of a record.
-        writes_gradient: the step leaves its direction in the gradient.
-        finishes: some of the records have numbers in them that stand on the device.
-        corrects: numbers of the base follow from the count of the steps.
-        planes: where the tensors have several types, these; then a master is behind the states.
-    """
-
-    base: int = 0
-    method: int = 0
-    states: int = 0
-    numbers: int = 0
-    writes_gradient: bool = False
-    finishes: bool = False
-    corrects: bool = False
-    planes: Planes | None = None
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the kernel rounds stochastically."""
-        return self.planes is not None and self.planes.rounds
-
-    @property
-    def width(self) -> int:
-        """The addresses of an entry."""
-        return _ADDRESSES + self.states + (self.planes is not None and self.planes.master > 0)
-
-
-@dataclass
 class Launch:
     """Launches of one action over tensors that share device, storage type and kind."""
 
@@ -126,15 +68,18 @@ class Launch:
     device: torch.device
     tensors: list[TensorArgs]
     with_tl1: bool = True
-    kind: StepKind = StepKind()
+    kind: StepKind = NO_STEP
     scratch: list[Tensor] = field(default_factory=list)
     entries: list[list[int]] = field(default_factory=list)
     sources: list[tuple[int, int]] = field(default_factory=list)  # of each entry: its tensor, and bytes into it
     sums: list[list[int]] = field(default_factory=list)
     factors: list[list[int]] = field(default_factory=list)
     windows: list[list[int]] = field(default_factory=list)
+    made_by: dict[int, tuple[str, int]] = field(default_factory=dict)  # the call and the entry of a tensor's ratio
     norms: list[tuple[Tensor, TensorArgs]] = field(default_factory=list)  # of a penalty's groups, for a later launch
     calls: dict[str, Call] = field(default_factory=dict)
+    measuring: Measuring | None = None  # while the step makes statistics
+    _measuring: Measuring | None = None  # for when it does so again
 
     def __post_init__(self) -> None:
         """Divide the tensors among blocks and find scratch for the groups."""
@@ -164,7 +109,10 @@ class Launch:
                 kept = 0 if args.windows is None else self._kept(args, window_blocks)
                 self._add(args.w.numel(), 0, k, NO_GROUPS, blocks, width, args.cut, kept)
                 continue
+            before = len(self.sums), len(self.factors)
             ratio, length = self._factors(args, d, sum_blocks, factor_blocks)
+            # The first entry is that of the ratio, and what is thresholded; in parts a second launch makes factors.
+            self.made_by[k] = ("sums", before[0]) if len(self.factors) == before[1] else ("factors", before[1])
             if self.action == "penalty":
                 assert length is not None
                 self.norms.append((length, args))
@@ -230,9 +178,9 @@ class Launch:
         numel = args.w.numel()
         self.scratch.append(torch.empty(numel, dtype=torch.int8, device=self.device))
         kept, addresses = self.scratch[-1].data_ptr(), self.width * len(self.entries)
-        states = addresses + _ADDRESSES
+        states = addresses + ADDRESSES
         dual = states + self.kind.states - 1 if self.kind.method == _ADMM else -1
-        master = states + self.kind.states if self.kind.width > _ADDRESSES + self.kind.states else -1
+        master = states + self.kind.states if self.kind.width > ADDRESSES + self.kind.states else -1
         first = self.windows[-1][1] + blocks[-1] if self.windows else 0
         self.windows.append([addresses, first, numel, inner, n, m, kept, dual, master])
         blocks.append(-(-numel // WINDOW_BLOCK))
@@ -279,7 +227,7 @@ class Launch:
         out = 0 if partials is None else partials.data_ptr()
         addresses = self.width * len(self.entries)
         source = addresses + (1 if self.action != "step" else 0)
-        dual = addresses + _ADDRESSES + self.kind.states - 1 if with_dual else -1
+        dual = addresses + ADDRESSES + self.kind.states - 1 if with_dual else -1
         first = self.sums[-1][1] + sum_blocks[-1] if self.sums else 0
         self.sums.append([source, first, *self._shape_fields(args, d, factors, out, d.parts), dual, args.cut, 0])
         sum_blocks.append(d.blocks)
@@ -324,13 +272,35 @@ class Launch:
         """The numbers of each key.
 
         Args:
-            told: what the groups are told, where the device makes anything of the numbers; a key begins with the place
-                of its group.
+            told: what the groups are told, where the device makes anything of the numbers or the step makes statistics;
+                a key begins with the place of its group.
         """
         if not self.kind.finishes:
             self.records.data = b"".join(record_of(numbers[key], *self.record_format) for key in self.keys)
         if self.on_device is not None:
             self.on_device.set([numbers[key] for key in self.keys], [told[key[0]] for key in self.keys])
+        if self.measuring is not None:
+            self.measuring.set(list(self.keys), told)
+
+    def measure(self, rooms: Sequence[Tensor | None], told: Sequence[StepOptions]) -> None:
+        """Make statistics from the next step on, or none where there are no rooms.
+
+        Args:
+            rooms: where those of each tensor go.
+            told: as :meth:`set` is told it.
+        """
+        self.measuring = None
+        if all(room is None for room in rooms):
+            return
+        if self._measuring is None:
+            entries = {"main": self.entries, "sums": self.sums, "factors": self.factors}
+            programs = [self.calls[name].programs if name in self.calls else 0 for name in entries]
+            places = {key: place for place, key in enumerate(self.keys)}
+            rows = rows_of(entries, programs, self.sources, self.made_by, [places[args.key] for args in self.tensors])
+            self._measuring = Measuring(self.device, rows, programs)
+        self.measuring = self._measuring
+        self.measuring.move(rooms)
+        self.measuring.set(list(self.keys), told)
 
     # ---- the calls ---------------------------------------------------------------------------------------------------
 
@@ -344,10 +314,14 @@ class Launch:
         k, calls = self.kind, self.calls
         addresses = self.addresses.put(captured)
         used: tuple[Tensor, ...] = ()
+        measuring, measures = self.measuring, self.measuring is not None
+        of_main, of_sums, of_factors = (self.totals,) * 3 if measuring is None else measuring.totals
         if self.on_device is not None and found_inf is not None:
             sources = self.on_device.put(captured)
             counted = () if self.counting is None else self.counting.run(sources, found_inf, captured)
             used = sources, *counted
+        if measuring is not None:
+            used = *used, *measuring.put(captured)
         if self.on_device is not None and k.finishes:
             records = self.on_device.finish(sources, T, k.base)
         else:
@@ -360,10 +334,12 @@ class Launch:
                 t.record_stream(stream)
         if "sums" in calls:
             call = calls["sums"]
-            call(sum_kernel, addresses, call.entries, records, call.owners, S, T, k.method == _ADMM)
+            tables = addresses, call.entries, records, call.owners
+            call(sum_kernel, *tables, of_sums, S, T, k.method == _ADMM, measures, kind=measures)
         if "factors" in calls:
             call = calls["factors"]
-            call(factor_kernel, call.entries, records, call.owners, T, PARTS_AT_ONCE, FACTOR_TILE)
+            tile = PARTS_AT_ONCE, FACTOR_TILE
+            call(factor_kernel, call.entries, records, call.owners, of_factors, T, *tile, measures, kind=measures)
         if "windows" in calls:
             call, planes = calls["windows"], k.planes
             of_method, master = (S, 0) if planes is None else (STORAGE[planes.of_method], planes.master)
@@ -375,15 +351,17 @@ class Launch:
         block = self.block
         if self.action == "step":
             assert grad_scale is not None and found_inf is not None
-            rest = k.numbers if k.finishes and k.method != 0 else 0
+            rest = k.numbers if k.finishes and k.method != 0 else 0, measures
             windows = "windows" in calls
-            scaling, dtypes = (grad_scale, found_inf), (grad_scale.dtype, found_inf.dtype)
+            scaling, kind = (grad_scale, found_inf, of_main), (grad_scale.dtype, found_inf.dtype, measures)
             shape = block, k.base, k.method, k.states, k.writes_gradient, self.with_tl1
             if k.planes is not None:
                 types = S, *(STORAGE[t] for t in k.planes[:3]), *k.planes[3:]
-                call(mixed_kernel, *tables, *scaling, *types, *shape, windows, rest, dtypes=dtypes)
+                call(mixed_kernel, *tables, *scaling, *types, *shape, windows, *rest, kind=kind)
             else:
-                call(step_kernel, *tables, *scaling, S, T, *shape, self.grouped, windows, rest, dtypes=dtypes)
+                call(step_kernel, *tables, *scaling, S, T, *shape, self.grouped, windows, *rest, kind=kind)
+            if measuring is not None:
+                measuring.run(found_inf)
         elif self.action == "prox":
             call(prox_kernel, *tables, S, T, block)
         else:

@@ -59,11 +59,11 @@ def plane(address, k, place, TYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def mixed_elements(
-    entry, numbers, address, place, end, scale,
+    entry, numbers, address, place, end, scale, totals,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, OF_BASE: tl.constexpr, OF_METHOD: tl.constexpr,
     MASTER: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr,
     STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_WINDOWS: tl.constexpr,
-    REST: tl.constexpr, WHOLE: tl.constexpr,
+    REST: tl.constexpr, MEASURES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Load, arithmetic, store: the counterpart of ``step_elements``."""
     BASE_STATES: tl.constexpr = STATES - method_states(METHOD)
@@ -81,7 +81,7 @@ def mixed_elements(
     else:
         wi = read(w, mask, WHOLE).to(tl.float32)
     d = tl.zeros_like(wi)
-    if reads_gradient(BASE, WRITES_GRADIENT):
+    if reads_gradient(BASE, WRITES_GRADIENT or MEASURES):
         d = read(g, mask, WHOLE).to(tl.float32)
     states = ()
     for k in tl.static_range(BASE_STATES):
@@ -92,8 +92,8 @@ def mixed_elements(
         p = plane(address, STATE + BASE_STATES, place, OF_METHOD, WHOLE) + i
         of_method = read(p, mask, WHOLE).to(tl.float32)
     wi, d, states, of_method = arithmetic(
-        entry, numbers, wi, d, states, of_method, place + i, mask, scale,
-        BASE, METHOD, BASE_STATES, WITH_TL1, False, WITH_WINDOWS,
+        entry, numbers, wi, d, states, of_method, place + i, mask, tl.minimum(end - place, BLOCK), scale, totals,
+        BASE, METHOD, BASE_STATES, WITH_TL1, False, WITH_WINDOWS, MEASURES,
     )  # fmt: skip
     if MASTER == LOW:
         high, low = parted(wi)
@@ -119,11 +119,11 @@ def mixed_elements(
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale", "found_inf"])
 def mixed_kernel(
-    addresses, entries, records, owners, grad_scale, found_inf,
+    addresses, entries, records, owners, grad_scale, found_inf, totals,
     WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, OF_BASE: tl.constexpr, OF_METHOD: tl.constexpr,
     MASTER: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, BASE: tl.constexpr, METHOD: tl.constexpr,
     STATES: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WITH_TL1: tl.constexpr, WITH_WINDOWS: tl.constexpr,
-    REST: tl.constexpr,
+    REST: tl.constexpr, MEASURES: tl.constexpr,
 ):  # fmt: skip
     """One step of all entries; nothing where found_inf is above 0. See ``step_kernel``.
 
@@ -134,7 +134,7 @@ def mixed_kernel(
     PLANES: tl.constexpr = STATES + (MASTER > 0)
     entry, address, numbers = entry_of(addresses, entries, records, owners, PLANES, tl.float32)
     together = tl.load(address + W)
-    if reads_gradient(BASE, WRITES_GRADIENT):
+    if reads_gradient(BASE, WRITES_GRADIENT or MEASURES):
         together = together | tl.load(address + G)
     for k in tl.static_range(PLANES):
         together = together | tl.load(address + STATE + k)
@@ -143,11 +143,11 @@ def mixed_kernel(
     scale = inverse_of(grad_scale, tl.float32)
     if (together % 16 == 0) & (place + BLOCK <= end):
         mixed_elements(
-            entry, numbers, address, place, end, scale, WEIGHT, GRADIENT, OF_BASE, OF_METHOD, MASTER, ROUNDS,
-            BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_WINDOWS, REST, True,
+            entry, numbers, address, place, end, scale, totals, WEIGHT, GRADIENT, OF_BASE, OF_METHOD, MASTER, ROUNDS,
+            BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_WINDOWS, REST, MEASURES, True,
         )  # fmt: skip
     else:
         mixed_elements(
-            entry, numbers, address, place, end, scale, WEIGHT, GRADIENT, OF_BASE, OF_METHOD, MASTER, ROUNDS,
-            BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_WINDOWS, REST, False,
+            entry, numbers, address, place, end, scale, totals, WEIGHT, GRADIENT, OF_BASE, OF_METHOD, MASTER, ROUNDS,
+            BLOCK, BASE, METHOD, STATES, WRITES_GRADIENT, WITH_TL1, WITH_WINDOWS, REST, MEASURES, False,
         )  # fmt: skip

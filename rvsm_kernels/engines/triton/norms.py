@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .elements import prox_of, with_cut
-from .penalty import length_of, shrink_ratio
+from .penalty import length_of, shrink, shrink_ratio
+from .sums import measure_groups
 
 # Fields of an entry, in int64.
 SOURCE = tl.constexpr(0)  # the place, among the addresses, of the tensor whose groups are summed
@@ -52,26 +53,30 @@ def tile_groups(shape):
 
 
 @triton.jit
-def finish(entry, numbers, part, group, sums, mask, T: tl.constexpr):
+def finish(entry, numbers, part, group, sums, mask, totals, T: tl.constexpr, MEASURES: tl.constexpr):
     """Store the sums of groups, or the factors that follow from them."""
     partials = tl.load(entry + PARTIALS)
     if partials != 0:
         tl.store(partials.to(tl.pointer_type(tl.float64)) + part * tl.load(entry + COUNT) + group, sums, mask)
     else:
-        store_factors(entry, numbers, group, sums, mask, T)
+        store_factors(entry, numbers, group, sums, mask, totals, T, MEASURES)
 
 
 @triton.jit
-def store_factors(entry, numbers, group, sums, mask, T: tl.constexpr):
+def store_factors(entry, numbers, group, sums, mask, totals, T: tl.constexpr, MEASURES: tl.constexpr):
     """ratio = shrink(norm) / norm and length = norm (1 for the zero group, unless bare norms are asked for).
 
-    sums: the sums of squares of the groups; their norms where the entry says so.
+    Args:
+        sums: the sums of squares of the groups; their norms where the entry says so.
+        totals: where the statistics of the groups of a program go, if it ``MEASURES``.
     """
     norm = tl.where(tl.load(entry + ARE_NORMS) != 0, sums, tl.sqrt(sums)).to(T)
     ratio, length = tl.load(entry + RATIO), tl.load(entry + LENGTH)
     if ratio != 0:
         f = with_cut(prox_of(numbers), tl.load(entry + CUT), T)
         tl.store(ratio.to(tl.pointer_type(T)) + group, shrink_ratio(norm, f).to(T), mask)
+        if MEASURES:
+            measure_groups(totals, shrink(norm, f, True), f, mask)
     if length != 0:
         bare = tl.load(entry + BARE_NORMS) != 0
         tl.store(length.to(tl.pointer_type(T)) + group, tl.where(bare, norm, length_of(norm)), mask)
@@ -144,8 +149,9 @@ def sum_shape(
 
 @triton.jit
 def sum_tile(
-    entry, numbers, address, dual, rows, groups, columns, inner, length, part, group,
+    entry, numbers, address, dual, rows, groups, columns, inner, length, part, group, totals,
     SHAPE_OF: tl.constexpr, S: tl.constexpr, T: tl.constexpr, DUAL_OF: tl.constexpr, W: tl.constexpr,
+    MEASURES: tl.constexpr,
 ):  # fmt: skip
     """One tile of a shape. Where every row begins on a boundary of 16 bytes, accesses are as wide."""
     if SHAPE_OF == STRIP:
@@ -163,31 +169,47 @@ def sum_tile(
         x, y = address.to(tl.pointer_type(S)), dual.to(tl.pointer_type(S))
         sums = sum_shape(x, y, rows, groups, columns, inner, length, SHAPE_OF, T, DUAL_OF, W)
     g = tl.arange(0, STRIP_COLUMNS if SHAPE_OF == STRIP else tile_groups(SHAPE_OF))
-    finish(entry, numbers, part, group + g, sums, g < groups, T)
+    finish(entry, numbers, part, group + g, sums, g < groups, totals, T, MEASURES)
 
 
 @triton.jit
 def sum_any(
-    entry, numbers, x, y, rows, groups, columns, inner, length, part, group,
-    S: tl.constexpr, T: tl.constexpr, DUAL_OF: tl.constexpr, W: tl.constexpr,
+    entry, numbers, x, y, rows, groups, columns, inner, length, part, group, totals,
+    S: tl.constexpr, T: tl.constexpr, DUAL_OF: tl.constexpr, W: tl.constexpr, MEASURES: tl.constexpr,
 ):  # fmt: skip
     """One tile, of the entry's shape."""
     shape = tl.load(entry + SHAPE)
     if shape == STRIP:
-        sum_tile(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, STRIP, S, T, DUAL_OF, W)
+        sum_tile(
+            entry, numbers, x, y, rows, groups, columns, inner, length, part, group, totals,
+            STRIP, S, T, DUAL_OF, W, MEASURES,
+        )  # fmt: skip
     elif shape == TEAM:
-        sum_tile(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, TEAM, S, T, DUAL_OF, W)
+        sum_tile(
+            entry, numbers, x, y, rows, groups, columns, inner, length, part, group, totals,
+            TEAM, S, T, DUAL_OF, W, MEASURES,
+        )  # fmt: skip
     elif shape == LONG:
-        sum_tile(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, LONG, S, T, DUAL_OF, W)
+        sum_tile(
+            entry, numbers, x, y, rows, groups, columns, inner, length, part, group, totals,
+            LONG, S, T, DUAL_OF, W, MEASURES,
+        )  # fmt: skip
     else:
-        sum_tile(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, SHORT, S, T, DUAL_OF, W)
+        sum_tile(
+            entry, numbers, x, y, rows, groups, columns, inner, length, part, group, totals,
+            SHORT, S, T, DUAL_OF, W, MEASURES,
+        )  # fmt: skip
 
 
 @triton.jit
-def sum_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.constexpr, WITH_DUAL: tl.constexpr):
+def sum_kernel(
+    addresses, entries, records, owners, totals, S: tl.constexpr, T: tl.constexpr, WITH_DUAL: tl.constexpr,
+    MEASURES: tl.constexpr,
+):  # fmt: skip
     """Sums of squares of the groups of all entries, or factors where a group is one part.
 
     WITH_DUAL: an entry may have a dual.
+    MEASURES: see ``step_kernel``.
     """
     block = tl.program_id(0)
     entry = entries + tl.load(owners + block).to(tl.int64) * SUM_ENTRY
@@ -218,15 +240,39 @@ def sum_kernel(addresses, entries, records, owners, S: tl.constexpr, T: tl.const
         dual = tl.load(entry + DUAL)
         if dual >= 0:
             y = tl.load(addresses + dual) + begin
-            sum_any(entry, numbers, x, y, rows, groups, columns, inner, length, part, group, S, T, True, W)
+            sum_any(
+                entry, numbers, x, y, rows, groups, columns, inner, length, part, group, totals, S, T, True, W, MEASURES
+            )
         else:
-            sum_any(entry, numbers, x, x, rows, groups, columns, inner, length, part, group, S, T, False, W)
+            sum_any(
+                entry,
+                numbers,
+                x,
+                x,
+                rows,
+                groups,
+                columns,
+                inner,
+                length,
+                part,
+                group,
+                totals,
+                S,
+                T,
+                False,
+                W,
+                MEASURES,
+            )
     else:
-        sum_any(entry, numbers, x, x, rows, groups, columns, inner, length, part, group, S, T, False, W)
+        sum_any(
+            entry, numbers, x, x, rows, groups, columns, inner, length, part, group, totals, S, T, False, W, MEASURES
+        )
 
 
 @triton.jit
-def factor_kernel(entries, records, owners, T: tl.constexpr, P: tl.constexpr, G: tl.constexpr):
+def factor_kernel(
+    entries, records, owners, totals, T: tl.constexpr, P: tl.constexpr, G: tl.constexpr, MEASURES: tl.constexpr
+):
     """The sums of parts, or norms that were made elsewhere, become factors: tiles of G groups, P parts at once."""
     block = tl.program_id(0)
     entry = entries + tl.load(owners + block).to(tl.int64) * SUM_ENTRY
@@ -238,4 +284,4 @@ def factor_kernel(entries, records, owners, T: tl.constexpr, P: tl.constexpr, G:
     acc = tl.zeros([P, G], tl.float64)
     for i in range(0, parts, P):
         acc += tl.load(sums + (i + p) * count + group[None, :], (i + p < parts) & (group[None, :] < count), 0.0)
-    store_factors(entry, numbers, group, tl.sum(acc, 0), group < count, T)
+    store_factors(entry, numbers, group, tl.sum(acc, 0), group < count, totals, T, MEASURES)

@@ -127,10 +127,11 @@ def rho_of(tau, a):
 
 
 @triton.jit
-def value(s, f: Prox):
-    """g of every penalty, at s >= 0."""
+def value(s, f: Prox, WITH_TL1: tl.constexpr):
+    """g of every penalty, at s >= 0; see :func:`shrink`."""
     g = tl.where(f.penalty == L1, s, tl.where(s != 0, 1.0, 0.0).to(s.dtype))
-    g = tl.where(f.penalty == TL1, (f.a + 1.0) * s / (f.a + s), g)
+    if WITH_TL1:
+        g = tl.where(f.penalty == TL1, (f.a + 1.0) * s / (f.a + s), g)
     return tl.where(f.penalty == NONE, 0.0, g)
 
 
@@ -155,4 +156,4 @@ def penalty_term(r, f: Prox, lam, beta):
     s = shrink(r, f, True).to(tl.float64)
     gap = r.to(tl.float64) - s
     wide = Prox(f.penalty, f.cut, f.tau, tl.cast(f.a, tl.float64), f.rho, f.edge)
-    return lam * value(s, wide) + beta / 2 * gap * gap
+    return lam * value(s, wide, True) + beta / 2 * gap * gap

@@ -18,7 +18,8 @@ from ...method.step_options import StepOptions
 from ...method.windows import inner_of
 from ..checks import check_device_numbers, check_entry, check_groups, check_norms
 from ..interface import Group, StepInputs
-from .launch import STORAGE, Launch, StepKind, TensorArgs
+from .kinds import StepKind, TensorArgs
+from .launch import STORAGE, Launch
 from .mixed import Planes
 from .precision import LOW, WHOLE
 from .staging import Staged, StagedWeights
@@ -97,6 +98,8 @@ class StepTable:
         self._numbers_at: list[tuple[int, torch.dtype]] = []  # where the numbers on the device are
         self._with_cut: list[Tensor] = []  # the parameters that move and have top-k
         self._cuts_and_norms: list[Any] = []  # whose addresses stand in the tables
+        self._measured: list[Tensor] = []  # the parameters whose statistics are made
+        self._rooms: list[Tensor] = []  # and where they go
         self._guards: Any = None
         self._addresses: list[int] = []
         self.held: Any = None  # the tensors of a step that was prepared: other threads may take them away
@@ -139,6 +142,7 @@ class StepTable:
             ):
                 return False
             self._move(addresses)
+        self.measure(inputs)
         self.held = tensors
         return True
 
@@ -171,6 +175,19 @@ class StepTable:
     def numbers_moved(self, options: Sequence[StepOptions]) -> bool:
         """Whether a number on the device lies elsewhere than it did, in the same tensor."""
         return bool(self._numbers_at) and self._numbers_at != _places_of_numbers(options)
+
+    def measure(self, inputs: StepInputs) -> None:
+        """Tell every launch where its statistics go, if that is elsewhere than in the last step."""
+        rooms = inputs.statistics
+        if not rooms and not self._rooms:
+            return
+        if _same(list(rooms), self._measured) and _same(list(rooms.values()), self._rooms):
+            return
+        self._measured, self._rooms = list(rooms), list(rooms.values())
+        moved = [p for p, active in zip(self._params, self._active, strict=True) if active]
+        for part in self.launches:
+            params = moved if part.params is None else [moved[k] for k in part.params]
+            part.launch.measure([rooms.get(p) for p in params], inputs.options)
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
@@ -270,6 +287,7 @@ class StepTable:
         written = [slot.p for slot in slots] + self._states + masters + self._counters
         written += [slot.p.grad for slot in slots if slot.options.writes_gradient and slot.p.grad is not None]
         self.changed = [t for t in written if not t.is_inference()]
+        self.measure(inputs)
         self._remember(slots, inputs)
 
     def _planes_of(self, slot: ParamSlot, types: Sequence[torch.dtype], grad: Tensor) -> Planes | None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...method.groups import Grouping, group_dims, grouping, grouping_of, size_of_block, view_of
 from ...method.prox import prox_numbers
 from ...method.split import strength
-from .launch import Launch, TensorArgs
+from .kinds import TensorArgs
+from .launch import Launch
 from .staging import Staged, on_device
 from .table import capturing
 
