@@ -1,15 +1,14 @@
-"""The statistics of a step in plain torch: the reference engine's, and those of engines whose kernels make none."""
+"""The statistics of a step in plain torch: the reference engine's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..method.dtypes import to_opmath
 from ..method.groups import from_memory_order, grouping_of, magnitudes, once
-from ..method.parameters import with_gradient
 from ..method.penalties import PENALTIES, shrink
 from ..method.precision import MASTER_STATES, has_master, join
 from ..method.prox import threshold
@@ -18,7 +17,7 @@ from ..method.split import strength
 from ..method.statistics import ZERO_NORM
 from ..method.step_options import StepOptions
 from ..method.windows import keep_largest
-from .interface import Group, StepInputs
+from .interface import StepInputs
 
 
 def norms_for(p: Tensor, v: Tensor, options: StepOptions, inputs: StepInputs, row: int) -> Tensor:
@@ -47,20 +46,6 @@ def write_statistics(params: Sequence[Tensor], options: StepOptions, inputs: Ste
         if inputs.found_inf is not None:
             row = torch.where(inputs.found_inf.to(row.device).reshape(()) > 0, room, row)
         room.copy_(row)
-
-
-def write_all_statistics(groups: Sequence[Group], inputs: StepInputs, wanted: Callable[[Tensor], bool]) -> None:
-    """The rows of statistics of the parameters of a step, before it; for engines whose kernels do not make them.
-
-    Of tensors that share memory, all rows are of what the step finds. Options on a device are read, which waits for it.
-
-    Args:
-        wanted: of which parameters.
-    """
-    for group, options in zip(groups, inputs.options, strict=True):
-        params = [p for _, p in with_gradient(group) if wanted(p)]
-        if params:
-            write_statistics(params, options.on_host(), inputs)
 
 
 def _row(p: Tensor, options: StepOptions, inputs: StepInputs) -> Tensor:
