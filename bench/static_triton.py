@@ -45,7 +45,7 @@ _OTHERS = {
     **dict.fromkeys(("count", "shift", "used"), "i32"),
 }
 _MEASURING_STACK = 16
-"""Bytes that a variant with statistics may keep on the stack: three have 8 or 16, outside of every loop."""
+"""Bytes that a variant with statistics may keep on the stack: a few have 8 or 16, outside of every loop."""
 _ARGUMENTS = {**dict.fromkeys(_TABLES, "*i64"), **_OTHERS}
 
 
