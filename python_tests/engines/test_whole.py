@@ -144,6 +144,24 @@ def test_the_step_adds_up_the_squares_of_its_new_weights(
         assert abs(got - want) <= 1e-12 * want, p.shape
 
 
+@pytest.mark.parametrize("of_second", [True, False])
+def test_squares_of_parameters_that_share_memory(of_second: bool) -> None:
+    """In groups of their own: what the second one does comes between the squares of the first and their use."""
+    results = []
+    for engine in ("native", "reference"):
+        w = made((6, 4), torch.float32)
+        params = [nn.Parameter(w), nn.Parameter(w[1:3])]
+        assert params[0].data_ptr() == w.data_ptr()
+        groups = [{"params": [params[0]], "unit_norm": True}, {"params": [params[1]], "unit_norm": of_second}]
+        optimizer = rk.RVSM(groups, lr=0.1, penalty="l0", lam=0.01, beta=1.0, engine=engine)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        results.append(w)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
 def test_norms_of_tensors_that_share_memory() -> None:
     """In their order: the second one sees what the first has done."""
     start = made((6, 4), torch.float32)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import kind_of
+from .memory import kind_of, turns_of
 from .parameters import with_gradient
 
 
@@ -29,5 +29,7 @@ class NewSquares:
         return self._rooms
 
     def _wanted(self, groups: Iterable[Mapping[str, Any]]) -> Sequence[Tensor]:
-        moved = (p for group in groups if group.get("unit_norm") for _, p in with_gradient(group))
-        return list(dict.fromkeys(p for p in moved if p.device.type == "cpu" and kind_of(p) is None))
+        moved = [(p, group.get("unit_norm")) for group in groups for _, p in with_gradient(group)]
+        if any(turns_of([p for p, _ in moved])):  # what shares memory is written to once more before it is divided
+            return []
+        return [p for p, unit_norm in moved if unit_norm and p.device.type == "cpu" and kind_of(p) is None]

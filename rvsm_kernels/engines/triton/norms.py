@@ -241,28 +241,14 @@ def sum_kernel(
         if dual >= 0:
             y = tl.load(addresses + dual) + begin
             sum_any(
-                entry, numbers, x, y, rows, groups, columns, inner, length, part, group, totals, S, T, True, W, MEASURES
-            )
+                entry, numbers, x, y, rows, groups, columns, inner, length, part, group, totals,
+                S, T, True, W, MEASURES,
+            )  # fmt: skip
         else:
             sum_any(
-                entry,
-                numbers,
-                x,
-                x,
-                rows,
-                groups,
-                columns,
-                inner,
-                length,
-                part,
-                group,
-                totals,
-                S,
-                T,
-                False,
-                W,
-                MEASURES,
-            )
+                entry, numbers, x, x, rows, groups, columns, inner, length, part, group, totals,
+                S, T, False, W, MEASURES,
+            )  # fmt: skip
     else:
         sum_any(
             entry, numbers, x, x, rows, groups, columns, inner, length, part, group, totals, S, T, False, W, MEASURES
