@@ -82,11 +82,6 @@ bool for_tiles(const TensorArgs& args, int64_t at, int64_t n, const F& f) {
   });
 }
 
-template <class M>
-struct Counts {
-  M above = 0, from_high = 0, from_low = 0;
-};
-
 #if defined(__AVX512F__)
 
 // A vector of magnitudes and its comparisons.
@@ -102,7 +97,10 @@ struct Vector<int32_t> {
   Vector(const void* from, Mask lanes) : x(_mm512_maskz_loadu_epi32(lanes, from)) {}
   void clear_sign() { x = _mm512_and_si512(x, _mm512_set1_epi32(kNoSign<int32_t>)); }
   Mask above(const Vector& y) const { return _mm512_cmpgt_epi32_mask(x, y.x); }
-  Mask from(const Vector& y) const { return _mm512_cmpge_epi32_mask(x, y.x); }
+  // first <= x <= first + length: what lies below becomes large without a sign.
+  Mask within(const Vector& first, const Vector& length) const {
+    return _mm512_cmple_epu32_mask(_mm512_sub_epi32(x, first.x), length.x);
+  }
   void collect(Mask lanes, void* to) const { _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(lanes, x)); }
 };
 
@@ -115,62 +113,56 @@ struct Vector<int64_t> {
   Vector(const void* from, Mask lanes) : x(_mm512_maskz_loadu_epi64(lanes, from)) {}
   void clear_sign() { x = _mm512_and_si512(x, _mm512_set1_epi64(kNoSign<int64_t>)); }
   Mask above(const Vector& y) const { return _mm512_cmpgt_epi64_mask(x, y.x); }
-  Mask from(const Vector& y) const { return _mm512_cmpge_epi64_mask(x, y.x); }
+  Mask within(const Vector& first, const Vector& length) const {
+    return _mm512_cmple_epu64_mask(_mm512_sub_epi64(x, first.x), length.x);
+  }
   void collect(Mask lanes, void* to) const { _mm512_storeu_si512(to, _mm512_maskz_compress_epi64(lanes, x)); }
 };
 
 // Compressed stores: no branch depends on the magnitudes.
-template <class M, class Bits>
+template <bool kCollects, class M, class Bits>
 inline void scan_tile(const Bits* bits, int64_t n, M low, M high, Found& found) {
   using V = Vector<M>;
   using Mask = typename V::Mask;
-  const V low_v(low), high_v(high);
-  M* const inside = static_cast<M*>(found.inside);
-  int64_t collected = found.collected, above = 0, from_high = 0, from_low = 0;
+  const V first(low), length(high - low), last(high);
+  M* const collected = static_cast<M*>(found.collected);
+  int64_t inside = found.inside, above = 0;
   const auto step = [&](int64_t i, Mask lanes) {
     V x(bits + i, lanes);
     x.clear_sign();
-    const Mask high_or_more = Mask(x.from(high_v) & lanes);
-    const Mask between = Mask(x.above(low_v) & ~high_or_more & lanes);
-    above += __builtin_popcount(unsigned(x.above(high_v) & lanes));
-    from_high += __builtin_popcount(unsigned(high_or_more));
-    from_low += __builtin_popcount(unsigned(x.from(low_v) & lanes));
-    x.collect(between, inside + collected);
-    collected += __builtin_popcount(unsigned(between));
+    const Mask within = Mask(x.within(first, length) & lanes);
+    above += __builtin_popcount(unsigned(x.above(last) & lanes));
+    if constexpr (kCollects) x.collect(within, collected + inside);
+    inside += __builtin_popcount(unsigned(within));
   };
   int64_t i = 0;
   for (; i + V::kWidth <= n; i += V::kWidth) step(i, Mask(-1));
   if (i < n) step(i, Mask((1u << (n - i)) - 1));
   found.above += above;
-  found.from_high += from_high;
-  found.from_low += from_low;
-  found.collected = collected;
+  found.inside = inside;
 }
 
 #else
 
 // Few pieces have something inside, so that the branch is mostly foreseen.
-template <class M, class Bits>
+template <bool kCollects, class M, class Bits>
 inline void scan_tile(const Bits* bits, int64_t n, M low, M high, Found& found) {
-  M* const inside = static_cast<M*>(found.inside);
+  M* const collected = static_cast<M*>(found.collected);
   for (int64_t i = 0; i < n; i += kPiece) {
     const int64_t m = std::min(kPiece, n - i);
-    M above = 0, from_high = 0, from_low = 0, above_low = 0;
+    M above = 0, from_low = 0;
     for (int64_t k = 0; k < m; ++k) {
       const M x = bits[i + k] & kNoSign<M>;
       above += x > high;
-      from_high += x >= high;
       from_low += x >= low;
-      above_low += x > low;
     }
     found.above += above;
-    found.from_high += from_high;
-    found.from_low += from_low;
-    if (above_low <= from_high) continue;  // less where the ends are the same
+    if (!kCollects) found.inside += from_low - above;
+    if (!kCollects || from_low == above) continue;
     for (int64_t k = 0; k < m; ++k) {
       const M x = bits[i + k] & kNoSign<M>;
-      inside[found.collected] = x;
-      found.collected += x > low && x < high;
+      collected[found.inside] = x;
+      found.inside += x >= low && x <= high;
     }
   }
 }
@@ -187,8 +179,12 @@ void load_magnitudes(const TensorArgs& args, int64_t at, int64_t n, void* magnit
 bool scan(const TensorArgs& args, int64_t at, int64_t n, const Bracket& bracket, Found& found) {
   return for_tiles(args, at, n, [&](const auto* bits, int64_t m) {
     using M = std::conditional_t<sizeof(*bits) == 8, int64_t, int32_t>;
-    if (found.collected + m + kSlack > found.room) return false;
-    scan_tile<M>(bits, m, M(bracket.low), M(bracket.high), found);
+    if (found.collected == nullptr) {
+      scan_tile<false>(bits, m, M(bracket.low), M(bracket.high), found);
+      return true;
+    }
+    if (found.inside + m + kSlack > found.room) return false;
+    scan_tile<true>(bits, m, M(bracket.low), M(bracket.high), found);
     return true;
   });
 }

@@ -20,12 +20,14 @@ constexpr int64_t kSampled = 16;
 constexpr int64_t kSample = 16384;
 // Half the width of a sample's bracket in standard deviations of a rank, so that it fails once in ten thousand times.
 constexpr double kDeviations = 4;
+// Of the sample: more than one of so many are many that tie.
+constexpr int64_t kTies = 256;
 // A read collects at most one of so many elements, and a few.
 constexpr int64_t kShare = 8;
 constexpr int64_t kSpare = 4096;
 // The bracket around the last cut is made so wide that it holds one of so many elements; of those that move fast, four
 // times their last move, but at most one of kMovingShare.
-constexpr int64_t kLastShare = 512;
+constexpr int64_t kLastShare = 4096;
 constexpr int64_t kMovingShare = 32;
 // Tasks of each thread, and elements of a task: long stretches of memory are read faster, but a thread that is done
 // must find something to take from the others.
@@ -77,7 +79,7 @@ class Selector {
     const bool warm = last_.magnitude >= 0 && last_.reach >= 0;
     const int64_t room = 2 * numel_ / kShare / (parallel_.threads + 1) + kSpare;
     if (warm) look_in(around_last(), room);
-    if (!is_found_) look_in(sampled(), room);
+    if (!is_found_) look_in_sampled(room);
     while (!is_found_) narrow();
     remember(warm);
     return cut_;
@@ -112,66 +114,73 @@ class Selector {
   void look_in(Bracket bracket, int64_t room) {
     bracket = {std::max(bracket.low, range_.low), std::min(bracket.high, range_.high)};
     if (bracket.low > bracket.high) return;
+    const bool collects = bracket.low < bracket.high;
+    // Zeros are what is neither above nor inside.
+    const bool leaves_zeros = collects && bracket.low == 0;
+    const Bracket read = {leaves_zeros ? 1 : bracket.low, bracket.high};
     const int64_t threads = parallel_.threads;
-    const std::unique_ptr<M[]> memory(new M[size_t(threads * room)]);  // untouched pages cost nothing
+    const std::unique_ptr<M[]> memory(collects ? new M[size_t(threads * room)]
+                                               : nullptr);  // untouched pages cost nothing
     std::vector<Part> parts(static_cast<size_t>(threads));
-    for (int64_t t = 0; t < threads; ++t) {
-      parts[t].found.inside = memory.get() + t * room;
+    for (int64_t t = 0; collects && t < threads; ++t) {
+      parts[t].found.collected = memory.get() + t * room;
       parts[t].found.room = room;
     }
     std::atomic<bool> full{false};
     for_pieces(numel_, parallel_, [&](int64_t thread, int64_t from, int64_t count) {
       const bool has_room = full.load(std::memory_order_relaxed) ||
                             population_.for_pieces(from, count, [&](const TensorArgs& tensor, int64_t at, int64_t n) {
-                              return kernels_.scan(tensor, at, n, bracket, parts[thread].found);
+                              return kernels_.scan(tensor, at, n, read, parts[thread].found);
                             });
       if (!has_room) full.store(true, std::memory_order_relaxed);
     });
     if (full.load()) return;
-    Found all;
+    int64_t above = 0, inside = 0;
     for (const Part& part : parts) {
-      M* const inside = static_cast<M*>(part.found.inside);
-      if (inside != memory.get() + all.collected)
-        std::memmove(memory.get() + all.collected, inside, size_t(part.found.collected) * sizeof(M));
-      all.collected += part.found.collected;
-      all.above += part.found.above;
-      all.from_high += part.found.from_high;
-      all.from_low += part.found.from_low;
+      const M* const collected = static_cast<const M*>(part.found.collected);
+      if (collects && collected != memory.get() + inside)
+        std::memmove(memory.get() + inside, collected, size_t(part.found.inside) * sizeof(M));
+      inside += part.found.inside;
+      above += part.found.above;
     }
-    if (larger_ < all.above) {
+    const int64_t before_low = leaves_zeros ? numel_ : above + inside;
+    if (larger_ < above) {
       range_.low = bracket.high + 1;
-    } else if (larger_ >= all.from_low) {
+    } else if (larger_ >= before_low) {
       range_.high = bracket.low - 1;
-      above_range_ = all.from_low;
+      above_range_ = before_low;
     } else {
       is_found_ = true;
-      const int64_t rank = larger_ - all.from_high;
-      if (rank < 0)
-        cut_ = bracket.high;
-      else if (rank >= all.collected)
-        cut_ = bracket.low;
-      else
-        cut_ = among(memory.get(), all.collected, rank);
-      find_before(all, bracket, memory.get());
+      cut_ = collects && larger_ < above + inside ? among(memory.get(), inside, larger_ - above) : bracket.low;
+      if (larger_ > above) before_ = collects ? before_among(memory.get(), inside, larger_ - above) : cut_;
       // Beyond an open end there may be nothing for long.
       const Bracket closed = {bracket.low == 0 ? cut_ : bracket.low, bracket.high == kMost ? cut_ : bracket.high};
-      const int64_t above_cut = closed.high == cut_ ? 0 : larger_ - all.above;
-      const int64_t below_cut = closed.low == cut_ ? 0 : all.from_low - larger_;
+      const int64_t above_cut = closed.high == cut_ ? 0 : larger_ - above;
+      const int64_t below_cut = closed.low == cut_ ? 0 : before_low - larger_;
       spread_ = double(closed.high - closed.low) / double(std::max<int64_t>(above_cut + below_cut, 1));
     }
   }
 
-  // The magnitude before the cut, if it belongs to the bracket.
-  void find_before(const Found& all, const Bracket& bracket, const M* inside) {
-    if (larger_ <= all.above) return;                                     // it lies above
-    int64_t above_cut = cut_ < bracket.high ? all.from_high : all.above;  // in this bracket, and above it
-    int64_t next = above_cut > all.above ? bracket.high : kMost;
-    for (int64_t i = 0; i < all.collected; ++i) {
-      const int64_t x = inside[i];
-      above_cut += x > cut_;
-      next = x > cut_ && x < next ? x : next;
+  // A bracket from a sample. If many of the sample tie at an end, this end is counted by a read, and not collected.
+  void look_in_sampled(int64_t room) {
+    const Bracket bracket = sampled();
+    const bool leaves = bracket.low + 1 < bracket.high;
+    ties_low_ = ties_low_ && bracket.low > 0;  // zeros are not collected anyway
+    look_in({bracket.low + (leaves && ties_low_), bracket.high - (leaves && ties_high_)}, room);
+    if (!is_found_ && leaves && range_.low == bracket.high) look_in({bracket.high, bracket.high}, 0);
+    if (!is_found_ && leaves && range_.high == bracket.low) look_in({bracket.low, bracket.low}, 0);
+  }
+
+  // The magnitude before the cut in descending order, where it is among those that were collected, as `larger` are.
+  int64_t before_among(const M* magnitudes, int64_t count, int64_t larger) const {
+    const M cut = M(cut_);
+    M above_cut = 0, next = M(kMost);
+    for (int64_t i = 0; i < count; ++i) {
+      const M x = magnitudes[i];
+      above_cut += x > cut;
+      next = x > cut && x < next ? x : next;
     }
-    before_ = above_cut < larger_ ? cut_ : next;  // fewer above than before it: another one ties with the cut
+    return above_cut < larger ? cut_ : next;  // fewer above than before it: another one ties with the cut
   }
 
   // The same question about those that were collected: they are the bits of numbers without a sign.
@@ -185,7 +194,7 @@ class Selector {
   }
 
   // A bracket that holds the cut of most tensors: around its rank in a sample.
-  Bracket sampled() const {
+  Bracket sampled() {
     const std::vector<int64_t> places = sample_places(numel_);
     const int64_t count = int64_t(places.size());
     std::vector<M> sample(places.size());
@@ -195,14 +204,17 @@ class Selector {
     const double reach = kDeviations * std::sqrt(rank * (1 - share)) + 2;
     const int64_t first = int64_t(std::floor(rank - reach)), last = int64_t(std::ceil(rank + reach));
     Bracket bracket = range_;
+    const auto ties = [&](int64_t end) { return std::count(sample.begin(), sample.end(), M(end)) > count / kTies; };
     if (first >= 0) {
       std::nth_element(sample.begin(), sample.begin() + first, sample.end(), std::greater<M>());
       bracket.high = sample[first];
+      ties_high_ = ties(bracket.high);
     }
     if (last < count) {
       std::nth_element(sample.begin() + std::max<int64_t>(first, 0), sample.begin() + last, sample.end(),
                        std::greater<M>());
       bracket.low = sample[last];
+      ties_low_ = ties(bracket.low);
     }
     return bracket;
   }
@@ -226,13 +238,17 @@ class Selector {
   }
 
   // Where to look the next time: around this cut, so far that the bracket would hold a given share of the elements if
-  // they lay as densely as in the bracket where it was found.
+  // they lay as densely as in the bracket where it was found. They do not: a pull thins them out around the cut.
+  // Halfway (of the logarithms) from the last reach it settles; the whole way it would be too near and too far in
+  // turns.
   void remember(bool warm) {
-    const double width = spread_ / 2;
-    const auto reach = [&](int64_t share) { return width * double(std::max<int64_t>(numel_ / share, 64)); };
+    const auto reach = [&](int64_t share) { return spread_ / 2 * double(std::max<int64_t>(numel_ / share, 64)); };
     double far = reach(kLastShare);
-    if (warm) far = std::max(far, std::min(4 * std::fabs(double(cut_ - last_.magnitude)), reach(kMovingShare)));
-    last_ = {cut_, int64_t(std::min(far, double(kMost / 4))) + 1};
+    if (warm) {
+      far = std::sqrt(far * std::max(double(last_.reach), 1.0));
+      far = std::max(far, std::min(4 * std::fabs(double(cut_ - last_.magnitude)), reach(kMovingShare)));
+    }
+    last_ = {cut_, int64_t(std::min(far, double(kMost / 4))) + (spread_ > 0)};
   }
 
   struct alignas(64) Part {
@@ -252,7 +268,8 @@ class Selector {
   bool is_found_ = false;
   int64_t cut_ = 0;
   int64_t before_ = -1;
-  double spread_ = 0;  // mean distance of neighbours around it
+  double spread_ = 0;                          // mean distance of neighbours around it
+  bool ties_low_ = false, ties_high_ = false;  // many magnitudes of the sample equal the end of its bracket
 };
 
 template <class T>

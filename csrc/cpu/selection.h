@@ -5,9 +5,10 @@
 // in the order of the magnitudes, a NaN above all numbers, so that counting is exact.
 //
 // One read of the weights counts what lies above a bracket, and collects what lies inside. If the rank lies inside, the
-// magnitude is found among the collected ones. The bracket lies around the last cut, or comes from a sample. Nothing is
-// taken from either but where to look, so that the result is exact whatever the weights have become, and it does not
-// depend on the number of threads or the instruction set. Where two brackets fail, histograms narrow the range.
+// magnitude is found among the collected ones. A bracket of one magnitude collects nothing: ties are counted. The
+// bracket lies around the last cut, or comes from a sample. Nothing is taken from either but where to look, so that the
+// result is exact whatever the weights have become, and it does not depend on the number of threads or the instruction
+// set. Where two brackets fail, histograms narrow the range.
 #pragma once
 
 #include <algorithm>
@@ -26,14 +27,12 @@ struct Bracket {
   bool holds(int64_t magnitude) const { return low <= magnitude && magnitude <= high; }
 };
 
-// What a read has found. Magnitudes that equal an end are counted and not collected: ties there cost nothing.
+// What a read has found.
 struct Found {
-  int64_t above = 0;      // > high
-  int64_t from_high = 0;  // >= high
-  int64_t from_low = 0;   // >= low
-  void* inside =
-      nullptr;  // room for the magnitudes between the ends: int32_t, or int64_t where the arithmetic is double
-  int64_t collected = 0;
+  int64_t above = 0;   // > high
+  int64_t inside = 0;  // those of the bracket
+  void* collected =
+      nullptr;  // room for them, of int32_t, or int64_t where the arithmetic is double; null: only counted
   int64_t room = 0;
 };
 
@@ -58,7 +57,8 @@ struct Bins {
 struct MagnitudeKernels {
   // The magnitudes of elements [at, at + n), as the type that they are collected in.
   void (*load)(const TensorArgs&, int64_t at, int64_t n, void* magnitudes);
-  // Counts elements [at, at + n) and collects them; false where there is no room, and `found` is of no use then.
+  // Counts elements [at, at + n), and collects those inside; false where there is no room, and `found` is of no use
+  // then.
   bool (*scan)(const TensorArgs&, int64_t at, int64_t n, const Bracket&, Found& found);
   // Adds to counts[copy][bin].
   void (*histogram)(const TensorArgs&, int64_t at, int64_t n, const Bins&, int32_t* counts);

@@ -197,7 +197,8 @@ RVSM_HD double halfway(double low, double high) {
 }
 
 // Writes the cut, and where to look the next time: around it, so far that the bracket would hold a given share of the
-// elements if they lay as densely as where it was found.
+// elements if they lay as densely as where it was found; halfway from the last reach, as on the CPU
+// (cpu/selection.cpp).
 template <class T>
 RVSM_HD void write_cut(const CutEntry& e, bool between) {
   const SelectState& s = *e.state;
@@ -218,6 +219,7 @@ RVSM_HD void write_cut(const CutEntry& e, bool between) {
   const double least = width * (numel / kLastShare > kLeastHeld ? numel / kLastShare : kLeastHeld);
   double far = least;
   if (e.last[0] >= 0 && e.last[1] >= 0) {
+    far = std::sqrt(least * double(e.last[1] > 1 ? e.last[1] : 1));
     const double most = width * (numel / kMovingShare), moved = 4 * std::fabs(double(s.cut) - double(e.last[0]));
     const double limited = moved < most ? moved : most;
     far = limited > far ? limited : far;

@@ -319,12 +319,14 @@ void instruction_sets(int64_t n) {
     std::vector<int64_t> first;
     for (const cpu::MagnitudeKernels* kernels : all) {
       std::vector<int64_t> inside(static_cast<size_t>(n + 5000));
-      cpu::Found found;
-      found.inside = inside.data();
+      cpu::Found found, counted;
+      found.collected = inside.data();
       found.room = n + 5000;
       CHECK(kernels->scan(args, 1, n - 1, bracket, found), "room");
-      std::vector<int64_t> got = {found.above, found.from_high, found.from_low, found.collected};
-      for (int64_t i = 0; i < found.collected; ++i)
+      CHECK(kernels->scan(args, 1, n - 1, bracket, counted), "nothing to collect");
+      CHECK(counted.above == found.above && counted.inside == found.inside, "the same counts");
+      std::vector<int64_t> got = {found.above, found.inside};
+      for (int64_t i = 0; i < found.inside; ++i)
         got.push_back(sizeof(Opmath<S>) == 8 ? inside[size_t(i)] : reinterpret_cast<int32_t*>(inside.data())[i]);
       std::vector<int32_t> counts(static_cast<size_t>(cpu::Bins::kCounts));
       kernels->histogram(args, 1, n - 1, cpu::Bins(bracket), counts.data());

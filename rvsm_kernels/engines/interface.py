@@ -130,6 +130,10 @@ class Engine(ABC):
         """
         return TorchSupport(p, density, grouping)
 
+    def copy_of(self, p: Tensor) -> Tensor:
+        """A copy of a parameter in its layout."""
+        return p.detach().clone()
+
     @abstractmethod
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         """w <- prox_{tau P}(w) in place, for parameters of one split group."""

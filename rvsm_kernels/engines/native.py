@@ -202,6 +202,14 @@ class NativeEngine(Engine):
     def check(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
         check_groups(p, group, name)
 
+    def copy_of(self, p: Tensor) -> Tensor:
+        w = p.detach()
+        if w.device.type != "cpu" or kind_of(w) is not None or tracer() is not None:
+            return w.clone()
+        copy = torch.empty_like(w)
+        _C.advise_huge_pages(copy)
+        return copy.copy_(w)
+
     def prox_(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         if is_nm(group):
             keep_largest_(params, group)

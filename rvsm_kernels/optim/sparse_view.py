@@ -266,7 +266,7 @@ class SparseView:
         """Put u into the parameters; :meth:`give_back` undoes it, also where this was interrupted."""
         with self._optimizer._lock:
             parts = self._split_params(frozen)
-            dense = {p: p.detach().clone() for part in parts for p in part.params}
+            dense = {p: part.engine.copy_of(p) for part in parts for p in part.params}
             self._dense_marks = {p for part in parts for p in part.params if self._is_u(p, part.group)}
             self._dense = dense
             for part in parts:
