@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..method.dtypes import DTYPES
-from ..method.groups import check_grouping, group_size, grouping_of, view_of
+from ..method.groups import check_grouping, group_count, group_size, grouping_of, view_of
 from ..method.memory import kind_of, refuse
 from ..method.options import shown
 from ..method.parameters import is_flattened, is_left_alone, param_name
@@ -23,7 +23,7 @@ def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     Raises:
         TypeError: a dtype or layout without a kernel, of a parameter that is trained.
         ValueError: a ``group_dim`` that the tensor does not have, a ``group_block`` that does not divide it, a
-            ``pattern`` whose windows do not fit it.
+            ``coupling`` of another length than its slices are, a ``pattern`` whose windows do not fit it.
     """
     if torch.nn.parameter.is_lazy(p) or is_left_alone(p):
         return  # a lazy parameter has no shape yet; one that is left alone is never trained
@@ -32,6 +32,11 @@ def validate_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     if p.dtype not in DTYPES:
         raise TypeError(f"RVSM does not support parameters of dtype {p.dtype} ({name})")
     check_grouping(p.shape, grouping_of(group), name)
+    if group["coupling"] is not None and len(group["coupling"]) != group_count(p.shape, grouping_of(group)):
+        raise ValueError(
+            f"Invalid coupling value: {len(group['coupling'])} integers for {name}, whose group_dim"
+            f" {group['group_dim']!r} has {group_count(p.shape, grouping_of(group))} slices"
+        )
     if group["penalty"] == "nm":
         check_windows(p.shape, group["pattern"], name)
     if group["group_dim"] is not None and is_flattened(p):

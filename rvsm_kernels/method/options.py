@@ -150,6 +150,14 @@ def _dims(name: str, value: Any) -> None:
     as_dims(value)
 
 
+def _coupling(name: str, value: Any) -> None:
+    """A check for the numbers of coupled groups, or None."""
+    if value is None:
+        return
+    if not isinstance(value, (tuple, list)) or any(type(k) is not int for k in value):
+        raise TypeError(f"Invalid {name} value: {shown(value)} (a tuple of ints is needed, one an index of group_dim)")
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 LR = Option("lr", 1e-3, _number("learning rate"), "learning rate, a number or a 1-element tensor, >= 0")
@@ -188,6 +196,8 @@ SPLIT_OPTIONS = (
     Option("pattern", None, _optional(check_pattern), "(n, m) of N:M sparsity: how many of how many survive"),
     Option("group_dim", None, _dims, "the dimensions that index the groups, None for elements"),
     Option("group_block", 1, at_least_one, "how many consecutive indices of group_dim make one group, >= 1"),
+    Option("coupling", None, _coupling, "the coupled group of each index of group_dim, a tuple of ints; None for none"),
+    Option("coupling_name", "coupled", _name, "equal integers of coupling under one name are one group"),
     Option("group_scale", False, None, "multiply lam by sqrt(group size)"),
     Option("group_lasso", 0.0, _number("group_lasso value"), "strength of group_lasso * sum ||w_G||, >= 0"),
     Option("decoupled", True, None, "the gap pulls the weights (True) or is added to the gradient (False)"),
@@ -246,6 +256,8 @@ def check_split(group: Mapping[str, Any]) -> None:
         lasso = float(group["group_lasso"])
         raise ValueError(f"Invalid group_lasso value: {lasso}: group_lasso needs a group_dim")
     grouping_of(group)
+    if group["coupling"] is not None:
+        _check_coupling(group)
     if group["penalty"] == "topk" and group["density"] is None:
         raise ValueError("penalty='topk' needs a density: the share of elements or groups that survive")
     if group["penalty"] == "nm":
@@ -257,6 +269,14 @@ def check_split(group: Mapping[str, Any]) -> None:
                     f"Invalid {name} value: {shown(group[name])}: penalty='nm' keeps elements of windows along"
                     f" dimension 1, and takes no {name}"
                 )
+
+
+def _check_coupling(group: Mapping[str, Any]) -> None:
+    dims = as_dims(group["group_dim"])
+    if dims is None or len(dims) != 1:
+        raise ValueError(f"coupling needs a group_dim of one dimension, not {group['group_dim']!r}")
+    if group["penalty"] == "topk":
+        raise ValueError("penalty='topk' takes no coupling: a SparsitySchedule leads the others to a share of groups")
 
 
 def unknown_option(key: str, names: Collection[str], where: str) -> str:

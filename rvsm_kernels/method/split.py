@@ -37,12 +37,17 @@ def is_nm(group: Mapping[str, Any]) -> bool:
     return group["penalty"] == "nm" and is_split(group)
 
 
+def is_coupled(group: Mapping[str, Any]) -> bool:
+    """Whether groups span several slices or weights, so that no tensor alone knows their norms."""
+    return group["coupling"] is not None
+
+
 def state_name(group: Mapping[str, Any]) -> str | None:
     """The name of the state of the group's method, None where it has none or there is no splitting."""
     return METHODS[group["method"]].state if is_split(group) else None
 
 
-def strength_of_size(group: Mapping[str, Any], size: int) -> float:
+def strength_of_size(group: Mapping[str, Any], size: float) -> float:
     """lam of a tensor whose groups have ``size`` elements: lam, or lam * sqrt(size) with ``group_scale``."""
     lam = float(group["lam"])
     return lam * math.sqrt(size) if group["group_scale"] else lam

@@ -17,7 +17,7 @@ from .methods import METHODS, Method
 from .options import PLAIN_TYPES
 from .precision import MASTER_STATES, STATE_TYPES, has_master, is_stochastic
 from .prox import prox_numbers
-from .split import is_split, split_numbers, strength_of_size
+from .split import is_coupled, is_split, split_numbers, strength_of_size
 from .windows import Pattern
 
 
@@ -38,6 +38,7 @@ class StepOptions:
         grouping: what indexes the groups, as it was given (negative numbers too); None for elements, and where the
             norms of groups do not matter to a step.
         lasso: whether there is a group lasso.
+        coupled: whether the norms of groups are of several slices or weights, and made elsewhere.
         scaled: whether the numbers differ by the size of the groups.
         states: the names of the states, the base's first, then the method's.
         base_states: how many of them are the base's.
@@ -61,6 +62,7 @@ class StepOptions:
     pattern: Pattern | None
     grouping: Grouping
     lasso: bool
+    coupled: bool
     scaled: bool
     states: tuple[str, ...]
     base_states: int
@@ -105,6 +107,7 @@ class StepOptions:
             pattern=pattern,
             grouping=grouping,
             lasso=lasso,
+            coupled=grouping is not None and is_coupled(values),
             scaled=scaled,
             states=states,
             base_states=len(base_states),
@@ -115,6 +118,7 @@ class StepOptions:
             writes_gradient=writes_gradient,
             structure=(
                 *(base.name, method.name, penalty, pattern, grouping, lasso, scaled, states, writes_gradient),
+                grouping is not None and is_coupled(values),
                 precision,
                 *tensors,
             ),

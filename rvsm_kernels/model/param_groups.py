@@ -291,7 +291,7 @@ def _with_windows(weights: list[Weight], structure: str | None, pattern: Any) ->
     return fitted
 
 
-_NO_GROUPS = {"group_dim": None, "group_block": 1, "group_lasso": 0.0}
+_NO_GROUPS = {"group_dim": None, "group_block": 1, "coupling": None, "group_lasso": 0.0}
 """What dense parameters have, whatever the defaults of their optimizer are."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,9 +40,9 @@ class RVSMAdamW(SplitOptimizer):
         betas: decay rates of the two moments, in [0, 1).
         eps, weight_decay, amsgrad, maximize: as ``torch.optim.AdamW``. ``maximize`` turns the loss gradient around; the
             pull, weight decay and group_lasso keep their signs.
-        penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, group_scale, group_lasso,
-            decoupled, method: see :class:`rvsm_kernels.RVSM`. With ``decoupled=False`` the pull passes through the
-            moments, which take its size away: what is left of it is hardly more than its sign.
+        penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, coupling, coupling_name,
+            group_scale, group_lasso, decoupled, method: see :class:`rvsm_kernels.RVSM`. With ``decoupled=False`` the
+            pull passes through the moments, which take its size away: what is left of it is hardly more than its sign.
         master_weights, rounding, seed, state_dtype, amp_scaling, engine, statistics: see :class:`rvsm_kernels.RVSM`.
             Moments in bfloat16 have eight bits: an ``exp_avg_sq`` that is to shrink by less than 1/512 in a step (a
             beta2 above 0.998) stays where it is.
@@ -82,6 +83,8 @@ class RVSMAdamW(SplitOptimizer):
         pattern: tuple[int, int] | None = None,
         group_dim: GroupDim = None,
         group_block: int = 1,
+        coupling: Sequence[int] | None = None,
+        coupling_name: str = "coupled",
         group_scale: bool = False,
         group_lasso: float = 0.0,
         decoupled: bool = True,

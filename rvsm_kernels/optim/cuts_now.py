@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..method.penalties import PENALTIES
 from ..method.selection import Candidates
-from ..method.split import is_nm, is_topk, strength
+from ..method.split import is_nm, is_topk, strength_of_size
 from .sparse_view import SparseView
 from .split_optimizer import SplitOptimizer
 
@@ -49,6 +49,6 @@ def _cuts(view: SparseView) -> Iterator[CutNow]:
             elif is_nm(group):
                 continue  # a window has no cut
             else:
-                tau = strength(group, p.shape) / float(group["beta"])
+                tau = strength_of_size(group, view.coupled.size_of_groups(p, group)) / float(group["beta"])
                 cut = PENALTIES[group["penalty"]].cut(tau, float(group["a"]))
             yield CutNow(name, candidates, float(cut))

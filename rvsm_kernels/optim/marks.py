@@ -16,7 +16,7 @@ from ..method.memory import kind_of
 
 _OPTIONS = (
     *("penalty", "lam", "beta", "a", "density", "budget", "budget_name", "pattern"),
-    *("group_dim", "group_block", "group_scale", "method"),
+    *("group_dim", "group_block", "coupling", "coupling_name", "group_scale", "method"),
 )
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 20  # elements that are added up at a time, so that no copy of the tensor is made

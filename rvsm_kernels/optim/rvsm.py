@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -61,7 +62,13 @@ class RVSM(SplitOptimizer):
         group_block: how many consecutive indices of ``group_dim`` make one group, for a ``group_dim`` of one dimension
             whose size is a multiple of it: an attention head of 64 is ``group_dim=0, group_block=64`` of a projection
             to queries.
-        group_scale: multiply lam by sqrt(group size).
+        coupling: joins groups over several slices and weights: an integer for each index of ``group_dim`` (each block
+            of ``group_block`` indices), one dimension then. Equal integers under one ``coupling_name`` are one group,
+            with one norm over all of its slices and one shrink factor: what reads one channel of a network goes to
+            zero together (``rk.param_groups(model, structure="coupled")`` makes such groups). They have the same
+            penalty, lam, beta, a and ``group_scale``; not with top-k, nor for DTensors.
+        coupling_name: see ``coupling``.
+        group_scale: multiply lam by sqrt(group size); of coupled groups the mean size of those that share weights.
         group_lasso: strength of group_lasso * sum ||w_G||_2, added to the gradient (needs ``group_dim``).
         decoupled: the pull moves the weights before the SGD step (True) or is added to the gradient and so passes
             through momentum (False).
@@ -128,6 +135,8 @@ class RVSM(SplitOptimizer):
         pattern: tuple[int, int] | None = None,
         group_dim: GroupDim = None,
         group_block: int = 1,
+        coupling: Sequence[int] | None = None,
+        coupling_name: str = "coupled",
         group_scale: bool = False,
         group_lasso: float = 0.0,
         decoupled: bool = True,

@@ -29,11 +29,18 @@ class _Population(NamedTuple):
 
     Attributes:
         groups, sizes: of each parameter: its param group, and how many elements one of its groups has.
+        scales: what ``group_scale`` takes for that number: of coupled groups another one.
     """
 
     params: list[Tensor]
     groups: list[Mapping[str, Any]]
     sizes: list[int]
+    scales: list[float]
+
+    def those_of(self, wanted: Sequence[bool]) -> _Population:
+        """The parameters that are wanted."""
+        columns = [[x for x, keep in zip(column, wanted, strict=True) if keep] for column in self]
+        return _Population(*columns)  # type: ignore[arg-type]
 
 
 _Cut = float | Tensor | None
@@ -207,6 +214,7 @@ class SparsitySchedule:
     @torch.no_grad()
     def _select(self) -> None:
         """Look up the cuts that give the share of this step."""
+        self._optimizer._view.forget_cuts()
         found = {key: self._cut(key, population) for key, population in self._populations().items()}
         for key, cut in found.items():
             if isinstance(cut, float) and not math.isfinite(cut):
@@ -229,10 +237,11 @@ class SparsitySchedule:
                 if kind_of(p) is None:
                     refuse(p, param_name(group, i, j))
                 seen.add(id(p))
-                population = populations.setdefault(self._key(i, group), _Population([], [], []))
+                population = populations.setdefault(self._key(i, group), _Population([], [], [], []))
                 population.params.append(p)
                 population.groups.append(group)
                 population.sizes.append(group_size(p.shape, grouping_of(group)))
+                population.scales.append(self._optimizer._view.coupled.size_of_groups(p, group))
         return populations
 
     def _key(self, i: int, group: Mapping[str, Any]) -> str:
@@ -248,7 +257,9 @@ class SparsitySchedule:
         It stays on the device where every lam is read there.
         """
         of_each = zip(population.params, population.groups, strict=True)
-        found = [self._optimizer._view.candidates(p, group) for p, group in of_each]
+        found = [self._optimizer._view.candidates(p, group, self.of == "groups") for p, group in of_each]
+        population = population.those_of([c.count() > 0 for c in found])
+        found = [c for c in found if c.count() > 0]
         candidates = [dataclasses.replace(c, scale=1.0) for c in found]  # see _taus
         select = self._optimizer._view.select_for(population.params)
         of_elements = self.of == "elements" and set(population.sizes) != {1}
@@ -271,7 +282,7 @@ class SparsitySchedule:
         """What is compared of groups of several sizes, and how many of them go to zero."""
         scaled = [
             _taus(c.magnitudes(), g, n) if _is_scaled(g) else c.magnitudes()
-            for c, g, n in zip(candidates, population.groups, population.sizes, strict=True)
+            for c, g, n in zip(candidates, population.groups, population.scales, strict=True)
         ]
         first = scaled[0]
         if self.of == "groups":
@@ -368,7 +379,7 @@ class SparsitySchedule:
         self._apply()
 
 
-def _taus(norms: Tensor, group: Mapping[str, Any], size: int) -> Tensor:
+def _taus(norms: Tensor, group: Mapping[str, Any], size: float) -> Tensor:
     """The lam / beta at which each group goes to zero with ``group_scale``."""
     return PENALTIES[group["penalty"]].tau(norms.double(), float(group["a"])) / math.sqrt(size)
 

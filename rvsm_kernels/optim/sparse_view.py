@@ -24,10 +24,11 @@ from ..method.methods import METHODS
 from ..method.parameters import is_left_alone, param_name
 from ..method.precision import MASTER_STATES, as_parameter, has_master, join, master_of, new_master, store
 from ..method.selection import Candidates, Room, Select, Selection, cut_by, thresholded
-from ..method.split import is_nm, is_split, is_topk
+from ..method.split import is_coupled, is_nm, is_split, is_topk
 from ..method.warn import some, warn
 from ..model.sparsity import SparsityReport, SparsityRow, counted, is_all_zero, measure
 from . import marks
+from .coupled_view import CoupledView
 
 if TYPE_CHECKING:
     from .split_optimizer import SplitOptimizer
@@ -56,6 +57,7 @@ class SparseView:
         self._marks: dict[Tensor, marks.Mark] = {}  # of the parameters that sparsify_() has made u
         self._dense_marks: set[Tensor] = set()  # those whose mark held when u was put in
         self._cuts_of_budgets: dict[Budget, Tensor] | None = None  # while one method looks; see forget_cuts()
+        self.coupled = CoupledView(self)
         self._dead: set[str] = set()  # layers that are all zero in u, and were warned about
 
     @property
@@ -161,8 +163,9 @@ class SparseView:
     # ---- the cuts of budgets -----------------------------------------------------------------------------------------
 
     def forget_cuts(self) -> None:
-        """Look for the cuts of budgets anew from here on: the weights may have changed."""
+        """Look for cuts of budgets and norms of coupled groups anew from here on: the weights may have changed."""
         self._cuts_of_budgets = None
+        self.coupled.forget()
 
     def _cut_of_budget(self, p: Tensor, w: Tensor, group: Mapping[str, Any]) -> Tensor | None:
         """The cut of a parameter whose budget spans several tensors, None where its cut is its own.
@@ -205,8 +208,16 @@ class SparseView:
         candidates = Candidates(w.detach(), None, self._dual(p, group), grouping_of(group))
         return cut_by(engine.select, candidates, group["density"])
 
-    def candidates(self, p: Tensor, group: Mapping[str, Any]) -> Candidates:
-        """Those of a parameter, with its weights as they are, also while it holds u."""
+    def candidates(self, p: Tensor, group: Mapping[str, Any], once: bool = False) -> Candidates:
+        """Those of a parameter, with its weights as they are, also while it holds u.
+
+        Of coupled groups they are the norms of the groups of its slices.
+
+        Args:
+            once: of coupled groups those alone whose first slice is the parameter's; there may be none.
+        """
+        if is_coupled(group):
+            return Candidates(self.coupled.norms_of(p, once).to(opmath_type(p.dtype)))
         w = (p if self._dense is None else self._dense.get(p, p)).detach()
         master = self._master(p, group) if has_master(group, p.dtype) else None
         return Candidates(w, master, self._dual(p, group), grouping_of(group), scale_of(group, p))
@@ -230,6 +241,8 @@ class SparseView:
 
     def _u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any], engine: Engine) -> Tensor:
         """u of a parameter with these weights, as a new tensor; in the type of the weights or of the arithmetic."""
+        if is_coupled(group):
+            return self.coupled.u_of(p, w, group)
         if more_than_prox.is_more_than_prox(group):
             cut = self.topk_cut(p, w, group, engine) if is_topk(group) else None
             u = more_than_prox.u_of(w.detach(), self._dual(p, group), group, engine.prox_, cut)
@@ -246,7 +259,7 @@ class SparseView:
         """
         plain = []
         for p in params:
-            if not has_master(group, p.dtype) and not more_than_prox.is_more_than_prox(group):
+            if not (has_master(group, p.dtype) or is_coupled(group) or more_than_prox.is_more_than_prox(group)):
                 plain.append(p.detach())  # another thread may give a parameter other data meanwhile
                 continue
             u = self._u_of(p, self._weights(p, group), group, engine)
@@ -341,12 +354,16 @@ class SparseView:
     def penalty_value(self) -> Tensor:
         """See :meth:`SplitOptimizer.penalty_value`."""
         total: Tensor | None = None
-        for part in self._split_params(frozen=True):
+        parts = self._split_params(frozen=True)
+        for part in parts:
             try:
                 value = self._value_of(part.params, part.group, part.engine)
             except (AssertionError, NotImplementedError, RuntimeError) as error:
                 raise named(error, part.params[0], part.names[0]) from error
             total = value if total is None else total + value.to(total.device)
+        coupled = self.coupled.value(parts)
+        if total is not None and coupled is not None:
+            total = total + coupled.to(total.device)
         if total is None:
             params = (p for group in self._optimizer.param_groups for p in group["params"])
             device = next((p.device for p in params), torch.device("cpu"))
@@ -356,7 +373,7 @@ class SparseView:
     def _value_of(self, params: Sequence[Tensor], group: Group, engine: Engine) -> Tensor:
         """lam P(u) + beta/2 ||w - u||^2 over parameters that one engine serves."""
         already_u = {p for p in params if not p.requires_grad or self._is_u(p, group)}
-        more = more_than_prox.is_more_than_prox(group)
+        more = is_coupled(group) or more_than_prox.is_more_than_prox(group)
         plain = [] if more else [p for p in params if p not in already_u]
         total = torch.zeros((), dtype=torch.float64, device=params[0].device)
         if plain:
@@ -369,6 +386,11 @@ class SparseView:
                     total = total + (float(group["beta"]) / 2 * sums[2]).to(total.device)
                     continue
                 u = w if p in already_u else self._u_of(p, w, group, engine)
+                if is_coupled(group):  # P follows for all weights together
+                    total = total + (float(group["beta"]) / 2 * (w.double() - u.double()).square().sum()).to(
+                        total.device
+                    )
+                    continue
                 total = total + more_than_prox.value_of(whole(w), whole(u), group).to(total.device)
         return total
 
@@ -382,7 +404,7 @@ class SparseView:
         kept = grouping_of(group) is None and group["penalty"] in ("l0", "topk")  # u is w or 0
         if (w.dtype not in (torch.float32, torch.float64) and not kept) or (dual is not None and not zeros):
             return None
-        if is_nm(group):  # the report looks at u for its pattern
+        if is_nm(group) or is_coupled(group):  # the report looks at u for its pattern
             return None
         v = w if dual is None and not is_topk(group) else thresholded(w, dual)
         cuts = [self.topk_cut(p, w, group, engine)] if is_topk(group) else []

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from ..dist.coupled import Couplings
 from ..dist.norms import normalize_ as normalize_shards_
 from ..dist.shards import is_sharded
 from ..engines.checks import validate_param
@@ -30,7 +31,7 @@ from ..method.new_squares import NewSquares
 from ..method.options import make_plain, may_differ, names_of, shown, snapshot
 from ..method.parameters import is_left_alone, param_name, with_gradient
 from ..method.precision import Stored
-from ..method.split import state_name
+from ..method.split import is_coupled, state_name
 from ..method.step_options import StepOptions
 from . import advice, checkpoint, method_states, traced
 from .attributes import FromScaler, OptionOfGroups, ends_scaling, outside_graphs
@@ -100,6 +101,7 @@ class SplitOptimizer(ReadsU, Optimizer):
         self._pull_rates = advice.PullRates()
         self._cuts = Cuts()
         self._squares = NewSquares()
+        self._couplings = Couplings()
         self._seen: list[tuple[Any, ...] | None] = []  # the options of each group at their last check
         self._options: list[StepOptions] = []  # the same for the engines
         self._changed: set[int] = set()  # the groups of which the engine has not been told yet
@@ -160,9 +162,14 @@ class SplitOptimizer(ReadsU, Optimizer):
 
     def _summarize(self) -> None:
         """What a step asks of the options of all groups together."""
-        self._any_topk = any(options.topk for options in self._options)
-        self._any_unit_norm = any(options.values.get("unit_norm") for options in self._options)
-        self._any_state_at_rest = any(o.method.state is not None and o.values["lr"] == 0 for o in self._options)
+        topk = coupled = unit_norm = at_rest = False
+        for options in self._options:
+            topk |= options.topk
+            coupled |= options.coupled
+            unit_norm |= bool(options.values.get("unit_norm"))
+            at_rest |= options.method.state is not None and options.values["lr"] == 0
+        self._any_topk, self._any_coupled, self._any_unit_norm = topk, coupled, unit_norm
+        self._any_state_at_rest = at_rest
 
     def _check_group(self, i: int, group: dict[str, Any]) -> None:
         """Check the options of a group that may have changed, and remember them for the engines."""
@@ -224,6 +231,7 @@ class SplitOptimizer(ReadsU, Optimizer):
         """Whether the reference alone steps, with cuts of single tensors, and no GradScaler may call the step off."""
         alone = self._engines.requested == "reference" and self._at_once
         alone = alone and not any(budget_of(group) is not None for group in self.param_groups)
+        alone = alone and not any(map(is_coupled, self.param_groups))
         alone = alone and not self._statistics.on  # what a graph computes is not there before it has run
         return alone and "grad_scale" not in self.__dict__ and "found_inf" not in self.__dict__
 
@@ -276,7 +284,13 @@ class SplitOptimizer(ReadsU, Optimizer):
 
     def _step_at_once(self, inputs: StepInputs) -> bool:
         """The usual step: one call of the engine that served the last step. False where that was not possible."""
-        if not self._at_once or self._any_topk or self._any_state_at_rest or self._has_obsolete_states:
+        if (
+            not self._at_once
+            or self._any_topk
+            or self._any_coupled
+            or self._any_state_at_rest
+            or self._has_obsolete_states
+        ):
             return False
         engine = self._engines.the_only()
         if engine is None:
@@ -289,7 +303,12 @@ class SplitOptimizer(ReadsU, Optimizer):
 
     def _step_in_parts(self, inputs: StepInputs) -> None:
         """Any other step: engines prepare, the optimizer makes what is missing and selects cuts, engines launch."""
-        groups, options = self._stepped_groups(), inputs.options
+        groups = self._stepped_groups()
+        if self._any_coupled:
+            inputs.options = self._couplings.sized(groups, inputs.options)
+            inputs.norms = self._couplings.rooms(groups, inputs.options)
+            self._view.forget_cuts()
+        options = inputs.options
         states = method_states.NewStates(inputs, self._view.first_u)
         if self._any_topk:
             inputs.cuts = self._cuts.find(groups, options, inputs.state_of)
@@ -324,7 +343,11 @@ class SplitOptimizer(ReadsU, Optimizer):
                 for engine, of_engine, their_options in parts:
                     self._cuts.select(of_engine, their_options, inputs.state_of, engine.select)
                 self._cuts.select_budgets(self._view.select_for)
+            if inputs.norms:
+                self._couplings.fill(options, inputs.state_of)
             self._run(engines)
+            if inputs.norms and self._statistics.on:
+                self._couplings.correct(inputs.statistics, options)
         finally:
             for engine in engines:
                 engine.drop()

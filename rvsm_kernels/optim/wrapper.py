@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,9 @@ class RVSMWrapper(SplitOptimizer):
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose groups have an ``lr``; step the wrapper, not this.
-        penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, group_scale, group_lasso,
-            decoupled, method, engine, statistics: see :class:`rvsm_kernels.RVSM`; options are for groups that do not
-            set them.
+        penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, coupling, coupling_name,
+            group_scale, group_lasso, decoupled, method, engine, statistics: see :class:`rvsm_kernels.RVSM`; options are
+            for groups that do not set them.
 
     Raises:
         TypeError: something that is no optimizer, or one that makes sparse weights already; a wrong type.
@@ -78,6 +78,8 @@ class RVSMWrapper(SplitOptimizer):
         pattern: tuple[int, int] | None = None,
         group_dim: GroupDim = None,
         group_block: int = 1,
+        coupling: Sequence[int] | None = None,
+        coupling_name: str = "coupled",
         group_scale: bool = False,
         group_lasso: float = 0.0,
         decoupled: bool = True,

@@ -1,0 +1,332 @@
+"""Coupled groups: the slices of several weights that read one channel share a norm, and so one shrink factor.
+
+A param group's ``coupling`` has an integer for each index of ``group_dim`` (each block of ``group_block`` indices).
+Equal integers under one ``coupling_name``, in one weight or in several, are one group: ||w_G||^2 is the sum over all
+of its slices (docs/method.md, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ..engines.squares import squares
+from ..method.groups import Grouping, grouping_of
+from ..method.memory import kind_of
+from ..method.parameters import is_left_alone, param_name
+from ..method.dtypes import opmath_type
+from ..method.penalties import PENALTIES, shrink
+from ..method.split import strength_of_size
+from ..method.statistics import COLUMNS
+from ..method.step_options import StepOptions
+from .norms import rows_of as of_weights
+from .shards import is_sharded
+
+_PENALTY = COLUMNS.index("penalty")
+_ALIKE = ("penalty", "lam", "beta", "a", "group_scale")
+"""What the weights of one coupled group must agree on."""
+
+
+class Member(NamedTuple):
+    """A weight of coupled groups.
+
+    Attributes:
+        place: that of its param group.
+        slices: the coupled group of each of its slices, int64, on its device.
+        share: 1 / (how many slices the coupled group of each of its slices has), float64.
+        first: which of its slices are the first of their coupled group, bool.
+        size: the mean number of elements of the groups that hang together with its own: what ``group_scale`` takes.
+    """
+
+    p: Tensor
+    place: int
+    name: str
+    grouping: Grouping
+    slices: Tensor
+    share: Tensor
+    first: Tensor
+    size: float
+
+
+class _Device(NamedTuple):
+    """The members on one device, in the order of the param groups, and how their sums are added.
+
+    Attributes:
+        order: the slices of all members, those of a coupled group one after the other.
+        lengths: how many slices each coupled group has.
+    """
+
+    members: list[Member]
+    order: Tensor
+    lengths: Tensor
+
+
+class Couplings:
+    """The coupled groups of the param groups of one optimizer; looked for anew where these have changed."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Any, ...]] = []
+        self._devices: list[_Device] = []
+        self._by_param: dict[Tensor, Member] = {}
+        self._rooms: dict[Tensor, Tensor] = {}
+        self._sized: dict[int, tuple[StepOptions, float, StepOptions]] = {}
+
+    def find(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[Tensor, Member]:
+        """The weights of coupled groups, with a gradient or without, frozen ones too.
+
+        Raises:
+            ValueError: weights of one coupled group with other options, or on other devices; a DTensor.
+            TypeError: a tensor without memory of its own.
+        """
+        found = list(_members(groups))
+        seen = [
+            (id(p), p.shape, p.device, group["coupling_name"], group["coupling"], grouping_of(group), i)
+            for i, _, p, group in found
+        ]
+        if seen != self._seen:
+            self._devices, self._by_param = _couple(found), {}
+            for device in self._devices:
+                for member in device.members:
+                    self._by_param.setdefault(member.p, member)
+            self._seen = seen
+        for device in self._devices:
+            _check_alike(device, groups)
+        return self._by_param
+
+    def size_of(self, p: Tensor) -> float:
+        """The mean number of elements of the groups that hang together with those of a weight."""
+        return self._by_param[p].size
+
+    def first_of(self, p: Tensor) -> Tensor:
+        """Which slices of a weight are the first of their coupled group, bool."""
+        return self._by_param[p].first
+
+    def sized(self, groups: Sequence[Mapping[str, Any]], options: Sequence[StepOptions]) -> list[StepOptions]:
+        """The options of a step with lam scaled by the size of coupled groups, which no engine knows.
+
+        Numbers on a device are read for it, which waits for them.
+        """
+        sizes = {member.place: member.size for member in self.find(groups).values()}
+        found = list(options)
+        for i, size in sizes.items():
+            step = options[i]
+            if not (step.coupled and step.scaled):
+                continue
+            known = self._sized.get(i)
+            if known is None or known[:2] != (step, size) or step.on_device:  # what a tensor holds may have changed
+                on_host = step.on_host()
+                values = {**on_host.values, "lam": strength_of_size(on_host.values, size), "group_scale": False}
+                known = self._sized[i] = step, size, StepOptions.of({**values, "params": []}, step.base)
+            found[i] = known[2]
+        return found
+
+    def rooms(self, groups: Sequence[Mapping[str, Any]], options: Sequence[StepOptions]) -> dict[Tensor, Tensor]:
+        """Room for the norms of the weights that a step moves, in the form of :attr:`StepInputs.norms`.
+
+        It holds nothing yet, and is that of the last step, if that had the same weights.
+        """
+        found = {}
+        for p, member in self.find(groups).items():
+            step = options[member.place]
+            if step.grouping is None or p.grad is None:
+                continue
+            room, shape = self._rooms.get(p), (step.norm_rows, member.slices.numel())
+            if room is None or room.shape != shape or room.device != p.device:
+                room = torch.empty(shape, dtype=torch.float64, device=p.device)
+            found[p] = room
+        self._rooms = found
+        return found
+
+    def fill(self, options: Sequence[StepOptions], state_of: Callable[[Tensor, str], Tensor | None]) -> None:
+        """Fill the rooms with the norms of the weights, and of what the methods remember beside them, as they are now."""
+
+        def rows_of(member: Member) -> Sequence[Tensor]:
+            states = _States(member.p, state_of)
+            return of_weights(member.p, options[member.place], states)
+
+        rows = max((room.shape[0] for room in self._rooms.values()), default=0)
+        if rows > 0:
+            for p, norms in self.norms(rows_of, rows).items():
+                if p in self._rooms:
+                    self._rooms[p].copy_(norms[: self._rooms[p].shape[0]])
+
+    def correct(self, rows: Mapping[Tensor, Tensor], options: Sequence[StepOptions]) -> None:
+        """Replace lam P(u) in the statistics of a step, to which engines add every slice of a group.
+
+        Each slice of a coupled group has an equal share of the group's.
+        """
+        for p, room in self._rooms.items():
+            member, step = self._by_param[p], options[self._by_param[p].place]
+            if p in rows and step.split:
+                values = step.on_host().values
+                lam, a = float(values["lam"]), float(values["a"])
+                s = shrink(room[0].to(opmath_type(p.dtype)), values["penalty"], lam / float(values["beta"]), a)
+                shares = PENALTIES[values["penalty"]].value(s.double(), a) * member.share
+                rows[p][_PENALTY] = lam * shares.sum()
+
+    def norms(self, rows_of: Callable[[Member], Sequence[Tensor]], rows: int = 1) -> dict[Tensor, Tensor]:
+        """The norms of the coupled groups of every weight that :meth:`find` has found.
+
+        Args:
+            rows_of: tensors like the weight whose norms are wanted; where there are fewer than ``rows``, the last counts.
+
+        Returns:
+            For each weight float64 numbers of shape (rows, slices), in the order of its group view. Along a fixed order
+            on every device.
+        """
+        found: dict[Tensor, Tensor] = {}
+        for members, order, lengths in self._devices:
+            of_members = [(rows_of(member), member.grouping) for member in members]
+            of_rows = []
+            for row in range(rows):
+                sums = squares([(tensors[min(row, len(tensors) - 1)], dims) for tensors, dims in of_members])
+                totals = torch.segment_reduce(torch.cat(sums)[order], "sum", lengths=lengths, unsafe=True)
+                of_rows.append(totals.sqrt_())
+            norms = torch.stack(of_rows)
+            for member in members:
+                found[member.p] = norms[:, member.slices]
+        return found
+
+    def value_of(
+        self, u_of: Callable[[Member], Tensor], value: Callable[[Member, Tensor], Tensor]
+    ) -> Tensor | None:
+        """The sum of a value of every coupled group over its norm of u, 0-dim float64; None without coupled groups.
+
+        Args:
+            value: of (a member, norms of u): those of the groups that this member is the first of.
+        """
+        total: Tensor | None = None
+        norms = self.norms(lambda member: [u_of(member)])
+        for member in self._by_param.values():
+            of_member = value(member, norms[member.p][0, member.first])
+            total = of_member if total is None else total + of_member.to(total.device)
+        return total
+
+
+class _States(Mapping[str, Any]):
+    """The states of a parameter as a step finds them, by name."""
+
+    def __init__(self, p: Tensor, state_of: Callable[[Tensor, str], Tensor | None]) -> None:
+        self._p, self._state_of = p, state_of
+
+    def __getitem__(self, name: str) -> Any:
+        state = self._state_of(self._p, name)
+        if state is None:
+            raise KeyError(name)
+        return state
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+# ---- which slices are one group --------------------------------------------------------------------------------------
+
+
+def _members(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, Tensor, Mapping[str, Any]]]:
+    """(place of the group, name, parameter, group) of every weight with a coupling."""
+    for i, group in enumerate(groups):
+        if group["coupling"] is None:
+            continue
+        for j, p in enumerate(group["params"]):
+            if not is_lazy(p) and not is_left_alone(p) and p.numel() > 0:
+                yield i, param_name(group, i, j), p, group
+
+
+def _couple(found: Sequence[tuple[int, str, Tensor, Mapping[str, Any]]]) -> list[_Device]:
+    """The members by device, with the numbers of their groups."""
+    seen: set[int] = set()
+    by_device: dict[torch.device, list[tuple[int, str, Tensor, Mapping[str, Any]]]] = {}
+    names: dict[Any, torch.device] = {}
+    for entry in found:
+        _, name, p, group = entry
+        if is_sharded(p):
+            raise ValueError(f"{name} is a DTensor: coupling joins weights that lie whole on one device, so far")
+        if kind_of(p) is not None:
+            raise TypeError(f"{name} is {kind_of(p)}: weights with a coupling need memory of their own")
+        if id(p) in seen:
+            raise ValueError(f"{name} occurs twice in the optimizer: its slices would belong to their groups twice")
+        seen.add(id(p))
+        if names.setdefault(group["coupling_name"], p.device) != p.device:
+            raise ValueError(
+                f"{name} is on {p.device}, other weights with coupling_name={group['coupling_name']!r} are on"
+                f" {names[group['coupling_name']]}: a coupled group must lie on one device"
+            )
+        by_device.setdefault(p.device, []).append(entry)
+    return [_couple_on(device, entries) for device, entries in by_device.items()]
+
+
+def _couple_on(
+    device: torch.device, entries: Sequence[tuple[int, str, Tensor, Mapping[str, Any]]]
+) -> _Device:
+    number: dict[tuple[str | None, int], int] = {}  # of each coupled group
+    indices = [
+        torch.tensor([number.setdefault((group["coupling_name"], k), len(number)) for k in group["coupling"]])
+        for _, _, _, group in entries
+    ]
+    flat = torch.cat(indices)
+    lengths = torch.bincount(flat, minlength=len(number))
+    order = flat.argsort(stable=True)
+    first = torch.zeros(len(flat), dtype=torch.bool)
+    first[order[lengths.cumsum(0) - lengths]] = True
+    together = _hanging_together(indices)
+    elements, counts = [0] * len(entries), [0] * len(entries)  # of the weights that hang together, at the first of them
+    for k, ((_, _, p, _), of_groups) in enumerate(zip(entries, first.split([len(i) for i in indices]), strict=True)):
+        elements[together[k]] += p.numel()
+        counts[together[k]] += int(of_groups.sum())
+    members, begin = [], 0
+    for k, ((place, name, p, group), index) in enumerate(zip(entries, indices, strict=True)):
+        end = begin + len(index)
+        members.append(
+            Member(
+                p=p,
+                place=place,
+                name=name,
+                grouping=grouping_of(group),
+                slices=index.to(device),
+                share=(1.0 / lengths[index].double()).to(device),
+                first=first[begin:end].to(device),
+                size=elements[together[k]] / counts[together[k]],
+            )
+        )
+        begin = end
+    return _Device(members, order.to(device), lengths.to(device))
+
+
+def _hanging_together(indices: Sequence[Tensor]) -> list[int]:
+    """For each weight the first one that it shares a group with, directly or through others."""
+    leader = list(range(len(indices)))
+
+    def find(k: int) -> int:
+        while leader[k] != k:
+            k = leader[k]
+        return k
+
+    first_of: dict[int, int] = {}
+    for k, index in enumerate(indices):
+        for group in index.unique().tolist():
+            a, b = find(first_of.setdefault(group, k)), find(k)
+            leader[max(a, b)] = min(a, b)
+    return [find(k) for k in range(len(indices))]
+
+
+def _check_alike(device: _Device, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for weights of one coupled group whose options make another shrink factor of its norm."""
+    first: dict[Any, Member] = {}
+    for member in device.members:
+        group = groups[member.place]
+        other = first.setdefault(group["coupling_name"], member)
+        for option in _ALIKE if other.place != member.place else ():
+            mine, theirs = group[option], groups[other.place][option]
+            if mine is not theirs and not bool(mine == theirs):
+                raise ValueError(
+                    f"{other.name} and {member.name} have coupling_name={group['coupling_name']!r} and differ in"
+                    f" {option} ({theirs} and {mine}): the weights of a coupled group need the same, or another"
+                    " coupling_name"
+                )

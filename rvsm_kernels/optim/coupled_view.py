@@ -1,0 +1,98 @@
+"""u of coupled groups: the part of :class:`rvsm_kernels.optim.sparse_view.SparseView` that looks at several weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..dist.coupled import Member
+from ..method.dtypes import to_opmath
+from ..method.groups import from_memory_order, group_size, grouping_of
+from ..method.penalties import PENALTIES
+from ..method.prox import threshold
+from ..method.selection import thresholded
+from ..method.split import is_coupled, strength_of_size
+
+if TYPE_CHECKING:
+    from .sparse_view import SparseView, SplitParams
+
+
+class CoupledView:
+    """Norms, u and values of the coupled groups of one optimizer."""
+
+    def __init__(self, view: SparseView) -> None:
+        self._view_ref = weakref.ref(view)
+        self._norms: dict[Tensor, Tensor] | None = None  # while one method of the view looks
+
+    @property
+    def _view(self) -> SparseView:
+        view = self._view_ref()
+        assert view is not None
+        return view
+
+    def forget(self) -> None:
+        """Make the norms anew from here on."""
+        self._norms = None
+
+    def norms_of(self, p: Tensor, once: bool = False) -> Tensor:
+        """The norms of a weight's coupled groups, float64, a number for each slice in the order of its memory.
+
+        Of the weights as they were when the first weight was asked for: u must not depend on the order in which it is
+        put into the parameters.
+
+        Args:
+            once: of those groups alone whose first slice is the weight's.
+        """
+        view, couplings = self._view, self._view._optimizer._couplings
+        if self._norms is None:
+            groups = view._optimizer.param_groups
+            couplings.find(groups)
+
+            def thresholded_of(member: Member) -> list[Tensor]:
+                group = groups[member.place]
+                return [thresholded(view._weights(member.p, group), view._dual(member.p, group))]
+
+            self._norms = couplings.norms(thresholded_of)
+        norms = self._norms[p][0]
+        return norms[couplings.first_of(p)] if once else norms
+
+    def size_of_groups(self, p: Tensor, group: Mapping[str, Any]) -> float:
+        """What ``group_scale`` takes for the size of a parameter's groups, coupled or not."""
+        if not is_coupled(group):
+            return group_size(p.shape, grouping_of(group))
+        self.norms_of(p)
+        return self._view._optimizer._couplings.size_of(p)
+
+    def u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """u of a weight of coupled groups, in the type of the arithmetic."""
+        v, norms = to_opmath(thresholded(w.detach(), self._view._dual(p, group))), self.norms_of(p)
+        tau = strength_of_size(group, self.size_of_groups(p, group)) / float(group["beta"])
+        groups = grouping_of(group)
+        return threshold(v, from_memory_order(norms, v, groups), group["penalty"], tau, float(group["a"]), groups)
+
+    def value(self, parts: Sequence[SplitParams]) -> Tensor | None:
+        """lam P(u) of all coupled groups, each once, 0-dim float64; None where there are none."""
+        by_param = {p: part for part in parts if is_coupled(part.group) for p in part.params}
+        if not by_param:
+            return None
+        # u of all weights first: it follows from the norms of w.
+        u = {p: self._u_now(p, part) for p, part in by_param.items()}
+
+        def value(member: Member, norms: Tensor) -> Tensor:
+            part = by_param.get(member.p)
+            if part is None:
+                return norms.new_zeros(())
+            lam, a = strength_of_size(part.group, member.size), float(part.group["a"])
+            return lam * PENALTIES[part.group["penalty"]].value(norms, a).sum()
+
+        couplings = self._view._optimizer._couplings
+        return couplings.value_of(lambda member: u.get(member.p, member.p.detach()), value)
+
+    def _u_now(self, p: Tensor, part: SplitParams) -> Tensor:
+        """u of a parameter, also where its weights are u already."""
+        w = self._view._weights(p, part.group)
+        is_u = not p.requires_grad or self._view._is_u(p, part.group)
+        return w if is_u else self._view._u_of(p, w, part.group, part.engine)
