@@ -8,6 +8,7 @@ of its slices (docs/method.md, section 2).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -64,15 +65,54 @@ class _Device(NamedTuple):
     order: Tensor
     lengths: Tensor
 
+    def norms(self, rows_of: Callable[[Member], Sequence[Tensor]], rows: int) -> Tensor:
+        """The norms of all coupled groups, float64 of shape (rows, groups), added up along a fixed order.
+
+        Args:
+            rows_of: tensors like a weight whose norms are wanted; where there are fewer than ``rows``, the last counts.
+        """
+        tensors = [(rows_of(member), member.grouping) for member in self.members]
+        of_rows = []
+        for row in range(rows):
+            sums = squares([(of_member[min(row, len(of_member) - 1)], dims) for of_member, dims in tensors])
+            of_rows.append(torch.segment_reduce(torch.cat(sums)[self.order], "sum", lengths=self.lengths, unsafe=True))
+        return torch.stack(of_rows).sqrt_()
+
+
+class _Rooms(NamedTuple):
+    """Room for the norms of the weights that a step moves, which stays where it is from step to step.
+
+    Attributes:
+        wanted: the weights, and how many norms each group of them needs.
+        by_param: the room of each weight, float64 of shape (norms, slices).
+        of_devices: for each device all of its rooms as one tensor, and which of the norms stands where.
+    """
+
+    wanted: Sequence[tuple[Tensor, int]] = ()
+    by_param: Mapping[Tensor, Tensor] = MappingProxyType({})
+    of_devices: Sequence[tuple[Tensor, Tensor]] = ()
+
+    @classmethod
+    def of(cls, wanted: Sequence[tuple[Tensor, int]], devices: Sequence[_Device]) -> _Rooms:
+        rows_of, by_param, of_devices = dict(wanted), {}, []
+        for members, _, lengths in devices:
+            here = [member for member in members if member.p in rows_of]
+            places = [torch.cat([m.slices + k * len(lengths) for k in range(rows_of[m.p])]) for m in here]
+            flat = torch.empty(sum(map(len, places)), dtype=torch.float64, device=lengths.device)
+            for member, room in zip(here, flat.split([len(of_member) for of_member in places]), strict=True):
+                by_param[member.p] = room.view(rows_of[member.p], -1)
+            of_devices.append((flat, torch.cat([*places, lengths[:0]])))
+        return cls(wanted, by_param, of_devices)
+
 
 class Couplings:
     """The coupled groups of the param groups of one optimizer; looked for anew where these have changed."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[Any, ...]] = []
+        self._seen: list[Any] = []
         self._devices: list[_Device] = []
         self._by_param: dict[Tensor, Member] = {}
-        self._rooms: dict[Tensor, Tensor] = {}
+        self._rooms = _Rooms()
         self._sized: dict[int, tuple[StepOptions, float, StepOptions]] = {}
 
     def find(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[Tensor, Member]:
@@ -82,16 +122,11 @@ class Couplings:
             ValueError: weights of one coupled group with other options, or on other devices; a DTensor.
             TypeError: a tensor without memory of its own.
         """
-        found = list(_members(groups))
-        seen = [
-            (id(p), p.shape, p.device, group["coupling_name"], group["coupling"], grouping_of(group), i)
-            for i, _, p, group in found
-        ]
+        seen = _seen(groups)
         if seen != self._seen:
-            self._devices, self._by_param = _couple(found), {}
+            self._devices, self._by_param, self._rooms = _couple(list(_members(groups))), {}, _Rooms()
             for device in self._devices:
-                for member in device.members:
-                    self._by_param.setdefault(member.p, member)
+                self._by_param.update((member.p, member) for member in device.members)
             self._seen = seen
         for device in self._devices:
             _check_alike(device, groups)
@@ -105,13 +140,13 @@ class Couplings:
         """Which slices of a weight are the first of their coupled group, bool."""
         return self._by_param[p].first
 
-    def sized(self, groups: Sequence[Mapping[str, Any]], options: Sequence[StepOptions]) -> list[StepOptions]:
-        """The options of a step with lam scaled by the size of coupled groups, which no engine knows.
+    def sized(self, groups: Sequence[Mapping[str, Any]], options: Sequence[StepOptions]) -> Sequence[StepOptions]:
+        """The options of a step, the same object or with lam scaled by the size of coupled groups, which no engine knows.
 
         Numbers on a device are read for it, which waits for them.
         """
         sizes = {member.place: member.size for member in self.find(groups).values()}
-        found = list(options)
+        found: Sequence[StepOptions] = options
         for i, size in sizes.items():
             step = options[i]
             if not (step.coupled and step.scaled):
@@ -121,45 +156,39 @@ class Couplings:
                 on_host = step.on_host()
                 values = {**on_host.values, "lam": strength_of_size(on_host.values, size), "group_scale": False}
                 known = self._sized[i] = step, size, StepOptions.of({**values, "params": []}, step.base)
-            found[i] = known[2]
+            found = [*found[:i], known[2], *found[i + 1 :]]
         return found
 
-    def rooms(self, groups: Sequence[Mapping[str, Any]], options: Sequence[StepOptions]) -> dict[Tensor, Tensor]:
+    def rooms(self, groups: Sequence[Mapping[str, Any]], options: Sequence[StepOptions]) -> Mapping[Tensor, Tensor]:
         """Room for the norms of the weights that a step moves, in the form of :attr:`StepInputs.norms`.
 
         It holds nothing yet, and is that of the last step, if that had the same weights.
         """
-        found = {}
+        wanted = []
         for p, member in self.find(groups).items():
             step = options[member.place]
-            if step.grouping is None or p.grad is None:
-                continue
-            room, shape = self._rooms.get(p), (step.norm_rows, member.slices.numel())
-            if room is None or room.shape != shape or room.device != p.device:
-                room = torch.empty(shape, dtype=torch.float64, device=p.device)
-            found[p] = room
-        self._rooms = found
-        return found
+            if step.grouping is not None and p.grad is not None:
+                wanted.append((p, step.norm_rows))
+        if not _same(wanted, self._rooms.wanted):
+            self._rooms = _Rooms.of(wanted, self._devices)
+        return self._rooms.by_param
 
     def fill(self, options: Sequence[StepOptions], state_of: Callable[[Tensor, str], Tensor | None]) -> None:
         """Fill the rooms with the norms of the weights, and of what the methods remember beside them, as they are now."""
 
         def rows_of(member: Member) -> Sequence[Tensor]:
-            states = _States(member.p, state_of)
-            return of_weights(member.p, options[member.place], states)
+            return of_weights(member.p, options[member.place], _States(member.p, state_of))
 
-        rows = max((room.shape[0] for room in self._rooms.values()), default=0)
-        if rows > 0:
-            for p, norms in self.norms(rows_of, rows).items():
-                if p in self._rooms:
-                    self._rooms[p].copy_(norms[: self._rooms[p].shape[0]])
+        rows = max((rows for _, rows in self._rooms.wanted), default=0)
+        for device, (flat, places) in zip(self._devices, self._rooms.of_devices, strict=True):
+            torch.index_select(device.norms(rows_of, rows).view(-1), 0, places, out=flat)
 
     def correct(self, rows: Mapping[Tensor, Tensor], options: Sequence[StepOptions]) -> None:
         """Replace lam P(u) in the statistics of a step, to which engines add every slice of a group.
 
         Each slice of a coupled group has an equal share of the group's.
         """
-        for p, room in self._rooms.items():
+        for p, room in self._rooms.by_param.items():
             member, step = self._by_param[p], options[self._by_param[p].place]
             if p in rows and step.split:
                 values = step.on_host().values
@@ -168,27 +197,16 @@ class Couplings:
                 shares = PENALTIES[values["penalty"]].value(s.double(), a) * member.share
                 rows[p][_PENALTY] = lam * shares.sum()
 
-    def norms(self, rows_of: Callable[[Member], Sequence[Tensor]], rows: int = 1) -> dict[Tensor, Tensor]:
-        """The norms of the coupled groups of every weight that :meth:`find` has found.
-
-        Args:
-            rows_of: tensors like the weight whose norms are wanted; where there are fewer than ``rows``, the last counts.
+    def norms(self, rows_of: Callable[[Member], Sequence[Tensor]]) -> dict[Tensor, Tensor]:
+        """The norms of the coupled groups of every weight that :meth:`find` has found: of the first of ``rows_of``.
 
         Returns:
-            For each weight float64 numbers of shape (rows, slices), in the order of its group view. Along a fixed order
-            on every device.
+            For each weight float64 numbers, one for each of its slices, in the order of its group view.
         """
         found: dict[Tensor, Tensor] = {}
-        for members, order, lengths in self._devices:
-            of_members = [(rows_of(member), member.grouping) for member in members]
-            of_rows = []
-            for row in range(rows):
-                sums = squares([(tensors[min(row, len(tensors) - 1)], dims) for tensors, dims in of_members])
-                totals = torch.segment_reduce(torch.cat(sums)[order], "sum", lengths=lengths, unsafe=True)
-                of_rows.append(totals.sqrt_())
-            norms = torch.stack(of_rows)
-            for member in members:
-                found[member.p] = norms[:, member.slices]
+        for device in self._devices:
+            (norms,) = device.norms(rows_of, 1)
+            found.update((member.p, norms[member.slices]) for member in device.members)
         return found
 
     def value_of(
@@ -202,7 +220,7 @@ class Couplings:
         total: Tensor | None = None
         norms = self.norms(lambda member: [u_of(member)])
         for member in self._by_param.values():
-            of_member = value(member, norms[member.p][0, member.first])
+            of_member = value(member, norms[member.p][member.first])
             total = of_member if total is None else total + of_member.to(total.device)
         return total
 
@@ -237,6 +255,22 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str, Te
         for j, p in enumerate(group["params"]):
             if not is_lazy(p) and not is_left_alone(p) and p.numel() > 0:
                 yield i, param_name(group, i, j), p, group
+
+
+def _same(a: Sequence[tuple[Tensor, int]], b: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether two lists hold the same; tensors are compared as objects."""
+    return len(a) == len(b) and all(x[0] is y[0] and x[1] == y[1] for x, y in zip(a, b, strict=True))
+
+
+def _seen(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What decides about the coupled groups of param groups, to be compared with what it was."""
+    seen: list[Any] = []
+    for i, group in enumerate(groups):
+        if group["coupling"] is not None:
+            seen += i, group["coupling"], group["coupling_name"], group["group_dim"], group["group_block"]
+            for p in group["params"]:
+                seen += id(p), p.shape, p.device
+    return seen
 
 
 def _couple(found: Sequence[tuple[int, str, Tensor, Mapping[str, Any]]]) -> list[_Device]:

@@ -56,7 +56,7 @@ class CoupledView:
                 return [thresholded(view._weights(member.p, group), view._dual(member.p, group))]
 
             self._norms = couplings.norms(thresholded_of)
-        norms = self._norms[p][0]
+        norms = self._norms[p]
         return norms[couplings.first_of(p)] if once else norms
 
     def size_of_groups(self, p: Tensor, group: Mapping[str, Any]) -> float:

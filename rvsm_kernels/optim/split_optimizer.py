@@ -306,6 +306,8 @@ class SplitOptimizer(ReadsU, Optimizer):
         groups = self._stepped_groups()
         if self._any_coupled:
             inputs.options = self._couplings.sized(groups, inputs.options)
+            if inputs.options is not self._options:  # lam depends on more than the options that an engine was told of
+                self._told = None
             inputs.norms = self._couplings.rooms(groups, inputs.options)
             self._view.forget_cuts()
         options = inputs.options
