@@ -71,7 +71,11 @@ class Pair:
 
         for p, q in zip(self.sharded, self.whole, strict=True):
             self._close(p, q, exact)
-            assert self.ours.state[p].keys() == self.theirs.state[q].keys(), (p.shape, self.ours.state[p].keys(), self.theirs.state[q].keys())
+            assert self.ours.state[p].keys() == self.theirs.state[q].keys(), (
+                p.shape,
+                self.ours.state[p].keys(),
+                self.theirs.state[q].keys(),
+            )
             for name, state in self.theirs.state[q].items():
                 mine = self.ours.state[p][name]
                 assert isinstance(mine, DTensor) == (name != "step")

@@ -18,9 +18,7 @@ ELEMENTS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "penalty": "l1", "lam": 
 
 
 def flat(use_orig_params: bool) -> nn.Module:
-    return FullyShardedDataParallel(
-        model_of(), device_id=torch.device("cpu"), use_orig_params=use_orig_params
-    )
+    return FullyShardedDataParallel(model_of(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
 
 
 def elements_follow_one_process(folder: Path) -> None:
@@ -54,7 +52,7 @@ def groups_are_refused(folder: Path) -> None:
         for dims in (0, ()):
             with pytest.raises(ValueError, match=r"flattened by FullyShardedDataParallel.*fully_shard"):
                 rk.RVSM(model.parameters(), lr=0.1, group_dim=dims)
-        with pytest.raises(ValueError, match="has 1 dimension .*fully_shard"):
+        with pytest.raises(ValueError, match=r"has 1 dimension .*fully_shard"):
             rk.RVSM(model.parameters(), lr=0.1, group_dim=1)
         for options in ({}, {"structure": "in_channels"}):
             with pytest.raises(ValueError, match=r"flattened the parameters.*fully_shard"):

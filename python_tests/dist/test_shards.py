@@ -6,15 +6,15 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from pairs import DIMS, GROUPED, METHODS, SHAPES, Pair, mesh_of, placements
-from ranks import model_of, on_ranks, sharded_model, train, wholes
+from pairs import DIMS, GROUPED, METHODS, Pair, mesh_of, placements
+from ranks import model_of, on_ranks, sharded_model, wholes
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
@@ -60,7 +60,7 @@ def blocks_that_a_shard_cuts(folder: Path) -> None:
     before = [p.full_tensor().clone() for p in pair.sharded]
     pair.give_gradients()
     for action in (pair.ours.step, pair.ours.sparsify_):
-        with pytest.raises(ValueError, match="group_block value: 2: dimension 0 of parameter 1 .* shards of 3"):
+        with pytest.raises(ValueError, match=r"group_block value: 2: dimension 0 of parameter 1 .* shards of 3"):
             action()
     assert all(same_bits(p.full_tensor(), w) for p, w in zip(pair.sharded, before, strict=True))
 
@@ -276,7 +276,7 @@ def a_rank_that_dies(folder: Path) -> None:
     pair.give_gradients()
     if dist.get_rank() == 1:
         os._exit(0)
-    with pytest.raises(RuntimeError, match="(?i)gloo|connection|peer"):
+    with pytest.raises(RuntimeError, match=r"(?i)gloo|connection|peer"):
         pair.ours.step()
     for p, w in zip(pair.sharded, before, strict=True):
         assert same_bits(p.to_local().detach(), w)
@@ -331,8 +331,9 @@ def tensor_parallel_under_fsdp(folder: Path) -> None:
                 optimizer.zero_grad()
                 head(body(x)).square().mean().backward()
                 optimizer.step()
-        for p, q in zip([*inner.parameters(), *last.parameters()], [*whole.parameters(), *whole_last.parameters()],
-                        strict=True):
+        for p, q in zip(
+            [*inner.parameters(), *last.parameters()], [*whole.parameters(), *whole_last.parameters()], strict=True
+        ):
             torch.testing.assert_close(getattr(p, "full_tensor", lambda p=p: p)(), q, rtol=1e-4, atol=1e-5)
         last.requires_grad_(True)
         whole_last.requires_grad_(True)
@@ -435,7 +436,9 @@ def ddp_keeps_ranks_equal(folder: Path) -> None:
 CHECKS = (
     blocks_follow_one_process, blocks_that_a_shard_cuts, half_types_follow, send_one_message,
     found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused, gradients_elsewhere,
-    reading_gathers_nothing, topk_with_masters, a_group_without_gradients, twice_across_ranks_is_refused, a_gradient_of_another_type, prox_of_dtensors, a_schedule_finds_the_same_cuts, zeros_are_held, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
+    reading_gathers_nothing, topk_with_masters, a_group_without_gradients, twice_across_ranks_is_refused,
+    a_gradient_of_another_type, prox_of_dtensors, a_schedule_finds_the_same_cuts, zeros_are_held, a_nan_on_one_rank,
+    what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
 )  # fmt: skip
 
 
@@ -452,6 +455,6 @@ def on_two_dimensional_meshes(folder: Path) -> None:
 SLOW = [pytest.param(*c, marks=pytest.mark.slow) for c in ((follow_one_process, 3), (on_two_dimensional_meshes, 4))]
 
 
-@pytest.mark.parametrize("work, ranks", [(follow_one_process, 2), (all_checks, 2), *SLOW])
+@pytest.mark.parametrize(("work", "ranks"), [(follow_one_process, 2), (all_checks, 2), *SLOW])
 def test_ranks(work: Callable[[Path], None], ranks: int, tmp_path: Path, on_cpu: None) -> None:
     on_ranks(work, ranks, tmp_path)

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..engines.squares import squares
-from ..method.groups import Grouping, grouping_of
+from ..method.dtypes import opmath_type
+from ..method.groups import Grouping, group_dims, grouping_of, size_of_block
 from ..method.memory import kind_of
 from ..method.parameters import is_left_alone, param_name
-from ..method.dtypes import opmath_type
 from ..method.penalties import PENALTIES, shrink
 from ..method.split import strength_of_size
 from ..method.statistics import COLUMNS
 from ..method.step_options import StepOptions
 from .norms import rows_of as of_weights
-from .shards import is_sharded
+from .shards import dividing_ranks, first_index_here, is_sharded, refuse_cut_blocks, shard_of
 
 _PENALTY = COLUMNS.index("penalty")
 _ALIKE = ("penalty", "lam", "beta", "a", "group_scale")
@@ -38,8 +38,9 @@ class Member(NamedTuple):
     Attributes:
         place: that of its param group.
         slices: the coupled group of each of its slices, int64, on its device.
-        share: 1 / (how many slices the coupled group of each of its slices has), float64.
-        first: which of its slices are the first of their coupled group, bool.
+        here: the same of the slices that this rank has a part of: other ones where it is a DTensor.
+        firsts: the coupled groups that it has the first slice of, int64.
+        share: 1 / (how many slices the coupled group of each slice here has), float64.
         size: the mean number of elements of the groups that hang together with its own: what ``group_scale`` takes.
     """
 
@@ -48,35 +49,70 @@ class Member(NamedTuple):
     name: str
     grouping: Grouping
     slices: Tensor
+    here: Tensor
+    firsts: Tensor
     share: Tensor
-    first: Tensor
     size: float
+
+
+class Norms(NamedTuple):
+    """Norms of the coupled groups of a weight, float64: of each of its slices, of those here, of its firsts."""
+
+    slices: Tensor
+    here: Tensor
+    firsts: Tensor
+
+
+class _Sums(NamedTuple):
+    """Members whose slices lie on the same ranks.
+
+    Attributes:
+        ranks: the process groups over which the elements of a slice or the slices lie; empty for plain tensors.
+        order: the slices here of all members, those of a coupled group one after the other.
+        lengths: how many slices here each coupled group has.
+    """
+
+    ranks: tuple[Any, ...]
+    members: list[Member]
+    order: Tensor
+    lengths: Tensor
+
+    def add(self, total: Tensor, rows_of: Callable[[Member], Sequence[Tensor]]) -> None:
+        """Add the squares of the coupled groups to (rows, groups) numbers, which are those of all ranks then."""
+        tensors = [(rows_of(member), member.grouping) for member in self.members]
+        of_rows = []
+        for row in range(len(total)):
+            sums = squares([(of_member[min(row, len(of_member) - 1)], dims) for of_member, dims in tensors])
+            of_rows.append(torch.segment_reduce(torch.cat(sums)[self.order], "sum", lengths=self.lengths, unsafe=True))
+        part = torch.stack(of_rows)
+        for group in self.ranks:
+            torch.distributed.all_reduce(part, group=group)
+        total += part
 
 
 class _Device(NamedTuple):
     """The members on one device, in the order of the param groups, and how their sums are added.
 
     Attributes:
-        order: the slices of all members, those of a coupled group one after the other.
-        lengths: how many slices each coupled group has.
+        groups: how many coupled groups there are.
     """
 
     members: list[Member]
-    order: Tensor
-    lengths: Tensor
+    sums: list[_Sums]
+    groups: int
+    device: torch.device
 
     def norms(self, rows_of: Callable[[Member], Sequence[Tensor]], rows: int) -> Tensor:
         """The norms of all coupled groups, float64 of shape (rows, groups), added up along a fixed order.
 
         Args:
-            rows_of: tensors like a weight whose norms are wanted; where there are fewer than ``rows``, the last counts.
+            rows_of: tensors like what a rank has of a weight, whose norms are wanted; where there are fewer than
+                ``rows``, the last counts.
         """
-        tensors = [(rows_of(member), member.grouping) for member in self.members]
-        of_rows = []
-        for row in range(rows):
-            sums = squares([(of_member[min(row, len(of_member) - 1)], dims) for of_member, dims in tensors])
-            of_rows.append(torch.segment_reduce(torch.cat(sums)[self.order], "sum", lengths=self.lengths, unsafe=True))
-        return torch.stack(of_rows).sqrt_()
+        total = torch.zeros(rows, self.groups, dtype=torch.float64, device=self.device)
+        for sums in self.sums:
+            sums.add(total, rows_of)
+        return total.sqrt_()
 
 
 class _Rooms(NamedTuple):
@@ -84,7 +120,7 @@ class _Rooms(NamedTuple):
 
     Attributes:
         wanted: the weights, and how many norms each group of them needs.
-        by_param: the room of each weight, float64 of shape (norms, slices).
+        by_param: the room of each weight, float64 of shape (norms, slices here).
         of_devices: for each device all of its rooms as one tensor, and which of the norms stands where.
     """
 
@@ -95,13 +131,13 @@ class _Rooms(NamedTuple):
     @classmethod
     def of(cls, wanted: Sequence[tuple[Tensor, int]], devices: Sequence[_Device]) -> _Rooms:
         rows_of, by_param, of_devices = dict(wanted), {}, []
-        for members, _, lengths in devices:
-            here = [member for member in members if member.p in rows_of]
-            places = [torch.cat([m.slices + k * len(lengths) for k in range(rows_of[m.p])]) for m in here]
-            flat = torch.empty(sum(map(len, places)), dtype=torch.float64, device=lengths.device)
-            for member, room in zip(here, flat.split([len(of_member) for of_member in places]), strict=True):
-                by_param[member.p] = room.view(rows_of[member.p], -1)
-            of_devices.append((flat, torch.cat([*places, lengths[:0]])))
+        for members, _, groups, device in devices:
+            moved = [member for member in members if member.p in rows_of]
+            places = [torch.cat([m.here + k * groups for k in range(rows_of[m.p])]) for m in moved]
+            flat = torch.empty(sum(map(len, places)), dtype=torch.float64, device=device)
+            for member, room in zip(moved, flat.split([len(of_member) for of_member in places]), strict=True):
+                by_param[member.p] = room.view(rows_of[member.p], len(member.here))
+            of_devices.append((flat, torch.cat(places) if places else torch.empty(0, dtype=torch.int64, device=device)))
         return cls(wanted, by_param, of_devices)
 
 
@@ -119,7 +155,7 @@ class Couplings:
         """The weights of coupled groups, with a gradient or without, frozen ones too.
 
         Raises:
-            ValueError: weights of one coupled group with other options, or on other devices; a DTensor.
+            ValueError: weights of one coupled group with other options, or on other devices; shards that cut a block.
             TypeError: a tensor without memory of its own.
         """
         seen = _seen(groups)
@@ -136,12 +172,8 @@ class Couplings:
         """The mean number of elements of the groups that hang together with those of a weight."""
         return self._by_param[p].size
 
-    def first_of(self, p: Tensor) -> Tensor:
-        """Which slices of a weight are the first of their coupled group, bool."""
-        return self._by_param[p].first
-
     def sized(self, groups: Sequence[Mapping[str, Any]], options: Sequence[StepOptions]) -> Sequence[StepOptions]:
-        """The options of a step, the same object or with lam scaled by the size of coupled groups, which no engine knows.
+        """The options of a step, with lam scaled by the size of coupled groups where it is to be: no engine knows it.
 
         Numbers on a device are read for it, which waits for them.
         """
@@ -174,10 +206,10 @@ class Couplings:
         return self._rooms.by_param
 
     def fill(self, options: Sequence[StepOptions], state_of: Callable[[Tensor, str], Tensor | None]) -> None:
-        """Fill the rooms with the norms of the weights, and of what the methods remember beside them, as they are now."""
+        """Fill the rooms with the norms of the weights as they are now, and of the duals beside them."""
 
         def rows_of(member: Member) -> Sequence[Tensor]:
-            return of_weights(member.p, options[member.place], _States(member.p, state_of))
+            return of_weights(shard_of(member.p), options[member.place], _States(member.p, state_of))
 
         rows = max((rows for _, rows in self._rooms.wanted), default=0)
         for device, (flat, places) in zip(self._devices, self._rooms.of_devices, strict=True):
@@ -197,21 +229,16 @@ class Couplings:
                 shares = PENALTIES[values["penalty"]].value(s.double(), a) * member.share
                 rows[p][_PENALTY] = lam * shares.sum()
 
-    def norms(self, rows_of: Callable[[Member], Sequence[Tensor]]) -> dict[Tensor, Tensor]:
-        """The norms of the coupled groups of every weight that :meth:`find` has found: of the first of ``rows_of``.
-
-        Returns:
-            For each weight float64 numbers, one for each of its slices, in the order of its group view.
-        """
-        found: dict[Tensor, Tensor] = {}
+    def norms(self, rows_of: Callable[[Member], Sequence[Tensor]]) -> dict[Tensor, Norms]:
+        """The norms of the coupled groups of every weight that :meth:`find` has found: of the first of ``rows_of``."""
+        found: dict[Tensor, Norms] = {}
         for device in self._devices:
             (norms,) = device.norms(rows_of, 1)
-            found.update((member.p, norms[member.slices]) for member in device.members)
+            for m in device.members:
+                found[m.p] = Norms(norms[m.slices], norms[m.here], norms[m.firsts])
         return found
 
-    def value_of(
-        self, u_of: Callable[[Member], Tensor], value: Callable[[Member, Tensor], Tensor]
-    ) -> Tensor | None:
+    def value_of(self, u_of: Callable[[Member], Tensor], value: Callable[[Member, Tensor], Tensor]) -> Tensor | None:
         """The sum of a value of every coupled group over its norm of u, 0-dim float64; None without coupled groups.
 
         Args:
@@ -220,7 +247,7 @@ class Couplings:
         total: Tensor | None = None
         norms = self.norms(lambda member: [u_of(member)])
         for member in self._by_param.values():
-            of_member = value(member, norms[member.p][member.first])
+            of_member = value(member, norms[member.p].firsts)
             total = of_member if total is None else total + of_member.to(total.device)
         return total
 
@@ -235,7 +262,7 @@ class _States(Mapping[str, Any]):
         state = self._state_of(self._p, name)
         if state is None:
             raise KeyError(name)
-        return state
+        return shard_of(state) if isinstance(state, Tensor) else state
 
     def __iter__(self) -> Iterator[str]:
         return iter(())
@@ -281,56 +308,73 @@ def _couple(found: Sequence[tuple[int, str, Tensor, Mapping[str, Any]]]) -> list
     for entry in found:
         _, name, p, group = entry
         if is_sharded(p):
-            raise ValueError(f"{name} is a DTensor: coupling joins weights that lie whole on one device, so far")
-        if kind_of(p) is not None:
-            raise TypeError(f"{name} is {kind_of(p)}: weights with a coupling need memory of their own")
+            refuse_cut_blocks(p, grouping_of(group), name, "group_block")
+        kind = kind_of(shard_of(p))
+        if kind is not None:
+            raise TypeError(f"{name} is {kind}: weights with a coupling need memory of their own")
         if id(p) in seen:
             raise ValueError(f"{name} occurs twice in the optimizer: its slices would belong to their groups twice")
         seen.add(id(p))
-        if names.setdefault(group["coupling_name"], p.device) != p.device:
+        device = shard_of(p).device
+        if names.setdefault(group["coupling_name"], device) != device:
             raise ValueError(
-                f"{name} is on {p.device}, other weights with coupling_name={group['coupling_name']!r} are on"
+                f"{name} is on {device}, other weights with coupling_name={group['coupling_name']!r} are on"
                 f" {names[group['coupling_name']]}: a coupled group must lie on one device"
             )
-        by_device.setdefault(p.device, []).append(entry)
+        by_device.setdefault(device, []).append(entry)
     return [_couple_on(device, entries) for device, entries in by_device.items()]
 
 
-def _couple_on(
-    device: torch.device, entries: Sequence[tuple[int, str, Tensor, Mapping[str, Any]]]
-) -> _Device:
+def _couple_on(device: torch.device, entries: Sequence[tuple[int, str, Tensor, Mapping[str, Any]]]) -> _Device:
     number: dict[tuple[str | None, int], int] = {}  # of each coupled group
     indices = [
         torch.tensor([number.setdefault((group["coupling_name"], k), len(number)) for k in group["coupling"]])
         for _, _, _, group in entries
     ]
+    sizes = [len(index) for index in indices]
     flat = torch.cat(indices)
     lengths = torch.bincount(flat, minlength=len(number))
     order = flat.argsort(stable=True)
     first = torch.zeros(len(flat), dtype=torch.bool)
     first[order[lengths.cumsum(0) - lengths]] = True
+    firsts = [index[of_weight] for index, of_weight in zip(indices, first.split(sizes), strict=True)]
     together = _hanging_together(indices)
     elements, counts = [0] * len(entries), [0] * len(entries)  # of the weights that hang together, at the first of them
-    for k, ((_, _, p, _), of_groups) in enumerate(zip(entries, first.split([len(i) for i in indices]), strict=True)):
+    for k, (_, _, p, _) in enumerate(entries):
         elements[together[k]] += p.numel()
-        counts[together[k]] += int(of_groups.sum())
-    members, begin = [], 0
-    for k, ((place, name, p, group), index) in enumerate(zip(entries, indices, strict=True)):
-        end = begin + len(index)
-        members.append(
-            Member(
-                p=p,
-                place=place,
-                name=name,
-                grouping=grouping_of(group),
-                slices=index.to(device),
-                share=(1.0 / lengths[index].double()).to(device),
-                first=first[begin:end].to(device),
-                size=elements[together[k]] / counts[together[k]],
-            )
+        counts[together[k]] += len(firsts[k])
+    members = []
+    by_ranks: dict[tuple[Any, ...], list[Member]] = {}
+    for k, (place, name, p, group) in enumerate(entries):
+        here = indices[k][_slices_here(p, grouping_of(group))]
+        member = Member(
+            p=p,
+            place=place,
+            name=name,
+            grouping=grouping_of(group),
+            slices=indices[k].to(device),
+            here=here.to(device),
+            firsts=firsts[k].to(device),
+            share=(1.0 / lengths[here].double()).to(device),
+            size=elements[together[k]] / counts[together[k]],
         )
-        begin = end
-    return _Device(members, order.to(device), lengths.to(device))
+        members.append(member)
+        ranks = tuple(ranks for ranks, _ in dividing_ranks(p)) if is_sharded(p) else ()
+        by_ranks.setdefault(ranks, []).append(member)
+    sums = []
+    for ranks, alike in by_ranks.items():
+        here = torch.cat([member.here for member in alike])
+        sums.append(_Sums(ranks, alike, here.argsort(stable=True), torch.bincount(here, minlength=len(number))))
+    return _Device(members, sums, len(number), device)
+
+
+def _slices_here(p: Tensor, grouping: Grouping) -> slice:
+    """Which slices of a weight this rank has a part of."""
+    if not is_sharded(p):
+        return slice(None)
+    (dim,), block = group_dims(grouping, p.dim()) or (0,), size_of_block(grouping)
+    begin = first_index_here(p, dim)
+    return slice(begin // block, (begin + shard_of(p).shape[dim]) // block)
 
 
 def _hanging_together(indices: Sequence[Tensor]) -> list[int]:

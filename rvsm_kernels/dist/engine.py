@@ -177,7 +177,8 @@ class ShardEngine(Engine):
             if before is not None and before.shard is shard:
                 seen.states, seen.whole = before.states, before.whole
         grad = gradient_of(p, seen.name)
-        if seen.ranks:
+        made = inputs.norms.get(p) if inputs.norms else None  # of coupled groups
+        if seen.ranks and made is None:
             options = self._options_for(i, options, p)
         of_group = local.group_of(i, group, options)
         of_group["params"].append(shard)
@@ -192,7 +193,9 @@ class ShardEngine(Engine):
             local.cuts[shard] = shard_of(inputs.cuts[p])
         if inputs.statistics:
             local.statistics[shard] = inputs.statistics[p]
-        if seen.ranks:
+        if made is not None and shard.numel() > 0:
+            local.norms[shard] = made
+        elif seen.ranks and made is None:
             states = {**seen.states, **local.instead.get(shard, {})}
             self._norms.add(shard, seen.grouping, seen.ranks, rows_of(shard, options, states), options.norm_rows)
         return True
@@ -226,9 +229,7 @@ class ShardEngine(Engine):
                 ):
                     self._put_states(seen, options, inputs)
             written = [seen.p for seen, _ in moved]
-            written += [
-                seen.p.grad for seen, options in moved if options.writes_gradient and seen.p.grad is not None
-            ]
+            written += [seen.p.grad for seen, options in moved if options.writes_gradient and seen.p.grad is not None]
             note_writes(written)
         finally:
             self.drop()

@@ -102,9 +102,7 @@ class SharedNorms:
 
 def _same_parts(a: Sequence[_Part], b: Sequence[_Part]) -> bool:
     """Whether the room of one list is right for the other; tensors are compared as objects."""
-    return len(a) == len(b) and all(
-        x.shard is y.shard and x[1:] == y[1:] for x, y in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(x.shard is y.shard and x[1:] == y[1:] for x, y in zip(a, b, strict=True))
 
 
 def rows_of(shard: Tensor, options: StepOptions, states: Mapping[str, Any]) -> list[Tensor]:
@@ -121,9 +119,7 @@ def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = No
     Squares of float32 are within the range of float64; those of float64 are not looked after here.
     """
     norms = SharedNorms()
-    shards = [
-        Stored(shard_of(t.p), None if t.master is None else shard_of(t.master), t.seed, t.step) for t in tensors
-    ]
+    shards = [Stored(shard_of(t.p), None if t.master is None else shard_of(t.master), t.seed, t.step) for t in tensors]
     for t, s in zip(tensors, shards, strict=True):
         norms.add(s.p, (), ranks_of_groups(t.p, ()), [s.load()], 1)
     rooms = norms.rooms()
@@ -139,4 +135,3 @@ def normalize_(tensors: Sequence[Stored], found_inf: Tensor | None, lr: Any = No
         w.div_(torch.where(unchanged, 1.0, norm))
         s.store(w)
     note_writes([t.p for t in tensors])
-

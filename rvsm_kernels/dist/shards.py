@@ -114,6 +114,20 @@ def ranks_of_groups(p: Tensor, group_dim: Grouping, name: str = "the tensor") ->
     return tuple(ranks for ranks, dim in dividing_ranks(p) if dim not in dims)
 
 
+def first_index_here(p: Tensor, dim: int) -> int:
+    """The first index along a dimension of a DTensor that this rank's shard has.
+
+    Raises:
+        ValueError: shards that are no run of indices (a ``_StridedShard`` along that dimension).
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
+    if any(_sharded_dim(x) == dim and hasattr(x, "split_factor") for x in placements):
+        raise ValueError(f"the indices of dimension {dim} that a rank has are no run of them: {list(placements)}")
+    return int(compute_local_shape_and_global_offset(p.shape, mesh, placements)[1][dim])
+
+
 def refuse_cut_blocks(p: Tensor, group_dim: Grouping, name: str, option: str) -> None:
     """Raise ValueError where the border of a shard is inside a block; every rank finds the same.
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..dist.coupled import Member
+from ..dist.coupled import Member, Norms
+from ..dist.shards import is_sharded, shard_of, sharded_like
 from ..method.dtypes import to_opmath
 from ..method.groups import from_memory_order, group_size, grouping_of
 from ..method.penalties import PENALTIES
@@ -25,7 +26,7 @@ class CoupledView:
 
     def __init__(self, view: SparseView) -> None:
         self._view_ref = weakref.ref(view)
-        self._norms: dict[Tensor, Tensor] | None = None  # while one method of the view looks
+        self._norms: dict[Tensor, Norms] | None = None  # while one method of the view looks
 
     @property
     def _view(self) -> SparseView:
@@ -37,27 +38,24 @@ class CoupledView:
         """Make the norms anew from here on."""
         self._norms = None
 
-    def norms_of(self, p: Tensor, once: bool = False) -> Tensor:
-        """The norms of a weight's coupled groups, float64, a number for each slice in the order of its memory.
+    def norms_of(self, p: Tensor) -> Norms:
+        """The norms of a weight's coupled groups.
 
         Of the weights as they were when the first weight was asked for: u must not depend on the order in which it is
         put into the parameters.
-
-        Args:
-            once: of those groups alone whose first slice is the weight's.
         """
         view, couplings = self._view, self._view._optimizer._couplings
         if self._norms is None:
             groups = view._optimizer.param_groups
             couplings.find(groups)
+            self._norms = couplings.norms(lambda member: [self._thresholded(member.p, groups[member.place])])
+        return self._norms[p]
 
-            def thresholded_of(member: Member) -> list[Tensor]:
-                group = groups[member.place]
-                return [thresholded(view._weights(member.p, group), view._dual(member.p, group))]
-
-            self._norms = couplings.norms(thresholded_of)
-        norms = self._norms[p]
-        return norms[couplings.first_of(p)] if once else norms
+    def _thresholded(self, p: Tensor, group: Mapping[str, Any], w: Tensor | None = None) -> Tensor:
+        """What this rank has of what is thresholded, in the type of the arithmetic."""
+        dual = self._view._dual(p, group)
+        w = self._view._weights(p, group) if w is None else w
+        return to_opmath(thresholded(shard_of(w.detach()), None if dual is None else shard_of(dual)))
 
     def size_of_groups(self, p: Tensor, group: Mapping[str, Any]) -> float:
         """What ``group_scale`` takes for the size of a parameter's groups, coupled or not."""
@@ -68,10 +66,11 @@ class CoupledView:
 
     def u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any]) -> Tensor:
         """u of a weight of coupled groups, in the type of the arithmetic."""
-        v, norms = to_opmath(thresholded(w.detach(), self._view._dual(p, group))), self.norms_of(p)
+        v, norms = self._thresholded(p, group, w), self.norms_of(p).here
         tau = strength_of_size(group, self.size_of_groups(p, group)) / float(group["beta"])
         groups = grouping_of(group)
-        return threshold(v, from_memory_order(norms, v, groups), group["penalty"], tau, float(group["a"]), groups)
+        u = threshold(v, from_memory_order(norms, v, groups), group["penalty"], tau, float(group["a"]), groups)
+        return sharded_like(u, p) if is_sharded(p) else u
 
     def value(self, parts: Sequence[SplitParams]) -> Tensor | None:
         """lam P(u) of all coupled groups, each once, 0-dim float64; None where there are none."""
@@ -89,7 +88,7 @@ class CoupledView:
             return lam * PENALTIES[part.group["penalty"]].value(norms, a).sum()
 
         couplings = self._view._optimizer._couplings
-        return couplings.value_of(lambda member: u.get(member.p, member.p.detach()), value)
+        return couplings.value_of(lambda member: shard_of(u.get(member.p, member.p.detach())), value)
 
     def _u_now(self, p: Tensor, part: SplitParams) -> Tensor:
         """u of a parameter, also where its weights are u already."""

@@ -217,7 +217,8 @@ class SparseView:
             once: of coupled groups those alone whose first slice is the parameter's; there may be none.
         """
         if is_coupled(group):
-            return Candidates(self.coupled.norms_of(p, once).to(opmath_type(p.dtype)))
+            norms = self.coupled.norms_of(p)
+            return Candidates((norms.firsts if once else norms.slices).to(opmath_type(p.dtype)))
         w = (p if self._dense is None else self._dense.get(p, p)).detach()
         master = self._master(p, group) if has_master(group, p.dtype) else None
         return Candidates(w, master, self._dual(p, group), grouping_of(group), scale_of(group, p))
@@ -387,9 +388,8 @@ class SparseView:
                     continue
                 u = w if p in already_u else self._u_of(p, w, group, engine)
                 if is_coupled(group):  # P follows for all weights together
-                    total = total + (float(group["beta"]) / 2 * (w.double() - u.double()).square().sum()).to(
-                        total.device
-                    )
+                    gap = (whole(w).double() - whole(u).double()).square().sum()
+                    total = total + (float(group["beta"]) / 2 * gap).to(total.device)
                     continue
                 total = total + more_than_prox.value_of(whole(w), whole(u), group).to(total.device)
         return total
