@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from architectures import SMALL, TRANSFORMERS, Architecture, Attention, images, randomise
+from architectures import SMALL, TRANSFORMERS, Architecture, Attention, close, images, outputs, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import rvsm_kernels as rk
 from rvsm_kernels.model.coupled import CoupledChannels, as_arguments, coupled_channels
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -256,3 +258,108 @@ def test_architectures_of_transformers_have_groups(arch: Architecture) -> None:
     assert not result.untraced
     members = [k for g in slices_of(result) for k in g]
     assert len(members) == len(set(members)) > 0
+
+
+# ---- param_groups ----------------------------------------------------------------------------------------------------
+
+OPTIONS = {"penalty": "l0", "lam": 1e-3, "beta": 0.5}
+
+
+def coupled_norms(groups: list[dict[str, Any]]) -> dict[tuple[str, int], Tensor]:
+    """The squared norm of each coupled group of some param groups."""
+    norms: dict[tuple[str, int], Tensor] = {}
+    for group in groups:
+        for _, p in group["params"] if group.get("coupling") else ():
+            others = [d for d in range(p.dim()) if d != group["group_dim"]]
+            for i, s in zip(group["coupling"], p.detach().square().sum(others), strict=True):
+                key = group["coupling_name"], i
+                norms[key] = norms.get(key, torch.zeros(())) + s
+    return norms
+
+
+@pytest.mark.parametrize("arch", SMALL, ids=[a.name for a in SMALL])
+def test_param_groups_by_coupling(arch: Architecture) -> None:
+    torch.manual_seed(2)
+    model, x = arch.build(), arch.inputs()
+    found, names = slices_of(coupled_channels(model, x)), dict(model.named_parameters())
+    groups = rk.param_groups(model, structure="coupled", example_inputs=x, **OPTIONS)
+    assert {n for g in groups for n, _ in g["params"]} == set(names)
+    sets: dict[int, set[tuple[str, int]]] = {}
+    for g in groups[:-1]:
+        assert type(g["coupling"]) is tuple and all(type(k) is int for k in g["coupling"])
+        assert g["coupling_name"] == "coupled" and g["penalty"] == "l0" and g["group_dim"] in (0, 1)
+        for name, p in g["params"]:
+            assert len(g["coupling"]) == p.shape[g["group_dim"]]
+            assert g["group_dim"] == int(name not in ("up.weight", "grouped.weight") or arch.name != "unet")
+            for i, k in enumerate(g["coupling"]):
+                sets.setdefault(k, set()).add((name, i))
+    assert {frozenset(s) for k, s in sets.items() if k > 0} == found
+    assert len({(g["group_dim"], g["coupling"]) for g in groups[:-1]}) == len(groups) - 1
+    assert groups[-1]["penalty"] is None and groups[-1]["group_dim"] is None and "coupling" not in groups[-1]
+    # The weakest half of the groups, as a penalty would choose them, can go.
+    norms = coupled_norms(groups)
+    weak = set(sorted((k for k in norms if k[1] > 0), key=lambda k: norms[k])[: len(norms) // 2])
+    with torch.no_grad():
+        for g in groups[:-1]:
+            index = torch.tensor([i for i, k in enumerate(g["coupling"]) if ("coupled", k) in weak], dtype=torch.long)
+            for _, p in g["params"]:
+                p.index_fill_(g["group_dim"], index, 0.0)
+    before = outputs(model, x)
+    assert rk.shrink(model, example_inputs=x).groups > 0
+    close(before, outputs(model, x))
+
+
+def test_a_reader_that_stays_dense_leaves_its_channels_to_nobody() -> None:
+    model, x = SMALL[1].build(), images()
+    model.blocks[1].short.weight.requires_grad_(False)
+    groups = rk.param_groups(model, structure="coupled", example_inputs=x, **OPTIONS)
+    taken = {n for g in groups[:-1] for n, _ in g["params"]}
+    assert "blocks.1.conv2.weight" in taken and "head.weight" in taken
+    assert not taken & {"blocks.0.conv1.weight", "blocks.1.conv1.weight", "blocks.1.short.weight", "stem.0.weight"}
+    text = rk.describe(model, structure="coupled", example_inputs=x)
+    assert "no coupled group: blocks.1.short.weight reads them, and stays dense" in text
+    assert "12 coupled groups" in text
+
+
+def test_an_index_of_nobody_has_a_negative_integer_of_its_own() -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(7, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.cat([x, self.a(x)], 1))
+
+    groups = rk.param_groups(Skip(), structure="coupled", example_inputs=images(), **OPTIONS)
+    assert groups[0]["coupling"] == (-1, -2, -3, 1, 2, 3, 4)
+    assert [n for n, _ in groups[1]["params"]] == ["a.weight", "a.bias", "b.bias"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"structure": "coupled"}, TypeError, "give example_inputs"),
+        ({"structure": "heads", "example_inputs": 1}, TypeError, "go with structure='coupled'"),
+        ({"example_inputs": 1}, TypeError, "go with structure='coupled'"),
+        ({"structure": "coupled", "example_inputs": 1, "group_dim": 1}, ValueError, "sets group_dim"),
+        ({"structure": "coupled", "example_inputs": torch.zeros(1, 1)}, RuntimeError, "does not run"),
+        ({"structure": "couple"}, ValueError, "coupled"),
+    ],
+    ids=["no-inputs", "heads", "no-structure", "group-dim", "bad-inputs", "misspelt"],
+)
+def test_what_param_groups_refuses(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        rk.param_groups(SMALL[0].build(), **OPTIONS, **arguments)
+
+
+def test_what_is_not_followed_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"not followed: aten.fft_fft in Cumulated"):
+        groups = rk.param_groups(Cumulated(), structure="coupled", example_inputs=torch.randn(3, 4), **OPTIONS)
+    assert [n for n, _ in groups[0]["params"]] == ["c.weight"]
+
+
+@pytest.mark.parametrize("kind", ["compiled", "lazy"])
+def test_models_that_cannot_be_followed(kind: str) -> None:
+    model = torch.compile(Cumulated()) if kind == "compiled" else nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    with pytest.raises(TypeError, match=kind):
+        rk.param_groups(model, structure="coupled", example_inputs=torch.randn(3, 4), **OPTIONS)

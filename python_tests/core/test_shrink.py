@@ -223,8 +223,8 @@ def _odd() -> tuple[nn.Module, Any]:
 @pytest.mark.parametrize(
     ("build", "error", "text"),
     [
-        (lambda: (torch.compile(Chain()), None), TypeError, "compiled: shrink its _orig_mod"),
-        (lambda: (nn.DataParallel(Chain()), None), TypeError, "shrink its .module"),
+        (lambda: (torch.compile(Chain()), None), TypeError, "compiled: shrink needs its _orig_mod"),
+        (lambda: (nn.DataParallel(Chain()), None), TypeError, "shrink needs its .module"),
         (lambda: (nn.Sequential(nn.LazyLinear(4)), None), TypeError, "0.weight is lazy"),
         (lambda: (nn.Linear(3, 4, device="meta"), None), TypeError, "weight is"),
         (lambda: (Chain(), 3), TypeError, "takes an optimizer, but got a int"),

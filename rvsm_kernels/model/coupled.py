@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from ..dist.shards import is_of_shards
+from ..method.memory import kind_of
+from ..method.parameters import is_flattened
 from . import channel_layers  # noqa: F401  its rules register themselves
 from .channel_rules import rule_of
 from .channel_ties import across, settle
@@ -63,6 +67,29 @@ class CoupledChannels:
             for label, indices in by_label.items():
                 found.setdefault(label, []).append((name, reader.dim, indices))
         return found
+
+
+def check_model(model: nn.Module, what: str) -> None:
+    """Refuse a model whose modules or tensors are not what runs.
+
+    Raises:
+        TypeError: it is compiled, wrapped or scripted; a parameter is lazy, sharded or without memory of its own.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if hasattr(module, "_orig_mod"):
+            raise TypeError(f"{name or 'the model'} is compiled: {what} needs its _orig_mod; compile afterwards")
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise TypeError(f"{name or 'the model'} is a {kind}: {what} needs its .module; wrap it afterwards")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{name or 'the model'} is a ScriptModule, which has no modules that {what} could follow")
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(t):
+            raise TypeError(f"{name} is lazy: run the model once before {what}")
+        if is_of_shards(t) or is_flattened(t):
+            raise TypeError(f"{name} is sharded: {what} comes before sharding")
+        if kind_of(t) is not None:
+            raise TypeError(f"{name} is {kind_of(t)}, of which {what} knows nothing")
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,13 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..dist.shards import is_of_shards
-from ..method.memory import kind_of
-from ..method.parameters import is_flattened
-from .coupled import NOBODY, CoupledChannels, as_arguments, coupled_channels, outputs_of
+from .coupled import NOBODY, CoupledChannels, as_arguments, check_model, coupled_channels, outputs_of
 from .slices import Kept, cut_couplings, cut_model, cut_states, optimizers_in, tensors_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -145,21 +141,7 @@ def _check(model: nn.Module, optimizer: Any) -> None:
     """Refuse what cannot be cut, before anything changes."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"shrink takes a module, but got a {type(model).__name__}; give the model itself")
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if hasattr(module, "_orig_mod"):
-            raise TypeError(f"{name or 'the model'} is compiled: shrink its _orig_mod, then compile again")
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            raise TypeError(f"{name or 'the model'} is a {kind}: shrink its .module, then wrap it again")
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{name or 'the model'} is a ScriptModule, which has no modules left to cut")
-    for name, t in tensors_of(model).items():
-        if is_lazy(t):
-            raise TypeError(f"{name} is lazy: run the model once before")
-        if is_of_shards(t) or is_flattened(t):
-            raise TypeError(f"{name} is sharded: shrink the model before it is sharded, or gather it")
-        if kind_of(t) is not None:
-            raise TypeError(f"{name} is {kind_of(t)}, which cannot be cut")
+    check_model(model, "shrink")
     if optimizer is not None and not any(hasattr(x, "param_groups") for x in optimizers_in(optimizer)):
         raise TypeError(f"shrink takes an optimizer, but got a {type(optimizer).__name__}")
 
