@@ -353,7 +353,7 @@ def test_what_param_groups_refuses(arguments: dict[str, Any], error: type[Except
 
 
 def test_what_is_not_followed_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"not followed: aten.fft_fft in Cumulated"):
+    with pytest.warns(UserWarning, match=r"not followed: aten._fft_r2c in Cumulated"):
         groups = rk.param_groups(Cumulated(), structure="coupled", example_inputs=torch.randn(3, 4), **OPTIONS)
     assert [n for n, _ in groups[0]["params"]] == ["c.weight"]
 

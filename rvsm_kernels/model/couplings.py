@@ -1,4 +1,4 @@
-"""From coupled channels to the weights of param groups: which of a weight's inputs are one group with those of others."""
+"""From coupled channels to the weights of param groups: which inputs are one group with which others."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ def couplings(
         entries = some([f"{operation} in {module}" for module, operation in found.untraced])
         warn(f"structure='coupled': not followed: {entries}: the channels that meet there belong to no group")
     names = set(taken)
-    stuck = {
-        k: name for name, reader in found.readers.items() if name not in names for k in reader.labels if k != NOBODY
-    }
+    dense = [(name, reader) for name, reader in found.readers.items() if name not in names]
+    stuck = {k: name for name, reader in dense for k in reader.labels if k != NOBODY}
 
     def of_weight(name: str) -> tuple[int | None, tuple[int, ...] | None, str | None]:
         reader = found.readers.get(name)
@@ -70,7 +69,7 @@ def check_inputs(model: nn.Module, structure: str | None, example_inputs: Any) -
         return
     if example_inputs is None:
         raise TypeError(
-            "structure='coupled' follows a forward pass: give example_inputs, a tensor, a tuple of arguments or a dict of"
-            " named ones"
+            "structure='coupled' follows a forward pass: give example_inputs, a tensor, a tuple of arguments or a dict"
+            " of named ones"
         )
     check_model(model, "structure='coupled'")
