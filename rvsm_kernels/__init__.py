@@ -5,6 +5,7 @@ from .engines.proximal import prox
 from .engines.registry import engines
 from .model.param_groups import describe, param_groups
 from .model.sparsity import SparsityReport, sparsity
+from .model.surgery import ShrinkReport, shrink
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
 from .optim.checkpoint import to_torch_state_dict
 from .optim.monitor import Monitor
@@ -22,6 +23,7 @@ __all__ = [
     "PenaltySchedule",
     "RVSMAdamW",
     "RVSMWrapper",
+    "ShrinkReport",
     "SparsityReport",
     "SparsitySchedule",
     "__version__",
@@ -31,6 +33,7 @@ __all__ = [
     "plot",
     "prox",
     "reference",
+    "shrink",
     "sparsity",
     "suggest",
     "to_torch_state_dict",

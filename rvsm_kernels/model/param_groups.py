@@ -15,7 +15,9 @@ from ..method.options import OPTION_NAMES, unknown_option
 from ..method.parameters import is_flattened
 from ..method.warn import some, warn
 from ..method.windows import NO_PATTERN, check_pattern, why_not
+from .couplings import check_inputs, couplings
 from .structures import (
+    COUPLED,
     HEADS,
     NO_HEADS,
     NOT_WHOLE,
@@ -72,6 +74,7 @@ class Weight(NamedTuple):
         owner: the module that has it.
         left: why it is not penalised, None where it is.
         group_dim, group_block: those of its groups, where a structure was asked for.
+        coupling: with which indices of which weights each index of ``group_dim`` is one group.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Weight(NamedTuple):
     left: str | None
     group_dim: GroupDim = None
     group_block: int = 1
+    coupling: tuple[int, ...] | None = None
 
 
 def is_changed(name: str, module: nn.Module) -> bool:
@@ -115,7 +119,10 @@ def _types(include: Any) -> tuple[type[nn.Module], ...]:
 
 
 def weights_of(
-    model: nn.Module, include: Iterable[type[nn.Module]] = PENALISED, structure: str | None = None
+    model: nn.Module,
+    include: Iterable[type[nn.Module]] = PENALISED,
+    structure: str | None = None,
+    example_inputs: Any = None,
 ) -> list[Weight]:
     """Every parameter of a model, with why it is left dense.
 
@@ -150,13 +157,21 @@ def weights_of(
             left = _FROZEN
         elif p.dtype not in DTYPES:
             left = f"of {p.dtype}, which is not trained"
-        elif structure != HEADS:
+        elif structure != HEADS and structure != COUPLED:
             dim, left = structure_dim(module, structure, local)
+        elif structure == COUPLED:
+            pass  # below, by the forward pass
         elif (id(module), local) in heads:
             dim, block = heads[id(module), local].dim, heads[id(module), local].size
         else:
             left = NO_HEADS
         weights.append(Weight(name, p, module, left, dim, block))
+    if structure == COUPLED:
+        of_weight = couplings(model, example_inputs, [w.name for w in weights if w.left is None])
+        for k, w in enumerate(weights):
+            if w.left is None:
+                dim, coupling, left = of_weight(w.name)
+                weights[k] = w._replace(left=left, group_dim=dim, coupling=coupling)
     return weights
 
 
@@ -172,6 +187,7 @@ def param_groups(
     include: Iterable[type[nn.Module]] = PENALISED,
     named: bool = True,
     verbose: bool = False,
+    example_inputs: Any = None,
     **penalty_options: Any,
 ) -> list[dict[str, Any]]:
     """Divide a model into the weights to penalise and the dense rest.
@@ -184,7 +200,9 @@ def param_groups(
             other dimensions, and get groups of their own). A weight that cannot express them in whole dimensions (a
             grouped convolution by input channels, an LSTM by outputs) stays dense, with a warning. ``"heads"``: sets
             ``group_dim`` and ``group_block`` so that a group is an attention head, as rows of the projections to q, k
-            and v and as columns of the output projection; what is no such projection stays dense.
+            and v and as columns of the output projection; what is no such projection stays dense. ``"coupled"``: a
+            group is a channel, neuron or head with all its readers, so that it can be removed
+            (:func:`rvsm_kernels.shrink`): sets ``group_dim`` and ``coupling``.
         include: module types whose weights (two dimensions or more, trained, no biases) are penalised: by default
             convolutions, linear and bilinear layers, attention, recurrent layers, transformers' Conv1D and experts.
             Another type (experts of your own, a router, an Embedding) takes all such parameters that belong to it
@@ -192,6 +210,8 @@ def param_groups(
         named: False: plain tensors in the place of (name, tensor), for wrappers that know no names
             (``ZeroRedundancyOptimizer``).
         verbose: print which weights are taken and which are left, and why (see :func:`describe`).
+        example_inputs: for ``structure="coupled"``, which follows the channels through a forward pass of a copy of the
+            model: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         **penalty_options: any option of :class:`rvsm_kernels.RVSM`, for the penalised groups.
 
     Returns:
@@ -203,7 +223,9 @@ def param_groups(
     Raises:
         ValueError: an unknown structure, a structure together with ``group_dim``, no weight to penalise;
             ``penalty="nm"`` without a ``pattern``, or with a structure.
-        TypeError: an option that RVSM does not have, or something that is no module.
+        TypeError: an option that RVSM does not have, or something that is no module; ``example_inputs`` without
+            ``structure="coupled"`` or the other way round.
+        RuntimeError: the model does not run on the example inputs.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups takes a module, but got a {type(model).__name__}; give the model itself")
@@ -211,12 +233,15 @@ def param_groups(
         if key not in OPTION_NAMES:
             raise TypeError(f"unknown option: {unknown_option(key, OPTION_NAMES, 'param_groups')}")
     check_structure(structure)
-    taken = {"group_dim": None, "group_block": 1} if structure == HEADS else {"group_dim": None}
+    check_inputs(model, structure, example_inputs)
+    taken: dict[str, Any] = {"group_dim": None}
+    taken |= {"group_block": 1} if structure in (HEADS, COUPLED) else {}
+    taken |= {"coupling": None} if structure == COUPLED else {}
     for key, default in taken.items() if structure is not None else ():
         if penalty_options.get(key, default) != default:
             raise ValueError(f"structure={structure!r} sets {key}; give one of the two")
     types = _types(include)
-    weights = weights_of(model, types, structure)
+    weights = weights_of(model, types, structure, example_inputs)
     if penalty_options.get("penalty") == "nm":
         weights = _with_windows(weights, structure, penalty_options.get("pattern"))
     if verbose:
@@ -244,17 +269,19 @@ def param_groups(
     _warn_of_left(weights, structure)
 
     order = {id(p): k for k, p in enumerate(model.parameters())}
-    by_place: dict[tuple[GroupDim, int], list[Weight]] = {}
+    by_place: dict[tuple[GroupDim, int, tuple[int, ...] | None], list[Weight]] = {}
     for w in weights:
         if w.left is None:
-            by_place.setdefault((w.group_dim, w.group_block), []).append(w)
+            by_place.setdefault((w.group_dim, w.group_block, w.coupling), []).append(w)
     groups = []
-    for (dim, block), members in by_place.items():
+    for (dim, block, coupling), members in by_place.items():
         groups.append({**_members(members, named, order), **penalty_options})
         if structure is not None:
             groups[-1]["group_dim"] = dim
         if structure == HEADS:
             groups[-1]["group_block"] = block
+        if structure == COUPLED:
+            groups[-1] = {"coupling_name": "coupled", **groups[-1], "coupling": coupling}
     rest = [w for w in weights if w.left is not None]
     if rest:
         groups.append({**_members(rest, named, order), "penalty": None, **_NO_GROUPS})
@@ -324,16 +351,24 @@ def _text(weights: list[Weight]) -> str:
         what = "dense: " + w.left if w.left is not None else "penalised"
         what += "" if w.group_dim is None else f", group_dim={w.group_dim!r}"
         what += "" if w.group_block == 1 else f", group_block={w.group_block}"
+        what += "" if w.coupling is None else f", {len({k for k in w.coupling if k > 0})} coupled groups"
         lines.append(f"{w.name:<{width}}  {shape:>16}  {what}")
     return "\n".join(lines)
 
 
-def describe(model: nn.Module, *, structure: str | None = None, include: Iterable[type[nn.Module]] = PENALISED) -> str:
+def describe(
+    model: nn.Module,
+    *,
+    structure: str | None = None,
+    include: Iterable[type[nn.Module]] = PENALISED,
+    example_inputs: Any = None,
+) -> str:
     """Which weights :func:`param_groups` takes and which it leaves dense, with the reasons, as a table to print."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"describe takes a module, but got a {type(model).__name__}")
     check_structure(structure)
-    return _text(weights_of(model, include, structure))
+    check_inputs(model, structure, example_inputs)
+    return _text(weights_of(model, include, structure, example_inputs))
 
 
 def counted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]]:

@@ -20,6 +20,9 @@ STRUCTURES: dict[str, tuple[GroupDim, GroupDim]] = {
 HEADS = "heads"
 """The structure whose groups are blocks of a dimension: see :func:`heads_of`."""
 
+COUPLED = "coupled"
+"""The structure whose groups span all weights that read a channel: see :mod:`rvsm_kernels.model.couplings`."""
+
 NOT_WHOLE = "no whole dimension of this weight indexes"
 """How a reason begins why a weight cannot express a structure."""
 
@@ -31,7 +34,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 def check_structure(structure: str | None) -> None:
     """Raise ValueError for an unknown structure."""
-    names = (*STRUCTURES, HEADS)
+    names = (*STRUCTURES, HEADS, COUPLED)
     if structure is not None and structure not in names:
         raise ValueError(f"Invalid structure: {structure!r} (choose one of None, {', '.join(map(repr, names))})")
 

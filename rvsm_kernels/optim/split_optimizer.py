@@ -114,6 +114,10 @@ class SplitOptimizer(ReadsU, Optimizer):
         """Where the engines find the states, by parameter and name."""
         return self.state
 
+    def _begin_anew(self) -> None:
+        """Forget what was known of the tensors: those of parameters and states have been replaced."""
+        self._start(self._engines.requested, self._step_supports_amp_scaling, self._statistics.on)
+
     # ---- options -----------------------------------------------------------------------------------------------------
 
     def _validate(self, group: Mapping[str, Any]) -> None:
