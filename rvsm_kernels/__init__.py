@@ -4,6 +4,7 @@ from . import reference
 from .engines.proximal import prox
 from .engines.registry import engines
 from .model.param_groups import describe, param_groups
+from .model.recalibrate import recalibrate
 from .model.sparsity import SparsityReport, sparsity
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
 from .optim.checkpoint import to_torch_state_dict
@@ -30,6 +31,7 @@ __all__ = [
     "param_groups",
     "plot",
     "prox",
+    "recalibrate",
     "reference",
     "sparsity",
     "suggest",
