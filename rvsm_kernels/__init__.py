@@ -12,6 +12,7 @@ from .optim.monitor import Monitor
 from .optim.penalty_schedule import PenaltySchedule
 from .optim.plots import plot
 from .optim.schedules import SparsitySchedule
+from .optim.sparse_copies import sparse_copy, sparse_state_dict
 from .optim.suggest import suggest
 from .optim.unwrap import unwrap
 from .version import __version__
@@ -33,6 +34,8 @@ __all__ = [
     "prox",
     "recalibrate",
     "reference",
+    "sparse_copy",
+    "sparse_state_dict",
     "sparsity",
     "suggest",
     "to_torch_state_dict",
