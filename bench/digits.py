@@ -92,18 +92,9 @@ def accuracy(model: nn.Module, data: Images) -> float:
     return right
 
 
-@torch.no_grad()
 def make_statistics(model: nn.Module, images: Images, batch: int) -> None:
     """The running statistics of batch norms, anew, as the mean over all batches of the training images."""
-    norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean
-    for x, _ in images.batches(batch, torch.Generator().manual_seed(0)):
-        model(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    rk.recalibrate(model, images.batches(batch, torch.Generator().manual_seed(0)))
 
 
 def optimizer_for(method: Method, model: nn.Module, engine: str) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ from . import reference
 from .engines.proximal import prox
 from .engines.registry import engines
 from .model.param_groups import describe, param_groups
+from .model.recalibrate import recalibrate
 from .model.sparsity import SparsityReport, sparsity
 from .model.surgery import ShrinkReport, shrink
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
@@ -12,6 +13,7 @@ from .optim.monitor import Monitor
 from .optim.penalty_schedule import PenaltySchedule
 from .optim.plots import plot
 from .optim.schedules import SparsitySchedule
+from .optim.sparse_copies import sparse_copy, sparse_state_dict
 from .optim.suggest import suggest
 from .optim.unwrap import unwrap
 from .version import __version__
@@ -32,8 +34,11 @@ __all__ = [
     "param_groups",
     "plot",
     "prox",
+    "recalibrate",
     "reference",
     "shrink",
+    "sparse_copy",
+    "sparse_state_dict",
     "sparsity",
     "suggest",
     "to_torch_state_dict",

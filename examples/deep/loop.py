@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import rvsm_kernels as rk
 from deep import data, files, methods, models, pruning
 from deep.data import Dataset, Images
 from deep.settings import PRUNERS, Settings, SettingsError
@@ -247,32 +247,14 @@ class Training:
         if self.reader is None or not self.has_u:
             yield
             return
-        with self.reader.sparse_weights(self.model), self._recalibrated():
+        with self.reader.sparse_weights(self.model):
+            if self.settings.recalibrate:
+                batches = self.train_images.batches(self.settings.batch)
+                # The attack's forward passes count too, as they do in training.
+                inputs = (self._perturbed(x, y)[0] for x, y in batches)
+                with self.autocast():
+                    rk.recalibrate(self.model, inputs, self.settings.recalibrate)
             yield
-
-    @contextlib.contextmanager
-    def _recalibrated(self) -> Iterator[None]:
-        s = self.settings
-        norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
-        if not s.recalibrate or not norms:
-            yield
-            return
-        kept = [({name: value.clone() for name, value in norm.named_buffers()}, norm.momentum) for norm in norms]
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # the mean over the batches
-            self.model.train()
-            for x, y in itertools.islice(self.train_images.batches(s.batch), s.recalibrate):
-                x, _ = self._perturbed(x, y)  # its forward passes count too, as they do in training
-                with torch.no_grad(), self.autocast():
-                    self.forward(x)
-            self.model.eval()
-            yield
-        finally:
-            for norm, (buffers, momentum) in zip(norms, kept, strict=True):
-                norm.load_state_dict(buffers, strict=False)
-                norm.momentum = momentum
 
     def lagrangian(self, loss: float) -> float:
         """f + lam P(u) + beta/2 ||w - u||^2 + lam_2 ||w||_GL of the weights as they stand.

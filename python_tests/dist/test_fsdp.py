@@ -134,7 +134,26 @@ def evaluate_with_fsdp(folder: Path) -> None:
     assert abs(losses[1][2] - losses[1][3]) > 1e-3  # u is another network than w
 
 
+def copies_of_u(folder: Path) -> None:
+    """A state_dict of u has the ranks' shards; one rank's copy of the model would be a part only."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    model, plain = sharded_model(), model_of()
+    optimizer, theirs = (rk.RVSM(rk.param_groups(m, penalty="l0", lam=0.05, beta=1.0), lr=0.05) for m in (model, plain))
+    with pytest.raises(TypeError, match="sharded over ranks"):
+        rk.sparse_copy(model, optimizer)
+    before = wholes(model)
+    state, wanted = rk.sparse_state_dict(model, optimizer), rk.sparse_state_dict(plain, theirs)
+    assert (wanted["0.weight"] == 0).any()
+    for name, value in state.items():
+        assert same_bits(value.full_tensor(), wanted[name])
+    with optimizer.sparse_weights(model):
+        assert list(get_model_state_dict(model)) == list(state)
+    assert all(same_bits(a, b) for a, b in zip(wholes(model), before, strict=True))
+
+
 def with_fsdp(folder: Path) -> None:
+    copies_of_u(folder)
     evaluate_with_fsdp(folder)
     train_with_fsdp(folder)
 

@@ -118,8 +118,26 @@ def edits_and_errors(folder: Path) -> None:
         ZeroRedundancyOptimizer(model.parameters(), optimizer_class=rk.RVSM, overlap_with_ddp=True, lr=0.1)
 
 
+def copies_of_u(folder: Path) -> None:
+    """Every rank gets the whole u, and statistics of it."""
+    model, plain = (nn.Sequential(*model_of(), nn.BatchNorm1d(1)) for _ in range(2))
+    zero = ZeroRedundancyOptimizer(groups_of(model), optimizer_class=rk.RVSM, lr=0.1)
+    one = rk.RVSM(groups_of(plain), lr=0.1)
+    same_models(rk.sparse_copy(model, zero), rk.sparse_copy(plain, one))
+    state, wanted = rk.sparse_state_dict(model, zero), rk.sparse_state_dict(plain, one)
+    assert all(same_bits(value, wanted[name]) for name, value in state.items())
+    same_models(model, plain)
+    x = torch.randn(6, 7, generator=torch.Generator().manual_seed(1))
+    statistics = []
+    for m, optimizer in ((model, rk.unwrap(zero)), (plain, one)):
+        with optimizer.sparse_weights(m, recalibrate=[x]):
+            statistics.append(m[-1].running_mean.clone())
+        assert m[-1].running_mean == 0
+    assert same_bits(*statistics)
+
+
 def all_checks(folder: Path) -> None:
-    for check in (follow_one_process, checkpoints, edits_and_errors):
+    for check in (follow_one_process, checkpoints, edits_and_errors, copies_of_u):
         check(folder)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from ..method.options import shown
+from ..model.recalibrate import check_recalibration
 from ..model.sparsity import SparsityReport
 from .sparse_view import SparseView
 from .sparse_weights import SparseWeights
@@ -23,7 +25,14 @@ class ReadsU:
     _statistics: StepStatistics
     _lock: Any
 
-    def sparse_weights(self, model: nn.Module | None = None, *, frozen: bool = False) -> SparseWeights:
+    def sparse_weights(
+        self,
+        model: nn.Module | None = None,
+        *,
+        frozen: bool = False,
+        recalibrate: Iterable[Any] | None = None,
+        batches: int | None = None,
+    ) -> SparseWeights:
         """Hold u = prox_{tau P}(w) in the parameters, and give w back bit for bit afterwards.
 
         ::
@@ -35,17 +44,27 @@ class ReadsU:
         RuntimeError. Costs one copy of the split parameters while it is open.
 
         What shares memory with the parameters shows w again afterwards: ``model.state_dict()``, and what
-        ``torch.export`` or ``torch.jit.trace`` made of the model. To keep u, copy it inside:
-        ``{k: v.clone() for k, v in model.state_dict().items()}``.
+        ``torch.export`` or ``torch.jit.trace`` made of the model. To keep u, take
+        :func:`rvsm_kernels.sparse_copy` or :func:`rvsm_kernels.sparse_state_dict`.
 
         Args:
             model: its batch norms' running statistics are given back too. Without it, a forward pass in training mode
                 changes them for good, which is warned about.
             frozen: also parameters with ``requires_grad=False``, which else stay as they are.
+            recalibrate: batches, from which :func:`rvsm_kernels.recalibrate` estimates the running statistics of the
+                model for u; afterwards those of w come back, bit for bit.
+            batches: at most so many of them; None takes all.
+
+        Raises:
+            TypeError: something else than a module.
+            ValueError: ``recalibrate`` without the model, ``batches`` without ``recalibrate``; when it is entered, what
+                :func:`rvsm_kernels.recalibrate` raises, and then the parameters hold w.
         """
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"sparse_weights takes a module or nothing, but got a {type(model).__name__}")
-        return SparseWeights(cast("SplitOptimizer", self), model, frozen)
+        check_recalibration(model, recalibrate, batches)
+        to_recalibrate = None if recalibrate is None else (recalibrate, batches)
+        return SparseWeights(cast("SplitOptimizer", self), model, frozen, to_recalibrate)
 
     def sparsify_(self, *, frozen: bool = False) -> None:
         """w <- u for good. Momentum is left alone, so a pruned weight may grow again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,16 +11,30 @@ from torch import nn
 
 from ..dist.gathered import gathered_anew
 from ..method.warn import warn
+from ..model.recalibrate import NORMS, recalibrate
 
 if TYPE_CHECKING:
     from .split_optimizer import SplitOptimizer
 
 
 class SparseWeights(contextlib.ContextDecorator):
-    """What ``optimizer.sparse_weights()`` returns: the parameters hold u while it is entered."""
+    """What ``optimizer.sparse_weights()`` returns: the parameters hold u while it is entered.
 
-    def __init__(self, optimizer: SplitOptimizer, model: nn.Module | None, frozen: bool) -> None:
-        self._arguments = optimizer, model, frozen
+    Args:
+        optimizer: whose u.
+        model: whose running statistics are given back.
+        frozen: also u of parameters with ``requires_grad=False``.
+        recalibrate: None, or batches and how many of them, for running statistics of u.
+    """
+
+    def __init__(
+        self,
+        optimizer: SplitOptimizer,
+        model: nn.Module | None,
+        frozen: bool,
+        recalibrate: tuple[Iterable[Any], int | None] | None = None,
+    ) -> None:
+        self._arguments = optimizer, model, frozen, recalibrate
         self._entered = False
 
     def _recreate_cm(self) -> SparseWeights:
@@ -28,7 +43,7 @@ class SparseWeights(contextlib.ContextDecorator):
         return SparseWeights(*self._arguments)
 
     def __enter__(self) -> None:
-        optimizer, model, frozen = self._arguments
+        optimizer, model, frozen, batches = self._arguments
         self._entered = True
         view = optimizer._view
         view.refuse_while_open("sparse_weights()")
@@ -37,6 +52,8 @@ class SparseWeights(contextlib.ContextDecorator):
             stack.enter_context(gathered_anew(model, optimizer.param_groups))
             stack.callback(view.give_back)
             view.put_u(frozen)
+            if model is not None and batches is not None:
+                recalibrate(model, *batches)
             self._open = stack.pop_all()
 
     def __exit__(self, *error: Any) -> None:
@@ -50,14 +67,11 @@ class SparseWeights(contextlib.ContextDecorator):
             )
 
 
-_NORMS = nn.modules.batchnorm._NormBase
-
-
 class RunningStatistics(contextlib.AbstractContextManager["RunningStatistics"]):
     """Gives the running statistics of a model's batch norms back, or, without the model, warns when they change."""
 
     def __init__(self, model: nn.Module | None) -> None:
-        norms = [] if model is None else [m for m in model.modules() if isinstance(m, _NORMS)]
+        norms = [] if model is None else [m for m in model.modules() if isinstance(m, NORMS)]
         self._before = [(b, b.detach().clone()) for m in norms for b in m.buffers(recurse=False)]
         self._has_model = model is not None
         self._seen: set[tuple[bool, int]] = set()
@@ -75,7 +89,7 @@ class RunningStatistics(contextlib.AbstractContextManager["RunningStatistics"]):
             return
         for m in module.modules():
             self._seen.add((m.training, id(m)))
-            if isinstance(m, _NORMS) and m.training and m.track_running_stats and not self._warned:
+            if isinstance(m, NORMS) and m.training and m.track_running_stats and not self._warned:
                 self._warned = True
                 warn(
                     "a forward pass in training mode inside sparse_weights() changes the running statistics of batch"

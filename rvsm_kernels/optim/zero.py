@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..method.cuts import budget_of
 from ..method.parameters import param_name
+from ..model.recalibrate import check_recalibration
+from ..model.recalibrate import recalibrate as estimate_statistics
 from ..model.sparsity import SparsityReport, SparsityRow
 
 T = TypeVar("T")
@@ -36,8 +38,16 @@ class ZeroShares:
         return self.zero.param_groups  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
-    def sparse_weights(self, model: nn.Module | None = None, *, frozen: bool = False) -> Iterator[None]:
+    def sparse_weights(
+        self,
+        model: nn.Module | None = None,
+        *,
+        frozen: bool = False,
+        recalibrate: Iterable[Any] | None = None,
+        batches: int | None = None,
+    ) -> Iterator[None]:
         """See :meth:`rvsm_kernels.RVSM.sparse_weights`. Each rank keeps a copy of the split parameters meanwhile."""
+        check_recalibration(model, recalibrate, batches)
         with contextlib.ExitStack() as stack:
             self._everywhere(lambda: stack.enter_context(self.mine.sparse_weights(model, frozen=frozen)))
             mine = {id(p) for group in self.mine.param_groups for p in group["params"]}
@@ -45,6 +55,8 @@ class ZeroShares:
             weights = [p.detach().clone() for p in others]
             stack.callback(_copy, others, weights)  # without a message: after an error the others may not come here
             self._send()
+            if model is not None and recalibrate is not None:
+                estimate_statistics(model, recalibrate, batches)
             yield
 
     def sparsify_(self, *, frozen: bool = False) -> None:
