@@ -29,7 +29,7 @@ from .shards import dividing_ranks, first_index_here, is_sharded, refuse_cut_blo
 
 _PENALTY = COLUMNS.index("penalty")
 _ALIKE = ("penalty", "lam", "beta", "a", "group_scale")
-"""What the weights of one coupled group must agree on."""
+"""What weights that hang together must agree on."""
 
 
 class Member(NamedTuple):
@@ -40,6 +40,8 @@ class Member(NamedTuple):
         slices: the coupled group of each of its slices, int64, on its device.
         here: the same of the slices that this rank has a part of: other ones where it is a DTensor.
         firsts: the coupled groups that it has the first slice of, int64.
+        leader: the place of the group and the name of the first weight that hangs together with it: that has a group
+            with it, directly or through others.
         share: 1 / (how many slices the coupled group of each slice here has), float64.
         size: the mean number of elements of the groups that hang together with its own: what ``group_scale`` takes.
     """
@@ -51,6 +53,7 @@ class Member(NamedTuple):
     slices: Tensor
     here: Tensor
     firsts: Tensor
+    leader: tuple[int, str]
     share: Tensor
     size: float
 
@@ -355,6 +358,7 @@ def _couple_on(device: torch.device, entries: Sequence[tuple[int, str, Tensor, M
             slices=indices[k].to(device),
             here=here.to(device),
             firsts=firsts[k].to(device),
+            leader=entries[together[k]][:2],
             share=(1.0 / lengths[here].double()).to(device),
             size=elements[together[k]] / counts[together[k]],
         )
@@ -395,16 +399,16 @@ def _hanging_together(indices: Sequence[Tensor]) -> list[int]:
 
 
 def _check_alike(device: _Device, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError for weights of one coupled group whose options make another shrink factor of its norm."""
-    first: dict[Any, Member] = {}
+    """Raise ValueError for weights that hang together and whose options make different shrink factors of one norm."""
     for member in device.members:
-        group = groups[member.place]
-        other = first.setdefault(group["coupling_name"], member)
-        for option in _ALIKE if other.place != member.place else ():
-            mine, theirs = group[option], groups[other.place][option]
+        place, first = member.leader
+        if place == member.place:
+            continue
+        group, other = groups[member.place], groups[place]
+        for option in _ALIKE:
+            mine, theirs = group[option], other[option]
             if mine is not theirs and not bool(mine == theirs):
                 raise ValueError(
-                    f"{other.name} and {member.name} have coupling_name={group['coupling_name']!r} and differ in"
-                    f" {option} ({theirs} and {mine}): the weights of a coupled group need the same, or another"
-                    " coupling_name"
+                    f"{first} and {member.name} have coupled groups (coupling_name={group['coupling_name']!r}) and"
+                    f" differ in {option} ({theirs} and {mine}): the weights of a coupled group need the same"
                 )

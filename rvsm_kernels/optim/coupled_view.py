@@ -57,6 +57,14 @@ class CoupledView:
         w = self._view._weights(p, group) if w is None else w
         return to_opmath(thresholded(shard_of(w.detach()), None if dual is None else shard_of(dual)))
 
+    def leading_group(self, i: int, group: Mapping[str, Any]) -> int:
+        """The first param group whose weights hang together with those of group ``i``; without a coupling ``i``."""
+        if not is_coupled(group):
+            return i
+        optimizer = self._view._optimizer
+        members = optimizer._couplings.find(optimizer.param_groups)
+        return next((members[p].leader[0] for p in group["params"] if p in members), i)
+
     def size_of_groups(self, p: Tensor, group: Mapping[str, Any]) -> float:
         """What ``group_scale`` takes for the size of a parameter's groups, coupled or not."""
         if not is_coupled(group):

@@ -19,6 +19,7 @@ from ..method.options import is_number, shown, whole_number
 from ..method.parameters import is_left_alone, param_name
 from ..method.penalties import PENALTIES
 from ..method.selection import Candidates, Room, Selection
+from ..method.split import is_coupled
 from ..method.warn import warn
 from . import hold as holding
 from .unwrap import optimizer_in
@@ -79,7 +80,8 @@ class SparsitySchedule:
         every: steps from one look at the weights to the next.
         of: what is counted: ``"elements"``, those of zero groups where the penalty is on groups; or ``"groups"``.
         scope: ``"global"``: one cut for all tensors, so that a layer with small weights loses more of them;
-            ``"tensor"``: the target for each tensor, of groups with one tensor each or with top-k.
+            ``"tensor"``: the target for each tensor, of groups with one tensor each or with top-k, or for the weights
+            whose coupled groups hang together.
         pull_rate: rho: keeps lr * beta = rho, whatever schedule lr has, by setting ``beta``; (first, last): rho goes
             from one to the other between ``begin`` and ``end``. None leaves beta alone. For l0 and top-k: the pull of
             l1 and tl1 on the weights that survive would grow as lr falls, which is warned about.
@@ -164,7 +166,7 @@ class SparsitySchedule:
             )
         if topk and self.scope == "global" and group["group_dim"] is not None and self.of == "elements":
             raise ValueError(f"group {i}: the density of a global budget is a share of groups: of='groups' is needed")
-        if self.scope == "tensor" and not (topk or nm) and len(group["params"]) > 1:
+        if self.scope == "tensor" and not (topk or nm or is_coupled(group)) and len(group["params"]) > 1:
             raise ValueError(
                 f"group {i} has {len(group['params'])} tensors, which share one lam: scope='tensor' needs groups of one"
                 " tensor each, or penalty='topk'"
@@ -246,7 +248,7 @@ class SparsitySchedule:
 
     def _key(self, i: int, group: Mapping[str, Any]) -> str:
         if self.scope == "tensor":
-            return f"group {i}"
+            return f"group {self._optimizer._view.coupled.leading_group(i, group)}"
         if _is_scaled(group):
             return f"groups by scale, {group['penalty']} of a {group['a']}"
         return "elements" if group["group_dim"] is None else "groups"
