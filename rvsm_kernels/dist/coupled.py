@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..engines.squares import squares
+from ..method.device_numbers import is_on_device
 from ..method.dtypes import opmath_type
 from ..method.groups import Grouping, group_dims, grouping_of, size_of_block
 from ..method.memory import kind_of
@@ -407,6 +408,8 @@ def _check_alike(device: _Device, groups: Sequence[Mapping[str, Any]]) -> None:
         group, other = groups[member.place], groups[place]
         for option in _ALIKE:
             mine, theirs = group[option], other[option]
+            if is_on_device(mine) or is_on_device(theirs):  # to compare them would wait
+                continue
             if mine is not theirs and not bool(mine == theirs):
                 raise ValueError(
                     f"{first} and {member.name} have coupled groups (coupling_name={group['coupling_name']!r}) and"
