@@ -219,17 +219,24 @@ def _stayed(channels: CoupledChannels, reasons: dict[int, str]) -> list[KeptChan
 
 def _families(channels: CoupledChannels, groups: set[int]) -> list[list[int]]:
     """Groups that stand in the same tensors, together."""
-    families: list[tuple[set[tuple[str, int]], list[int]]] = []
-    where: dict[int, set[tuple[str, int]]] = {}
-    for name, dims in channels.slices.items():
-        for d, labels in dims.items():
-            for label in groups.intersection(labels):
-                where.setdefault(label, set()).add((name, d))
+    family = {g: g for g in groups}
+
+    def first(g: int) -> int:
+        while family[g] != g:
+            family[g] = g = family[family[g]]
+        return g
+
+    for dims in channels.slices.values():
+        for labels in dims.values():
+            together = groups.intersection(labels)
+            if together:
+                low = first(min(together))
+                for g in together:
+                    family[first(g)] = low
+    found: dict[int, list[int]] = {}
     for g in sorted(groups):
-        meet = [f for f in families if f[0] & where[g]]
-        families = [f for f in families if not f[0] & where[g]]
-        families.append((where[g].union(*(f[0] for f in meet)), [k for f in meet for k in f[1]] + [g]))
-    return [members for _, members in families]
+        found.setdefault(first(g), []).append(g)
+    return list(found.values())
 
 
 def _largest(families: list[list[int]], works: Callable[[list[int]], bool]) -> set[int]:
