@@ -21,11 +21,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 @dataclasses.dataclass(frozen=True)
 class KeptChannels:
-    """Input channels of a weight that are zero, and stay.
+    """Channels of a weight that are zero, and stay: its inputs, or outputs where the reason says that it makes them.
 
     Attributes:
         weight: the name of the weight.
-        channels: their indices along its inputs, as they were before.
+        channels: their indices, as they were before.
         reason: why they stay.
     """
 
@@ -68,7 +68,7 @@ class ShrinkReport:
         lines += [f"  {name}: {gone} of {n} inputs removed" for name, (gone, n) in self.removed.items()]
         for entry in self.kept:
             some = ", ".join(map(str, entry.channels[:8])) + (", ..." if len(entry.channels) > 8 else "")
-            lines.append(f"  {entry.weight}: {len(entry.channels)} zero inputs stay ({some}): {entry.reason}")
+            lines.append(f"  {entry.weight}: {len(entry.channels)} zero channels stay ({some}): {entry.reason}")
         return "\n".join(lines)
 
 
@@ -187,11 +187,22 @@ def _zero_groups(model: nn.Module, channels: CoupledChannels) -> tuple[set[int],
             if zero and label == NOBODY and i in reader.kept:
                 reasons.setdefault((name, reader.kept[i]), []).append(i)
             elif zero and label in holders:
-                still = ", ".join(sorted(holders[label])[:4]) + (", ..." if len(holders[label]) > 4 else "")
-                reasons.setdefault((name, f"still read by {still}"), []).append(i)
+                reasons.setdefault((name, f"still read by {_some(holders[label])}"), []).append(i)
+        for d, labels in channels.slices.get(name, {}).items():
+            if d == reader.dim or not weights[name].numel():
+                continue
+            others = [k for k in range(weights[name].dim()) if k != d]
+            for i, zero in enumerate((weights[name].detach() == 0).all(others).tolist()):
+                if zero and labels[i] in holders:  # a bias or a norm's shift still makes a constant of it
+                    why = f"zero where it is made, and still read by {_some(holders[labels[i]])}"
+                    reasons.setdefault((name, why), []).append(i)
     kept = [KeptChannels(name, tuple(indices), why) for (name, why), indices in reasons.items()]
     spared = _spare(channels, zero_groups)
     return zero_groups - spared, kept + _stayed(channels, dict.fromkeys(spared, "the last channel of a layer"))
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _spare(channels: CoupledChannels, gone: set[int]) -> set[int]:
