@@ -363,3 +363,30 @@ def test_models_that_cannot_be_followed(kind: str) -> None:
     model = torch.compile(Cumulated()) if kind == "compiled" else nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
     with pytest.raises(TypeError, match=kind):
         rk.param_groups(model, structure="coupled", example_inputs=torch.randn(3, 4), **OPTIONS)
+
+
+PRUNED = [a for a in SMALL if a.name in ("chain", "resnet", "densenet", "vgg")]
+
+
+@pytest.mark.parametrize("arch", PRUNED, ids=[a.name for a in PRUNED])
+def test_torch_pruning_finds_the_same_groups(arch: Architecture) -> None:
+    tp = pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model, x = arch.build(), arch.inputs()
+    graph = tp.DependencyGraph().build_dependency(model, example_inputs=x)
+    names = {m: n for n, m in model.named_modules()}
+    theirs = set()
+    for module in names:
+        if not isinstance(module, LAYERS):
+            continue
+        outputs_of_layer = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        cut = graph.get_pruner_of_module(module).prune_out_channels
+        for i in range(outputs_of_layer):
+            reads = frozenset(
+                (f"{names[dep.target.module]}.weight", int(k))
+                for dep, indices in graph.get_pruning_group(module, cut, idxs=[i])
+                if isinstance(dep.target.module, LAYERS) and graph.is_in_channel_pruning_fn(dep.handler)
+                for k in indices
+            )
+            theirs |= {reads} - {frozenset()}
+    assert slices_of(coupled_channels(model, x)) == theirs

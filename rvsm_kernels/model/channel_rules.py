@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .channel_trace import ChannelTrace, Later, Rule, noted, spread
+from .channel_trace import ChannelTrace, Rule, noted, spread
 from .channels import FIXED, PADDING, varying
 
 RULES: dict[str, Rule] = {}
@@ -303,11 +303,11 @@ def _pad(trace: ChannelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> No
     for k in range(len(pad) // 2):
         d = labels.dim() - 1 - k
         if (pad[2 * k] or pad[2 * k + 1]) and d in across and min(pad[2 * k : 2 * k + 2]) < 0:
-            trace.later.append(Later("index", labels, d))
+            trace.hold("index", labels, d)
     if not constant:
         padded = func(labels.double(), *args[1:], **kwargs).int()
         for k in range(len(pad) // 2):
-            trace.later.append(Later("index", labels, labels.dim() - 1 - k))
+            trace.hold("index", labels, labels.dim() - 1 - k)
     else:
         padded = labels
         for k in range(len(pad) // 2):
@@ -361,14 +361,14 @@ def _constrain(
     if name == "index":
         for d, i in enumerate(args[1]):
             if i is not None:
-                trace.later.append(Later("index", source, d))
+                trace.hold("index", source, d)
         return
     dim = argument(func, args, kwargs, "dim", None)
     if name in ("select", "unbind", "index_select", "gather", "slice", "narrow") or "split" in name or "chunk" in name:
         d = (dim if isinstance(dim, int) else 0) % n
         sizes = {r.shape[d] for r in results} if name not in ("select", "unbind") else {0}
         if name in ("select", "unbind", "index_select", "gather"):
-            trace.later.append(Later("index", source, d))
+            trace.hold("index", source, d)
         elif name in ("slice", "narrow"):
             start = argument(func, args, kwargs, "start", 0) or 0
             start = min(start + source.shape[d] if start < 0 else start, source.shape[d])
@@ -376,13 +376,13 @@ def _constrain(
             if size != source.shape[d]:
                 even = step == 1 and size > 0 and source.shape[d] % size == 0 and start % size == 0
                 kind = "split" if even else "cut" if step == 1 else "index"
-                trace.later.append(Later(kind, source, d, source.shape[d] // max(size, 1), kind != "index"))
+                trace.hold(kind, source, d, source.shape[d] // max(size, 1), kind != "index")
         elif name != "channel_shuffle" and len(results) > 1:
             numbers = "split" in name and "tensor" not in name
-            trace.later.append(Later("split" if len(sizes) == 1 else "cut", source, d, len(results), numbers))
+            trace.hold("split" if len(sizes) == 1 else "cut", source, d, len(results), numbers)
     elif name == "roll":
         for d in _dims(argument(func, args, kwargs, "dims"), n):
-            trace.later.append(Later("index", source, d))
+            trace.hold("index", source, d)
 
 
 @rule("glu")

@@ -96,7 +96,7 @@ class ChannelTrace(TorchDispatchMode):
         channels: the labels.
         makers, readers: by (name of a weight, dimension): the labels that its indices make or read.
         adopted: by name: the labels of a parameter's elements that stand beside channels (norms, biases, gates).
-        later: what :meth:`settle` holds the labels to.
+        later: what ``settle`` holds the labels to.
         blocked: parameters of which something is used that the rules do not know.
         unknown: (module, operation) that the rules do not know.
         trained: the names of parameters, as opposed to buffers.
@@ -145,6 +145,14 @@ class ChannelTrace(TorchDispatchMode):
     def labels(self, t: Tensor) -> Tensor | None:
         """The labels of an activation, as they were noted; None of anything else."""
         return self._labels.get(t)
+
+    def hold(self, kind: str, labels: Tensor, dim: int = 0, pieces: int = 1, by_number: bool = False) -> None:
+        """Note what has to hold of labels; of a dimension along which they are constant one index is kept."""
+        if bool((labels > FIXED).any()):
+            for d in range(labels.dim()):
+                if d != dim and labels.shape[d] > 1 and bool((labels == labels.narrow(d, 0, 1)).all()):
+                    labels = labels.narrow(d, 0, 1)
+            self.later.append(Later(kind, labels.clone(), dim, pieces, by_number))
 
     def note(self, t: Tensor, labels: Tensor, inplace: bool = False) -> None:
         """Give an activation its labels. Those of its views change along when an operation works in place."""
@@ -314,4 +322,4 @@ def spread(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
 def noted(trace: ChannelTrace, labels: Tensor) -> None:
     """Note a tensor whose labels vary along several dimensions."""
     if len(varying(trace.channels.roots(labels))) > 1:
-        trace.later.append(Later("whole", labels))
+        trace.hold("whole", labels)

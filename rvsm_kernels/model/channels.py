@@ -23,6 +23,7 @@ class Channels:
         self._frozen: dict[int, str] = {}
         self._heads: set[int] = set()
         self._table: Tensor | None = None
+        self._leaving: tuple[tuple[int, int], Tensor] | None = None
         self.changes = 0
 
     def fresh(self, n: int) -> Tensor:
@@ -48,7 +49,7 @@ class Channels:
             while not torch.equal(up := table[table], table):
                 table = up
             self._table = table.int()
-        return self._table[labels.long()]
+        return self._table.index_select(0, labels.reshape(-1)).view(labels.shape)
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Let a[i] and b[i] leave together, of two tensors that broadcast; constants and padding tie nothing."""
@@ -110,15 +111,19 @@ class Channels:
 
     def removable(self, labels: Tensor) -> Tensor:
         """The representatives of the labels that may leave, 0 for the others."""
-        roots = self.roots(labels)
-        stay = torch.zeros(len(self._parent), dtype=torch.bool)
-        stay[[PADDING, FIXED, *(self._root(k) for k in self._frozen)]] = True
-        return roots.masked_fill(stay[roots.long()], PADDING)
+        now = self.changes, len(self._parent)
+        if self._leaving is None or self._leaving[0] != now:
+            leaving = self.roots(torch.arange(len(self._parent), dtype=torch.int32))
+            frozen = self.roots(torch.tensor([PADDING, FIXED, *self._frozen], dtype=torch.int32))
+            stay = torch.zeros(len(self._parent), dtype=torch.bool)
+            stay[frozen.long()] = True
+            self._leaving = now, leaving.masked_fill(stay[leaving.long()], PADDING)
+        return self._leaving[1].index_select(0, labels.reshape(-1)).view(labels.shape)
 
     def heads(self, labels: Tensor) -> Tensor:
         """Which labels belong to heads of an attention."""
         found = torch.zeros(len(self._parent), dtype=torch.bool)
-        found[[self._root(k) for k in self._heads]] = True
+        found[self.roots(torch.tensor([*self._heads], dtype=torch.int32)).long()] = True
         return found[self.roots(labels).long()]
 
 

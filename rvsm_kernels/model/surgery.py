@@ -21,11 +21,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 @dataclasses.dataclass(frozen=True)
 class KeptChannels:
-    """Input channels of a weight that are zero, and stay.
+    """Channels of a weight that are zero, and stay: its inputs, or outputs where the reason says that it makes them.
 
     Attributes:
         weight: the name of the weight.
-        channels: their indices along its inputs, as they were before.
+        channels: their indices, as they were before.
         reason: why they stay.
     """
 
@@ -68,7 +68,7 @@ class ShrinkReport:
         lines += [f"  {name}: {gone} of {n} inputs removed" for name, (gone, n) in self.removed.items()]
         for entry in self.kept:
             some = ", ".join(map(str, entry.channels[:8])) + (", ..." if len(entry.channels) > 8 else "")
-            lines.append(f"  {entry.weight}: {len(entry.channels)} zero inputs stay ({some}): {entry.reason}")
+            lines.append(f"  {entry.weight}: {len(entry.channels)} zero channels stay ({some}): {entry.reason}")
         return "\n".join(lines)
 
 
@@ -187,11 +187,22 @@ def _zero_groups(model: nn.Module, channels: CoupledChannels) -> tuple[set[int],
             if zero and label == NOBODY and i in reader.kept:
                 reasons.setdefault((name, reader.kept[i]), []).append(i)
             elif zero and label in holders:
-                still = ", ".join(sorted(holders[label])[:4]) + (", ..." if len(holders[label]) > 4 else "")
-                reasons.setdefault((name, f"still read by {still}"), []).append(i)
+                reasons.setdefault((name, f"still read by {_some(holders[label])}"), []).append(i)
+        for d, labels in channels.slices.get(name, {}).items():
+            if d == reader.dim or not weights[name].numel():
+                continue
+            others = [k for k in range(weights[name].dim()) if k != d]
+            for i, zero in enumerate((weights[name].detach() == 0).all(others).tolist()):
+                if zero and labels[i] in holders:  # a bias or a norm's shift still makes a constant of it
+                    why = f"zero where it is made, and still read by {_some(holders[labels[i]])}"
+                    reasons.setdefault((name, why), []).append(i)
     kept = [KeptChannels(name, tuple(indices), why) for (name, why), indices in reasons.items()]
     spared = _spare(channels, zero_groups)
     return zero_groups - spared, kept + _stayed(channels, dict.fromkeys(spared, "the last channel of a layer"))
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _spare(channels: CoupledChannels, gone: set[int]) -> set[int]:
@@ -219,17 +230,24 @@ def _stayed(channels: CoupledChannels, reasons: dict[int, str]) -> list[KeptChan
 
 def _families(channels: CoupledChannels, groups: set[int]) -> list[list[int]]:
     """Groups that stand in the same tensors, together."""
-    families: list[tuple[set[tuple[str, int]], list[int]]] = []
-    where: dict[int, set[tuple[str, int]]] = {}
-    for name, dims in channels.slices.items():
-        for d, labels in dims.items():
-            for label in groups.intersection(labels):
-                where.setdefault(label, set()).add((name, d))
+    family = {g: g for g in groups}
+
+    def first(g: int) -> int:
+        while family[g] != g:
+            family[g] = g = family[family[g]]
+        return g
+
+    for dims in channels.slices.values():
+        for labels in dims.values():
+            together = groups.intersection(labels)
+            if together:
+                low = first(min(together))
+                for g in together:
+                    family[first(g)] = low
+    found: dict[int, list[int]] = {}
     for g in sorted(groups):
-        meet = [f for f in families if f[0] & where[g]]
-        families = [f for f in families if not f[0] & where[g]]
-        families.append((where[g].union(*(f[0] for f in meet)), [k for f in meet for k in f[1]] + [g]))
-    return [members for _, members in families]
+        found.setdefault(first(g), []).append(g)
+    return list(found.values())
 
 
 def _largest(families: list[list[int]], works: Callable[[list[int]], bool]) -> set[int]:
