@@ -5,6 +5,7 @@ from .engines.proximal import prox
 from .engines.registry import engines
 from .model.param_groups import describe, param_groups
 from .model.recalibrate import recalibrate
+from .model.ship import load_sparse, save_sparse
 from .model.sparsity import SparsityReport, sparsity
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
 from .optim.checkpoint import to_torch_state_dict
@@ -29,11 +30,13 @@ __all__ = [
     "__version__",
     "describe",
     "engines",
+    "load_sparse",
     "param_groups",
     "plot",
     "prox",
     "recalibrate",
     "reference",
+    "save_sparse",
     "sparse_copy",
     "sparse_state_dict",
     "sparsity",
