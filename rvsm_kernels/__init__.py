@@ -5,6 +5,7 @@ from .engines.proximal import prox
 from .engines.registry import engines
 from .model.param_groups import describe, param_groups
 from .model.recalibrate import recalibrate
+from .model.ship import load_sparse, save_sparse
 from .model.sparsity import SparsityReport, sparsity
 from .model.surgery import ShrinkReport, shrink
 from .optim import RVSM, AdaptiveHardThreshold, RVSMAdamW, RVSMWrapper
@@ -31,11 +32,13 @@ __all__ = [
     "__version__",
     "describe",
     "engines",
+    "load_sparse",
     "param_groups",
     "plot",
     "prox",
     "recalibrate",
     "reference",
+    "save_sparse",
     "shrink",
     "sparse_copy",
     "sparse_state_dict",

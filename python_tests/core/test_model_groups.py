@@ -223,6 +223,49 @@ def test_tensors_that_are_counted_otherwise() -> None:
     assert list(report.uncounted) == ["2.weight"] and "2.weight" in str(report)
 
 
+class Held(nn.Module):
+    """Weights that are no parameters."""
+
+    def __init__(self, w: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("csr", w.to_sparse_csr())
+        self.register_buffer("values", (w * 127).to(torch.int8))
+        self.register_buffer("mask", w != 0)  # no weight
+        self.register_buffer("scale", torch.ones(4, dtype=torch.int8))
+
+
+def test_buffers_that_are_weights() -> None:
+    report = rk.sparsity(nn.Sequential(Held(torch.eye(4)), nn.Linear(4, 4)), group_dim=0)
+    assert [(r.name, r.zeros, r.zero_groups) for r in report.rows] == [
+        ("1.weight", 0, 0), ("0.csr", 12, 0), ("0.values", 12, 0),
+    ]  # fmt: skip
+    assert "not penalised by param_groups (a buffer, which is not trained): 0.csr, 0.values" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_torch_has_quantized() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight.data = torch.eye(4)
+    report = rk.sparsity(torch.ao.quantization.quantize_dynamic(model, {nn.Linear}))
+    assert [(r.name, r.zeros) for r in report.rows] == [("0.weight", 12)]
+
+
+@pytest.mark.slow  # the import of torchao
+@pytest.mark.filterwarnings("ignore")
+def test_int8_of_torchao() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    for config in (quantization.Int8WeightOnlyConfig(), quantization.Int8DynamicActivationInt8WeightConfig()):
+        model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+        model[0].weight.data[model[0].weight.abs() < 0.06] = 0
+        before = [r.zeros for r in rk.sparsity(model).rows]
+        quantization.quantize_(model, config)
+        report = rk.sparsity(model)
+        assert not report.uncounted
+        assert report.rows[0].zeros >= before[0] > 500 > report.rows[1].zeros
+        with pytest.raises(TypeError, match=r"0\.weight is a .*save_sparse cannot store it"):
+            rk.save_sparse(model, "nowhere")
+
+
 def test_plain_tensors_for_wrappers() -> None:
     """ZeroRedundancyOptimizer knows no names."""
     from torch.distributed.optim import ZeroRedundancyOptimizer

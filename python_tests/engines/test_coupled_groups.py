@@ -261,3 +261,26 @@ def test_a_step_that_is_called_off(engine: str) -> None:
     optimizer.grad_scale = torch.ones((), device=DEVICE)
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"penalty": "l1"}, {"penalty": "tl1"}, {"group_lasso": 0.1}], ids=str)
+def test_slices_of_no_group(engine: str, options: dict[str, Any]) -> None:
+    """A negative integer: no penalty, no pull, no lasso, and no share of a schedule."""
+    w = nn.Parameter(torch.randn(4, CHANNELS, generator=generator(0), device=DEVICE) * 0.1)
+    free = nn.Parameter(w.detach()[:, 5:].clone())
+    optimizer = rk.RVSM(
+        [w], lr=0.1, engine=engine, coupling=(0, 1, 2, 3, 4, -1, -2), statistics=True, **{**SPLIT, **options}
+    )
+    plain = rk.RVSM([free], lr=0.1, engine=engine, penalty=None)
+    w.grad = torch.ones_like(w)
+    free.grad = torch.ones_like(free)
+    value = float(optimizer.penalty_value())
+    optimizer.step()
+    plain.step()
+    torch.testing.assert_close(w.detach()[:, 5:], free.detach())
+    assert float(optimizer.statistics().total.value) == pytest.approx(value, rel=1e-5)
+    schedule = rk.SparsitySchedule(optimizer, 0.4, end=1, of="groups")
+    schedule.step()
+    with optimizer.sparse_weights():
+        assert int((w == 0).all(0).sum()) == 2
+        torch.testing.assert_close(w.detach()[:, 5:], free.detach())

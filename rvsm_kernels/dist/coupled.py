@@ -2,7 +2,7 @@
 
 A param group's ``coupling`` has an integer for each index of ``group_dim`` (each block of ``group_block`` indices).
 Equal integers under one ``coupling_name``, in one weight or in several, are one group: ||w_G||^2 is the sum over all
-of its slices (docs/method.md, section 2).
+of its slices (docs/method.md, section 2). A slice with a negative integer belongs to none, and is left as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from ..engines.squares import squares
 from ..method.device_numbers import is_on_device
 from ..method.dtypes import opmath_type
-from ..method.groups import Grouping, group_dims, grouping_of, size_of_block
+from ..method.groups import Grouping, group_dims, group_size, grouping_of, size_of_block
 from ..method.memory import kind_of
 from ..method.parameters import is_left_alone, param_name
 from ..method.penalties import PENALTIES, shrink
@@ -29,6 +29,8 @@ from .norms import rows_of as of_weights
 from .shards import dividing_ranks, first_index_here, is_sharded, refuse_cut_blocks, shard_of
 
 _PENALTY = COLUMNS.index("penalty")
+_FREE = 1e30
+"""What stands for the norm of slices of no group: no penalty moves a group so large, nor does a group lasso."""
 _ALIKE = ("penalty", "lam", "beta", "a", "group_scale")
 """What weights that hang together must agree on."""
 
@@ -38,12 +40,12 @@ class Member(NamedTuple):
 
     Attributes:
         place: that of its param group.
-        slices: the coupled group of each of its slices, int64, on its device.
-        here: the same of the slices that this rank has a part of: other ones where it is a DTensor.
+        slices: the coupled group of each of its slices that belongs to one, int64, on its device.
+        here: the same of all slices that this rank has a part of; those of no group have the number behind the last.
         firsts: the coupled groups that it has the first slice of, int64.
         leader: the place of the group and the name of the first weight that hangs together with it: that has a group
             with it, directly or through others.
-        share: 1 / (how many slices the coupled group of each slice here has), float64.
+        share: 1 / (how many slices the coupled group of each slice here has), float64; 0 for those of no group.
         size: the mean number of elements of the groups that hang together with its own: what ``group_scale`` takes.
     """
 
@@ -60,7 +62,7 @@ class Member(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Norms of the coupled groups of a weight, float64: of each of its slices, of those here, of its firsts."""
+    """Norms of the coupled groups of a weight, float64: of its slices, of those here, of its firsts (see Member)."""
 
     slices: Tensor
     here: Tensor
@@ -107,16 +109,17 @@ class _Device(NamedTuple):
     device: torch.device
 
     def norms(self, rows_of: Callable[[Member], Sequence[Tensor]], rows: int) -> Tensor:
-        """The norms of all coupled groups, float64 of shape (rows, groups), added up along a fixed order.
+        """The norms of all coupled groups and one for slices of none, float64 (rows, groups + 1), along a fixed order.
 
         Args:
             rows_of: tensors like what a rank has of a weight, whose norms are wanted; where there are fewer than
                 ``rows``, the last counts.
         """
-        total = torch.zeros(rows, self.groups, dtype=torch.float64, device=self.device)
+        total = torch.zeros(rows, self.groups + 1, dtype=torch.float64, device=self.device)
         for sums in self.sums:
             sums.add(total, rows_of)
-        return total.sqrt_()
+        total.sqrt_()[:, self.groups] = _FREE
+        return total
 
 
 class _Rooms(NamedTuple):
@@ -137,7 +140,7 @@ class _Rooms(NamedTuple):
         rows_of, by_param, of_devices = dict(wanted), {}, []
         for members, _, groups, device in devices:
             moved = [member for member in members if member.p in rows_of]
-            places = [torch.cat([m.here + k * groups for k in range(rows_of[m.p])]) for m in moved]
+            places = [torch.cat([m.here + k * (groups + 1) for k in range(rows_of[m.p])]) for m in moved]
             flat = torch.empty(sum(map(len, places)), dtype=torch.float64, device=device)
             for member, room in zip(moved, flat.split([len(of_member) for of_member in places]), strict=True):
                 by_param[member.p] = room.view(rows_of[member.p], len(member.here))
@@ -331,21 +334,24 @@ def _couple(found: Sequence[tuple[int, str, Tensor, Mapping[str, Any]]]) -> list
 
 def _couple_on(device: torch.device, entries: Sequence[tuple[int, str, Tensor, Mapping[str, Any]]]) -> _Device:
     number: dict[tuple[str | None, int], int] = {}  # of each coupled group
-    indices = [
-        torch.tensor([number.setdefault((group["coupling_name"], k), len(number)) for k in group["coupling"]])
+    numbers = [
+        [number.setdefault((group["coupling_name"], k), len(number)) if k >= 0 else -1 for k in group["coupling"]]
         for _, _, _, group in entries
     ]
+    none = len(number)  # the number of slices of no group
+    indices = [torch.tensor([none if k < 0 else k for k in of_weight], dtype=torch.int64) for of_weight in numbers]
     sizes = [len(index) for index in indices]
     flat = torch.cat(indices)
-    lengths = torch.bincount(flat, minlength=len(number))
+    lengths = torch.bincount(flat, minlength=none + 1)
     order = flat.argsort(stable=True)
     first = torch.zeros(len(flat), dtype=torch.bool)
-    first[order[lengths.cumsum(0) - lengths]] = True
+    first[order[(lengths.cumsum(0) - lengths)[:none]]] = True
     firsts = [index[of_weight] for index, of_weight in zip(indices, first.split(sizes), strict=True)]
-    together = _hanging_together(indices)
+    together = _hanging_together([index[index < none] for index in indices])
+    shares = torch.where(torch.arange(none + 1) < none, 1.0 / lengths.double(), 0.0)
     elements, counts = [0] * len(entries), [0] * len(entries)  # of the weights that hang together, at the first of them
-    for k, (_, _, p, _) in enumerate(entries):
-        elements[together[k]] += p.numel()
+    for k, (_, _, p, group) in enumerate(entries):
+        elements[together[k]] += int((indices[k] < none).sum()) * group_size(p.shape, grouping_of(group))
         counts[together[k]] += len(firsts[k])
     members = []
     by_ranks: dict[tuple[Any, ...], list[Member]] = {}
@@ -356,12 +362,12 @@ def _couple_on(device: torch.device, entries: Sequence[tuple[int, str, Tensor, M
             place=place,
             name=name,
             grouping=grouping_of(group),
-            slices=indices[k].to(device),
+            slices=indices[k][indices[k] < none].to(device),
             here=here.to(device),
             firsts=firsts[k].to(device),
             leader=entries[together[k]][:2],
-            share=(1.0 / lengths[here].double()).to(device),
-            size=elements[together[k]] / counts[together[k]],
+            share=shares[here].to(device),
+            size=elements[together[k]] / max(counts[together[k]], 1),
         )
         members.append(member)
         ranks = tuple(ranks for ranks, _ in dividing_ranks(p)) if is_sharded(p) else ()
@@ -369,8 +375,8 @@ def _couple_on(device: torch.device, entries: Sequence[tuple[int, str, Tensor, M
     sums = []
     for ranks, alike in by_ranks.items():
         here = torch.cat([member.here for member in alike])
-        sums.append(_Sums(ranks, alike, here.argsort(stable=True), torch.bincount(here, minlength=len(number))))
-    return _Device(members, sums, len(number), device)
+        sums.append(_Sums(ranks, alike, here.argsort(stable=True), torch.bincount(here, minlength=none + 1)))
+    return _Device(members, sums, none, device)
 
 
 def _slices_here(p: Tensor, grouping: Grouping) -> slice:

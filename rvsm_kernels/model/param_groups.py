@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -53,6 +55,8 @@ _THIN = "a bias, a norm or another parameter of fewer than two dimensions"
 _BIAS = "a bias"
 _FLAT = "flattened by FullyShardedDataParallel: it has no shape left"
 _FROZEN = "frozen"
+_BUFFER = "a buffer, which is not trained"
+_PACKED = "quantized, and not trained"
 _ROUTER = "a router, which chooses the experts; include its type to penalise it"
 
 
@@ -375,6 +379,7 @@ def counted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]
     """(name, tensor, why it is not penalised or None) of every weight that a model computes with.
 
     Those are all of two dimensions or more but biases; of a pruned or parametrised layer the tensor that comes out.
+    Also sparse, quantized and int8 buffers, and the weights that the quantized layers of torch.ao keep packed.
     """
     for w in weights_of(model):
         if w.left in (_THIN, _BIAS) or is_lazy(w.param):
@@ -386,6 +391,12 @@ def counted_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]
                 yield (*found, w.left)
         else:
             yield w.name, w.param.detach(), None if w.left == _FROZEN else w.left
+    for name, buffer in model.named_buffers():
+        if buffer.dim() >= 2 and (buffer.layout != torch.strided or buffer.is_quantized or buffer.dtype == torch.int8):
+            yield name, buffer, _BUFFER
+    for prefix, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.") and inspect.ismethod(getattr(module, "weight", None)):
+            yield f"{prefix}.weight" if prefix else "weight", module.weight(), _PACKED
 
 
 def _effective(local: str, owner: nn.Module, prefix: str, model: nn.Module) -> tuple[str, Tensor] | None:

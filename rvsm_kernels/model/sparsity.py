@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dist.shards import is_of_shards, shard_of
+from ..dist.shards import is_of_shards, is_sharded, shard_of
 from ..dist.sums import add_ranks, zeros_of
 from ..method.groups import GroupDim, Grouping, check_grouping, group_count, grouping, magnitudes, once
 from ..method.memory import kind_of, whole
@@ -115,10 +116,16 @@ class SparsityReport:
 
 
 def _dense(t: Tensor) -> Tensor:
-    """A sparse or quantized tensor as an ordinary one."""
+    """A sparse or quantized tensor as an ordinary one; also torchao's, which are subclasses of Tensor."""
     if t.layout != torch.strided:
         return t.to_dense()
-    return t.dequantize() if t.is_quantized else t
+    if t.is_quantized:
+        return t.dequantize()
+    if kind_of(t) is not None and t.device.type != "meta" and not is_sharded(t):
+        with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError, TypeError):
+            found = t.dequantize()
+            return found if kind_of(found) is None else t
+    return t
 
 
 def is_all_zero(t: Tensor) -> bool:
@@ -194,8 +201,8 @@ def sparsity(
     """How sparse a model is as it stands: all its weights of two dimensions and more.
 
     The report says which of them :func:`rvsm_kernels.param_groups` would leave dense, and which cannot be counted. Of a
-    pruned or parametrised layer the weight that comes out is counted; sparse and quantized tensors are counted as the
-    dense ones that they stand for.
+    pruned or parametrised layer the weight that comes out is counted; sparse and quantized tensors (torchao's too) are
+    counted as the dense ones that they stand for, also where a module holds them as buffers, as it does int8 weights.
 
     Args:
         model: any module.
