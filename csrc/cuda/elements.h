@@ -46,7 +46,14 @@ struct GroupPull {
   RVSM_HD_MEMBER Element element(uint32_t group) const {
     return {static_cast<const T*>(factors.ratio)[group], kLasso ? static_cast<const T*>(factors.length)[group] : T(1)};
   }
-  RVSM_HD_MEMBER Element from(uint32_t at) const { return element(factors.group(at)); }
+  struct FromPlace {
+    const GroupPull& pull;
+    uint32_t at;
+    RVSM_HD_MEMBER void operator()(T v, T w, uint32_t k, T& u, T& unit) const {
+      pull.element(pull.factors.group(at + k))(v, w, k, u, unit);
+    }
+  };
+  RVSM_HD_MEMBER FromPlace from(uint32_t at) const { return {*this, at}; }
 
   // The elements of a vector, whose groups need less arithmetic together.
   struct OfVector {
