@@ -9,12 +9,6 @@
 
 namespace rvsm::cuda {
 
-// 16 bytes of storage: one access.
-template <class S>
-struct alignas(16) Vector {
-  S at[kWidth<S>];
-};
-
 // ---- u of one element -----------------------------------------------------------------------------------------------
 
 // A pull gives u and unit = w_G / ||w_G|| of an element. pull.from(at) is the pull of the elements from offset `at` on
@@ -38,14 +32,41 @@ struct ElementPull {
 template <bool kLasso, class T>
 struct GroupPull {
   static constexpr bool kMayLasso = kLasso;
-  RVSM_HD_MEMBER bool pulls(const Prox<T>& prox) const { return prox.penalty != Penalty::none; }
+  // Without a lasso there is a penalty, or there would be no groups.
+  RVSM_HD_MEMBER bool pulls(const Prox<T>& prox) const { return !kLasso || prox.penalty != Penalty::none; }
   const FactorPlace& factors;
-  uint32_t at;
-  RVSM_HD_MEMBER GroupPull from(uint32_t place) const { return {factors, place}; }
-  RVSM_HD_MEMBER void operator()(T v, T w, uint32_t k, T& u, T& unit) const {
-    const uint32_t group = factors.group(at + k);
-    u = v * static_cast<const T*>(factors.ratio)[group];
-    unit = kLasso ? w / static_cast<const T*>(factors.length)[group] : T(0);
+
+  struct Element {
+    T ratio, length;
+    RVSM_HD_MEMBER void operator()(T v, T w, uint32_t, T& u, T& unit) const {
+      u = v * ratio;
+      unit = kLasso ? w / length : T(0);
+    }
+  };
+  RVSM_HD_MEMBER Element element(uint32_t group) const {
+    return {static_cast<const T*>(factors.ratio)[group], kLasso ? static_cast<const T*>(factors.length)[group] : T(1)};
+  }
+  struct FromPlace {
+    const GroupPull& pull;
+    uint32_t at;
+    RVSM_HD_MEMBER void operator()(T v, T w, uint32_t k, T& u, T& unit) const {
+      pull.element(pull.factors.group(at + k))(v, w, k, u, unit);
+    }
+  };
+  RVSM_HD_MEMBER FromPlace from(uint32_t at) const { return {*this, at}; }
+
+  // The elements of a vector, whose groups need less arithmetic together.
+  struct OfVector {
+    const GroupPull& pull;
+    FactorPlace::Following groups;
+    RVSM_HD_MEMBER void operator()(T v, T w, uint32_t k, T& u, T& unit) const {
+      pull.element(groups(k))(v, w, k, u, unit);
+    }
+  };
+  template <int kN>
+  RVSM_HD_MEMBER OfVector of_vector(uint32_t at) const {
+    static_assert(kN <= kMostFollowing);
+    return {*this, factors.following(at)};
   }
 };
 
@@ -109,13 +130,28 @@ constexpr bool kOverVectors = false;
 template <class T>
 constexpr bool kOverVectors<VectorPull<T>> = true;
 
+// With a lasso the division of each element is what costs, and the registers of both are too many.
+template <class Pull>
+constexpr bool kInGroups = false;
+template <class T>
+constexpr bool kInGroups<GroupPull<false, T>> = true;
+
 // The pull of a vector at a place; see VectorPull::over.
 template <int kN, class Pull, class V>
 RVSM_HD auto pull_of_vector(const Pull& pull, uint32_t at, const V& v) {
   if constexpr (kOverVectors<Pull>)
     return pull.template over<kN>(v);
+  else if constexpr (kInGroups<Pull>)
+    return pull.template of_vector<kN>(at);
   else
     return pull.from(at);
+}
+
+// The span as that pull takes it: in single elements where a vector may hold more than a row of groups.
+template <int kN, class Pull>
+RVSM_HD Span span_of_pull(Span span, const Pull& pull) {
+  if constexpr (kInGroups<Pull>) span.vectors = span.vectors && pull.factors.columns >= uint32_t(kN);
+  return span;
 }
 
 // Calls f(record, pull) with the record and the pull that belong to an entry's slot. kCut: a record may have a cut.
@@ -124,7 +160,9 @@ RVSM_HD void with_pull(const Table& t, uint16_t slot, const F& f) {
   if (slot & kGrouped) {
     const FactorPlace& factors = slot_of<FactorPlace>(t, slot & ~kGrouped);
     const Record<T, Base>& record = slot_of<Record<T, Base>>(t, factors.record);
-    return record.lasso ? f(record, GroupPull<true, T>{factors, 0}) : f(record, GroupPull<false, T>{factors, 0});
+    if (record.lasso) return f(record, GroupPull<true, T>{factors});
+    if (record.split.prox.penalty != Penalty::none) return f(record, GroupPull<false, T>{factors});
+    return f(record, ElementPull<Penalty::none, T>{record.split.prox});
   }
   const Record<T, Base>& record = slot_of<Record<T, Base>>(t, slot);
   if (kCut && record.keep != 0) {
@@ -227,7 +265,7 @@ RVSM_HD void step_elements(const Entry& e, const Record<T, Base>& record,
     step_element<Base, kHasState>(wi, gi, si, at, k, factor, method, record.split, on, numbers, base_on);
   };
   for_elements<S>(
-      span, thread,
+      span_of_pull<kWidth<S>>(span, pull), thread,
       [&](uint32_t i) {
         Vector<S> wv = *reinterpret_cast<const Vector<S>*>(w + i), gv{}, sv[kStates + 1];
         if (Base::kReadsGrad) gv = *reinterpret_cast<const Vector<S>*>(g + i);
@@ -298,21 +336,29 @@ RVSM_HD void prox_elements(const Entry& e, const Span& span, int thread, uint32_
   using T = Opmath<S>;
   S* const u = static_cast<S*>(e.w) + span.begin;
   const S* const w = static_cast<const S*>(e.g) + span.begin;
-  const auto element = [&](S& us, S ws, const auto& at, uint32_t k) {
-    T ui, unit;
-    at(T(load(ws)), T(load(ws)), k, ui, unit);
-    store(us, ui);
-  };
   for_elements<S>(
-      span, thread,
+      span_of_pull<kWidth<S>>(span, pull), thread,
       [&](uint32_t i) {
         Vector<S> v = *reinterpret_cast<const Vector<S>*>(w + i);
-        const auto at = pull.from(first + i);
+        const auto at = pull_of_vector<kWidth<S>>(pull, first + i, [&](int k) { return T(load(v.at[k])); });
         RVSM_UNROLL
-        for (int k = 0; k < kWidth<S>; ++k) element(v.at[k], v.at[k], at, k);
+        for (int k = 0; k < kWidth<S>; k += 2) {
+          T u[2], unit;
+          RVSM_UNROLL
+          for (int j = 0; j < 2; ++j) {
+            const T x = load(v.at[k + j]);
+            at(x, x, uint32_t(k + j), u[j], unit);
+          }
+          store_pair(&v.at[k], u[0], u[1]);
+        }
         *reinterpret_cast<Vector<S>*>(u + i) = v;
       },
-      [&](uint32_t i) { element(u[i], w[i], pull.from(first + i), 0); });
+      [&](uint32_t i) {
+        T ui, unit;
+        const T x = load(w[i]);
+        pull.from(first + i)(x, x, 0, ui, unit);
+        store(u[i], ui);
+      });
 }
 
 template <class S>
@@ -325,6 +371,31 @@ RVSM_HD void prox_thread(const Table& t, uint32_t block, int thread) {
 
 // ---- the penalty's value --------------------------------------------------------------------------------------------
 
+// The terms of lam P(u) + beta/2 ||w - u||^2, added in T: within what is promised for the few of them that a vector
+// has. A conversion of each to double would cost more than an element of a half type takes from memory.
+template <Penalty kPenalty, class T>
+struct PenaltyTerms {
+  T value = 0, squares = 0;
+
+  // What the gaps are multiplied with. No gap is above the cut: so no square is above 1, and none is lost that matters.
+  RVSM_HD_MEMBER static T unit(const Prox<T>& f) { return f.cut > T(1e-30) && f.cut < T(1e30) ? T(1) / f.cut : T(1); }
+  RVSM_HD_MEMBER void add(T r, const Prox<T>& f, T unit) {
+    const T s = shrink<kPenalty>(r, f), gap = (r - s) * unit;
+    squares = squares + gap * gap;
+    if (kPenalty == Penalty::tl1) {
+      // Without its factor a + 1; beyond `most` it is 1. A NaN is in the gap.
+      const T most = T(1e30), limited = s < most ? s : most;
+      value = value + limited * tl1_reciprocal(f.a + limited);
+    } else {
+      value = value + rvsm::value<kPenalty>(s, f.a);
+    }
+  }
+};
+
+// Whether the terms of a vector are added in the type of the arithmetic before they become double.
+template <Penalty kPenalty, class S>
+constexpr bool kAddsInT = sizeof(S) == 2 || (sizeof(S) == 4 && kPenalty == Penalty::tl1);
+
 // lam P(u) + beta/2 |w - u|^2 over the thread's elements, which are weights or norms of groups.
 template <class S>
 RVSM_HD double penalty_thread(const Table& t, const Place<0>& place, int thread) {
@@ -333,17 +404,33 @@ RVSM_HD double penalty_thread(const Table& t, const Place<0>& place, int thread)
   const S* const w = static_cast<const S*>(place.entry.g) + place.span.begin;
   double sum = 0;
   with_penalty(value.prox.penalty, [&](auto tag) {
-    const auto add = [&](S r) {
-      sum += penalty_term<decltype(tag)::value>(std::fabs(T(load(r))), value.prox, value.lam, value.beta);
-    };
-    for_elements<S>(
-        place.span, thread,
-        [&](uint32_t i) {
-          const Vector<S> v = *reinterpret_cast<const Vector<S>*>(w + i);
-          RVSM_UNROLL
-          for (int k = 0; k < kWidth<S>; ++k) add(v.at[k]);
+    constexpr Penalty kPenalty = decltype(tag)::value;
+    using Terms = PenaltyTerms<kPenalty, T>;
+    const Prox<T> prox = value.prox;
+    const T unit = Terms::unit(prox);
+    double values = 0, squares = 0;
+    const auto add = [&](S r) { sum += penalty_term<kPenalty>(std::fabs(T(load(r))), prox, value.lam, value.beta); };
+    // tl1 is bound by its arithmetic, and its code is long.
+    constexpr int kAhead = kPenalty == Penalty::tl1 ? 2 : kVectors;
+    for_elements_ahead<kAhead>(
+        place.span, thread, w,
+        [&](const Vector<S>& v) {
+          if constexpr (kAddsInT<kPenalty, S>) {
+            Terms terms;
+            RVSM_UNROLL
+            for (int k = 0; k < kWidth<S>; ++k) terms.add(std::fabs(T(load(v.at[k]))), prox, unit);
+            values += double(terms.value);
+            squares += double(terms.squares);
+          } else {
+            RVSM_UNROLL
+            for (int k = 0; k < kWidth<S>; ++k) add(v.at[k]);
+          }
         },
         [&](uint32_t i) { add(w[i]); });
+    if constexpr (kAddsInT<kPenalty, S>) {
+      const double lam = kPenalty == Penalty::tl1 ? value.lam * (double(prox.a) + 1) : value.lam;
+      sum += lam * values + value.beta / 2 / (double(unit) * double(unit)) * squares;
+    }
   });
   return sum;
 }

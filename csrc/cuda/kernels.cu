@@ -26,25 +26,32 @@ template <class S, class Base, bool kHasState>
 constexpr int step_blocks() {
   constexpr bool kHalf = sizeof(S) == 2, kTwoArrays = Base::kStates > 0 || Base::kWritesGrad;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-  if (Base::kStates > 2) return 2;
+  if (Base::kStates > 2) return sizeof(S) == 8 && kHasState ? 1 : 2;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if (Base::kStates > 2 && sizeof(S) == 8 && kHasState) return 1;
 #endif
   if (Base::kStates > 1) return sizeof(S) != 4 || kHasState ? 2 : 3;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 900)
   if (kHasState) return sizeof(S) == 8 ? 2 : 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  if (kHasState) return sizeof(S) == 4 && Base::kStates == 0 ? 3 : 2;
 #else
   if (kHasState) return sizeof(S) == 4 ? 3 : 2;
 #endif
-  if (sizeof(S) == 8 || !kTwoArrays) return kBlocks<S>;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if (sizeof(S) == 8) return Base::kStates > 0 ? 2 : kBlocks<S>;
+  if (kHalf && !kTwoArrays) return kBlocks<S> > 4 ? 4 : kBlocks<S>;
+#endif
+  if (sizeof(S) == 8) return kBlocks<S>;
+  if (!kTwoArrays) return kHalf && !Base::kReadsGrad && kBlocks<S> > 5 ? 5 : kBlocks<S>;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
-  return kHalf ? 4 : 3;
+  return 3;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
   return kHalf ? 2 : 3;  // with the windows of N:M in registers
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return kHalf ? 3 : 4;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return kHalf && Base::kWritesGrad ? 5 : kBlocks<S>;
+  return kHalf ? (Base::kWritesGrad ? 4 : 5) : kBlocks<S>;
 #else
   return kHalf ? 5 : kBlocks<S>;
 #endif
@@ -64,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, kBlocks<S>) prox_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 2 && kBlocks<S> > 5 ? 5 : kBlocks<S>)
+    prox_kernel(const __grid_constant__ Table table) {
   prox_thread<S>(table, blockIdx.x, int(threadIdx.x));
 }
 
@@ -72,6 +80,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<S>) prox_kernel(const __grid
 template <class S, class Base>
 constexpr int resident_blocks() {
   if (Base::kStates > 1) return sizeof(S) == 4 ? 3 : 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 860
+  if (sizeof(S) == 4) return Base::kStates > 0 ? 4 : 5;
+#endif
+  if (sizeof(S) == 4 && Base::kStates > 0 && kMostBlocks > 5) return 5;
   return sizeof(S) == 2 ? 4 : kBlocks<S>;
 }
 
@@ -82,9 +94,15 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<S, Base>())
   resident_block<S, Base, kStep>(table, blockIdx.x, shared, ForThreads{});
 }
 
-// With a dual a second vector is held while a first one is added to it.
+// With a dual there is a second vector to each; those of half types have twice the sums.
+template <class S, bool kDual>
+constexpr int sum_blocks() {
+  if (kDual) return 3;
+  return sizeof(S) == 2 && kBlocks<S> > 4 ? 4 : kBlocks<S>;
+}
+
 template <class S, bool kSquares, bool kDual, class T>
-__global__ void __launch_bounds__(kThreads, kDual ? 3 : kBlocks<S>) sum_kernel(const __grid_constant__ SumTable table) {
+__global__ void __launch_bounds__(kThreads, sum_blocks<S, kDual>()) sum_kernel(const __grid_constant__ SumTable table) {
   __shared__ double sums[kSums<S>];
   sum_block<S, kSquares, kDual, T>(table, blockIdx.x, sums, ForThreads{});
 }
@@ -105,9 +123,7 @@ __global__ void __launch_bounds__(kThreads, 4) penalty_kernel(const __grid_const
 template <class T>
 constexpr int measure_blocks() {
   if (sizeof(T) == 8) return 1;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-  return 3;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return 2;
 #else
   return 4;

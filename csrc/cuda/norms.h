@@ -102,22 +102,50 @@ RVSM_HD void add_to(double& sum, double x) {
   sum += kSquares ? x * x : x;
 }
 
-// Adds kLoad elements at p to the sums, read by one access. A dual is added to them in the type of the arithmetic, as
-// the step does. `dual`: its distance from p in bytes, 0 where there is none; kDual: whether there may be a dual.
-template <int kLoad, bool kSquares, bool kDual, class S>
-RVSM_HD void add_vector(double* sums, const S* p, int64_t dual) {
-  const S* const q = reinterpret_cast<const S*>(reinterpret_cast<const char*>(p) + dual);
-  if constexpr (kLoad == 1) {
-    add_to<kSquares>(sums[0], kDual && dual != 0 ? double(load(*p) + load(*q)) : double(load(*p)));
-  } else {
-    const Vector<S> v = *reinterpret_cast<const Vector<S>*>(p);
-    if (kDual && dual != 0) {
-      const Vector<S> y = *reinterpret_cast<const Vector<S>*>(q);
+// kLoad elements, as one access reads them.
+template <int kLoad, class S>
+struct Loaded {
+  using Type = Vector<S>;
+};
+template <class S>
+struct Loaded<1, S> {
+  using Type = S;
+};
+
+template <class S>
+RVSM_HD S element_of(const S& x, int) {
+  return x;
+}
+template <class S>
+RVSM_HD S element_of(const Vector<S>& v, int k) {
+  return v.at[k];
+}
+
+// Adds the elements at p, p + step, ... below `end` to the sums, kLoad of them by one access and kAhead accesses before
+// the first is looked at: they wait for memory together. A dual is added to them in the type of the arithmetic, as the
+// step does. `dual`: its distance from p in bytes, 0 where there is none; kDual: whether there may be a dual.
+template <int kLoad, int kAhead, bool kSquares, bool kDual, class S, class Step>
+RVSM_HD void add_run(double* sums, const S* p, uint32_t i, uint32_t end, uint32_t distance, Step step, int64_t dual) {
+  using Access = typename Loaded<kLoad, S>::Type;
+  RVSM_NO_UNROLL
+  for (; i < end; i += kAhead * distance, p += kAhead * step) {
+    Access x[kAhead], y[kAhead];
+    RVSM_UNROLL
+    for (uint32_t a = 0; a < kAhead; ++a) {
+      if (i + a * distance >= end) continue;
+      x[a] = *reinterpret_cast<const Access*>(p + a * step);
+      if (kDual && dual != 0)
+        y[a] = *reinterpret_cast<const Access*>(reinterpret_cast<const char*>(p + a * step) + dual);
+    }
+    RVSM_KEEP_ORDER();
+    RVSM_UNROLL
+    for (uint32_t a = 0; a < kAhead; ++a) {
+      if (i + a * distance >= end) continue;
       RVSM_UNROLL
-      for (int k = 0; k < kLoad; ++k) add_to<kSquares>(sums[k], double(load(v.at[k]) + load(y.at[k])));
-    } else {
-      RVSM_UNROLL
-      for (int k = 0; k < kLoad; ++k) add_to<kSquares>(sums[k], double(load(v.at[k])));
+      for (int k = 0; k < kLoad; ++k) {
+        const auto v = load(element_of(x[a], k));
+        add_to<kSquares>(sums[k], kDual && dual != 0 ? double(v + load(element_of(y[a], k))) : double(v));
+      }
     }
   }
 }
@@ -148,9 +176,8 @@ RVSM_HD float load_as(const void* array, Dtype dtype, int64_t i) {
   return static_cast<const float*>(array)[i];
 }
 
-template <int kLoad, bool kSquares, bool kDual>
-RVSM_HD void add_vector(double* sums, const ElementsOf<GeneralWeights>::Place& p, int64_t) {
-  static_assert(kLoad == 1, "general weights are read one by one");
+template <bool kSquares, bool kDual>
+RVSM_HD void add_general(double* sums, const ElementsOf<GeneralWeights>::Place& p) {
   const SumEntry& e = *p.e;
   float x;
   const GeneralArrays& of = e.general;
@@ -163,6 +190,20 @@ RVSM_HD void add_vector(double* sums, const ElementsOf<GeneralWeights>::Place& p
   if (kDual && e.dual != nullptr) x += load_as(e.dual, of.dual_type, p.at);
   add_to<kSquares>(sums[0], double(x));
 }
+
+template <int kLoad, int kAhead, bool kSquares, bool kDual>
+RVSM_HD void add_run(double* sums, ElementsOf<GeneralWeights>::Place p, uint32_t i, uint32_t end, uint32_t distance,
+                     int64_t step, int64_t) {
+  static_assert(kLoad == 1, "general weights are read one by one");
+#if defined(__CUDACC__)
+#pragma unroll 4
+#endif
+  for (; i < end; i += distance, p += step) add_general<kSquares, kDual>(sums, p);
+}
+
+// Accesses of a thread that wait for memory together, as far as its registers allow.
+template <int kLoad, bool kDual>
+constexpr int kSumsAhead = kLoad == 4 || (kDual && kLoad == 8) ? 2 : 4;
 
 RVSM_HD int64_t to_dual(const SumEntry& e) {
   return e.dual == nullptr ? 0 : static_cast<const char*>(e.dual) - static_cast<const char*>(e.x);
@@ -177,10 +218,8 @@ RVSM_HD void sum_strip(const SumEntry& e, const Tile& t, const Matrix& m, int th
   if (column < t.groups * int(e.inner)) {
     const int64_t columns = e.groups * e.inner, step = columns * m.rows, dual = to_dual(e);
     typename ElementsOf<S>::Place p = ElementsOf<S>::begin(e) + (t.begin + row * columns + column);
-#if defined(__CUDACC__)
-#pragma unroll(kLoad == 1 ? 4 : kLoad == 4 ? 2 : 1)
-#endif
-    for (int k = row; k < t.rows; k += m.rows, p += step) add_vector<kLoad, kSquares, kDual>(acc, p, dual);
+    add_run<kLoad, kSumsAhead<kLoad, kDual>, kSquares, kDual>(acc, p, uint32_t(row), uint32_t(t.rows), uint32_t(m.rows),
+                                                              step, dual);
   }
   RVSM_UNROLL
   for (int k = 0; k < kLoad; ++k) sums[row * m.columns + column + k] = acc[k];
@@ -194,13 +233,10 @@ RVSM_HD void sum_team(const SumEntry& e, const Tile& t, const Matrix& m, int thr
   if (place < t.groups) {
     const int64_t columns = e.groups * e.inner, dual = to_dual(e);
     typename ElementsOf<S>::Place p = ElementsOf<S>::begin(e) + (t.begin + place * e.inner);
-    for (int k = 0; k < t.rows; ++k, p += columns) {
-#if defined(__CUDACC__)
-#pragma unroll(kLoad == 1 ? 4 : 1)
-#endif
-      for (int i = lane * kLoad; i < t.length; i += e.lanes * kLoad)
-        add_vector<kLoad, kSquares, kDual>(acc, p + i, dual);
-    }
+    const int first = lane * kLoad, step = e.lanes * kLoad;
+    for (int k = 0; k < t.rows; ++k, p += columns)
+      add_run<kLoad, kSumsAhead<kLoad, kDual>, kSquares, kDual>(acc, p + first, uint32_t(first), uint32_t(t.length),
+                                                                uint32_t(step), uint32_t(step), dual);
   }
   RVSM_UNROLL
   for (int k = 1; k < kLoad; ++k) acc[0] += acc[k];

@@ -51,18 +51,17 @@ struct TilePull {
   }
 };
 
-// Phase 1: one thread's share of the sums of its groups.
-template <int kLoad, class S>
+// Phase 1: one thread's share of the sums of its groups. kAhead: accesses that wait for memory together.
+template <int kLoad, int kAhead, class S>
 RVSM_HD void sum_groups(const S* w, const Tiles& t, int groups, int thread, double* sums) {
   const int lane = thread % t.lanes, step = kThreads / t.lanes;
   RVSM_NO_UNROLL
   for (int group = thread / t.lanes; group < t.tile; group += step) {
     double acc[kLoad] = {};
-    if (group < groups) {
-      RVSM_NO_UNROLL
-      for (uint32_t i = uint32_t(lane) * kLoad; i < t.inner; i += uint32_t(t.lanes) * kLoad)
-        add_vector<kLoad, true, false>(acc, w + uint32_t(group) * t.inner + i, 0);
-    }
+    const uint32_t first = uint32_t(lane) * kLoad, distance = uint32_t(t.lanes) * kLoad;
+    if (group < groups)
+      add_run<kLoad, kAhead, true, false>(acc, w + uint32_t(group) * t.inner + first, first, t.inner, distance,
+                                          distance, 0);
     RVSM_UNROLL
     for (int k = 1; k < kLoad; ++k) acc[0] += acc[k];
     sums[lane * t.tile + group] = acc[0];
@@ -85,11 +84,13 @@ RVSM_HD void resident_block(const Table& table, uint32_t block, ResidentShared<O
   const int64_t begin = int64_t(first) * t.inner;
   const S* const w = static_cast<const S*>(kStep ? e.w : e.g) + begin;
   const bool vectors = (e.rest & kScalar) == 0;
+  // Where fewer threads are at work, each has more registers.
+  constexpr int kAhead = Base::kStates > 1 && sizeof(S) == 2 ? 8 : Base::kStates > 1 || sizeof(S) != 4 ? 4 : 2;
   for_threads([&](int thread) {
     if (vectors)
-      sum_groups<kWidth<S>>(w, t, groups, thread, shared.sums);
+      sum_groups<kWidth<S>, kAhead>(w, t, groups, thread, shared.sums);
     else
-      sum_groups<1>(w, t, groups, thread, shared.sums);
+      sum_groups<1, 1>(w, t, groups, thread, shared.sums);
   });
   fold(shared.sums, t.lanes, t.tile, for_threads);
   for_threads([&](int thread) {

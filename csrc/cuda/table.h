@@ -31,6 +31,12 @@ constexpr int kVectors = 4;
 template <class S>
 constexpr int kWidth = 16 / int(sizeof(S));
 
+// 16 bytes of storage: one access.
+template <class S>
+struct alignas(16) Vector {
+  S at[kWidth<S>];
+};
+
 // Elements of a chunk, the share of one block.
 template <class S>
 constexpr int64_t kChunk = int64_t(kThreads) * kVectors * kWidth<S>;
@@ -89,12 +95,37 @@ struct alignas(32) FactorPlace {
   uint32_t columns, groups;
   Divider by_columns, by_inner, by_batch;
   uint32_t record;  // the slot of the Record
+  uint32_t inner;
 
   // The number of the group.
   RVSM_HD_MEMBER uint32_t group(uint32_t at) const {
     return by_batch(at) * groups + by_inner(at - by_columns(at) * columns);
   }
+
+  // The numbers of the groups of a few elements that follow each other, at most kMostFollowing and `columns`.
+  struct Following {
+    uint32_t first;        // of the first element
+    uint32_t place, step;  // of element k: (place + k * step) >> 16 more
+    uint32_t rest, back;   // from element `rest` on, which begins a row, so many less
+    RVSM_HD_MEMBER uint32_t operator()(uint32_t k) const {
+      return first + ((place + k * step) >> 16) - (k >= rest ? back : 0);
+    }
+  };
+  RVSM_HD_MEMBER Following following(uint32_t at) const;
 };
+
+constexpr uint32_t kMostFollowing = 8;
+
+RVSM_HD_MEMBER FactorPlace::Following FactorPlace::following(uint32_t at) const {
+  const uint32_t column = at - by_columns(at) * columns, batch = by_batch(at), in_row = by_inner(column);
+  const uint32_t rest = columns - column, of_group = inner - (column - in_row * inner);
+  // A group that goes on for more elements than follow is as good as a shorter one; below 16 a product with 2^16 / n
+  // divides exactly.
+  constexpr uint32_t kLong = 2 * kMostFollowing;
+  const uint32_t length = inner < kLong ? inner : kLong, left = of_group < length ? of_group : length;
+  const uint32_t step = (1u << 16) / length + 1;
+  return {batch * groups + in_row, (length - left) * step, step, rest, by_batch(at + rest) == batch ? groups : 0};
+}
 
 inline FactorPlace factor_place(const GroupView& v, const void* ratio, const void* length) {
   const int64_t columns = v.groups * v.inner;
@@ -105,7 +136,8 @@ inline FactorPlace factor_place(const GroupView& v, const void* ratio, const voi
           divider(columns),
           divider(v.inner),
           divider(v.outer * columns),
-          0};
+          0,
+          uint32_t(v.inner)};
 }
 
 // The numbers of a step, shared by all tensors with the same numbers; a tensor with top-k has a record of its own.
@@ -205,13 +237,36 @@ RVSM_HD Span span_of(const Entry& e, uint32_t chunk, uint32_t chunks) {
 
 // Calls vector(offset) for the thread's vectors and scalar(offset) for its single elements, counted from `begin`: 32
 // bits beside an address that all threads share.
-template <class S, class Vector, class Scalar>
-RVSM_HD void for_elements(const Span& s, int thread, const Vector& vector, const Scalar& scalar) {
+template <class S, class F, class Scalar>
+RVSM_HD void for_elements(const Span& s, int thread, const F& vector, const Scalar& scalar) {
   const uint32_t head = uint32_t(s.head), count = uint32_t(s.count), width = kWidth<S>, t = uint32_t(thread);
   if (t < head) scalar(t);
   const uint32_t whole = s.vectors ? count / width * width : 0;
   RVSM_NO_UNROLL
   for (uint32_t i = t * width; i < whole; i += kThreads * width) vector(head + i);
+  RVSM_NO_UNROLL
+  for (uint32_t i = whole + t; i < count; i += kThreads) scalar(head + i);
+}
+
+// The same where the elements of one array are read alone: vector(v) with the thread's vectors, of which kAhead are
+// read before the first is looked at.
+template <int kAhead, class S, class F, class Scalar>
+RVSM_HD void for_elements_ahead(const Span& s, int thread, const S* array, const F& vector, const Scalar& scalar) {
+  const uint32_t head = uint32_t(s.head), count = uint32_t(s.count), width = kWidth<S>, t = uint32_t(thread);
+  if (t < head) scalar(t);
+  const uint32_t whole = s.vectors ? count / width * width : 0;
+  RVSM_NO_UNROLL
+  for (uint32_t i = t * width; i < whole; i += kAhead * kThreads * width) {
+    Vector<S> v[kAhead];
+    RVSM_UNROLL
+    for (uint32_t k = 0; k < kAhead; ++k)
+      if (i + k * kThreads * width < whole)
+        v[k] = *reinterpret_cast<const Vector<S>*>(array + head + i + k * kThreads * width);
+    RVSM_KEEP_ORDER();
+    RVSM_UNROLL
+    for (uint32_t k = 0; k < kAhead; ++k)
+      if (i + k * kThreads * width < whole) vector(v[k]);
+  }
   RVSM_NO_UNROLL
   for (uint32_t i = whole + t; i < count; i += kThreads) scalar(head + i);
 }

@@ -70,13 +70,52 @@ struct Tl1Fit<double> {
   }
 };
 
+// 1 / x, sqrt(x) and x + x y + x z, or 0 where that is negative, as tl1 needs them. On a device without the scaling of
+// subnormal operands and results, which costs nine instructions: above the cut a + r is none, and a root so small is 0
+// beside 1/2.
+template <class T>
+RVSM_HD T tl1_reciprocal(T x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+  }
+#endif
+  return T(1) / x;
+}
+
+template <class T>
+RVSM_HD T tl1_root(T x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) {
+    float r;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+  }
+#endif
+  return std::sqrt(x);
+}
+
+template <class T>
+RVSM_HD T tl1_rest(T x, T y, T z) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) {
+    float r;  // also at most 1, which x (1 + y + z) is
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(x), "f"(z), "f"(std::fma(x, y, x)));
+    return r;
+  }
+#endif
+  const T r = x + x * y + x * z;
+  return r < T(0) ? T(0) : r;
+}
+
 template <class T>
 RVSM_HD T tl1_shrink(T r, const Prox<T>& f) {
-  const T inv = reciprocal(f.a + r);
-  const T x = f.rho * inv;  // q = x^3
+  const T inv = tl1_reciprocal(f.a + r);
+  const T x = f.rho * inv, x2 = x * x;  // q = x^3
   // 1 - q = (1 - x)(1 + x + x^2), and 1 - x = (r - edge) / R without a difference of nearly equal numbers.
-  const T rest = (r - f.edge) * inv * (T(1) + x + x * x);
-  const T p = std::sqrt(rest < T(0) ? T(0) : rest) - T(0.5);
+  const T p = tl1_root(tl1_rest((r - f.edge) * inv, x, x2)) - T(0.5);
   T h = Tl1Fit<T>::at(Tl1Fit<T>::kTerms - 1);
 #if defined(__CUDACC__)
 #pragma unroll
@@ -84,10 +123,14 @@ RVSM_HD T tl1_shrink(T r, const Prox<T>& f) {
 #pragma GCC unroll 32
 #endif
   for (int k = Tl1Fit<T>::kTerms - 2; k >= 0; --k) h = h * p + Tl1Fit<T>::at(k);
-  const T s = r - (f.a + r) * (x * x * x) * h;
-  // The slope of shrink is at least 1, so r - cut bounds it from below: rounding cannot reach 0 above the cut.
-  const T least = r - f.cut;
-  return s < least ? least : s;
+  // R h(q), with R x = rho. The slope of shrink is at least 1, so that r - cut bounds it from below: rounding cannot
+  // reach 0 above the cut. Of an infinite r the gap is no number, and the cut stands in for it.
+  const T gap = f.rho * x2 * h;
+#if defined(__CUDA_ARCH__)
+  return r - std::fmin(gap, f.cut);
+#else
+  return r - (gap < f.cut ? gap : f.cut);
+#endif
 }
 
 // ---- every penalty ---------------------------------------------------------------------------------------------

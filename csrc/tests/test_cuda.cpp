@@ -97,7 +97,8 @@ void walk_far() {
 
 // The pieces of large tensors hold every element once, each with the number of its group.
 void check_pieces() {
-  const GroupView views[] = {{1, 1, 7, 5}, {3, 2, 4, 3}, {1, 1, 1, 37}, {7, 1, 3, 4}, {1, 9, 5, 1}, {2, 3, 2, 9}};
+  const GroupView views[] = {{1, 1, 7, 5}, {3, 2, 4, 3},  {1, 1, 1, 37}, {7, 1, 3, 4},  {1, 9, 5, 1}, {2, 3, 2, 9},
+                             {3, 2, 9, 1}, {2, 3, 3, 15}, {1, 2, 2, 16}, {2, 1, 3, 17}, {1, 5, 4, 2}};
   for (const GroupView& v : views) {
     for (int64_t limit = 2; limit < 60; ++limit) {
       const int64_t n = v.count() * v.size(), columns = v.groups * v.inner;
@@ -109,6 +110,10 @@ void check_pieces() {
         for (int64_t i = 0; i < piece.count() * piece.size(); ++i, ++next) {
           const int64_t want = next / (v.outer * columns) * v.groups + next % columns / v.inner;
           CHECK(group + c.group(uint32_t(i)) == want, "element %lld", static_cast<long long>(next));
+          const int64_t most = std::min<int64_t>(kMostFollowing, piece.groups * piece.inner);
+          for (int64_t from = std::max<int64_t>(0, i - most + 1); from <= i; ++from)
+            CHECK(group + c.following(uint32_t(from))(uint32_t(i - from)) == want, "element %lld from %lld",
+                  static_cast<long long>(next), static_cast<long long>(from));
         }
       });
       CHECK(next == n, "%lld elements of %lld", static_cast<long long>(next), static_cast<long long>(n));

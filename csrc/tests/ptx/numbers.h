@@ -97,6 +97,9 @@ struct Mode {
   uint64_t seed = 1;
 };
 
+// A subnormal number becomes 0 of its sign.
+inline float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+
 // What an approximation with an error of `ulps` units may return for the real number `exact`: the nearest float, the
 // largest, the smallest, or one of them by a hash of the operands, so that the same operands give the same result.
 // `relative`: a unit is 2^-23 times the number; else that of the last place.

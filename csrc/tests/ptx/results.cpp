@@ -177,16 +177,22 @@ uint64_t Machine::result_of(const Instruction& x, const uint64_t* registers, int
       return as_bits(f(a) * f(b));
     case Op::multiply_add_f32:
       return as_bits(std::fma(f(a), f(b), f(c)));
+    case Op::multiply_add_saturated_f32:  // NaN becomes 0
+      return as_bits(std::fmin(std::fmax(std::fma(f(a), f(b), f(c)), 0.0f), 1.0f));
     case Op::divide_approx_f32:
       return as_bits(approximation(double(f(a)) / double(f(b)), 2, false, mode, a << 32 ^ b));
     case Op::divide_f32:
       return as_bits(f(a) / f(b));
     case Op::reciprocal_approx_f32:
       return as_bits(approximation(1.0 / double(f(a)), 1, false, mode, a ^ 0x51));
+    case Op::reciprocal_approx_flushed_f32:
+      return as_bits(flushed(approximation(1.0 / double(flushed(f(a))), 1, false, mode, a ^ 0x51)));
     case Op::reciprocal_f32:
       return as_bits(1.0f / f(a));
     case Op::root_approx_f32:
       return as_bits(approximation(std::sqrt(double(f(a))), 1, true, mode, a ^ 0x77));
+    case Op::root_approx_flushed_f32:
+      return as_bits(flushed(approximation(std::sqrt(double(flushed(f(a)))), 1, true, mode, a ^ 0x77)));
     case Op::root_f32:
       return as_bits(std::sqrt(f(a)));
     case Op::absolute_f32:
