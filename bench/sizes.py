@@ -91,6 +91,6 @@ def render(result: Result) -> str:
     note = (
         "Kilobytes of a file of `rk.save_sparse` with everything in it, in brackets after gzip -9, and how many times"
         " smaller than dense float32. The tensors of ResNet-20 (272,474 parameters) with random elements, the smallest"
-        " set to zero by one cut. CSR: columns of one or two bytes. Chosen: what `rk.save_sparse` takes for each tensor."
+        " set to zero by one cut. CSR: columns of one or two bytes. Chosen: what `rk.save_sparse` takes, by tensor."
     )
     return "\n\n".join([table(["ResNet-20", *forms], rows), note, stamp(result)])
