@@ -34,6 +34,7 @@ _SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "floors": ("The floors that the project holds itself to (`python -m bench floors`)", ()),
     "host": ("Host time", ()),
     "memory": ("Memory", ()),
+    "sizes": ("Bytes on the disk (`python -m bench sizes`)", ()),
 }
 """Block name to (title, plots under its table): the sections of report.md."""
 

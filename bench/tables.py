@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import accuracy_tables, digits_task, targets_task, text_task
+from . import accuracy_tables, digits_task, sizes, targets_task, text_task
 from .baselines import LABELS
 from .cases import BASES
 from .floors import number
@@ -226,5 +226,6 @@ KINDS = {
     "text": text_task.table,
     "targets": targets_task.table,
     "accuracy": accuracy_tables.table,
+    "sizes": sizes.render,
 }
 """The function of every result file; also blocks of a README, beside ``headline`` and ``overview``."""
