@@ -26,7 +26,7 @@ template <class S, class Base, bool kHasState>
 constexpr int step_blocks() {
   constexpr bool kHalf = sizeof(S) == 2, kTwoArrays = Base::kStates > 0 || Base::kWritesGrad;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-  if (Base::kStates > 2) return sizeof(S) == 8 && kHasState ? 1 : 2;
+  if (Base::kStates > 1) return Base::kStates > 2 && sizeof(S) == 8 && kHasState ? 1 : 2;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if (Base::kStates > 2 && sizeof(S) == 8 && kHasState) return 1;
 #endif

@@ -130,6 +130,11 @@ RVSM_HD void add_run(double* sums, const S* p, uint32_t i, uint32_t end, uint32_
   RVSM_NO_UNROLL
   for (; i < end; i += kAhead * distance, p += kAhead * step) {
     Access x[kAhead], y[kAhead];
+    // A compiler adds single elements before it looks whether they are there. Vectors it leaves alone.
+    if constexpr (kLoad == 1) {
+      RVSM_UNROLL
+      for (uint32_t a = 0; a < kAhead; ++a) x[a] = y[a] = Access{};
+    }
     RVSM_UNROLL
     for (uint32_t a = 0; a < kAhead; ++a) {
       if (i + a * distance >= end) continue;
