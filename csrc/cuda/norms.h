@@ -130,8 +130,8 @@ RVSM_HD void add_run(double* sums, const S* p, uint32_t i, uint32_t end, uint32_
   RVSM_NO_UNROLL
   for (; i < end; i += kAhead * distance, p += kAhead * step) {
     Access x[kAhead], y[kAhead];
-    // A compiler adds single elements before it looks whether they are there. Vectors it leaves alone.
-    if constexpr (kLoad == 1) {
+    // A compiler adds numbers before it looks whether they are there; those of vectors of half types it leaves alone.
+    if constexpr (kLoad == 1 || sizeof(S) > 2) {
       RVSM_UNROLL
       for (uint32_t a = 0; a < kAhead; ++a) x[a] = y[a] = Access{};
     }
