@@ -189,8 +189,8 @@ def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
             least = min(least, 0.5 if "NoBase<1>" in kernel.name else 0.625)
         if kernel.name == "resident_kernel<float, Sgd<1>, true>":
             least = 0.625
-        if kernel.name.startswith("sum_kernel") and "16, true, false" in kernel.name:  # twice the sums
-            least = 0.5
+        if kernel.name.startswith("sum_kernel"):  # several loads in flight; half types have twice the sums
+            least = min(least, 0.5 if "16" in kernel.name else 0.625)
         if "AdamW" in kernel.name:
             least = 0.25 if state or "float" not in kernel.name else 0.375
         if kernel.name.startswith(("general_", "measure_")):  # eight elements of every array are held at a time

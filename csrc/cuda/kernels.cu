@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kThreads, resident_blocks<S, Base>())
 template <class S, bool kDual>
 constexpr int sum_blocks() {
   if (kDual) return 3;
-  return sizeof(S) == 2 && kBlocks<S> > 4 ? 4 : kBlocks<S>;
+  constexpr int kMost = sizeof(S) == 2 ? 4 : 5;
+  return kBlocks<S> > kMost ? kMost : kBlocks<S>;
 }
 
 template <class S, bool kSquares, bool kDual, class T>

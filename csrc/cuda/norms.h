@@ -130,17 +130,12 @@ RVSM_HD void add_run(double* sums, const S* p, uint32_t i, uint32_t end, uint32_
   RVSM_NO_UNROLL
   for (; i < end; i += kAhead * distance, p += kAhead * step) {
     Access x[kAhead], y[kAhead];
-    // A compiler adds single elements before it looks whether they are there. Vectors it leaves alone.
-    if constexpr (kLoad == 1) {
-      RVSM_UNROLL
-      for (uint32_t a = 0; a < kAhead; ++a) x[a] = y[a] = Access{};
-    }
+    // What is behind the end is read from the first place again, and not added.
     RVSM_UNROLL
     for (uint32_t a = 0; a < kAhead; ++a) {
-      if (i + a * distance >= end) continue;
-      x[a] = *reinterpret_cast<const Access*>(p + a * step);
-      if (kDual && dual != 0)
-        y[a] = *reinterpret_cast<const Access*>(reinterpret_cast<const char*>(p + a * step) + dual);
+      const S* const q = p + (i + a * distance < end ? a * step : 0);
+      x[a] = *reinterpret_cast<const Access*>(q);
+      if (kDual && dual != 0) y[a] = *reinterpret_cast<const Access*>(reinterpret_cast<const char*>(q) + dual);
     }
     RVSM_KEEP_ORDER();
     RVSM_UNROLL
@@ -208,7 +203,9 @@ RVSM_HD void add_run(double* sums, ElementsOf<GeneralWeights>::Place p, uint32_t
 
 // Accesses of a thread that wait for memory together, as far as its registers allow.
 template <int kLoad, bool kDual>
-constexpr int kSumsAhead = kLoad == 4 || (kDual && kLoad == 8) ? 2 : 4;
+constexpr int kSumsAhead = kLoad == 4 || (kDual && kLoad == 8) ? 2
+                           : kLoad == 8                        ? 3
+                                                               : 4;
 
 RVSM_HD int64_t to_dual(const SumEntry& e) {
   return e.dual == nullptr ? 0 : static_cast<const char*>(e.dual) - static_cast<const char*>(e.x);
