@@ -32,8 +32,10 @@ struct ElementPull {
 template <bool kLasso, class T>
 struct GroupPull {
   static constexpr bool kMayLasso = kLasso;
-  // Without a lasso there is a penalty, or there would be no groups.
-  RVSM_HD_MEMBER bool pulls(const Prox<T>& prox) const { return !kLasso || prox.penalty != Penalty::none; }
+  // In float32, without a lasso, there is a penalty: see with_pull.
+  RVSM_HD_MEMBER bool pulls(const Prox<T>& prox) const {
+    return (!kLasso && sizeof(T) == 4) || prox.penalty != Penalty::none;
+  }
   const FactorPlace& factors;
 
   struct Element {
@@ -130,11 +132,12 @@ constexpr bool kOverVectors = false;
 template <class T>
 constexpr bool kOverVectors<VectorPull<T>> = true;
 
-// With a lasso the division of each element is what costs, and the registers of both are too many.
+// With a lasso the division of each element is what costs, and the registers of both are too many; so they are in
+// double precision, whose vectors have two elements.
 template <class Pull>
 constexpr bool kInGroups = false;
-template <class T>
-constexpr bool kInGroups<GroupPull<false, T>> = true;
+template <>
+inline constexpr bool kInGroups<GroupPull<false, float>> = true;
 
 // The pull of a vector at a place; see VectorPull::over.
 template <int kN, class Pull, class V>
@@ -161,7 +164,7 @@ RVSM_HD void with_pull(const Table& t, uint16_t slot, const F& f) {
     const FactorPlace& factors = slot_of<FactorPlace>(t, slot & ~kGrouped);
     const Record<T, Base>& record = slot_of<Record<T, Base>>(t, factors.record);
     if (record.lasso) return f(record, GroupPull<true, T>{factors});
-    if (record.split.prox.penalty != Penalty::none) return f(record, GroupPull<false, T>{factors});
+    if (sizeof(T) == 8 || record.split.prox.penalty != Penalty::none) return f(record, GroupPull<false, T>{factors});
     return f(record, ElementPull<Penalty::none, T>{record.split.prox});
   }
   const Record<T, Base>& record = slot_of<Record<T, Base>>(t, slot);

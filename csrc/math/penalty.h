@@ -70,7 +70,7 @@ struct Tl1Fit<double> {
   }
 };
 
-// 1 / x, sqrt(x) and x + x y + x z, or 0 where that is negative, as tl1 needs them. On a device without the scaling of
+// 1 / x, sqrt(x) and x (1 + y + z), or 0 where that is negative, as tl1 needs them. On a device without the scaling of
 // subnormal operands and results, which costs nine instructions: above the cut a + r is none, and a root so small is 0
 // beside 1/2.
 template <class T>
@@ -106,7 +106,7 @@ RVSM_HD T tl1_rest(T x, T y, T z) {
     return r;
   }
 #endif
-  const T r = x + x * y + x * z;
+  const T r = x * (T(1) + y + z);
   return r < T(0) ? T(0) : r;
 }
 
@@ -123,13 +123,14 @@ RVSM_HD T tl1_shrink(T r, const Prox<T>& f) {
 #pragma GCC unroll 32
 #endif
   for (int k = Tl1Fit<T>::kTerms - 2; k >= 0; --k) h = h * p + Tl1Fit<T>::at(k);
-  // R h(q), with R x = rho. The slope of shrink is at least 1, so that r - cut bounds it from below: rounding cannot
-  // reach 0 above the cut. Of an infinite r the gap is no number, and the cut stands in for it.
-  const T gap = f.rho * x2 * h;
+  // The gap is R h(q). The slope of shrink is at least 1, so that r - cut bounds it from below: rounding cannot reach 0
+  // above the cut.
 #if defined(__CUDA_ARCH__)
-  return r - std::fmin(gap, f.cut);
+  // R x = rho. Of an infinite r the gap is no number, and the cut stands in for it.
+  return r - std::fmin(f.rho * x2 * h, f.cut);
 #else
-  return r - (gap < f.cut ? gap : f.cut);
+  const T s = r - (f.a + r) * (x2 * x) * h, least = r - f.cut;
+  return s < least ? least : s;
 #endif
 }
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .coupled import NOBODY, CoupledChannels, as_arguments, check_model, coupled_channels, outputs_of
 from .slices import Kept, cut_couplings, cut_model, cut_states, optimizers_in, tensors_of
@@ -316,6 +315,8 @@ def _sizes(model: nn.Module, example_inputs: Any) -> tuple[int, int | None, int]
     """(elements of parameters, MACs, bytes of parameters and buffers)."""
     count = sum(p.numel() for p in model.parameters())
     size = sum(t.numel() * t.element_size() for t in tensors_of(model).values())
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
     try:
         with FlopCounterMode(display=False) as counter:
             _run(model, example_inputs)
