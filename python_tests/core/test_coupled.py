@@ -295,7 +295,7 @@ def test_param_groups_by_coupling(arch: Architecture) -> None:
                 sets.setdefault(k, set()).add((name, i))
     assert {frozenset(s) for k, s in sets.items() if k > 0} == found
     assert len({(g["group_dim"], g["coupling"]) for g in groups[:-1]}) == len(groups) - 1
-    assert groups[-1]["penalty"] is None and groups[-1]["group_dim"] is None and group.get("coupling") is Nones[-1]
+    assert groups[-1]["penalty"] is None and groups[-1]["group_dim"] is None and groups[-1].get("coupling") is None
     # The weakest half of the groups, as a penalty would choose them, can go.
     norms = coupled_norms(groups)
     weak = set(sorted((k for k in norms if k[1] > 0), key=lambda k: norms[k])[: len(norms) // 2])
