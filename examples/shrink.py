@@ -1,0 +1,320 @@
+"""A residual network loses half of its channels while it is trained, and goes on as the smaller network that it is.
+
+    python examples/shrink.py                       # digits, two minutes on two cores
+    python examples/shrink.py --data fashion-mnist  # needs its files, see examples/README.md; half an hour
+    python examples/shrink.py --smoke               # seconds
+
+In the same number of epochs: the dense network; RVSM with coupled l0 groups, led to half of the channels of each
+layer by a schedule, removed by ``rk.shrink`` at mid-training; Torch-Pruning's group-norm pruner, whose regularisation
+runs for the same steps before it removes as many; and filters with the smallest l1 norms, removed at mid-training at
+once. The table has the accuracy on the test images, parameters, multiplications, bytes of the file (dense, and as
+int8), and how long a batch takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deep.missing import explain
+
+try:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn.functional import cross_entropy
+    from tqdm import tqdm
+
+    import rvsm_kernels as rk
+    from deep.data import Dataset, Images, load
+    from deep.models import BasicBlock
+except ModuleNotFoundError as error:
+    explain(error, __name__)
+    raise
+
+RATIO = 0.5
+"""The share of the channels that go."""
+BATCH = 64
+
+
+class ResNet(nn.Module):
+    """The form of He et al. for CIFAR: three stages of n blocks, with width, 2 width and 4 width channels."""
+
+    def __init__(self, channels: int, classes: int, blocks: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        stages: list[nn.Module] = []
+        inputs = width
+        for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2)):
+            for k in range(blocks):
+                stages.append(BasicBlock(inputs, outputs, stride if k == 0 else 1))
+                inputs = outputs
+        self.blocks = nn.Sequential(*stages)
+        self.linear = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images, N x channels x H x W, to logits, N x classes."""
+        x = self.blocks(torch.relu(self.norm(self.conv(x))))
+        return self.linear(x.mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, and for how long."""
+
+    data: str = "digits"
+    images: int | None = None
+    blocks: int = 2
+    width: int = 16
+    epochs: int = 20
+    lr: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network at the end of its training; times in milliseconds for a batch of 64, medians."""
+
+    method: str
+    accuracy: float
+    parameters: int
+    macs: int
+    bytes: int
+    bytes_int8: int
+    eager_ms: float
+    compiled_ms: float | None
+
+
+class Training:
+    """One network, its optimizer and its learning rate, a cosine over all epochs."""
+
+    def __init__(self, data: Dataset, settings: Settings) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings = settings
+        self.train, self.test = data.train.first(settings.images), data.test
+        self.model = ResNet(data.channels, data.classes, settings.blocks, settings.width)
+        mean, std = data.statistics()
+        self._shift, self._scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self.steps = settings.epochs * -(-len(self.train) // BATCH)
+        self.step = 0
+        self._order = torch.Generator().manual_seed(settings.seed)
+        self.example = self.inputs(data.test.x[:2])
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Images as the network takes them."""
+        return (x.float() / 255 - self._shift) / self._scale
+
+    def run(self, optimizer: Any, steps: range, after: Callable[[], None], bar: Any, penalty: Any = None) -> None:
+        """The steps of this range; ``penalty`` adds to the gradients before a step, ``after`` runs behind it."""
+        self.model.train()
+        while self.step < steps.stop:
+            for x, y in self.train.batches(BATCH, self._order):
+                if self.step >= steps.stop:
+                    return
+                lr = self.settings.lr * (1 + torch.tensor(torch.pi * self.step / self.steps).cos().item()) / 2
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.zero_grad()
+                cross_entropy(self.model(self.inputs(x)), y).backward()
+                if penalty is not None:
+                    penalty()
+                optimizer.step()
+                after()
+                self.step += 1
+                bar.update()
+
+    def recalibrate(self) -> None:
+        """Statistics of batch norms of the weights as they are now."""
+        rk.recalibrate(self.model, (self.inputs(x) for x, _ in self.train.batches(BATCH)))
+
+    def accuracy(self) -> float:
+        """On the test images, in percent."""
+        self.model.eval()
+        with torch.no_grad():
+            right = sum(int((self.model(self.inputs(x)).argmax(1) == y).sum()) for x, y in self.test.batches(500))
+        return 100 * right / len(self.test)
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def dense(training: Training, bar: Any) -> None:
+    """No channel goes."""
+    training.run(_sgd(training.model), range(training.steps), lambda: None, bar)
+
+
+def coupled(training: Training, bar: Any) -> None:
+    """RVSM with coupled l0 groups and a schedule; shrunk at mid-training, with the optimizer, which goes on."""
+    groups = rk.param_groups(
+        training.model, structure="coupled", example_inputs=training.example, penalty="l0", lam=0.0, beta=1.0
+    )
+    optimizer = rk.RVSM(groups, lr=training.settings.lr, momentum=0.9, weight_decay=5e-4)
+    half = training.steps // 2
+    schedule = rk.SparsitySchedule(
+        optimizer, RATIO, of="groups", scope="tensor", begin=half // 5, end=half - 1, every=4, pull_rate=0.2
+    )
+    training.run(optimizer, range(half), schedule.step, bar)
+    rk.shrink(training.model, optimizer, example_inputs=training.example)
+    schedule.target = 0.0  # the network trains on without a penalty
+    training.run(optimizer, range(half, training.steps), schedule.step, bar)
+
+
+def _pruned(training: Training, bar: Any, norm: int, regularised: bool) -> None:
+    import torch_pruning as tp
+
+    half = training.steps // 2
+    importance = tp.importance.GroupMagnitudeImportance(p=norm)
+    kind = tp.pruner.GroupNormPruner if regularised else tp.pruner.BasePruner
+    pruner = kind(
+        training.model,
+        training.example,
+        importance=importance,
+        pruning_ratio=RATIO,
+        ignored_layers=[training.model.linear],
+    )
+    optimizer = _sgd(training.model)
+    penalty = None
+    if regularised:
+        pruner.update_regularizer()
+        penalty = lambda: pruner.regularize(training.model)  # noqa: E731
+    training.run(optimizer, range(half), lambda: None, bar, penalty)
+    training.model.eval()
+    pruner.step()
+    # The pruner makes new parameters, of which an optimizer knows nothing: momentum begins anew.
+    training.run(_sgd(training.model), range(half, training.steps), lambda: None, bar)
+
+
+def group_norm(training: Training, bar: Any) -> None:
+    """Torch-Pruning's group-norm pruner (DepGraph)."""
+    _pruned(training, bar, 2, regularised=True)
+
+
+def l1_filters(training: Training, bar: Any) -> None:
+    """Filters with the smallest l1 norms (Li et al., 2017), on Torch-Pruning's graph."""
+    _pruned(training, bar, 1, regularised=False)
+
+
+METHODS: dict[str, Callable[[Training, Any], None]] = {
+    "dense": dense,
+    "RVSM, coupled l0": coupled,
+    "Torch-Pruning, group norm": group_norm,
+    "l1 norms of filters": l1_filters,
+}
+
+
+# ---- what comes out --------------------------------------------------------------------------------------------------
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    samples = []
+    with torch.no_grad():
+        run()
+        end = time.perf_counter() + 1.0
+        while len(samples) < 5 or time.perf_counter() < end:
+            begin = time.perf_counter()
+            run()
+            samples.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(samples)
+
+
+def measured(method: str, training: Training, compiled: bool) -> Row:
+    """The row of a network that has been trained."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training.recalibrate()
+    model, x = training.model.eval(), training.inputs(training.test.x[:BATCH])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = [rk.save_sparse(model, Path(folder) / "net", int8=int8).file_bytes for int8 in (False, True)]
+    fast = torch.compile(model) if compiled else None
+    return Row(
+        method=method,
+        accuracy=training.accuracy(),
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        bytes=sizes[0],
+        bytes_int8=sizes[1],
+        eager_ms=_milliseconds(lambda: model(x)),
+        compiled_ms=None if fast is None else _milliseconds(lambda: fast(x)),
+    )
+
+
+def as_table(rows: list[Row]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| method | accuracy | parameters | MACs | file | file, int8 | batch, eager | batch, compiled |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in rows:
+        compiled = "" if r.compiled_ms is None else f"{r.compiled_ms:.1f} ms"
+        lines.append(
+            f"| {r.method} | {r.accuracy:.2f} % | {r.parameters:,} | {r.macs / 1e6:.2f} M | {r.bytes / 1e3:.0f} KB |"
+            f" {r.bytes_int8 / 1e3:.0f} KB | {r.eager_ms:.1f} ms | {compiled} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Accuracy over multiplications, one mark a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    for marker, row in zip("osD^", rows, strict=False):
+        axes.plot(row.macs / 1e6, row.accuracy, marker, label=row.method, markersize=9)
+    axes.set_xlabel("multiplications of an image, millions")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_xlim(left=0)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits")
+    parser.add_argument("--images", type=int, help="train with so many images; all by default")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--blocks", type=int, default=2, help="of each of the three stages")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", action="store_true", help="without the time of torch.compile")
+    parser.add_argument("--smoke", action="store_true", help="one block, eight channels, two epochs of 256 images")
+    parser.add_argument("--out", type=Path, help="a folder for shrink.json, shrink.md and shrink.png")
+    options = parser.parse_args()
+    epochs = options.epochs or (20 if options.data == "digits" else 12)
+    settings = Settings(options.data, options.images, options.blocks, options.width, epochs, seed=options.seed)
+    if options.smoke:
+        settings = Settings("digits", 256, 1, 8, 2, seed=options.seed)
+    data = load(settings.data)
+    if options.smoke:
+        data = Dataset(data.name, data.classes, data.train, Images(data.test.x[:128], data.test.y[:128]), data.augment)
+    rows = []
+    for method, train in METHODS.items():
+        training = Training(data, settings)
+        with tqdm(total=training.steps, desc=method, disable=None) as bar:
+            train(training, bar)
+        rows.append(measured(method, training, compiled=not (options.no_compile or options.smoke)))
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            found = {"settings": asdict(settings), "rows": [asdict(row) for row in rows]}
+            (options.out / "shrink.json").write_text(json.dumps(found, indent=1) + "\n")
+            (options.out / "shrink.md").write_text(as_table(rows) + "\n")
+    if options.out is not None:
+        draw(rows, options.out / "shrink.png")
+    print(as_table(rows))
+
+
+if __name__ == "__main__":
+    main()
