@@ -154,8 +154,9 @@ def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
             of_bases = {"Sgd<1>": 1, "AdamW<0>": 2, "AdamW<1>": 3}
             states = sum(n for base, n in of_bases.items() if base in arguments) + arguments.endswith("true>")
             reads, writes = 1 + ("NoBase<0>" not in arguments) + states, 1 + ("NoBase<1>" in arguments) + states
-            # Where nothing pulls, the pull alone leaves w as it is, and a compiler may leave out its store.
-            unwritten = 1 if "NoBase" in arguments else 0
+            # Where nothing pulls (elements; in float32 arithmetic groups too), the pull alone leaves w as it is, and a
+            # compiler may leave out its store.
+            unwritten = 2 if "NoBase" in arguments else 0
             assert 0 <= sets[0] * writes - sets[1] * reads <= unwritten * reads, line(kernel)
             assert sets[1] >= 4 * writes, line(kernel)
         elif kind == "prox_kernel":
@@ -203,7 +204,8 @@ def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
 def test_steps_are_bound_by_memory(compiled: list[Kernel]) -> None:
     """Every vector loop of a step over float32 and float64 needs less time for its instructions, its slow units and its
     latency than the memory of an H200 for its bytes. In half types tl1 and groups need up to half as much again, in
-    float64 tl1 with a state, where only the pull is computed, and that of AdamW as much as the memory."""
+    float64 tl1 with a state, where only the pull is computed, and that of AdamW as much as the memory, and a quarter more
+    with a dual and SGD without momentum, of which a quarter of the threads of sm_90 are there."""
     steps = 0
     for kernel in compiled:
         for loop in kernel.loops:
@@ -211,7 +213,8 @@ def test_steps_are_bound_by_memory(compiled: list[Kernel]) -> None:
             if loop.stores < 2 or kernel.name == "count_kernel" or kernel.name.startswith("general_"):
                 continue
             as_slow = any(name in kernel.name for name in ("double, NoBase<1>, true", "double, AdamW<0>, false"))
-            most = 1.5 if "16" in kernel.name else 1.05 if as_slow else 1
+            few = "double, Sgd<0>, true" in kernel.name
+            most = 1.5 if "16" in kernel.name else 1.25 if few else 1.05 if as_slow else 1
             assert loop.slowest < most, loop_line(kernel, loop)
             steps += 1
     assert steps > 0 or not any(kernel.arch in sass.DEVICES for kernel in compiled)
