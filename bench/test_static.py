@@ -204,8 +204,8 @@ def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
 def test_steps_are_bound_by_memory(compiled: list[Kernel]) -> None:
     """Every vector loop of a step over float32 and float64 needs less time for its instructions, its slow units and its
     latency than the memory of an H200 for its bytes. In half types tl1 and groups need up to half as much again, in
-    float64 tl1 with a state, where only the pull is computed, and that of AdamW as much as the memory; with a dual and SGD
-    without momentum a quarter more, of which a quarter of the threads of sm_90 are there."""
+    float64 tl1 with a state, where only the pull is computed, and that of AdamW as much as the memory; SGD without
+    momentum and with a dual a quarter more, for a quarter of the threads of sm_90 are there."""
     steps = 0
     for kernel in compiled:
         for loop in kernel.loops:
