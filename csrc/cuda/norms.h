@@ -130,12 +130,12 @@ RVSM_HD void add_run(double* sums, const S* p, uint32_t i, uint32_t end, uint32_
   RVSM_NO_UNROLL
   for (; i < end; i += kAhead * distance, p += kAhead * step) {
     Access x[kAhead], y[kAhead];
-    // What is behind the end is read from the first place again, and not added.
+    // What is behind the end is read from the first place again, and a dual that is not there from x; neither is added.
     RVSM_UNROLL
     for (uint32_t a = 0; a < kAhead; ++a) {
       const S* const q = p + (i + a * distance < end ? a * step : 0);
       x[a] = *reinterpret_cast<const Access*>(q);
-      if (kDual && dual != 0) y[a] = *reinterpret_cast<const Access*>(reinterpret_cast<const char*>(q) + dual);
+      if (kDual) y[a] = *reinterpret_cast<const Access*>(reinterpret_cast<const char*>(q) + dual);
     }
     RVSM_KEEP_ORDER();
     RVSM_UNROLL
