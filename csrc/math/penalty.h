@@ -124,13 +124,13 @@ RVSM_HD T tl1_shrink(T r, const Prox<T>& f) {
 #endif
   for (int k = Tl1Fit<T>::kTerms - 2; k >= 0; --k) h = h * p + Tl1Fit<T>::at(k);
   // The gap is R h(q). The slope of shrink is at least 1, so that r - cut bounds it from below: rounding cannot reach 0
-  // above the cut.
+  // above the cut. Of an infinite r the gap is no number, and the cut stands in for it.
 #if defined(__CUDA_ARCH__)
-  // R x = rho. Of an infinite r the gap is no number, and the cut stands in for it.
+  // R x = rho.
   return r - std::fmin(f.rho * x2 * h, f.cut);
 #else
   const T s = r - (f.a + r) * (x2 * x) * h, least = r - f.cut;
-  return s < least ? least : s;
+  return s >= least ? s : least;
 #endif
 }
 
