@@ -22,7 +22,6 @@ from ..method.groups import Grouping, group_dims, group_size, grouping_of, size_
 from ..method.memory import kind_of
 from ..method.parameters import is_left_alone, param_name
 from ..method.penalties import PENALTIES, shrink
-from ..method.split import strength_of_size
 from ..method.statistics import COLUMNS
 from ..method.step_options import StepOptions
 from .norms import rows_of as of_weights
@@ -35,7 +34,7 @@ _ALIKE = ("penalty", "lam", "beta", "a", "group_scale")
 """What weights that hang together must agree on."""
 
 
-class Member(NamedTuple):
+class CoupledWeight(NamedTuple):
     """A weight of coupled groups.
 
     Attributes:
@@ -62,7 +61,7 @@ class Member(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Norms of the coupled groups of a weight, float64: of its slices, of those here, of its firsts (see Member)."""
+    """Norms of the coupled groups of a weight, float64: of its slices, of those here, of its firsts (see CoupledWeight)."""
 
     slices: Tensor
     here: Tensor
@@ -79,11 +78,11 @@ class _Sums(NamedTuple):
     """
 
     ranks: tuple[Any, ...]
-    members: list[Member]
+    members: list[CoupledWeight]
     order: Tensor
     lengths: Tensor
 
-    def add(self, total: Tensor, rows_of: Callable[[Member], Sequence[Tensor]]) -> None:
+    def add(self, total: Tensor, rows_of: Callable[[CoupledWeight], Sequence[Tensor]]) -> None:
         """Add the squares of the coupled groups to (rows, groups) numbers, which are those of all ranks then."""
         tensors = [(rows_of(member), member.grouping) for member in self.members]
         of_rows = []
@@ -103,12 +102,12 @@ class _Device(NamedTuple):
         groups: how many coupled groups there are.
     """
 
-    members: list[Member]
+    members: list[CoupledWeight]
     sums: list[_Sums]
     groups: int
     device: torch.device
 
-    def norms(self, rows_of: Callable[[Member], Sequence[Tensor]], rows: int) -> Tensor:
+    def norms(self, rows_of: Callable[[CoupledWeight], Sequence[Tensor]], rows: int) -> Tensor:
         """The norms of all coupled groups and one for slices of none, float64 (rows, groups + 1), along a fixed order.
 
         Args:
@@ -154,11 +153,11 @@ class Couplings:
     def __init__(self) -> None:
         self._seen: list[Any] = []
         self._devices: list[_Device] = []
-        self._by_param: dict[Tensor, Member] = {}
+        self._by_param: dict[Tensor, CoupledWeight] = {}
         self._rooms = _Rooms()
         self._sized: dict[int, tuple[StepOptions, float, StepOptions]] = {}
 
-    def find(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[Tensor, Member]:
+    def find(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[Tensor, CoupledWeight]:
         """The weights of coupled groups, with a gradient or without, frozen ones too.
 
         Raises:
@@ -192,9 +191,7 @@ class Couplings:
                 continue
             known = self._sized.get(i)
             if known is None or known[:2] != (step, size) or step.on_device:  # what a tensor holds may have changed
-                on_host = step.on_host()
-                values = {**on_host.values, "lam": strength_of_size(on_host.values, size), "group_scale": False}
-                known = self._sized[i] = step, size, StepOptions.of({**values, "params": []}, step.base)
+                known = self._sized[i] = step, size, step.for_size(size)
             found = [*found[:i], known[2], *found[i + 1 :]]
         return found
 
@@ -215,7 +212,7 @@ class Couplings:
     def fill(self, options: Sequence[StepOptions], state_of: Callable[[Tensor, str], Tensor | None]) -> None:
         """Fill the rooms with the norms of the weights as they are now, and of the duals beside them."""
 
-        def rows_of(member: Member) -> Sequence[Tensor]:
+        def rows_of(member: CoupledWeight) -> Sequence[Tensor]:
             return of_weights(shard_of(member.p), options[member.place], _States(member.p, state_of))
 
         rows = max((rows for _, rows in self._rooms.wanted), default=0)
@@ -225,7 +222,7 @@ class Couplings:
     def correct(self, rows: Mapping[Tensor, Tensor], options: Sequence[StepOptions]) -> None:
         """Replace lam P(u) in the statistics of a step, to which engines add every slice of a group.
 
-        Each slice of a coupled group has an equal share of the group's.
+        Each slice of a coupled group has an equal share of the group's. Numbers on a device are read for it.
         """
         for p, room in self._rooms.by_param.items():
             member, step = self._by_param[p], options[self._by_param[p].place]
@@ -236,7 +233,7 @@ class Couplings:
                 shares = PENALTIES[values["penalty"]].value(s.double(), a) * member.share
                 rows[p][_PENALTY] = lam * shares.sum()
 
-    def norms(self, rows_of: Callable[[Member], Sequence[Tensor]]) -> dict[Tensor, Norms]:
+    def norms(self, rows_of: Callable[[CoupledWeight], Sequence[Tensor]]) -> dict[Tensor, Norms]:
         """The norms of the coupled groups of every weight that :meth:`find` has found: of the first of ``rows_of``."""
         found: dict[Tensor, Norms] = {}
         for device in self._devices:
@@ -245,7 +242,9 @@ class Couplings:
                 found[m.p] = Norms(norms[m.slices], norms[m.here], norms[m.firsts])
         return found
 
-    def value_of(self, u_of: Callable[[Member], Tensor], value: Callable[[Member, Tensor], Tensor]) -> Tensor | None:
+    def value_of(
+        self, u_of: Callable[[CoupledWeight], Tensor], value: Callable[[CoupledWeight, Tensor], Tensor]
+    ) -> Tensor | None:
         """The sum of a value of every coupled group over its norm of u, 0-dim float64; None without coupled groups.
 
         Args:
@@ -354,10 +353,10 @@ def _couple_on(device: torch.device, entries: Sequence[tuple[int, str, Tensor, M
         elements[together[k]] += int((indices[k] < none).sum()) * group_size(p.shape, grouping_of(group))
         counts[together[k]] += len(firsts[k])
     members = []
-    by_ranks: dict[tuple[Any, ...], list[Member]] = {}
+    by_ranks: dict[tuple[Any, ...], list[CoupledWeight]] = {}
     for k, (place, name, p, group) in enumerate(entries):
         here = indices[k][_slices_here(p, grouping_of(group))]
-        member = Member(
+        member = CoupledWeight(
             p=p,
             place=place,
             name=name,

@@ -19,7 +19,7 @@ from ..method.groups import Grouping, from_memory_order, group_size, grouping_of
 from ..method.parameters import param_name
 from ..method.prox import threshold
 from ..method.selection import Selection
-from ..method.split import is_nm, strength, strength_of_size
+from ..method.split import is_nm, strength
 from ..method.step_options import StepOptions
 from ..method.windows import Pattern
 from .norms import SharedNorms, rows_of
@@ -210,9 +210,7 @@ class ShardEngine(Engine):
         size = group_size(p.shape, options.grouping)
         known = self._scaled.get((i, size))
         if known is None or known[0] is not options or options.on_device:  # what a tensor holds may have changed
-            on_host = options.on_host()
-            values = {**on_host.values, "lam": strength_of_size(on_host.values, size), "group_scale": False}
-            known = self._scaled[i, size] = options, StepOptions.of({**values, "params": []}, options.base)
+            known = self._scaled[i, size] = options, options.for_size(size)
         return known[1]
 
     def launch(self) -> None:

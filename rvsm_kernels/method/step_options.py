@@ -131,6 +131,12 @@ class StepOptions:
         found = {n: float(t) for n, t in zip(device_numbers.NAMES, self.on_device, strict=True) if t is not None}
         return StepOptions.of({**self.values, **found}, self.base)
 
+    def for_size(self, size: float) -> StepOptions:
+        """The same with lam scaled by the size of groups, where an engine does not know it; numbers are read as above."""
+        values = self.on_host().values
+        scaled = {**values, "lam": strength_of_size(values, size), "group_scale": False, "params": []}
+        return StepOptions.of(scaled, self.base)
+
     def differ(self, other: StepOptions) -> bool:
         """Whether a step with the others is another one."""
         same = len(self.on_device) == len(other.on_device) and all(map(is_, self.on_device, other.on_device))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..dist.coupled import Member, Norms
+from ..dist.coupled import CoupledWeight, Norms
 from ..dist.shards import is_sharded, shard_of, sharded_like
 from ..method.dtypes import to_opmath
 from ..method.groups import from_memory_order, group_size, grouping_of
@@ -88,7 +88,7 @@ class CoupledView:
         # u of all weights first: it follows from the norms of w.
         u = {p: self._u_now(p, part) for p, part in by_param.items()}
 
-        def value(member: Member, norms: Tensor) -> Tensor:
+        def value(member: CoupledWeight, norms: Tensor) -> Tensor:
             part = by_param.get(member.p)
             if part is None:
                 return norms.new_zeros(())
