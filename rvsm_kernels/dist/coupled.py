@@ -61,7 +61,7 @@ class CoupledWeight(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """Norms of the coupled groups of a weight, float64: of its slices, of those here, of its firsts (see CoupledWeight)."""
+    """Norms of the groups of a CoupledWeight, float64: of its slices, of those here, of its firsts."""
 
     slices: Tensor
     here: Tensor

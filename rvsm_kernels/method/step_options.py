@@ -132,7 +132,7 @@ class StepOptions:
         return StepOptions.of({**self.values, **found}, self.base)
 
     def for_size(self, size: float) -> StepOptions:
-        """The same with lam scaled by the size of groups, where an engine does not know it; numbers are read as above."""
+        """The same with lam scaled by a size of groups that an engine does not know; it reads numbers as above."""
         values = self.on_host().values
         scaled = {**values, "lam": strength_of_size(values, size), "group_scale": False, "params": []}
         return StepOptions.of(scaled, self.base)
