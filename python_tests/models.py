@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +96,24 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
     """Bit for bit."""
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert same_bits(p, q), f"{name} differs by {(p - q).abs().max().item()}"
+
+
+def assert_same_state(model: nn.Module, other: nn.Module) -> None:
+    """Every element of the state_dicts, bit for bit; zeros of either sign are equal."""
+    a, b = model.state_dict(), other.state_dict()
+    assert list(a) == list(b)
+    for name in a:
+        assert same_bits(a[name], b[name]) or torch.equal(a[name], b[name]), name
+
+
+def run_afresh(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A fresh process, in a folder."""
+    path = os.pathsep.join([str(Path(__file__).parents[0]), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
 
 
 # ---- for param_groups ------------------------------------------------------------------------------------------------
