@@ -257,6 +257,7 @@ def _draw_options(
         "group_scale": scaled,
         "group_lasso": 10 ** rng.uniform(-4, 0) if group_dim is not None and rng.random() < 0.35 else 0.0,
         "decoupled": rng.random() < 0.5,
+        "hold_zeros": rng.random() < 0.25,
     }
 
 

@@ -386,6 +386,20 @@ def adamw_step(made: Split, states: Mapping[str, Array], options: Mapping[str, A
     return Step(w - rate * quotient, new, made.kept, scales)
 
 
+def held(step: Step, w: Array, options: Mapping[str, Any]) -> Step:
+    """The step with ``hold_zeros``: where a weight was 0, it and its states are 0; with lr 0 the method's stays."""
+    if not options.get("hold_zeros"):
+        return step
+    zero = w == 0
+
+    def clear(x: Array | None) -> Array | None:
+        return None if x is None else np.where(zero, 0, x)
+
+    states = {name: np.where(zero, 0, state) for name, state in step.states.items()}
+    kept = step.kept if float(options["lr"]) == 0 else clear(step.kept)
+    return Step(np.where(zero, 0, step.w), states, kept, {name: clear(x) for name, x in step.scales.items()})
+
+
 def is_adamw(options: Mapping[str, Any]) -> bool:
     """Whether the options of a param group are AdamW's."""
     return "betas" in options

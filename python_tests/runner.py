@@ -185,9 +185,10 @@ def check_weights(
             for u in us:
                 made = definition.split(b.w, b.grad, options, grad_scale, u, old)
                 if adamw:
-                    ends.append(definition.adamw_step(made, b.states, options, int(b.count or 0), share))
+                    made_by_base = definition.adamw_step(made, b.states, options, int(b.count or 0), share)
                 else:
-                    ends.append(definition.sgd_step(made, b.states, options))
+                    made_by_base = definition.sgd_step(made, b.states, options)
+                ends.append(definition.held(made_by_base, b.w, options))
             for name, scale in ends[0].scales.items():
                 if scale is not None:
                     values = [{"w": end.w, "kept": end.kept, **end.states}[name] for end in ends]

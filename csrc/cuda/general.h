@@ -29,7 +29,7 @@ struct NumbersEntry {
 struct NumbersTable {
   uint32_t entries = 0;
   uint32_t blocks = 0;
-  NumbersEntry at[146];
+  NumbersEntry at[141];
 };
 static_assert(sizeof(NumbersTable) <= 32764);
 

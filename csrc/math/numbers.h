@@ -2,6 +2,8 @@
 // of the arithmetic. One record is a row of doubles: those of the penalty, those of the split, those of the base.
 #pragma once
 
+#include <limits>
+
 #include "types.h"
 
 namespace rvsm {
@@ -16,7 +18,7 @@ namespace rvsm {
 #endif
 
 constexpr int kProxNumbers = 6;
-constexpr int kSplitNumbers = 4;
+constexpr int kSplitNumbers = 5;
 // Room for the numbers of any base.
 constexpr int kMostBaseNumbers = 10;
 constexpr int kMostNumbers = kProxNumbers + kSplitNumbers + kMostBaseNumbers;
@@ -41,6 +43,7 @@ struct Split {
   T pull;      // the pull on the weights: lr * beta if decoupled, else 0
   T coupling;  // the pull in the gradient: 0 if decoupled, else beta
   T lasso;     // group_lasso
+  T held;      // what a weight is that stays: 0 with hold_zeros, else NaN, which equals nothing
 };
 
 // N: double, or T where the record was narrowed before.
@@ -53,7 +56,8 @@ RVSM_HD Prox<T> prox_of(const N* record) {
 template <class T, class N>
 RVSM_HD Split<T> split_of(const N* record, double scale) {
   const N* s = record + kProxNumbers;
-  return {prox_of<T>(record), T(s[0] * scale), T(s[1]), T(s[2]), T(s[3])};
+  return {prox_of<T>(record), T(s[0] * scale), T(s[1]), T(s[2]), T(s[3]),
+          s[4] != 0 ? T(0) : std::numeric_limits<T>::quiet_NaN()};
 }
 
 // Room for the numbers of a base that follow from the count of steps.

@@ -4,7 +4,8 @@
 //   d = grad + lasso unit + coupling gap      (grad comes with its sign and 1 / grad_scale)
 //   w = w - pull gap
 //
-// and then the base: w = base(w, d, states). With `decoupled` coupling is 0 and pull lr beta; without, pull is 0 and
+// and then the base: w = base(w, d, states). Where w is held, it and all states are 0 afterwards, and so is a gradient
+// that is written. With `decoupled` coupling is 0 and pull lr beta; without, pull is 0 and
 // coupling beta.
 #pragma once
 
@@ -75,6 +76,18 @@ RVSM_HD void split_step(T& w, T& d, T gap, T unit, const Split<T>& s, Switches o
     w = w - s.pull * gap;
     d = d + s.coupling * gap;
   }
+}
+
+// Whether an element of this weight, as the step finds it, is held.
+template <class T>
+RVSM_HD bool is_held(T w, const Split<T>& s) {
+  return w == s.held;
+}
+
+// What a step has made of a number of an element: 0 where that is held, whatever came out of gradients and states.
+template <class T>
+RVSM_HD T unless_held(bool held, T made) {
+  return held ? T(0) : made;
 }
 
 }  // namespace rvsm

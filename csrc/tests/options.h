@@ -23,6 +23,7 @@ struct Options {
   bool nesterov = false;
   bool decoupled = true;
   bool maximize = false;
+  bool hold_zeros = false;
   Method method = Method::rvsm;
   BaseKind base = BaseKind::sgd;
   bool amsgrad = false;
@@ -45,6 +46,7 @@ inline NumberRow record_of(const Options& o, int64_t group_size, bool fresh) {
   s[1] = split && o.decoupled ? o.lr * o.beta : 0;
   s[2] = split && !o.decoupled ? o.beta : 0;
   s[3] = o.group_lasso;
+  s[4] = o.hold_zeros;
   if (o.base == BaseKind::none) return r;
   double* const b = s + kSplitNumbers;
   if (o.base == BaseKind::adamw) {
@@ -74,7 +76,7 @@ inline void apply(const Options& o, TensorArgs& args, bool fresh, std::deque<Num
   const int64_t size = args.grouped ? args.view.size() : 1;
   args.numbers = records.emplace_back(record_of(o, size, fresh)).data();
   const bool none = o.base == BaseKind::none;
-  const bool in_gradient = (o.is_split() && !o.decoupled) || o.group_lasso != 0;
+  const bool in_gradient = (o.is_split() && !o.decoupled) || o.group_lasso != 0 || o.hold_zeros;
   const bool adamw = o.base == BaseKind::adamw;
   args.base = {o.base, uint8_t(adamw ? 2 + o.amsgrad : !none && o.momentum != 0), none && in_gradient};
   args.method = o.is_split() ? o.method : Method::rvsm;
@@ -97,6 +99,7 @@ inline Options random_options(bool grouped) {
   o.maximize = integer(0, 1);
   o.group_lasso = grouped ? double(integer(0, 1)) * 0.1 : 0;
   o.group_scale = grouped && integer(0, 1);
+  o.hold_zeros = integer(0, 3) == 0;
   o.base = BaseKind(integer(0, 2));
   o.amsgrad = integer(0, 1);
   return o;
@@ -110,6 +113,7 @@ void plain_step(T& w, T& g, T* state, T unit, const TensorArgs& args, const U& u
     using Base = decltype(base);
     const auto numbers = Base::template numbers<T>(base_numbers(args.numbers));
     T nothing = 0, d = g * s.grad;
+    const bool held = is_held(w, s);
     T& of_method = args.method == Method::rvsm ? nothing : state[Base::kStates];
     T gap = 0;
     with_method(args.method, [&](auto method) {
@@ -119,7 +123,10 @@ void plain_step(T& w, T& g, T* state, T unit, const TensorArgs& args, const U& u
     });
     split_step(w, d, gap, unit, s, SplitSwitches{s.prox.penalty != Penalty::none, s.lasso != 0});
     Base::step(w, state, d, numbers, Base::switches(base_numbers(args.numbers)));
-    if (Base::kWritesGrad) g = d;
+    w = unless_held(held, w);
+    if (Base::kWritesGrad) g = unless_held(held, d);
+    const int states = Base::kStates + (args.method == Method::rvsm ? 0 : 1);
+    for (int k = 0; k < states; ++k) state[k] = unless_held(held, state[k]);
   });
 }
 

@@ -60,11 +60,17 @@ def weights(optimizer: Any) -> list[torch.Tensor]:
 
 def follow_one_process(folder: Path) -> None:
     rows, columns, copies = placements()
-    for placed, options in itertools.product(
+    for engine, placed, options in itertools.product(
+        ["native", "reference"],
         [[rows] * 3, [columns] * 3, [copies] * 3, [rows, columns, None], [None, copies, rows]],
-        [{}, {"method": "admm", "group_lasso": 0.1}, {"group_scale": True, "penalty": "l1", "lam": 0.2}],
+        [
+            {},
+            {"method": "admm", "group_lasso": 0.1},
+            {"group_scale": True, "penalty": "l1", "lam": 0.2},
+            {"penalty": "topk", "density": 0.4},
+        ],
     ):
-        ours, theirs, give_gradients = optimizers(placed, **options)
+        ours, theirs, give_gradients = optimizers(placed, engine=engine, **options)
         for step in range(3):
             give_gradients(step)
             ours.step()
@@ -76,7 +82,7 @@ def follow_one_process(folder: Path) -> None:
             zeros = [u == 0 for u in weights(theirs)]
             assert any(z.all(0).any() for z in zeros)
             assert all(torch.equal(p == 0, z) for p, z in zip(weights(ours), zeros, strict=True))
-        for of in ("groups", "elements"):
+        for of in ("groups", "elements") if ours.param_groups[0]["penalty"] != "topk" else ():
             schedules = [rk.SparsitySchedule(optimizer, 0.5, end=1, of=of) for optimizer in (ours, theirs)]
             for schedule in schedules:
                 schedule.step()

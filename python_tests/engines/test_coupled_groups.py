@@ -57,6 +57,9 @@ METHODS = [
     {"method": "admm"},
     {"method": "admm", "group_lasso": 0.05},
     {"momentum": 0.9, "nesterov": True},
+    {"penalty": "topk", "density": 0.5},
+    {"penalty": "topk", "density": 0.5, "method": "admm", "group_lasso": 0.05},
+    {"penalty": "topk", "density": 0.3, "budget": "global", "group_scale": True, "method": "rvsm-delayed"},
 ]
 
 
@@ -183,6 +186,48 @@ def test_schedule(engine: str, of: str, options: dict[str, Any]) -> None:
         assert zeros / sum(w.numel() for w in weights) == pytest.approx(0.25, abs=0.03)
 
 
+def test_shares_of_channels(engine: str) -> None:
+    """Top-k keeps a share of what hangs together, or of all of a budget; slices of no group always stay."""
+    names = ("a", "a", "b")
+    for budget, densities in (("tensor", (0.5, 0.5, 0.25)), ("global", (0.5, 0.5, 0.5))):
+        weights = [nn.Parameter(torch.randn(3, 20, generator=generator(k), device=DEVICE)) for k in range(3)]
+        with torch.no_grad():
+            weights[2] *= 0.1
+        orders = [tuple(range(20)), tuple(reversed(range(20))), (*range(16), -1, -2, -3, -4)]
+        groups = [
+            {"params": [w], "coupling": order, "coupling_name": name, "density": density}
+            for w, order, name, density in zip(weights, orders, names, densities, strict=True)
+        ]
+        split = {"penalty": "topk", "density": 1.0, "budget": budget, "lam": 1.0, "beta": 0.5, "group_dim": 1}
+        optimizer = rk.RVSM(groups, lr=0.1, engine=engine, **split)
+        for w in weights:
+            w.grad = torch.zeros_like(w)
+        optimizer.step()
+        optimizer.sparsify_()
+        alive = [int((w != 0).any(0).sum()) for w in weights]
+        assert torch.equal((weights[0] != 0).any(0), (weights[1] != 0).any(0).flip(0))
+        assert alive == ([10, 10, 4 + 4] if budget == "tensor" else [18, 18, 4])
+    optimizer.param_groups[2]["density"] = 0.4
+    with pytest.raises(ValueError, match="densities 0.5 and 0.4"):
+        optimizer.step()
+    plain = nn.Parameter(torch.randn(3, 4, device=DEVICE))
+    plain.grad = torch.zeros_like(plain)
+    optimizer.param_groups[2]["density"] = 0.5
+    optimizer.add_param_group({"params": [plain], "density": 0.5})
+    with pytest.raises(ValueError, match="a coupling and another one has none"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_schedule_of_topk(engine: str, scope: str) -> None:
+    weights = columns()
+    optimizer = coupled(weights, lr=0.0, engine=engine, penalty="topk", density=1.0, budget=scope)
+    schedule = rk.SparsitySchedule(optimizer, 3 / 7, end=1, of="groups", scope=scope)
+    schedule.step()
+    optimizer.sparsify_()
+    assert int((together(weights) == 0).all(0).sum()) == 3
+
+
 def test_resumes_bit_for_bit_and_loads_plain_values(engine: str) -> None:
     def trained(steps: range, optimizer: Any, weights: list[nn.Parameter]) -> None:
         for step in steps:
@@ -218,7 +263,6 @@ def test_resumes_bit_for_bit_and_loads_plain_values(engine: str) -> None:
         ({"coupling": tuple(range(CHANNELS)), "group_dim": (0, 1)}, ValueError, "group_dim of one dimension"),
         ({"coupling": ["a"] * CHANNELS}, TypeError, "tuple of ints"),
         ({"coupling": 3}, TypeError, "tuple of ints"),
-        ({"coupling": tuple(range(CHANNELS)), "penalty": "topk", "density": 0.5}, ValueError, "topk"),
     ],
     ids=str,
 )

@@ -24,13 +24,14 @@ from ..method.parameters import is_left_alone, param_name
 from ..method.penalties import PENALTIES, shrink
 from ..method.statistics import COLUMNS
 from ..method.step_options import StepOptions
+from .coupled_cuts import coupled_cuts, populations
 from .norms import rows_of as of_weights
 from .shards import dividing_ranks, first_index_here, is_sharded, refuse_cut_blocks, shard_of
 
 _PENALTY = COLUMNS.index("penalty")
 _FREE = 1e30
 """What stands for the norm of slices of no group: no penalty moves a group so large, nor does a group lasso."""
-_ALIKE = ("penalty", "lam", "beta", "a", "group_scale")
+_ALIKE = ("penalty", "lam", "beta", "a", "density", "budget", "budget_name", "group_scale")
 """What weights that hang together must agree on."""
 
 
@@ -201,7 +202,8 @@ class Couplings:
         It holds nothing yet, and is that of the last step, if that had the same weights.
         """
         wanted = []
-        for p, member in self.find(groups).items():
+        populations(self.find(groups).values(), [step.values for step in options])  # which may raise
+        for p, member in self._by_param.items():
             step = options[member.place]
             if step.grouping is not None and p.grad is not None:
                 wanted.append((p, step.norm_rows))
@@ -209,15 +211,31 @@ class Couplings:
             self._rooms = _Rooms.of(wanted, self._devices)
         return self._rooms.by_param
 
-    def fill(self, options: Sequence[StepOptions], state_of: Callable[[Tensor, str], Tensor | None]) -> None:
-        """Fill the rooms with the norms of the weights as they are now, and of the duals beside them."""
+    def fill(
+        self,
+        options: Sequence[StepOptions],
+        state_of: Callable[[Tensor, str], Tensor | None],
+        cuts: Mapping[Tensor, Tensor],
+    ) -> None:
+        """Fill the rooms with the norms of the weights as they are now, and of the duals beside them.
+
+        Args:
+            cuts: the room of the cut of each parameter with top-k; those of weights with a coupling are filled too.
+        """
 
         def rows_of(member: CoupledWeight) -> Sequence[Tensor]:
             return of_weights(shard_of(member.p), options[member.place], _States(member.p, state_of))
 
         rows = max((rows for _, rows in self._rooms.wanted), default=0)
+        totals: dict[torch.device, Tensor] = {}
         for device, (flat, places) in zip(self._devices, self._rooms.of_devices, strict=True):
-            torch.index_select(device.norms(rows_of, rows).view(-1), 0, places, out=flat)
+            totals[device.device] = device.norms(rows_of, rows)
+            torch.index_select(totals[device.device].view(-1), 0, places, out=flat)
+        values = [step.values for step in options]
+        found = coupled_cuts(self._by_param.values(), values, lambda m: totals[shard_of(m.p).device][0][m.firsts])
+        for p, cut in cuts.items():
+            if p in found:
+                cut.copy_(found[p])
 
     def correct(self, rows: Mapping[Tensor, Tensor], options: Sequence[StepOptions]) -> None:
         """Replace lam P(u) in the statistics of a step, to which engines add every slice of a group.
@@ -226,7 +244,7 @@ class Couplings:
         """
         for p, room in self._rooms.by_param.items():
             member, step = self._by_param[p], options[self._by_param[p].place]
-            if p in rows and step.split:
+            if p in rows and step.split and not step.topk:  # nor do engines add any of top-k
                 values = step.on_host().values
                 lam, a = float(values["lam"]), float(values["a"])
                 s = shrink(room[0].to(opmath_type(p.dtype)), values["penalty"], lam / float(values["beta"]), a)

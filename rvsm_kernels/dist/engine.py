@@ -86,7 +86,8 @@ class _Local:
         """The group of shards for parameters of group ``i`` with these options."""
         place = self._places.setdefault((i, id(options)), len(self.groups))
         if place == len(self.groups):
-            self.groups.append({**group, "params": [], "param_names": []})
+            # A coupling has an integer for each slice of the whole weight; norms of such groups come with the step.
+            self.groups.append({**group, "coupling": None, "params": [], "param_names": []})
             self.options.append(options)
         return self.groups[place]
 

@@ -89,6 +89,7 @@ def step_params(
     masters = _find_masters(params, states, options)
     w = [join(p.detach(), master) for p, master in zip(params, masters, strict=True)]
     g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
+    held = [x == 0 for x in w] if values["hold_zeros"] else []
     if inputs.grad_scale is not None:
         g = [x * inputs.grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
     sign = -1.0 if options.turns_terms else 1.0
@@ -112,6 +113,7 @@ def step_params(
             of_each = zip(v, norms, taus, strict=True)
             u = [threshold(x, r, values["penalty"], tau, values["a"], groups) for x, r, tau in of_each]
         gap, after = method.gap(w, v, u, before)
+        _clear(after, held)
         if moves:
             for x, new_x in zip(method_states, after, strict=True):
                 x.copy_(new_x)
@@ -126,6 +128,8 @@ def step_params(
     stored = [[of_p[name] for of_p in states] for name in names]
     computed = [[s if s is None else s.to(x.dtype) for s, x in zip(state, w, strict=True)] for state in stored]
     options.base.step(w, g, computed, values, counts)
+    for made in (w, *computed, *([g] if options.writes_gradient else [])):
+        _clear(made, held)
 
     for p, of_p, x, d, master, steps in zip(params, states, w, g, masters, counts, strict=True):
         if options.rounds(p.dtype):
@@ -147,6 +151,13 @@ def step_params(
         for p, of_p, used in zip(params, states, method_states, strict=True):
             if of_p[method.state] is None:
                 of_p[method.state] = inputs.states[p][method.state] = used
+
+
+def _clear(made: Sequence[Tensor | None], held: Sequence[Tensor]) -> None:
+    """0 where an element is held, whatever a step has made of it; ``held`` is empty without ``hold_zeros``."""
+    for x, zeros in zip(made, held, strict=False):
+        if x is not None:
+            x.masked_fill_(zeros, 0)
 
 
 def _or_zeros(params: Sequence[Tensor], states: Sequence[States], name: str, options: StepOptions) -> list[Tensor]:

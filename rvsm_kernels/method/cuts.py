@@ -15,7 +15,7 @@ from .groups import group_size, grouping_of
 from .memory import kind_of, refuse
 from .parameters import is_left_alone, param_name, with_gradient
 from .selection import Candidates, Room, Select, Selection, states_beside
-from .split import is_topk
+from .split import is_coupled, is_topk
 from .step_options import StepOptions
 
 Budget = tuple[str | None]
@@ -51,22 +51,32 @@ def find_budgets(
         ValueError: groups of one budget that differ in density, or of which one has a ``group_dim`` alone.
     """
     budgets: Budgets = {}
+    coupled: set[Budget] = set()
     seen: set[int] = set()
     for i, (group, of_group) in enumerate(zip(groups, values, strict=True)):
         key = budget_of(of_group)
         if key is None:
             continue
+        if is_coupled(of_group):  # their cuts are made of norms over several weights: dist/coupled_cuts.py
+            coupled.add(key)
+            continue
         members = budgets.setdefault(key, [])
         if members:
-            _check_alike(members[0].group, of_group)
+            check_budget(members[0].group, of_group)
         for j, p in enumerate(group["params"]):
             if p.requires_grad and not is_lazy(p) and not is_left_alone(p) and p.numel() > 0 and id(p) not in seen:
                 seen.add(id(p))
                 members.append(Member(p, of_group, candidates(i, j, p)))
+    for key in coupled & budgets.keys():
+        raise ValueError(
+            f"a group of a budget (budget_name={key[0]!r}) has a coupling and another one has none: give them another"
+            " budget_name each"
+        )
     return {key: members for key, members in budgets.items() if members}
 
 
-def _check_alike(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+def check_budget(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise ValueError for two param groups that cannot share a cut."""
     where = f"budget_name={first['budget_name']!r}"
     if first["density"] != other["density"]:
         raise ValueError(
@@ -165,9 +175,9 @@ class Cuts:
         return cuts
 
     def _shared_room(self, step: StepOptions) -> Room | None:
-        """The room of a group's budget; None where it has none, or where all parameters of the budget are frozen."""
+        """The room of a group's budget; None where it has none here, or where all parameters of it are frozen."""
         key = budget_of(step.values)
-        return None if key is None else self._of_budgets.get(key)
+        return None if key is None or step.coupled else self._of_budgets.get(key)
 
     def select(
         self,
@@ -184,7 +194,7 @@ class Cuts:
         """
         selections = []
         for group, step in zip(groups, options, strict=True):
-            if step.topk and self._shared_room(step) is None:
+            if step.topk and not step.coupled and self._shared_room(step) is None:
                 for _, p in with_gradient(group):
                     beside = states_beside(p, step, functools.partial(state_of, p))
                     candidates = [Candidates(p.detach(), *beside, grouping_of(step.values))]

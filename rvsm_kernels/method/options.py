@@ -202,6 +202,7 @@ SPLIT_OPTIONS = (
     Option("group_lasso", 0.0, _number("group_lasso value"), "strength of group_lasso * sum ||w_G||, >= 0"),
     Option("decoupled", True, None, "the gap pulls the weights (True) or is added to the gradient (False)"),
     Option("method", "rvsm", choice(tuple(METHODS)), "what pulls, and what is remembered of it"),
+    Option("hold_zeros", False, None, "an element that is 0 stays 0, and so do its states"),
     Option("maximize", False, None, "turn the gradient of the loss around"),
 )
 """The options of the splitting, whatever the base."""
@@ -275,8 +276,6 @@ def _check_coupling(group: Mapping[str, Any]) -> None:
     dims = as_dims(group["group_dim"])
     if dims is None or len(dims) != 1:
         raise ValueError(f"coupling needs a group_dim of one dimension, not {group['group_dim']!r}")
-    if group["penalty"] == "topk":
-        raise ValueError("penalty='topk' takes no coupling: a SparsitySchedule leads the others to a share of groups")
 
 
 def unknown_option(key: str, names: Collection[str], where: str) -> str:

@@ -15,7 +15,7 @@ from .device_numbers import is_positive
 from .groups import group_size, grouping_of
 from .methods import METHODS
 
-SPLIT_NUMBERS = ("grad", "pull", "coupling", "lasso")
+SPLIT_NUMBERS = ("grad", "pull", "coupling", "lasso", "hold")
 """The numbers of :func:`split_numbers`, in the kernels' order."""
 
 
@@ -59,10 +59,11 @@ def strength(group: Mapping[str, Any], shape: torch.Size) -> float:
 
 
 def split_numbers(group: Mapping[str, Any], split: bool) -> tuple[float, ...]:
-    """(grad, pull, coupling, lasso) of a step, in double precision.
+    """(grad, pull, coupling, lasso, hold) of a step, in double precision.
 
     ``grad`` is the sign of the gradient (1 / grad_scale comes in the kernel), ``pull`` = lr * beta moves the weights,
-    ``coupling`` = beta is added to the gradient, ``lasso`` is the strength of the group lasso.
+    ``coupling`` = beta is added to the gradient, ``lasso`` is the strength of the group lasso,
+    ``hold`` 1 where zeros stay.
     """
     lr, beta = float(group["lr"]), float(group["beta"])
     decoupled = bool(group["decoupled"])
@@ -71,4 +72,5 @@ def split_numbers(group: Mapping[str, Any], split: bool) -> tuple[float, ...]:
         lr * beta if split and decoupled else 0.0,
         beta if split and not decoupled else 0.0,
         float(group["group_lasso"]),
+        1.0 if group["hold_zeros"] else 0.0,
     )

@@ -49,7 +49,7 @@ class StepOptions:
             stochastically.
         precision: what decides about that.
         writes_gradient: the step writes to ``p.grad``: the base leaves the gradient to another optimizer, and the
-            splitting has terms in it.
+            splitting has terms in it, or takes away that of zeros that are held.
         structure: what of all this decides about tables and launches, rather than about numbers.
     """
 
@@ -96,7 +96,8 @@ class StepOptions:
         scaled = bool(values["group_scale"])
         stochastic = values.get("rounding") == "stochastic" and not values["master_weights"]
         precision = bool(values.get("master_weights")), stochastic, values.get("state_dtype")
-        writes_gradient = base.writes_gradient and (lasso or (split and not values["decoupled"]))
+        in_gradient = lasso or (split and not values["decoupled"]) or bool(values["hold_zeros"])
+        writes_gradient = base.writes_gradient and in_gradient
         return cls(
             values=values,
             on_device=tuple(map(tensors.get, device_numbers.NAMES)) if tensors else (),
@@ -210,6 +211,6 @@ class StepOptions:
         prox = prox_numbers(penalty, tau, a)
         split = split_numbers(values, self.split)
         if self.turns_terms:
-            sign, pull, coupling, lasso = split
-            split = -sign, pull, -coupling, -lasso
+            sign, pull, coupling, lasso, hold = split
+            split = -sign, pull, -coupling, -lasso, hold
         return (*prox, *split, *self.base.numbers(values, count))

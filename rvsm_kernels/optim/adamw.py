@@ -41,8 +41,9 @@ class RVSMAdamW(SplitOptimizer):
         eps, weight_decay, amsgrad, maximize: as ``torch.optim.AdamW``. ``maximize`` turns the loss gradient around; the
             pull, weight decay and group_lasso keep their signs.
         penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, coupling, coupling_name,
-            group_scale, group_lasso, decoupled, method: see :class:`rvsm_kernels.RVSM`. With ``decoupled=False`` the
-            pull passes through the moments, which take its size away: what is left of it is hardly more than its sign.
+            group_scale, group_lasso, decoupled, method, hold_zeros: see :class:`rvsm_kernels.RVSM`. With
+            ``decoupled=False`` the pull passes through the moments, which take its size away: what is left of it is
+            hardly more than its sign.
         master_weights, rounding, seed, state_dtype, amp_scaling, engine, statistics: see :class:`rvsm_kernels.RVSM`.
             Moments in bfloat16 have eight bits: an ``exp_avg_sq`` that is to shrink by less than 1/512 in a step (a
             beta2 above 0.998) stays where it is.
@@ -89,6 +90,7 @@ class RVSMAdamW(SplitOptimizer):
         group_lasso: float = 0.0,
         decoupled: bool = True,
         method: str = "rvsm",
+        hold_zeros: bool = False,
         maximize: bool = False,
         master_weights: bool = False,
         rounding: str = "nearest",

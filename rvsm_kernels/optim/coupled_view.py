@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..dist.coupled import CoupledWeight, Norms
+from ..dist.coupled_cuts import coupled_cuts
 from ..dist.shards import is_sharded, shard_of, sharded_like
+from ..method import device_numbers
 from ..method.dtypes import to_opmath
 from ..method.groups import from_memory_order, group_size, grouping_of
 from ..method.penalties import PENALTIES
 from ..method.prox import threshold
-from ..method.selection import thresholded
-from ..method.split import is_coupled, strength_of_size
+from ..method.selection import keep_above, thresholded
+from ..method.split import is_coupled, is_topk, strength_of_size
 
 if TYPE_CHECKING:
     from .sparse_view import SparseView, SplitParams
@@ -75,10 +77,20 @@ class CoupledView:
     def u_of(self, p: Tensor, w: Tensor, group: Mapping[str, Any]) -> Tensor:
         """u of a weight of coupled groups, in the type of the arithmetic."""
         v, norms = self._thresholded(p, group, w), self.norms_of(p).here
+        if is_topk(group):
+            u = keep_above(v, from_memory_order(norms, v, grouping_of(group)), self._cuts()[p])
+            return sharded_like(u, p) if is_sharded(p) else u
         tau = strength_of_size(group, self.size_of_groups(p, group)) / float(group["beta"])
         groups = grouping_of(group)
         u = threshold(v, from_memory_order(norms, v, groups), group["penalty"], tau, float(group["a"]), groups)
         return sharded_like(u, p) if is_sharded(p) else u
+
+    def _cuts(self) -> dict[Tensor, Tensor]:
+        """The cuts of top-k of all weights that :meth:`norms_of` knows."""
+        optimizer = self._view._optimizer
+        members, values = optimizer._couplings.find(optimizer.param_groups), optimizer.param_groups
+        now = [device_numbers.read(group) for group in values]
+        return coupled_cuts(members.values(), now, lambda member: self.norms_of(member.p).firsts)
 
     def value(self, parts: Sequence[SplitParams]) -> Tensor | None:
         """lam P(u) of all coupled groups, each once, 0-dim float64; None where there are none."""
@@ -90,7 +102,7 @@ class CoupledView:
 
         def value(member: CoupledWeight, norms: Tensor) -> Tensor:
             part = by_param.get(member.p)
-            if part is None:
+            if part is None or is_topk(part.group):
                 return norms.new_zeros(())
             lam, a = strength_of_size(part.group, member.size), float(part.group["a"])
             return lam * PENALTIES[part.group["penalty"]].value(norms, a).sum()

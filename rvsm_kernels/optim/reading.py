@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..method.options import shown
 from ..model.recalibrate import check_recalibration
 from ..model.sparsity import SparsityReport
+from .hold import begin_to_hold
 from .sparse_view import SparseView
 from .sparse_weights import SparseWeights
 from .statistics import Statistics, StepStatistics
@@ -66,8 +67,8 @@ class ReadsU:
         to_recalibrate = None if recalibrate is None else (recalibrate, batches)
         return SparseWeights(cast("SplitOptimizer", self), model, frozen, to_recalibrate)
 
-    def sparsify_(self, *, frozen: bool = False) -> None:
-        """w <- u for good. Momentum is left alone, so a pruned weight may grow again.
+    def sparsify_(self, *, frozen: bool = False, hold: bool = False) -> None:
+        """w <- u for good. Momentum is left alone, so a pruned weight may grow again, unless it is held.
 
         Until a step or an edit changes them, the weights are u: a second call changes nothing, :meth:`sparse_weights`
         holds what they are, and :meth:`sparsity` counts it. The dual of ``method="admm"`` becomes what the step makes
@@ -75,8 +76,19 @@ class ReadsU:
 
         Args:
             frozen: also parameters with ``requires_grad=False``, which else stay as they are.
+            hold: what is 0 now stays 0: ``hold_zeros`` becomes True in all groups with a penalty, and the states of
+                what is 0 become 0.
+
+        Raises:
+            RuntimeError: inside :meth:`sparse_weights`; parameters of FullyShardedDataParallel (FSDP1).
+            TypeError: ``hold`` is neither True nor False.
         """
+        if not isinstance(hold, bool):
+            raise TypeError(f"Invalid hold value: {shown(hold)} (True or False is needed)")
         self._view.sparsify_(frozen)
+        if hold:
+            with self._lock:
+                begin_to_hold(cast("SplitOptimizer", self))
 
     def penalty_value(self) -> Tensor:
         """lam P(u) + beta/2 ||w - u||^2 over all split parameters: ``loss + penalty_value()`` is L_beta(w, u).

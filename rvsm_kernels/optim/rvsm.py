@@ -76,6 +76,8 @@ class RVSM(SplitOptimizer):
             first that of the first weights). ``"admm"``, with state ``dual`` y, at first 0:
             v = w + y, u = prox(v), y = v - u, p = w - u + y. The state of a method is dropped when the splitting or
             the method is switched off, and begins anew.
+        hold_zeros: an element that is 0 when a step begins is 0 when it ends, and so are its states, whatever its
+            gradient is: training with a fixed support. No mask is kept. ``sparsify_(hold=True)`` sets it.
         unit_norm: w <- w / ||w||_2 of each whole tensor at the end of the step; a zero tensor stays zero.
         master_weights: float32 weights behind parameters of a half type, which else lose every change below half a
             unit in their last place. They follow a float32 run that is given the same gradients bit for bit: the base's
@@ -141,6 +143,7 @@ class RVSM(SplitOptimizer):
         group_lasso: float = 0.0,
         decoupled: bool = True,
         method: str = "rvsm",
+        hold_zeros: bool = False,
         unit_norm: bool = False,
         maximize: bool = False,
         master_weights: bool = False,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..dist.gathered import has_flat_params
 from ..method import device_numbers
 from ..method.groups import group_size, grouping_of
 from ..method.memory import kind_of, refuse
@@ -21,7 +22,6 @@ from ..method.penalties import PENALTIES
 from ..method.selection import Candidates, Room, Selection
 from ..method.split import is_coupled
 from ..method.warn import warn
-from . import hold as holding
 from .unwrap import optimizer_in
 
 
@@ -85,16 +85,14 @@ class SparsitySchedule:
         pull_rate: rho: keeps lr * beta = rho, whatever schedule lr has, by setting ``beta``; (first, last): rho goes
             from one to the other between ``begin`` and ``end``. None leaves beta alone. For l0 and top-k: the pull of
             l1 and tl1 on the weights that survive would grow as lr falls, which is warned about.
-        hold: at ``end`` w becomes u for good, and from then on what is 0 stays 0 (its gradient and its states are set
-            to 0) and nothing is pulled any more: the weights that survive are trained on with a fixed support. It
-            takes the time of another step, and ends with the schedule: keep the object. Groups that are added later
-            are not led then.
+        hold: at ``end`` w becomes u for good (``sparsify_(hold=True)``), and from then on what is 0 stays 0, its states
+            too, and nothing is pulled any more: the weights that survive are trained on with a fixed support. Groups
+            that are added later are not led then.
 
     Raises:
         ValueError, TypeError: an argument out of range; top-k whose ``budget`` is not the scope; ``scope="tensor"``
             with several tensors in a group, for they share a lam; a group whose beta is 0; no group with another
-            penalty than ``"nm"``, whose sparsity is that of its pattern; ``hold`` where zeros cannot be held (FSDP1, an
-            eps of 0).
+            penalty than ``"nm"``, whose sparsity is that of its pattern; ``hold`` under FSDP1.
     """
 
     def __init__(
@@ -134,11 +132,12 @@ class SparsitySchedule:
             self.pull_rate = rates
         if not isinstance(hold, bool):
             raise ValueError(f"Invalid hold value: {shown(hold)} (True or False is needed)")
-        if hold:
-            holding.check(self._optimizer)
+        if hold and has_flat_params(self._optimizer.param_groups):
+            raise ValueError(
+                "hold=True: FullyShardedDataParallel cannot be told to gather weights anew: take FSDP2 (fully_shard)"
+            )
         self.hold = hold
         self.holds = False  # whether zeros are held already
-        self._hold = holding.Hold()
         self.last_step = 0
         self._handles: list[Any] = []
         self._cuts: dict[str, _Cut] = {}  # of each kind, or of each group
@@ -209,7 +208,7 @@ class SparsitySchedule:
             self._select()
         self._apply()
         if holds_from_now:
-            holding.begin(self._optimizer)
+            self._optimizer.sparsify_(hold=True)
             self.holds = True
             self._apply()
 
@@ -316,6 +315,7 @@ class SparsitySchedule:
                 group["density"] = max(1.0 - self.sparsity, 1e-12)
             if self.holds:
                 device_numbers.put(group, "lam", 0.0)
+                group["hold_zeros"] = True  # also where a checkpoint of 0.1.0 has been loaded
                 continue
             if group["penalty"] in ("topk", "nm"):
                 continue
@@ -337,33 +337,24 @@ class SparsitySchedule:
 
     def _watch(self) -> None:
         """With a pull_rate: set beta from lr once more when a step begins; a scheduler may have moved lr by then."""
-        if (self.pull_rate is None and not self.hold) or self._handles:
+        if self.pull_rate is None or self._handles:
             return
         me = weakref.ref(self)  # the optimizer must not keep the schedule
 
-        def before_step(optimizer: Any, args: Any, kwargs: Any) -> Any:
-            schedule = me()
-            if schedule is None:
-                return None
-            if schedule.pull_rate is not None:
-                schedule._apply()
-            return schedule._hold.before_step(schedule._optimizer, args, kwargs) if schedule.holds else None
-
-        def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+        def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             schedule = me()
             if schedule is not None:
-                schedule._hold.after_step()
+                schedule._apply()
 
         self._handles = [self._optimizer.register_step_pre_hook(before_step)]
-        if self.hold:
-            self._handles.append(self._optimizer.register_step_post_hook(after_step))
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks are no part of an optimizer's copy, and what the rooms remember must not matter.
         return {**self.__dict__, "_handles": [], "_rooms": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        earlier = {"_rooms": {}, "hold": False, "holds": False, "_hold": holding.Hold(), "_handles": []}
+        earlier = {"_rooms": {}, "hold": False, "holds": False, "_handles": []}
+        state = {key: value for key, value in state.items() if key != "_hold"}
         self.__dict__.update({**earlier, **state})  # what 0.1.0 did not pickle
         self._watch()
 

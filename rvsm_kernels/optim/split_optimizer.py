@@ -350,7 +350,7 @@ class SplitOptimizer(ReadsU, Optimizer):
                     self._cuts.select(of_engine, their_options, inputs.state_of, engine.select)
                 self._cuts.select_budgets(self._view.select_for)
             if inputs.norms:
-                self._couplings.fill(options, inputs.state_of)
+                self._couplings.fill(options, inputs.state_of, inputs.cuts)
             self._run(engines)
             if inputs.norms and self._statistics.on:
                 self._couplings.correct(inputs.statistics, options)

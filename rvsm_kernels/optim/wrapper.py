@@ -18,6 +18,7 @@ from ..method.options import make_plain, shown
 from ..method.split import is_split, state_name
 from . import advice, checkpoint, method_states
 from .attributes import ends_scaling, names_its_arguments, takes_closure
+from .hold import TakenBack
 from .split_optimizer import SplitOptimizer
 
 _SCALING = ("grad_scale", "found_inf")
@@ -46,8 +47,8 @@ class RVSMWrapper(SplitOptimizer):
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose groups have an ``lr``; step the wrapper, not this.
         penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, coupling, coupling_name,
-            group_scale, group_lasso, decoupled, method, engine, statistics: see :class:`rvsm_kernels.RVSM`; options are
-            for groups that do not set them.
+            group_scale, group_lasso, decoupled, method, hold_zeros, engine, statistics: see :class:`rvsm_kernels.RVSM`;
+            options are for groups that do not set them.
 
     Raises:
         TypeError: something that is no optimizer, or one that makes sparse weights already; a wrong type.
@@ -84,6 +85,7 @@ class RVSMWrapper(SplitOptimizer):
         group_lasso: float = 0.0,
         decoupled: bool = True,
         method: str = "rvsm",
+        hold_zeros: bool = False,
         engine: str | None = None,
         statistics: bool = False,
     ) -> None:
@@ -156,7 +158,8 @@ class RVSMWrapper(SplitOptimizer):
         """Whether a GradScaler may leave the gradients scaled: nothing but the wrapped optimizer reads them then."""
         self._refuse_incomplete()
         reads = any(
-            _pulls(group) and (group["group_lasso"] != 0 or not group["decoupled"]) for group in self.param_groups
+            _pulls(group) and (group["group_lasso"] != 0 or group["hold_zeros"] or not group["decoupled"])
+            for group in self.param_groups
         )
         return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False)) and not reads
 
@@ -247,6 +250,7 @@ class RVSMWrapper(SplitOptimizer):
         scaling = {name: self.__dict__[name] for name in _SCALING if self.__dict__.get(name) is not None}
         with self._lock:
             self._do_step_outside_graphs()
+            held = TakenBack(self)
             for name, value in scaling.items():
                 setattr(self.optimizer, name, value)
             try:
@@ -255,6 +259,7 @@ class RVSMWrapper(SplitOptimizer):
                 else:
                     result = self.optimizer.step(self._again(closure, [] if needs else [loss]))
             finally:
+                held.after_step()
                 for name in scaling:
                     delattr(self.optimizer, name)
         return result if loss is None else loss
@@ -395,8 +400,8 @@ class RVSMWrapper(SplitOptimizer):
 
 
 def _pulls(group: Mapping[str, Any]) -> bool:
-    """Whether the splitting does anything in a group."""
-    return is_split(group) or group["group_lasso"] != 0
+    """Whether the pull has anything to do in a group."""
+    return is_split(group) or group["group_lasso"] != 0 or bool(group["hold_zeros"])
 
 
 def _moved(state: Any, p: Tensor | None) -> Any:

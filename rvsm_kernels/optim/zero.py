@@ -59,9 +59,11 @@ class ZeroShares:
                 estimate_statistics(model, recalibrate, batches)
             yield
 
-    def sparsify_(self, *, frozen: bool = False) -> None:
+    def sparsify_(self, *, frozen: bool = False, hold: bool = False) -> None:
         """See :meth:`rvsm_kernels.RVSM.sparsify_`."""
-        self._everywhere(lambda: self.mine.sparsify_(frozen=frozen))
+        self._everywhere(lambda: self.mine.sparsify_(frozen=frozen, hold=hold))
+        for group in self._penalised() if hold else ():
+            group["hold_zeros"] = True
         self._send()
 
     def sparsity(self) -> SparsityReport:

@@ -26,7 +26,7 @@ struct Step {
   double lam = 0, beta = 0, a = 1;
   double group_lasso = 0;
   double lr = 0, momentum = 0, dampening = 0, weight_decay = 0;
-  bool group_scale = false, nesterov = false, decoupled = true, maximize = false;
+  bool group_scale = false, nesterov = false, decoupled = true, maximize = false, hold_zeros = false;
   bool topk = false;   // l0 with a cut that comes with the step
   bool first = false;  // the states of the base are new
   bool amsgrad = false;
@@ -35,7 +35,9 @@ struct Step {
 
   bool has_momentum() const { return base == BaseKind::sgd && momentum != 0; }
   // The pull alone leaves its terms in the gradient to another optimizer.
-  bool writes_grad() const { return base == BaseKind::none && ((is_split() && !decoupled) || group_lasso != 0); }
+  bool writes_grad() const {
+    return base == BaseKind::none && ((is_split() && !decoupled) || group_lasso != 0 || hold_zeros);
+  }
   bool is_split() const { return penalty != Penalty::none && lam > 0 && beta > 0; }
 };
 
@@ -136,7 +138,7 @@ inline Result step_element(const Tensor& t, const Element& before, Real grad, Ra
   const Real step_size = s.lr / (1 - std::pow(Real(s.beta1), step));
   const Real correction = 1 / std::sqrt(1 - std::pow(Real(s.beta2), step));
   if (s.maximize) grad = -grad;
-  const auto with = [&](Real ui) {
+  const auto moved = [&](Real ui) {
     Element e = before;
     Real gap = e.w - ui;
     if (s.method == Method::delayed) {
@@ -170,6 +172,17 @@ inline Result step_element(const Tensor& t, const Element& before, Real grad, Ra
     e.w -= s.lr * d;
     return e;
   };
+  const bool held = s.hold_zeros && before.w == 0;
+  const auto with = [&](Real ui) {
+    Element e = moved(ui);
+    if (!held) return e;
+    e.w = 0;
+    if (s.method != Method::rvsm) e.kept = 0;
+    if (s.base == BaseKind::none) e.g = 0;
+    if (s.has_momentum() || s.base == BaseKind::adamw) e.m = 0;
+    if (s.base == BaseKind::adamw) e.v = e.largest = 0;
+    return e;
+  };
   const Element x = with(u.low), y = with(u.high);
   Result r;
   r.low = {std::min(x.w, y.w), std::min(x.m, y.m), std::min(x.kept, y.kept),
@@ -177,6 +190,7 @@ inline Result step_element(const Tensor& t, const Element& before, Real grad, Ra
   r.high = {std::max(x.w, y.w), std::max(x.m, y.m), std::max(x.kept, y.kept),
             std::max(x.g, y.g), std::max(x.v, y.v), std::max(x.largest, y.largest)};
   r.u = u;
+  if (held) return r;  // exactly 0
   const Real most = std::max(std::fabs(u.low), std::fabs(u.high));
   const Real weights = std::fabs(before.w) + most + (s.method == Method::rvsm ? 0 : std::fabs(before.kept));
   if (s.base == BaseKind::adamw) {

@@ -397,6 +397,7 @@ TensorArgs make_args(const definition::Tensor& t, Action action, const Addresses
   o.nesterov = s.nesterov;
   o.decoupled = s.decoupled;
   o.maximize = s.maximize;
+  o.hold_zeros = s.hold_zeros;
   const bool step = action == Action::step;
   o.method = step ? s.method : Method::rvsm;
   o.base = s.base;

@@ -76,6 +76,7 @@ definition::Step random_step(const TensorOptions& t, Action action, Profile prof
   o.weight_decay = integer(0, 1) ? log_uniform(1e-5, 0.1) : 0;
   o.decoupled = integer(0, 1);
   o.maximize = integer(0, 3) == 0;
+  o.hold_zeros = integer(0, 3) == 0;
   o.group_lasso = t.grouped && integer(0, 1) ? log_uniform(1e-3, 1) : 0;
   o.group_scale = t.grouped && integer(0, 1);
   if (o.group_scale) o.lam /= std::sqrt(double(t.view.size()));

@@ -71,8 +71,8 @@ def finish_kernel(
         tl.store(made + k, of_prox[k].to(T), mask)
     s = numbers + PROX
     pull, coupling = tl.load(s + 1, mask, 0.0) * lr * beta, tl.load(s + 2, mask, 0.0) * beta
-    grad, lasso = tl.load(s, mask, 0.0), tl.load(s + 3, mask, 0.0)
-    of_split = (grad, tl.where(on, pull, 0.0), tl.where(on, coupling, 0.0), lasso)
+    grad, lasso, hold = tl.load(s, mask, 0.0), tl.load(s + 3, mask, 0.0), tl.load(s + 4, mask, 0.0)
+    of_split = (grad, tl.where(on, pull, 0.0), tl.where(on, coupling, 0.0), lasso, hold)
     for k in tl.static_range(SPLIT):
         tl.store(made + PROX + k, of_split[k].to(T), mask)
     for k in tl.static_range(NUMBERS - PROX - SPLIT):

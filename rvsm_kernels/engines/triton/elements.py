@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .bases import base_step, reads_gradient
 from .penalty import NONE, Prox, penalty_term, shrink
-from .split import Split, gap_of, method_states, split_step, thresholded
+from .split import Split, gap_of, is_held, method_states, split_step, thresholded, unless_held
 from .sums import measure_block
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ ENTRY = tl.constexpr(14)
 # Numbers of a record: a Prox, a Split, those of the base and, where the device finishes it (``device_numbers.py``),
 # whether lr is 0; or a Prox, then lam and beta in double.
 PROX = tl.constexpr(6)
-SPLIT = tl.constexpr(4)
+SPLIT = tl.constexpr(5)
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def prox_of(numbers):
 def split_of(numbers):
     """The Split after a Prox."""
     s = numbers + PROX
-    return Split(tl.load(s), tl.load(s + 1), tl.load(s + 2), tl.load(s + 3))
+    return Split(tl.load(s), tl.load(s + 1), tl.load(s + 2), tl.load(s + 3), tl.load(s + 4))
 
 
 @triton.jit
@@ -216,13 +216,16 @@ def arithmetic(
     v = thresholded(w, of_method, METHOD)
     u, unit = pull_of(v, w, f, entry, at, mask, WITH_TL1, WITH_GROUPS, WITH_WINDOWS)
     gap, of_method = gap_of(w, v, u, of_method, METHOD)
-    found = w
+    found, held = w, is_held(w, s)
     w, d = split_step(w, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
     if MEASURES:
         grouped = tl.load(entry + GROUPED) if WITH_GROUPS else 0
         measure_block(totals, found, u, d, mask, count, f, grouped, WITH_TL1)
     w, states = base_step(w, states, d, numbers + PROX + SPLIT, entry + CORRECTIONS, BASE, BASE_STATES)
-    return w, d, states, of_method
+    kept = ()
+    for k in tl.static_range(BASE_STATES):
+        kept = kept + (unless_held(held, states[k]),)  # type: ignore  # noqa: RUF005 - Triton reads no star
+    return unless_held(held, w), unless_held(held, d), kept, unless_held(held, of_method)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ class Split(NamedTuple):
     pull: float
     coupling: float
     lasso: float
+    hold: float
 
 
 @triton.constexpr_function
@@ -63,3 +64,15 @@ def split_step(w, d, gap, unit, f: Prox, s: Split):
     w = tl.where(on, w - s.pull * gap, w)
     d = tl.where(on, d + s.coupling * gap, d)
     return w, d
+
+
+@triton.jit
+def is_held(w, s: Split):
+    """Which elements with these weights, as the step finds them, are held: with hold_zeros those that are 0."""
+    return tl.where(s.hold != 0, w, 1.0) == 0
+
+
+@triton.jit
+def unless_held(held, made):
+    """What a step has made of numbers of elements: 0 where these are held, whatever came out."""
+    return tl.where(held, 0.0, made)
