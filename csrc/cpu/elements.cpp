@@ -82,17 +82,17 @@ inline void step_loop(T* __restrict w, T* __restrict g, T* const* states, int64_
   for (int64_t i = 0; i < n; ++i) {
     T wi = w[i];
     T si[kStates + 1] = {};
-    for (int k = 0; k < kStates; ++k) si[k] = state[k][i];
-    T& of_method = si[Base::kStates];
     const bool held = is_held(wi, numbers.split);
+    for (int k = 0; k < kStates; ++k) si[k] = unless_held(held, state[k][i]);
+    T& of_method = si[Base::kStates];
     const T v = thresholded<kMethod>(wi, of_method);
     const T gap = Pull::kPull ? gap_of<kMethod>(wi, v, pull.u(v, i), of_method) : T(0);
-    T d = Base::kReadsGrad ? g[i] * numbers.split.grad : T(0);
+    T d = Base::kReadsGrad ? unless_held(held, g[i]) * numbers.split.grad : T(0);
     split_step(wi, d, gap, pull.direction(wi, i), numbers.split, KnownSplit<Pull::kPull, Pull::kLasso>{});
     Base::step(wi, si, d, numbers.base, on);
-    w[i] = unless_held(held, wi);
-    if (Base::kWritesGrad) g[i] = unless_held(held, d);
-    for (int k = 0; k < kStates; ++k) state[k][i] = unless_held(held, si[k]);
+    w[i] = wi;
+    if (Base::kWritesGrad) g[i] = d;
+    for (int k = 0; k < kStates; ++k) state[k][i] = si[k];
   }
 }
 

@@ -238,17 +238,16 @@ RVSM_HD void step_element(T& w, T& g, T* states, const At& at, uint32_t k, T fac
                           const Split<T>& split, SplitSwitches on, const Numbers& numbers,
                           typename Base::Switches base_on) {
   T u, unit;
-  T& of_method = states[Base::kStates];
   const bool held = is_held(w, split);
-  const T v = run_thresholded<kHasState>(method, w, of_method);
-  at(v, w, k, u, unit);
-  T d = g * factor;
-  split_step(w, d, run_gap<kHasState>(method, w, v, u, of_method), unit, split, on);
-  Base::step(w, states, d, numbers, base_on);
-  w = unless_held(held, w);
-  if (Base::kWritesGrad) g = unless_held(held, d);
   RVSM_UNROLL
   for (int s = 0; s < Base::kStates + int(kHasState); ++s) states[s] = unless_held(held, states[s]);
+  T& of_method = states[Base::kStates];
+  const T v = run_thresholded<kHasState>(method, w, of_method);
+  at(v, w, k, u, unit);
+  T d = unless_held(held, g) * factor;
+  split_step(w, d, run_gap<kHasState>(method, w, v, u, of_method), unit, split, on);
+  Base::step(w, states, d, numbers, base_on);
+  if (Base::kWritesGrad) g = d;
 }
 
 // One step of the thread's elements of a span. `numbers`: of the base; `first`: the offset of the span's begin, as

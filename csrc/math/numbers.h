@@ -56,7 +56,11 @@ RVSM_HD Prox<T> prox_of(const N* record) {
 template <class T, class N>
 RVSM_HD Split<T> split_of(const N* record, double scale) {
   const N* s = record + kProxNumbers;
-  return {prox_of<T>(record), T(s[0] * scale), T(s[1]), T(s[2]), T(s[3]),
+  return {prox_of<T>(record),
+          T(s[0] * scale),
+          T(s[1]),
+          T(s[2]),
+          T(s[3]),
           s[4] != 0 ? T(0) : std::numeric_limits<T>::quiet_NaN()};
 }
 

@@ -4,9 +4,8 @@
 //   d = grad + lasso unit + coupling gap      (grad comes with its sign and 1 / grad_scale)
 //   w = w - pull gap
 //
-// and then the base: w = base(w, d, states). Where w is held, it and all states are 0 afterwards, and so is a gradient
-// that is written. With `decoupled` coupling is 0 and pull lr beta; without, pull is 0 and
-// coupling beta.
+// and then the base: w = base(w, d, states). Where w is held, grad and all states count as 0, and then every base
+// leaves them and w at 0. With `decoupled` coupling is 0 and pull lr beta; without, pull is 0 and coupling beta.
 #pragma once
 
 #include <type_traits>
@@ -84,10 +83,11 @@ RVSM_HD bool is_held(T w, const Split<T>& s) {
   return w == s.held;
 }
 
-// What a step has made of a number of an element: 0 where that is held, whatever came out of gradients and states.
+// A gradient or a state of an element as the step takes it: 0 where that is held. To be asked right after the loads, so
+// that nothing has to be kept for it.
 template <class T>
-RVSM_HD T unless_held(bool held, T made) {
-  return held ? T(0) : made;
+RVSM_HD T unless_held(bool held, T loaded) {
+  return held ? T(0) : loaded;
 }
 
 }  // namespace rvsm

@@ -113,7 +113,11 @@ void plain_step(T& w, T& g, T* state, T unit, const TensorArgs& args, const U& u
     using Base = decltype(base);
     const auto numbers = Base::template numbers<T>(base_numbers(args.numbers));
     T nothing = 0, d = g * s.grad;
-    const bool held = is_held(w, s);
+    const int states = Base::kStates + (args.method == Method::rvsm ? 0 : 1);
+    if (is_held(w, s)) {
+      d = 0;
+      for (int k = 0; k < states; ++k) state[k] = 0;
+    }
     T& of_method = args.method == Method::rvsm ? nothing : state[Base::kStates];
     T gap = 0;
     with_method(args.method, [&](auto method) {
@@ -123,10 +127,7 @@ void plain_step(T& w, T& g, T* state, T unit, const TensorArgs& args, const U& u
     });
     split_step(w, d, gap, unit, s, SplitSwitches{s.prox.penalty != Penalty::none, s.lasso != 0});
     Base::step(w, state, d, numbers, Base::switches(base_numbers(args.numbers)));
-    w = unless_held(held, w);
-    if (Base::kWritesGrad) g = unless_held(held, d);
-    const int states = Base::kStates + (args.method == Method::rvsm ? 0 : 1);
-    for (int k = 0; k < states; ++k) state[k] = unless_held(held, state[k]);
+    if (Base::kWritesGrad) g = d;
   });
 }
 

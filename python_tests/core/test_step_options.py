@@ -28,21 +28,21 @@ def told(**options: Any) -> StepOptions:
 def test_numbers(decoupled: bool) -> None:
     options = told(
         lr=0.5, momentum=0.75, dampening=0.25, weight_decay=0.125, maximize=True, penalty="tl1", lam=2.0, beta=4.0,
-        a=3.0, group_dim=1, group_scale=True, group_lasso=0.0625, decoupled=decoupled,
+        a=3.0, group_dim=1, group_scale=True, group_lasso=0.0625, decoupled=decoupled, hold_zeros=True,
     )  # fmt: skip
     tau = 2.0 * math.sqrt(9) / 4.0
     rho = math.pow(6.75 * tau * 3.0 * 4.0, 1 / 3)
     prox = (3.0, PENALTIES["tl1"].cut(tau, 3.0), tau, 3.0, rho, rho - 3.0)
-    split = (-1.0, 2.0, 0.0, 0.0625) if decoupled else (-1.0, 0.0, 4.0, 0.0625)
+    split = (-1.0, 2.0, 0.0, 0.0625, 1.0) if decoupled else (-1.0, 0.0, 4.0, 0.0625, 1.0)
     assert options.numbers(9, 1) == pytest.approx((*prox, *split, 0.125, 0.75, 0.75, 0.75, 0.0, 0.5), rel=1e-15)
-    assert options.numbers(9, 0)[10:] == (0.125, 0.0, 1.0, 0.75, 0.0, 0.5)
+    assert options.numbers(9, 0)[11:] == (0.125, 0.0, 1.0, 0.75, 0.0, 0.5)
     assert options.numbers(1, 1)[2] == 0.5
 
 
 @pytest.mark.parametrize("off", [{"penalty": None}, {"lam": 0.0}, {"beta": 0.0}])
 def test_numbers_without_a_splitting(off: dict[str, Any]) -> None:
     options = told(**{"penalty": "l1", "lam": 1.0, "beta": 1.0, "a": 2.0, "method": "admm", "group_dim": 0, **off})
-    assert options.numbers(5, 1)[:10] == (0.0, -1.0, 0.0, 2.0, 0.0, -2.0, 1.0, 0.0, 0.0, 0.0)
+    assert options.numbers(5, 1)[:11] == (0.0, -1.0, 0.0, 2.0, 0.0, -2.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     assert not options.split and options.method.name == "rvsm" and options.states == () and options.dims is None
 
 
@@ -108,7 +108,7 @@ def test_the_compiled_module_counts_alike() -> None:
     """Numbers pass between Python and C++ by their order alone."""
     if native.load_error is not None:
         pytest.skip(native.load_error)
-    lengths = {"prox": 6, "split": 4, "sgd": len(told().numbers(1, 1)) - 10, "none": len(NONE.number_names)}
+    lengths = {"prox": 6, "split": 5, "sgd": len(told().numbers(1, 1)) - 11, "none": len(NONE.number_names)}
     lengths |= {"adamw": len(ADAMW.number_names)}
     assert list(native._C.numbers.items()) == list(lengths.items())
     assert [base.number for base in BASES.values()] == [0, 1, 2]

@@ -368,7 +368,7 @@ class Compiled:
 
     has_cuda = False
     penalties = ("l1", "l0", "tl1")
-    numbers: ClassVar = {"prox": 6, "split": 4, "sgd": 6, "none": 0, "adamw": 9}
+    numbers: ClassVar = {"prox": 6, "split": 5, "sgd": 6, "none": 0, "adamw": 9}
 
     def __init__(self, built_for: str = f"torch {torch.__version__}", error: Exception | None = None) -> None:
         self.info = {

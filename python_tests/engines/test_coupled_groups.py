@@ -208,7 +208,7 @@ def test_shares_of_channels(engine: str) -> None:
         assert torch.equal((weights[0] != 0).any(0), (weights[1] != 0).any(0).flip(0))
         assert alive == ([10, 10, 4 + 4] if budget == "tensor" else [18, 18, 4])
     optimizer.param_groups[2]["density"] = 0.4
-    with pytest.raises(ValueError, match="densities 0.5 and 0.4"):
+    with pytest.raises(ValueError, match=r"densities 0\.5 and 0\.4"):
         optimizer.step()
     plain = nn.Parameter(torch.randn(3, 4, device=DEVICE))
     plain.grad = torch.zeros_like(plain)

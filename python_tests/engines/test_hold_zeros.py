@@ -19,7 +19,7 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "momentum": (rk.RVSM, {"lr": 0.05, "momentum": 0.9, "dampening": 0.1}),
     "nesterov": (rk.RVSM, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "maximize": True}),
     "adamw": (rk.RVSMAdamW, {"lr": 0.01}),
-    "amsgrad": (rk.RVSMAdamW, {"lr": 0.01, "amsgrad": True, "eps": 0.0}),  # 0 / 0 where the moments are 0
+    "amsgrad": (rk.RVSMAdamW, {"lr": 0.01, "amsgrad": True}),
 }
 SPLITS: dict[str, dict[str, Any]] = {
     "none": {"penalty": None},
@@ -219,6 +219,12 @@ def test_sparsify_and_hold(engine: str) -> None:
 
 
 def test_errors() -> None:
+    with pytest.raises(ValueError, match="hold_zeros=True needs an eps above 0"):
+        rk.RVSMAdamW(params_of(), eps=0.0, hold_zeros=True)
+    adamw = rk.RVSMAdamW(params_of(), eps=0.0)
+    with pytest.raises(ValueError, match="hold_zeros=True needs an eps above 0"):
+        adamw.sparsify_(hold=True)
+    assert adamw.param_groups[0]["hold_zeros"] is False
     optimizer = rk.RVSM(params_of(), lr=0.1)
     with pytest.raises(TypeError, match="Invalid hold value: 1"):
         optimizer.sparsify_(hold=1)

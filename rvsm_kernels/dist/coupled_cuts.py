@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from .coupled import CoupledWeight
 
 
-def populations(
-    members: Iterable[CoupledWeight], values: Sequence[Mapping[str, Any]]
-) -> list[list[CoupledWeight]]:
+def populations(members: Iterable[CoupledWeight], values: Sequence[Mapping[str, Any]]) -> list[list[CoupledWeight]]:
     """The weights with top-k that share a cut.
 
     Args:

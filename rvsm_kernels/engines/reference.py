@@ -89,9 +89,10 @@ def step_params(
     masters = _find_masters(params, states, options)
     w = [join(p.detach(), master) for p, master in zip(params, masters, strict=True)]
     g = [p.grad.detach().to(x.dtype) for p, x in zip(params, w, strict=True) if p.grad is not None]
-    held = [x == 0 for x in w] if values["hold_zeros"] else []
     if inputs.grad_scale is not None:
         g = [x * inputs.grad_scale.to(x.device, x.dtype).reciprocal() for x in g]
+    held = [x == 0 for x in w] if values["hold_zeros"] else None
+    g = _unless_held(g, held)
     sign = -1.0 if options.turns_terms else 1.0
     if values["maximize"] and not options.turns_terms:
         g = list(torch._foreach_neg(g))
@@ -103,17 +104,23 @@ def step_params(
         method_states = [] if method.state is None else _or_zeros(params, states, method.state, options)
         before = [to_opmath(x) for x in method_states]
         v = list(torch._foreach_add(w, before)) if method.adds_state else w
-        norms = [norms_for(p, x, options, inputs, row=0) for p, x in zip(params, v, strict=True)]
+        found = v
+        if method.state is not None:
+            before, v = _unless_held(before, held), _unless_held(v, held)
+        # Norms of groups are of what was found, also where that is held.
+        of_each = zip(params, v if groups is None else found, strict=True)
+        norms = [norms_for(p, x, options, inputs, row=0) for p, x in of_each]
         if options.pattern is not None:
             u = [keep_largest(x, options.pattern) for x in v]
         elif options.topk:
             u = [keep_above(x, r, inputs.cuts[p]) for x, r, p in zip(v, norms, params, strict=True)]
         else:
             taus = [strength(values, x.shape) / beta for x in v]
-            of_each = zip(v, norms, taus, strict=True)
-            u = [threshold(x, r, values["penalty"], tau, values["a"], groups) for x, r, tau in of_each]
+            u = [
+                threshold(x, r, values["penalty"], tau, values["a"], groups)
+                for x, r, tau in zip(v, norms, taus, strict=True)
+            ]
         gap, after = method.gap(w, v, u, before)
-        _clear(after, held)
         if moves:
             for x, new_x in zip(method_states, after, strict=True):
                 x.copy_(new_x)
@@ -127,9 +134,8 @@ def step_params(
     names = options.states[: options.base_states]
     stored = [[of_p[name] for of_p in states] for name in names]
     computed = [[s if s is None else s.to(x.dtype) for s, x in zip(state, w, strict=True)] for state in stored]
+    computed = [_unless_held(state, held) for state in computed]
     options.base.step(w, g, computed, values, counts)
-    for made in (w, *computed, *([g] if options.writes_gradient else [])):
-        _clear(made, held)
 
     for p, of_p, x, d, master, steps in zip(params, states, w, g, masters, counts, strict=True):
         if options.rounds(p.dtype):
@@ -153,11 +159,11 @@ def step_params(
                 of_p[method.state] = inputs.states[p][method.state] = used
 
 
-def _clear(made: Sequence[Tensor | None], held: Sequence[Tensor]) -> None:
-    """0 where an element is held, whatever a step has made of it; ``held`` is empty without ``hold_zeros``."""
-    for x, zeros in zip(made, held, strict=False):
-        if x is not None:
-            x.masked_fill_(zeros, 0)
+def _unless_held(loaded: Sequence[Any], held: Sequence[Tensor] | None) -> list[Any]:
+    """Gradients or states with 0 where an element is held; a state that begins with zeros is None, and stays so."""
+    if held is None:
+        return list(loaded)
+    return [x if x is None else x.masked_fill(zeros, 0) for x, zeros in zip(loaded, held, strict=True)]
 
 
 def _or_zeros(params: Sequence[Tensor], states: Sequence[States], name: str, options: StepOptions) -> list[Tensor]:

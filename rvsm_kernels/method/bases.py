@@ -189,11 +189,16 @@ def _adamw_step(
     torch._foreach_addcdiv_(w, first, root, [-(lr / (1 - beta1 ** (count + 1))) for count in counts])
 
 
+def _check_adamw(group: Mapping[str, Any]) -> None:
+    if group["hold_zeros"] and group["eps"] == 0:
+        raise ValueError("hold_zeros=True needs an eps above 0: the step is 0 / eps where the moments are 0")
+
+
 ADAMW = Base(
     name="adamw",
     number=2,
     options=ADAMW_OPTIONS,
-    check=lambda group: None,
+    check=_check_adamw,
     states=_adamw_states,
     number_names=("keep", "add", "keep_sq", "add_sq", "step_size", "correction", "eps", "lr", "beta1"),
     numbers=_adamw_numbers,

@@ -1,7 +1,7 @@
 """Zeros that stay: where holding begins, and what it takes around an optimizer that is not ours.
 
 ``hold_zeros`` is an option of a param group, and no mask is kept: an element that is 0 when a step begins is 0 when it
-ends, and so are its states. The engines see to that in their pass (``csrc/math/split.h``).
+ends, and so are its states: in the pass of an engine its gradient and states count as 0 (``csrc/math/split.h``).
 """
 
 from __future__ import annotations
@@ -51,12 +51,23 @@ def _clear_(t: Tensor, p: Tensor, zeros: Tensor) -> None:
     shard_of(t).masked_fill_(zeros, 0)
 
 
+def penalised_groups(optimizer: SplitOptimizer) -> list[dict[str, Any]]:
+    """The groups whose zeros :meth:`SplitOptimizer.sparsify_` holds.
+
+    Raises:
+        ValueError: one whose zeros cannot be held: an AdamW whose eps is 0.
+    """
+    groups = [group for group in optimizer.param_groups if group["penalty"] is not None]
+    for group in groups:
+        optimizer._validate({**group, "hold_zeros": True})
+    return groups
+
+
 @torch.no_grad()
 def begin_to_hold(optimizer: SplitOptimizer) -> None:
     """Hold the zeros of all groups with a penalty from now on; the states of what is 0 become 0."""
-    for group in optimizer.param_groups:
-        if group["penalty"] is not None:
-            group["hold_zeros"] = True
+    for group in penalised_groups(optimizer):
+        group["hold_zeros"] = True
     for p, group in _held_params(optimizer):
         zeros = _zeros_of(optimizer, p, group)
         for states in {id(s[p]): s[p] for s in (optimizer.state, optimizer._states) if p in s}.values():
@@ -75,9 +86,7 @@ class TakenBack:
 
     def __init__(self, optimizer: SplitOptimizer) -> None:
         """To be made before the step of the optimizer inside."""
-        self._held = [
-            (p, _zeros_of(optimizer, p, group)) for p, group in _held_params(optimizer) if p.grad is not None
-        ]
+        self._held = [(p, _zeros_of(optimizer, p, group)) for p, group in _held_params(optimizer) if p.grad is not None]
 
     def after_step(self) -> None:
         """The zeros are zeros again."""

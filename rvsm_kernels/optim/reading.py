@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..method.options import shown
 from ..model.recalibrate import check_recalibration
 from ..model.sparsity import SparsityReport
-from .hold import begin_to_hold
+from .hold import begin_to_hold, penalised_groups
 from .sparse_view import SparseView
 from .sparse_weights import SparseWeights
 from .statistics import Statistics, StepStatistics
@@ -82,9 +82,12 @@ class ReadsU:
         Raises:
             RuntimeError: inside :meth:`sparse_weights`; parameters of FullyShardedDataParallel (FSDP1).
             TypeError: ``hold`` is neither True nor False.
+            ValueError: zeros that cannot be held: AdamW with an eps of 0.
         """
         if not isinstance(hold, bool):
             raise TypeError(f"Invalid hold value: {shown(hold)} (True or False is needed)")
+        if hold:  # all that can fail comes before the first write
+            penalised_groups(cast("SplitOptimizer", self))
         self._view.sparsify_(frozen)
         if hold:
             with self._lock:

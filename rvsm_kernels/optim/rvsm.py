@@ -66,7 +66,8 @@ class RVSM(SplitOptimizer):
             of ``group_block`` indices), one dimension then. Equal integers under one ``coupling_name`` are one group,
             with one norm over all of its slices and one shrink factor: what reads one channel of a network goes to
             zero together (``rk.param_groups(model, structure="coupled")`` makes such groups). They have the same
-            penalty, lam, beta, a and ``group_scale``; not with top-k, nor for DTensors.
+            penalty, lam, beta, a, density, budget and ``group_scale``; of top-k the density is a share of the groups
+            that hang together.
         coupling_name: see ``coupling``.
         group_scale: multiply lam by sqrt(group size); of coupled groups the mean size of those that share weights.
         group_lasso: strength of group_lasso * sum ||w_G||_2, added to the gradient (needs ``group_dim``).

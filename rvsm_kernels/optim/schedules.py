@@ -22,6 +22,7 @@ from ..method.penalties import PENALTIES
 from ..method.selection import Candidates, Room, Selection
 from ..method.split import is_coupled
 from ..method.warn import warn
+from .hold import penalised_groups
 from .unwrap import optimizer_in
 
 
@@ -92,7 +93,8 @@ class SparsitySchedule:
     Raises:
         ValueError, TypeError: an argument out of range; top-k whose ``budget`` is not the scope; ``scope="tensor"``
             with several tensors in a group, for they share a lam; a group whose beta is 0; no group with another
-            penalty than ``"nm"``, whose sparsity is that of its pattern; ``hold`` under FSDP1.
+            penalty than ``"nm"``, whose sparsity is that of its pattern; ``hold`` under FSDP1,
+            and where zeros cannot be held (AdamW with an eps of 0).
     """
 
     def __init__(
@@ -136,6 +138,8 @@ class SparsitySchedule:
             raise ValueError(
                 "hold=True: FullyShardedDataParallel cannot be told to gather weights anew: take FSDP2 (fully_shard)"
             )
+        if hold:
+            penalised_groups(self._optimizer)
         self.hold = hold
         self.holds = False  # whether zeros are held already
         self.last_step = 0

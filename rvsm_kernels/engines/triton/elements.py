@@ -213,19 +213,21 @@ def arithmetic(
         totals: where the sums of the statistics go, if the step ``MEASURES``.
     """
     f, s = with_cut(prox_of(numbers), tl.load(entry + CUT), w.dtype), split_of(numbers)
+    held = is_held(w, s)
+    kept = ()
+    for k in tl.static_range(BASE_STATES):
+        kept = kept + (unless_held(held, states[k]),)  # type: ignore  # noqa: RUF005 - Triton reads no star
+    d, of_method = unless_held(held, d), unless_held(held, of_method)
     v = thresholded(w, of_method, METHOD)
     u, unit = pull_of(v, w, f, entry, at, mask, WITH_TL1, WITH_GROUPS, WITH_WINDOWS)
     gap, of_method = gap_of(w, v, u, of_method, METHOD)
-    found, held = w, is_held(w, s)
+    found = w
     w, d = split_step(w, d * (scale * s.grad), gap, unit, f, s)  # grad is 1 or -1
     if MEASURES:
         grouped = tl.load(entry + GROUPED) if WITH_GROUPS else 0
         measure_block(totals, found, u, d, mask, count, f, grouped, WITH_TL1)
-    w, states = base_step(w, states, d, numbers + PROX + SPLIT, entry + CORRECTIONS, BASE, BASE_STATES)
-    kept = ()
-    for k in tl.static_range(BASE_STATES):
-        kept = kept + (unless_held(held, states[k]),)  # type: ignore  # noqa: RUF005 - Triton reads no star
-    return unless_held(held, w), unless_held(held, d), kept, unless_held(held, of_method)
+    w, states = base_step(w, kept, d, numbers + PROX + SPLIT, entry + CORRECTIONS, BASE, BASE_STATES)
+    return w, d, states, of_method
 
 
 @triton.jit

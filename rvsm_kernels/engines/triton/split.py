@@ -73,6 +73,6 @@ def is_held(w, s: Split):
 
 
 @triton.jit
-def unless_held(held, made):
-    """What a step has made of numbers of elements: 0 where these are held, whatever came out."""
-    return tl.where(held, 0.0, made)
+def unless_held(held, loaded):
+    """Gradients or states of elements as the step takes them: 0 where these are held."""
+    return tl.where(held, 0.0, loaded)
