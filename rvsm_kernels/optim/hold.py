@@ -66,8 +66,8 @@ def penalised_groups(optimizer: SplitOptimizer) -> list[dict[str, Any]]:
 @torch.no_grad()
 def begin_to_hold(optimizer: SplitOptimizer) -> None:
     """Hold the zeros of all groups with a penalty from now on; the states of what is 0 become 0."""
-    for group in penalised_groups(optimizer):
-        group["hold_zeros"] = True
+    for held in penalised_groups(optimizer):
+        held["hold_zeros"] = True
     for p, group in _held_params(optimizer):
         zeros = _zeros_of(optimizer, p, group)
         for states in {id(s[p]): s[p] for s in (optimizer.state, optimizer._states) if p in s}.values():
