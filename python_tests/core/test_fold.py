@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import images, randomise
+from architectures import SMALL, TRANSFORMERS, Architecture, close, images, outputs, randomise
 from torch import Tensor, nn
 
 import rvsm_kernels as rk
+from rvsm_kernels.model.coupled import coupled_channels
+from rvsm_kernels.model.fold import other_inputs
 
 
 def run(model: nn.Module, x: Any) -> Tensor:
@@ -143,6 +145,48 @@ def test_depthwise_filters_pass_constants_on() -> None:
     zero_filters(padded[0], 3)
     report = rk.shrink(padded, example_inputs=images())
     assert report.groups == 0 and "no constant: it varies where 3.weight reads it" in report.kept[0].reason
+
+
+def zero_makers(model: nn.Module, inputs: Any) -> None:
+    """Zeros all that makes a random half of the channels."""
+    gen, params = torch.Generator().manual_seed(0), dict(model.named_parameters())
+    for _, made in sorted(coupled_channels(model, inputs).made.items()):
+        if torch.rand((), generator=gen) < 0.5:
+            for name, dim, indices in made:
+                with torch.no_grad():
+                    params[name].index_fill_(dim, torch.tensor(indices), 0.0)
+
+
+def check_architecture(arch: Architecture) -> int:
+    model, x = randomise(arch.build()), arch.inputs()
+    zero_makers(model, x)
+    tried = [x, *other_inputs(x, 1)]
+    before = [outputs(model, inputs) for inputs in tried]
+    report = rk.shrink(model, example_inputs=x)
+    for want, inputs in zip(before, tried, strict=True):
+        close(want, outputs(model, inputs))
+    for kept in report.kept:
+        assert "model's code" not in kept.reason and "random inputs" not in kept.reason, report
+    return len(report.folded)
+
+
+@pytest.mark.parametrize("arch", SMALL, ids=[a.name for a in SMALL])
+def test_outputs_stay(arch: Architecture) -> None:
+    check_architecture(arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TRANSFORMERS, ids=[a.name for a in TRANSFORMERS])
+def test_outputs_of_transformers_stay(arch: Architecture) -> None:
+    pytest.importorskip("transformers")
+    check_architecture(arch)
+
+
+def test_numbers_in_the_code_are_no_inputs() -> None:
+    torch.manual_seed(0)
+    model = randomise(Beside(lambda m, h, x: (2.0 * h + 1) / 3.0**0.5))
+    zero_filters(model.first, 2)
+    check(model, images(), 1)
 
 
 # ---- what stays ------------------------------------------------------------------------------------------------------

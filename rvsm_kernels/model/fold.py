@@ -233,7 +233,7 @@ def _watched(
         def watch(_: Any, args: Any, kwargs: Any, name: str = name, at: int = at) -> None:
             x = args[0] if args else kwargs["input"]
             if x.numel():
-                flat = x.detach().movedim(at, 0).flatten(1).double()
+                flat = x.detach().movedim(at, 0).reshape(x.shape[at], -1).double()
                 now = _Input(flat.amin(1), flat.amax(1), torch.finfo(x.dtype).eps)
                 seen[name] = seen[name].include(now) if name in seen else now
 

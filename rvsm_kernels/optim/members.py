@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..dist.coupled import CoupledWeight
 from ..method.groups import group_count, group_size, grouping_of
 from ..method.memory import kind_of, refuse
 from ..method.parameters import is_left_alone, param_name
@@ -71,9 +72,11 @@ class Members:
     def count(self, optimizer: SplitOptimizer) -> None:
         """Count what there is. Parameters that are new, or whose groups were edited, begin with what they have."""
         self._seen = len(optimizer.param_groups), weakref.ref(optimizer._view)
+        coupled = any(is_coupled(group) for group in optimizer.param_groups)
+        weights = optimizer._couplings.find(optimizer.param_groups) if coupled else {}
         self._now, self._names, self._of_densities = {}, {}, {}
         for i, group, name, p in led(optimizer):
-            now = _Had(self._members(optimizer, p, group), tuple(p.shape), repr(_grouping(group)))
+            now = _Had(self._members(p, group, weights.get(p)), tuple(p.shape), repr(_grouping(group)))
             before = self._had.get(p)
             self._had[p] = before if before is not None and before.became(now) else now
             self._now[p], self._names[p] = now.members, name
@@ -81,11 +84,10 @@ class Members:
                 left_over, removed = self._of_densities.get(_budget(i, group), (0, 0))
                 self._of_densities[_budget(i, group)] = left_over + now.members, removed + self.removed(p)
 
-    def _members(self, optimizer: SplitOptimizer, p: Tensor, group: Mapping[str, Any]) -> int:
+    def _members(self, p: Tensor, group: Mapping[str, Any], weight: CoupledWeight | None) -> int:
         grouping = grouping_of(group)
         by_groups = self._of == "groups" or group["penalty"] == "topk"
-        if is_coupled(group):
-            weight = optimizer._couplings.find(optimizer.param_groups)[p]
+        if weight is not None:
             slices = len(weight.firsts if by_groups else weight.slices)
         else:
             slices = p.numel() if grouping is None else group_count(p.shape, grouping)
