@@ -182,7 +182,10 @@ def dense(training: Training, bar: Any) -> None:
 
 
 def coupled(training: Training, bar: Any) -> None:
-    """RVSM with coupled l0 groups and a schedule; shrunk at mid-training, with the optimizer, which goes on."""
+    """RVSM with coupled l0 groups and a schedule; shrunk at mid-training, with the optimizer, which goes on.
+
+    The schedule ends there too: what is removed is all that it asks for, so that nothing is pulled afterwards.
+    """
     groups = rk.param_groups(
         training.model, structure="coupled", example_inputs=training.example, penalty="l0", lam=0.0, beta=1.0
     )
@@ -193,11 +196,10 @@ def coupled(training: Training, bar: Any) -> None:
         optimizer = rk.RVSMAdamW(groups, lr=lr, weight_decay=0.05)
     half = training.steps // 2
     schedule = rk.SparsitySchedule(
-        optimizer, RATIO, of="groups", scope="tensor", begin=half // 5, end=half - 1, every=4, pull_rate=0.2
+        optimizer, RATIO, of="groups", scope="tensor", begin=half // 5, end=half, every=4, pull_rate=0.2
     )
     training.run(optimizer, range(half), schedule.step, bar)
     rk.shrink(training.model, optimizer, example_inputs=training.example)
-    schedule.target = 0.0  # the network trains on without a penalty
     training.run(optimizer, range(half, training.steps), schedule.step, bar)
 
 

@@ -126,6 +126,23 @@ def test_u_is_saved(tmp_path: Path) -> None:
     assert sum(int((t == 0).sum()) for name, t in saved.items() if name in ("0.weight", "3.weight")) == total.zeros > 0
 
 
+def test_statistics_of_u() -> None:
+    """In the middle of a training, from a loader that is not prepared; the training is the same."""
+    found = []
+    for recalibrates in (False, True):
+        run = Run(OPTIMIZERS["SGD"])
+        run.train(2)
+        norm, ours = run.model[1], rk.unwrap(run.optimizer)
+        w = norm.running_mean.clone()
+        loader = DataLoader(run.batches.dataset, 8) if recalibrates else None
+        with ours.sparse_weights(run.model, recalibrate=loader, batches=2 if recalibrates else None):
+            assert torch.equal(norm.running_mean, w) != recalibrates
+        assert torch.equal(norm.running_mean, w)
+        run.train(2)
+        found.append(run.states())
+    assert equal(*found)
+
+
 @pytest.mark.parametrize("amp_scaling", [True, False])
 def test_scaler(amp_scaling: bool) -> None:
     """Accelerate makes a GradScaler on a GPU only; its optimizer takes any. An infinite gradient changes nothing.

@@ -262,6 +262,60 @@ def test_schedulefree(tmp_path: Path) -> None:
     assert found[0] == found[1] > 0
 
 
+# ---- statistics of batch norms ---------------------------------------------------------------------------------------
+
+
+class Called(Module):
+    """It can be called, and notes the statistics that are there in each stage."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def see(self, stage: str) -> None:
+        super().see(stage)
+        self.means = {**getattr(self, "means", {}), stage: self.net[1].running_mean.clone()}
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["of the training", "a loader"])
+def test_statistics_of_u(tmp_path: Path, given: bool) -> None:
+    """They are there in each evaluation, those of w are back afterwards, and the training is the same."""
+    found, shuffled = [], lambda: DataLoader(loader().dataset, 8, shuffle=True)
+    for options in ({}, {"recalibrate": True if given else loader(), "batches": 2}):
+        trainer, module = trainer_of(tmp_path, SparseWeightsCallback(**options)), Called()
+        torch.manual_seed(1)
+        trainer.fit(module, shuffled(), loader())
+        trainer.validate(module, loader(), verbose=False)
+        found.append(states(trainer))
+    assert equal(*found)
+    with rk.unwrap(trainer.optimizers[0]).sparse_weights(module, recalibrate=loader()):
+        expected = module.net[1].running_mean.clone()
+    torch.testing.assert_close(module.means["validation"], expected)
+    assert not torch.allclose(module.means["validation"], module.net[1].running_mean)
+
+
+def test_statistics_of_u_at_the_end(tmp_path: Path) -> None:
+    callback = SparseWeightsCallback(sparsify_at_end=True, recalibrate=True)
+    trainer, module = trainer_of(tmp_path, callback), Called()
+    trainer.fit(module, loader(), loader())
+    left = module.net[1].running_mean.clone()
+    rk.recalibrate(module, loader())
+    torch.testing.assert_close(left, module.net[1].running_mean)
+    assert int((module.net[0].weight == 0).sum()) > 0
+
+
+def test_what_recalibrate_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batches must be"):
+        SparseWeightsCallback(recalibrate=True, batches=0)
+    with pytest.raises(ValueError, match="give that too"):
+        SparseWeightsCallback(batches=3)
+    with pytest.raises(ValueError, match="not an iterator"):
+        SparseWeightsCallback(recalibrate=iter(loader()))
+    with pytest.raises(TypeError, match="takes True or batches"):
+        SparseWeightsCallback(recalibrate=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Module has no forward"):
+        trainer_of(tmp_path, SparseWeightsCallback(recalibrate=True)).fit(Module(), loader(), loader())
+
+
 # ---- checkpoints and logs --------------------------------------------------------------------------------------------
 
 

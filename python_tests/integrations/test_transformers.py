@@ -250,6 +250,65 @@ def test_schedulefree(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss_of(trainer, False))
 
 
+# ---- statistics of batch norms ---------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A classifier of tokens with a batch norm, which notes the statistics that it is evaluated with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.hidden = nn.Embedding(32, 8), nn.Linear(8, 16)
+        self.norm, self.head = nn.BatchNorm1d(16), nn.Linear(16, 2)
+        self.seen: Any = None
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        if not self.norm.training:
+            self.seen = self.norm.running_mean.clone()
+        logits = self.head(torch.relu(self.norm(self.hidden(self.embedding(input_ids).mean(1)))))
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+def batches_of(rows: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
+    batches = [rows[k : k + 4] for k in range(0, len(rows), 4)]
+    return [
+        {"input_ids": torch.stack([r["input_ids"] for r in b]), "labels": torch.tensor([r["labels"] for r in b])}
+        for b in batches
+    ]
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["of the training", "a loader"])
+def test_statistics_of_u(tmp_path: Path, given: bool) -> None:
+    """They are there in each evaluation, those of w are back afterwards, and the training is the same."""
+    found = []
+    for options in ({}, {"recalibrate": True if given else batches_of(data(64)), "evaluate": "both"}):
+        trainer = trainer_of(tmp_path, Normed(), callbacks=[SparseWeightsCallback(**options)])
+        trainer.train()
+        w = trainer.model.norm.running_mean.clone()
+        assert "eval_sparsity" in trainer.evaluate()
+        torch.testing.assert_close(trainer.model.norm.running_mean, w, rtol=0, atol=0)
+        found.append({**states(trainer), "mean": bits(w)})
+    assert equal(*found)
+    torch.testing.assert_close(trainer.model.seen, w)  # "both": w was evaluated last
+    trainer._sparse_weights.callback.evaluate = "u"
+    trainer.evaluate()
+    with rk.unwrap(trainer.optimizer).sparse_weights(trainer.model, recalibrate=batches_of(data(64))):
+        expected = trainer.model.norm.running_mean.clone()
+    torch.testing.assert_close(trainer.model.seen, expected)
+    assert not torch.allclose(expected, w)
+
+
+def test_statistics_of_u_at_the_end(tmp_path: Path) -> None:
+    callback = SparseWeightsCallback(sparsify_at_end=True, recalibrate=True, batches=16)
+    trainer = trainer_of(tmp_path, Normed(), callbacks=[callback])
+    trainer.train()
+    left = trainer.model.norm.running_mean.clone()
+    rk.recalibrate(trainer.model, batches_of(data(64)))
+    torch.testing.assert_close(left, trainer.model.norm.running_mean)
+
+
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 

@@ -3,10 +3,85 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..method.options import shown
+from ..model.recalibrate import check_batches, recalibrate
+
+
+class Recalibration:
+    """The running statistics of batch norms for u: what a callback is given as ``recalibrate`` and ``batches``.
+
+    Args:
+        loader: None or False: they stay those of w. True: from the training's data, in an order of its own. Batches as
+            :func:`rvsm_kernels.recalibrate` takes them: from these, each time anew.
+        batches: at most so many; None takes all.
+
+    Raises:
+        ValueError: batches below 1, or without a loader; an iterator, which is used up the first time.
+        TypeError: something else.
+    """
+
+    def __init__(self, loader: Iterable[Any] | bool | None, batches: int | None) -> None:
+        check_batches(batches)
+        self._loader = None if loader is False else loader
+        self._batches = batches
+        if self._loader is None and batches is not None:
+            raise ValueError("batches is a number of batches of recalibrate: give that too, True or a loader")
+        if self._loader is not None and self._loader is not True:
+            if not isinstance(self._loader, Iterable):
+                raise TypeError(f"recalibrate takes True or batches, as a DataLoader gives them, not {shown(loader)}")
+            if iter(self._loader) is self._loader:
+                raise ValueError("recalibrate needs a loader that begins anew each time, not an iterator")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to do."""
+        return self._loader is not None
+
+    def run(self, model: nn.Module, training: Callable[[], tuple[Any, int]]) -> None:
+        """Estimate the statistics of a model for the weights that it holds; random states are as before.
+
+        Args:
+            training: gives the loader of the training and the size of its batches.
+        """
+        if self.is_on:
+            with _random_states_kept():
+                loader = _anew(*training()) if self._loader is True else self._loader
+                recalibrate(model, loader, self._batches)  # type: ignore[arg-type]
+
+
+def _anew(loader: Any, size: int) -> DataLoader[Any]:
+    """Another loader of the same data: neither the iterator of the training nor its order moves."""
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "recalibrate=True needs one training loader, of data with a length: give recalibrate a loader of its own"
+        )
+    generator = torch.Generator().manual_seed(0)
+    collate = getattr(loader, "collate_fn", None)
+    return DataLoader(dataset, batch_size=size, shuffle=True, generator=generator, collate_fn=collate)
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """What reads data may draw random numbers (augmentation), which the training must not miss."""
+    numpy = sys.modules.get("numpy")
+    of_python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            if numpy is not None:
+                numpy.random.set_state(of_numpy)
 
 
 class HeldSparseWeights:
@@ -14,9 +89,13 @@ class HeldSparseWeights:
 
     ``optimizer.sparse_weights()`` gives w back at the end of a ``with`` block. A framework calls one hook before a
     validation and another after it, and this object is what both know.
+
+    Args:
+        then: called with the model once it holds u; what it does to running statistics is undone with u.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[nn.Module], None] | None = None) -> None:
+        self._then = then
         self._stack: contextlib.ExitStack | None = None
 
     @property
@@ -31,6 +110,8 @@ class HeldSparseWeights:
             for optimizer in optimizers:
                 stack.enter_context(_average(optimizer))
                 stack.enter_context(optimizer.sparse_weights(model))
+            if optimizers and model is not None and self._then is not None:
+                self._then(model)
             self._stack = stack.pop_all()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -18,10 +18,11 @@ try:
     import lightning.pytorch as pl
 except ImportError:  # the same library under its other name; with both, the callback serves the Trainers of both
     import pytorch_lightning as pl
+from torch import nn
 
 from ..method.options import choice
 from ..optim.unwrap import unwrap
-from .held import HeldSparseWeights, measured, sparsify
+from .held import HeldSparseWeights, Recalibration, measured, sparsify
 
 
 class SparseWeightsCallback(pl.Callback):
@@ -41,20 +42,34 @@ class SparseWeightsCallback(pl.Callback):
         sparsify_at_end: w <- u for good at the end of ``fit()``.
         save: what ``trainer.save_checkpoint()``, and so a ModelCheckpoint, writes: ``"w"``, from which a training
             resumes bit for bit, or ``"u"``, to ship, not to resume.
+        recalibrate: batches for the running statistics of batch norms, whenever the weights are u: of a tuple or list
+            the first item goes to the module's ``forward``. True: of the training loader's data. The statistics of w
+            are back afterwards, but for those that ``sparsify_at_end`` leaves. None: u is measured with those of w.
+        batches: of them at most so many, each time; None takes all.
 
     Raises:
         ValueError: another value.
-        TypeError: when ``fit()`` begins with optimizers of other libraries only.
+        TypeError: when ``fit()`` begins with optimizers of other libraries only; ``recalibrate`` of a module without a
+            ``forward``.
     """
 
-    def __init__(self, evaluate: str = "u", sparsify_at_end: bool = False, save: str = "w") -> None:
+    def __init__(
+        self,
+        evaluate: str = "u",
+        sparsify_at_end: bool = False,
+        save: str = "w",
+        recalibrate: Iterable[Any] | bool | None = None,
+        batches: int | None = None,
+    ) -> None:
         choice(("u", "w"))("evaluate", evaluate)
         self.evaluate = evaluate
         choice(("w", "u"))("save", save)
         self.save = save
         self.sparsify_at_end = bool(sparsify_at_end)
-        self._held = HeldSparseWeights()
+        self._recalibration = Recalibration(recalibrate, batches)
+        self._held = HeldSparseWeights(self._recalibrate)
         self._steps_before = 0
+        self._training: Any = None  # the loader, which the trainer forgets when fit() ends
 
     # ---- u -----------------------------------------------------------------------------------------------------------
 
@@ -62,6 +77,14 @@ class SparseWeightsCallback(pl.Callback):
         # The sanity check runs before the training: u of weights that nothing has trained says nothing.
         if self.evaluate == "u" and not trainer.sanity_checking:
             self._held.open(_ours(trainer), module)
+
+    def _recalibrate(self, module: nn.Module) -> None:
+        def training() -> tuple[Any, int]:
+            loader = self._training
+            sizes = [getattr(x, "batch_size", None) for x in (loader, getattr(loader, "batch_sampler", None))]
+            return loader, next((size for size in sizes if size is not None), 1)
+
+        self._recalibration.run(module, training)
 
     def _close(self, *_: Any) -> None:
         self._held.close()
@@ -78,6 +101,11 @@ class SparseWeightsCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # on_save_checkpoint would see less: it is not called for checkpoints of the weights alone.
+        if self._recalibration.is_on and type(pl_module).forward is pl.LightningModule.forward:
+            raise TypeError(
+                f"recalibrate calls the module with batches: {type(pl_module).__name__} has no forward; write one, or"
+                " leave recalibrate=None"
+            )
         original = trainer.save_checkpoint
         if getattr(original, "of_callback", None) is self:
             return
@@ -96,6 +124,7 @@ class SparseWeightsCallback(pl.Callback):
     # ---- the training ------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._training = trainer.train_dataloader
         if not _ours(trainer):
             for optimizer in trainer.optimizers:
                 unwrap(optimizer)  # raises, and says why
@@ -115,6 +144,7 @@ class SparseWeightsCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.sparsify_at_end:
             sparsify(_ours(trainer))
+            self._recalibrate(pl_module)
 
 
 def _ours(trainer: pl.Trainer) -> list[Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from types import FrameType
 from typing import Any
@@ -24,7 +24,7 @@ from ..method.options import SPLIT_OPTIONS, choice, names_of
 from ..model.param_groups import InOrder, param_groups
 from ..optim import RVSM, RVSMAdamW
 from ..optim.unwrap import unwrap
-from .held import HeldSparseWeights, measured, share_of_zeros, sparsify
+from .held import HeldSparseWeights, Recalibration, measured, share_of_zeros, sparsify
 
 
 class SparseWeightsCallback(TrainerCallback):
@@ -51,18 +51,39 @@ class SparseWeightsCallback(TrainerCallback):
             zeros. Checkpoints that were written before hold w.
         save: what ``trainer.save_model()`` and the checkpoints hold: ``"w"``, from which a training resumes bit for
             bit; ``"u"``, to ship, not to resume; ``"both"``: w, and u in the folder ``sparse`` inside.
+        recalibrate: batches for the running statistics of batch norms, whenever the weights are u
+            (:func:`rvsm_kernels.recalibrate`). True: of the training's data. The statistics of w are back afterwards,
+            but for those that ``sparsify_at_end`` leaves. None: u is measured with those of w.
+        batches: of them at most so many, each time; None takes all.
 
     Raises:
         ValueError: another value; a second such callback in one Trainer.
         TypeError: when the training begins with another optimizer than those of this library.
     """
 
-    def __init__(self, evaluate: str = "u", sparsify_at_end: bool = False, save: str = "w") -> None:
+    def __init__(
+        self,
+        evaluate: str = "u",
+        sparsify_at_end: bool = False,
+        save: str = "w",
+        recalibrate: Iterable[Any] | bool | None = None,
+        batches: int | None = None,
+    ) -> None:
         choice(("u", "w", "both"))("evaluate", evaluate)
         self.evaluate = evaluate
         choice(("w", "u", "both"))("save", save)
         self.save = save
         self.sparsify_at_end = bool(sparsify_at_end)
+        self._recalibration = Recalibration(recalibrate, batches)
+
+    def recalibrate(self, trainer: Trainer, model: nn.Module) -> None:
+        """Estimate the running statistics of a Trainer's model anew, where the callback was asked to."""
+
+        def training() -> tuple[Any, int]:
+            now = trainer.callback_handler.train_dataloader
+            return trainer.get_train_dataloader() if now is None else now, trainer.args.train_batch_size
+
+        self._recalibration.run(model, training)
 
     def attach(self, trainer: Trainer) -> None:
         """Add the callback to a Trainer, around what that does to evaluate, save and log; once is enough."""
@@ -93,6 +114,8 @@ class SparseWeightsCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if self.sparsify_at_end:
             sparsify([unwrap(optimizer)])
+            trainer = _calling_trainer()
+            self.recalibrate(trainer, trainer.model)
 
 
 class _Attached:
@@ -101,7 +124,7 @@ class _Attached:
     def __init__(self, callback: SparseWeightsCallback, trainer: Trainer) -> None:
         self.callback = callback
         self._trainer = trainer
-        self._held = HeldSparseWeights()
+        self._held = HeldSparseWeights(lambda model: callback.recalibrate(trainer, model))
         for name in ("create_optimizer", "evaluation_loop", "save_model", "log"):
             original = getattr(trainer, name)
             setattr(trainer, name, wraps(original)(partial(getattr(self, name), original)))

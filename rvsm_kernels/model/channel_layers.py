@@ -109,6 +109,8 @@ def _mix(trace: ChannelTrace, rows: Tensor, columns: Tensor, out: Tensor) -> Non
     trace.channels.tie(rows, columns)
     rows, columns = torch.broadcast_tensors(rows, columns)
     trace.channels.mark_heads(rows[(rows > FIXED) & (columns > FIXED)])
+    alone = (rows > FIXED) != (columns > FIXED)
+    trace.channels.vary(torch.maximum(rows, columns)[alone], "it is multiplied by values that are no parameters")
     trace.note(out, torch.where(rows > FIXED, rows, columns).expand(out.shape).contiguous().clone())
 
 
@@ -144,6 +146,7 @@ def _convolve(
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
     if groups == inputs and inputs > 1:  # depthwise: channels pass
         passed = trace.makes(weight, 0)
+        trace.passing.update(name for name in [trace.parameter(weight)] if name is not None)
         made = channels.repeat_interleave(outputs // inputs)
         rows = channels if transposed else made
         trace.channels.freeze(passed[trace.channels.roots(rows) == FIXED], "a depthwise filter of what does not shrink")

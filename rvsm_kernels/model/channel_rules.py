@@ -77,6 +77,8 @@ def combine(trace: ChannelTrace, shape: Sequence[int], operands: Sequence[Tensor
         total = _join(trace, total, labels)
     if not activations and len(params) == 1 and not constants and math.prod(shape) == params[0].numel():
         return trace.named_elements(params[0]).expand(shape)
+    if constants and activations:
+        trace.channels.vary(total, "it meets values that are no parameters")
     for p in params:
         fixed = _join_parameter(trace, total, p)
         if fixed is not None:
@@ -113,6 +115,8 @@ def _join(trace: ChannelTrace, total: Tensor, labels: Tensor) -> Tensor:
     top, several = _fibres(trace, total, dims)
     roots = trace.channels.roots(labels)
     trace.channels.freeze(roots[several], "a factor of several channels")
+    if bool(several.any()):
+        trace.channels.vary(total, "it meets what several channels share")
     trace.channels.tie(torch.where(several, PADDING, roots), top)
     stuck = ~several & (((roots == FIXED) & (top > FIXED)) | ((roots > FIXED) & (top == FIXED)))
     trace.channels.freeze(torch.maximum(roots, top)[stuck], "added up with what does not shrink")
@@ -195,6 +199,7 @@ def _dims(dim: Any, n: int) -> list[int]:
 def _along_dim(trace: ChannelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     labels = _labels(trace, args[0])
     top = trace.channels.tie_along(labels, _dims(argument(func, args, kwargs, "dim"), labels.dim()))
+    trace.channels.vary(labels, "a softmax or a sum runs over positions")
     _note_if_whole(trace, top, "a softmax or a sum mixes all of the layer")
     trace.note(out, combine(trace, out.shape, [args[0]]), _is_inplace(func))
 
@@ -211,8 +216,14 @@ def _reduce(trace: ChannelTrace, func: Any, args: Any, kwargs: Any, out: Any) ->
     labels = _labels(trace, args[0])
     top = trace.channels.tie_along(labels, _dims(argument(func, args, kwargs, "dim"), labels.dim()))
     _note_if_whole(trace, top, "a sum over the layer's channels mixes them")
+    if func._schema.name.partition("::")[2] not in _SAME_OF_ANY_NUMBER:
+        trace.channels.vary(labels, "a sum over positions grows with their number")
     for t in outs:
         trace.note(t, top.reshape(t.shape).clone())
+
+
+_SAME_OF_ANY_NUMBER = ("mean", "amax", "amin", "max", "min", "any", "all")
+"""Reductions of a constant that are the same however many positions there are."""
 
 
 def _labels(trace: ChannelTrace, t: Tensor) -> Tensor:
@@ -289,7 +300,12 @@ for _n in (1, 2, 3):
         f" upsample_{kind}{_n}d" for kind in ("nearest", "nearest_exact", "linear", "bilinear", "trilinear")
     )
     rule(_names + f" _upsample_nearest_exact{_n}d upsample_bicubic{_n}d fractional_max_pool{_n}d")(_plane(_n))
-rule("grid_sampler grid_sampler_2d")(_plane(2))
+
+
+@rule("grid_sampler grid_sampler_2d")
+def _sample(trace: ChannelTrace, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    _plane(2)(trace, func, args, kwargs, out)
+    trace.channels.vary(_labels(trace, out), "it is sampled at points that are no parameters")
 
 
 @rule("pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d replication_pad3d")

@@ -95,6 +95,7 @@ class ChannelTrace(TorchDispatchMode):
     Attributes:
         channels: the labels.
         makers, readers: by (name of a weight, dimension): the labels that its indices make or read.
+        passing: the depthwise weights among the makers, which pass channels on.
         adopted: by name: the labels of a parameter's elements that stand beside channels (norms, biases, gates).
         later: what ``settle`` holds the labels to.
         blocked: parameters of which something is used that the rules do not know.
@@ -109,6 +110,7 @@ class ChannelTrace(TorchDispatchMode):
         self.channels = Channels()
         self.makers: dict[tuple[str, int], Tensor] = {}
         self.readers: dict[tuple[str, int], Tensor] = {}
+        self.passing: set[str] = set()
         self.adopted: dict[str, Tensor] = {}
         self.later: list[Later] = []
         self.blocked: dict[str, str] = {}

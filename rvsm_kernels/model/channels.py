@@ -22,6 +22,7 @@ class Channels:
         self._parent = [PADDING, FIXED]
         self._frozen: dict[int, str] = {}
         self._heads: set[int] = set()
+        self._varying: dict[int, str] = {}
         self._table: Tensor | None = None
         self._leaving: tuple[tuple[int, int], Tensor] | None = None
         self.changes = 0
@@ -70,6 +71,8 @@ class Channels:
                 self._frozen.setdefault(low, self._frozen[high])
             if high in self._heads:
                 self._heads.add(low)
+            if high in self._varying:
+                self._varying.setdefault(low, self._varying[high])
         self._table = None
 
     def tie_along(self, labels: Tensor, dims: Sequence[int]) -> Tensor:
@@ -91,6 +94,16 @@ class Channels:
             if label > FIXED and label not in self._frozen:
                 self._frozen[label] = why
                 self.changes += 1
+
+    def vary(self, labels: Tensor, why: str) -> None:
+        """Note that the values of these channels follow from more than what makes them and from parameters."""
+        for label in torch.unique(self.roots(labels)).tolist():
+            if label > FIXED:
+                self._varying.setdefault(label, why)
+
+    def why_varying(self, label: int) -> str | None:
+        """What else the values of a channel follow from; None where there is nothing."""
+        return self._varying.get(self._root(label))
 
     def mark_heads(self, labels: Tensor) -> None:
         """Note that an attention mixes these: they are heads."""

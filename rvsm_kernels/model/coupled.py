@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,25 +48,36 @@ class CoupledChannels:
         readers: by name of the weight: which group each of its inputs belongs to.
         slices: by name of a parameter or buffer, by dimension: the groups with which its indices leave; readers are
             among them, besides filters, biases, norms and buffers. ``NOBODY``: the index stays.
+        made: by group: (weight, dimension, indices) of each filter that makes it; depthwise ones pass it on.
+        varying: by group: what its values follow from beside what makes them and parameters, where there is such.
         untraced: (module, operation) of which nothing is known: what goes in and comes out belongs to no group.
     """
 
     readers: dict[str, Reader]
     slices: dict[str, dict[int, tuple[int, ...]]]
+    made: dict[int, list[tuple[str, int, list[int]]]]
+    varying: dict[int, str]
     untraced: list[tuple[str, str]]
 
     @property
     def groups(self) -> dict[int, list[tuple[str, int, list[int]]]]:
         """By group: (weight, dimension, indices) of each reader."""
-        found: dict[int, list[tuple[str, int, list[int]]]] = {}
-        for name, reader in self.readers.items():
-            by_label: dict[int, list[int]] = {}
-            for i, label in enumerate(reader.labels):
-                if label != NOBODY:
-                    by_label.setdefault(label, []).append(i)
-            for label, indices in by_label.items():
-                found.setdefault(label, []).append((name, reader.dim, indices))
-        return found
+        return _by_group((name, reader.dim, reader.labels) for name, reader in self.readers.items())
+
+
+def _by_group(
+    places: Iterable[tuple[str, int, tuple[int, ...]]],
+) -> dict[int, list[tuple[str, int, list[int]]]]:
+    """By group: (weight, dimension, indices) of all weights that have some, from the labels of their indices."""
+    found: dict[int, list[tuple[str, int, list[int]]]] = {}
+    for name, dim, labels in places:
+        by_label: dict[int, list[int]] = {}
+        for i, label in enumerate(labels):
+            if label != NOBODY:
+                by_label.setdefault(label, []).append(i)
+        for label, indices in by_label.items():
+            found.setdefault(label, []).append((name, dim, indices))
+    return found
 
 
 def check_model(model: nn.Module, what: str) -> None:
@@ -232,4 +243,9 @@ def _result(trace: ChannelTrace) -> CoupledChannels:
             roots = channels.removable(labels)
             slices.setdefault(name, {})[beside] = numbered(roots.amax(others) if others else roots)
     slices = {name: {d: g for d, g in dims.items() if any(g)} for name, dims in slices.items()}
-    return CoupledChannels(readers, {name: dims for name, dims in slices.items() if dims}, list(trace.unknown))
+    made = _by_group(
+        (name, dim, numbered(labels)) for (name, dim), labels in trace.makers.items() if name not in trace.passing
+    )
+    varying = {k: why for label, k in number.items() if (why := channels.why_varying(label)) is not None}
+    slices = {name: dims for name, dims in slices.items() if dims}
+    return CoupledChannels(readers, slices, made, varying, list(trace.unknown))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .coupled import NOBODY, CoupledChannels, as_arguments, check_model, coupled_channels, outputs_of
+from .fold import Constants, FoldedChannels, add_to_biases, has_penalty, other_inputs
 from .slices import Kept, cut_couplings, cut_model, cut_states, optimizers_in, tensors_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -43,6 +44,7 @@ class ShrinkReport:
         groups: how many coupled groups were removed.
         removed: by name of a weight: how many of its inputs are gone, of how many.
         kept: zero channels that stay, and why.
+        folded: channels that were constants, whose filters are zero, and went: what they added is in biases now.
     """
 
     parameters: tuple[int, int]
@@ -51,6 +53,7 @@ class ShrinkReport:
     groups: int
     removed: dict[str, tuple[int, int]]
     kept: list[KeptChannels]
+    folded: list[FoldedChannels] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         def change(name: str, before: int | None, after: int | None) -> str:
@@ -65,10 +68,17 @@ class ShrinkReport:
             change("bytes", *self.bytes),
         ]
         lines += [f"  {name}: {gone} of {n} inputs removed" for name, (gone, n) in self.removed.items()]
+        for fold in self.folded:
+            where = f"folded into {fold.bias}" if fold.bias is not None else "of which nothing had to be folded"
+            lines.append(f"  {fold.weight}: {len(fold.channels)} constant inputs ({_listed(fold.channels)}) {where}")
         for entry in self.kept:
-            some = ", ".join(map(str, entry.channels[:8])) + (", ..." if len(entry.channels) > 8 else "")
+            some = _listed(entry.channels)
             lines.append(f"  {entry.weight}: {len(entry.channels)} zero channels stay ({some}): {entry.reason}")
         return "\n".join(lines)
+
+
+def _listed(channels: tuple[int, ...]) -> str:
+    return ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
 
 
 def shrink(model: nn.Module, optimizer: Any = None, *, example_inputs: Any) -> ShrinkReport:
@@ -76,8 +86,11 @@ def shrink(model: nn.Module, optimizer: Any = None, *, example_inputs: Any) -> S
 
     A coupled group (docs/using.md, Coupled channels) goes where the slices of all weights that read it are exactly
     zero, however they came to be: with it go the filters that make it, norms, biases, depthwise filters, rows of q, k
-    and v. The parameters are the same objects with less in them, so that whoever holds them goes on. Training goes on:
-    the optimizer's states and gradients are cut alike.
+    and v. So does a channel whose filters are zero where it is made, so that biases and norms make a constant of it,
+    where the biases of all that read it can take what the constant adds to them: of Linear layers, and of convolutions
+    that pad with no zeros. A constant 0, as behind a ReLU, adds nothing, whoever reads it. The parameters are the same
+    objects with less in them, so that whoever holds them goes on. Training goes on: the optimizer's states and
+    gradients are cut alike.
 
     Args:
         model: any module that :func:`rvsm_kernels.param_groups` with ``structure="coupled"`` takes.
@@ -103,25 +116,41 @@ def shrink(model: nn.Module, optimizer: Any = None, *, example_inputs: Any) -> S
     with _with_u(inside):
         copied = _copied(model)
     channels = coupled_channels(copied, example_inputs)
-    zero, kept = _zero_groups(copied, channels)
-    expected = _run(copied, example_inputs)
+    zero, holders, kept = _zero_groups(copied, channels)
+    names, others = dict(model.named_parameters()), other_inputs(example_inputs)
+    constants = Constants(
+        copied, channels, [example_inputs, *others], _run, zero, lambda name: has_penalty(inside, names[name])
+    )
+    spared = _spare(channels, zero | constants.groups)
+    kept += _stayed(channels, dict.fromkeys(spared, "the last channel of a layer"))
+    zero, folding = zero - spared, constants.groups - spared
+    tried = [example_inputs, *(others if folding else ())]
+    expected = [_run(copied, x) for x in tried]
     reasons: dict[int, str] = {}
 
     def works(groups: list[int]) -> bool:
-        trial = copy.deepcopy(copied)
+        trial, remaining = copy.deepcopy(copied), _remaining(channels, set(groups))
         try:
-            cut_model(trial, _remaining(channels, set(groups)))
-            _compare(expected, _run(trial, example_inputs))
+            cut_model(trial, remaining)
+            add_to_biases(trial, [], constants.additions(groups), remaining)
+            for x, outputs in zip(tried, expected, strict=True):
+                _compare(outputs, _run(trial, x))
         except Exception as error:
             reasons.update(dict.fromkeys(groups, f"the model's code keeps it: {str(error).splitlines()[0]}"))
             return False
         return True
 
-    gone = _largest(_families(channels, zero), works) if zero else set()
-    kept += _stayed(channels, {g: reasons[g] for g in zero - gone})
+    if folding and works(sorted(zero | folding)):
+        gone = zero | folding
+    else:  # what is zero goes, whatever becomes of constants
+        gone = _largest(_families(channels, zero), works) if zero else set()
+        for family in _families(channels, folding):
+            gone |= set(family) if works(sorted(gone.union(family))) else set()
+    kept += _stayed(channels, {g: reasons[g] for g in (zero | folding) - gone})
+    kept += _made_of_zeros(copied, channels, holders, gone | folding | spared, constants.reasons)
     before = _sizes(copied, example_inputs)
-    remaining = _remaining(channels, gone)
-    _cut(model, inside, remaining)
+    remaining, additions, folded = _remaining(channels, gone), constants.additions(gone), constants.folded(gone)
+    _cut(model, inside, remaining, additions)
     cut_model(copied, remaining)
     after = _sizes(copied, example_inputs)
     removed = {}
@@ -130,7 +159,7 @@ def shrink(model: nn.Module, optimizer: Any = None, *, example_inputs: Any) -> S
         if lost:
             removed[name] = (lost, len(reader.labels))
     parameters, macs, size = zip(before, after, strict=True)
-    return ShrinkReport(parameters, macs, size, len(gone), removed, kept)  # type: ignore[arg-type]
+    return ShrinkReport(parameters, macs, size, len(gone), removed, kept, folded)  # type: ignore[arg-type]
 
 
 # ---- before ----------------------------------------------------------------------------------------------------------
@@ -167,8 +196,10 @@ def _copied(model: nn.Module) -> nn.Module:
             p.grad = grad
 
 
-def _zero_groups(model: nn.Module, channels: CoupledChannels) -> tuple[set[int], list[KeptChannels]]:
-    """(the groups whose readers are all zero, zero inputs that cannot go and why); one group stays in every layer."""
+def _zero_groups(
+    model: nn.Module, channels: CoupledChannels
+) -> tuple[set[int], dict[int, set[str]], list[KeptChannels]]:
+    """(the groups whose readers are all zero, who reads the others, zero inputs that cannot go and why)."""
     weights = tensors_of(model)
     zeros: dict[str, list[bool]] = {}
     holders: dict[int, set[str]] = {}
@@ -187,17 +218,28 @@ def _zero_groups(model: nn.Module, channels: CoupledChannels) -> tuple[set[int],
                 reasons.setdefault((name, reader.kept[i]), []).append(i)
             elif zero and label in holders:
                 reasons.setdefault((name, f"still read by {_some(holders[label])}"), []).append(i)
-        for d, labels in channels.slices.get(name, {}).items():
-            if d == reader.dim or not weights[name].numel():
-                continue
-            others = [k for k in range(weights[name].dim()) if k != d]
-            for i, zero in enumerate((weights[name].detach() == 0).all(others).tolist()):
-                if zero and labels[i] in holders:  # a bias or a norm's shift still makes a constant of it
-                    why = f"zero where it is made, and still read by {_some(holders[labels[i]])}"
-                    reasons.setdefault((name, why), []).append(i)
     kept = [KeptChannels(name, tuple(indices), why) for (name, why), indices in reasons.items()]
-    spared = _spare(channels, zero_groups)
-    return zero_groups - spared, kept + _stayed(channels, dict.fromkeys(spared, "the last channel of a layer"))
+    return zero_groups, holders, kept
+
+
+def _made_of_zeros(
+    model: nn.Module,
+    channels: CoupledChannels,
+    holders: dict[int, set[str]],
+    settled: set[int],
+    reasons: dict[int, str],
+) -> list[KeptChannels]:
+    """Zero filters of groups that someone reads, for a bias or a norm's shift still makes a constant of them."""
+    weights, found = tensors_of(model), dict[tuple[str, str], list[int]]()
+    for g, places in channels.made.items():
+        for name, d, indices in places if g in holders and g not in settled else ():
+            filters = weights[name].detach().movedim(d, 0).flatten(1)
+            zeros = [i for i in indices if not bool(filters[i].any())]
+            if zeros:
+                why = f"zero where it is made, and still read by {_some(holders[g])}"
+                why += f": {reasons[g]}" if g in reasons else ""
+                found.setdefault((name, why), []).extend(zeros)
+    return [KeptChannels(name, tuple(sorted(indices)), why) for (name, why), indices in found.items()]
 
 
 def _some(names: set[str]) -> str:
@@ -275,14 +317,15 @@ def _remaining(channels: CoupledChannels, gone: set[int]) -> Kept:
     return kept
 
 
-def _cut(model: nn.Module, inside: list[Any], remaining: Kept) -> None:
-    """Cut the model and its optimizers; all that can fail comes before the first write."""
+def _cut(model: nn.Module, inside: list[Any], remaining: Kept, additions: dict[str, Tensor]) -> None:
+    """Cut the model and its optimizers, and add to biases; all that can fail comes before the first write."""
     tensors = tensors_of(model)
     by_tensor = {tensors[name]: (name, indices) for name, indices in remaining.items()}
     writes = cut_states(inside, by_tensor) + cut_couplings(inside, by_tensor)
     cut_model(model, remaining)
     for container, key, value in writes:
         container[key] = value
+    add_to_biases(model, inside, additions, remaining)
     for x in inside:
         if hasattr(type(x), "_begin_anew") and remaining:
             x._begin_anew()

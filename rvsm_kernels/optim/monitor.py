@@ -33,7 +33,9 @@ class Monitor:
     Tags: ``sparsity/total`` and ``sparsity/<parameter>``, the share of zeros of u, and with groups
     ``zero_groups/<parameter>``; ``L_beta/penalty`` = lam P(u) + beta/2 ||w - u||^2; ``cut/<parameter>``, the magnitude
     (of groups: the norm) up to which u is 0; ``options/lam``, ``options/beta`` and ``options/pull_rate`` = lr * beta of
-    each group; ``schedule/sparsity``, what a schedule asks for.
+    each group; ``schedule/sparsity``, what a schedule asks for. After a :func:`rvsm_kernels.shrink` that is still a
+    share of what was there when the schedule began; ``schedule/removed`` is the share that is gone then, and
+    ``schedule/sparsity_left`` what is asked for of what is left, of which all other tags are.
 
     Where the optimizer gathers statistics (``statistics=True``), shares and L_beta are those of its last step, of the
     weights as the step found them, and cost nothing; else they are counted when they are written, which reads the
@@ -86,6 +88,9 @@ class Monitor:
                 found[f"options/{option}/group {i}"] = value
         if self.schedule is not None:
             found["schedule/sparsity"] = self.schedule.sparsity
+            if self.schedule.removed:
+                found["schedule/removed"] = self.schedule.removed
+                found["schedule/sparsity_left"] = self.schedule.sparsity_left
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,19 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from ..dist.gathered import has_flat_params
 from ..method import device_numbers
 from ..method.groups import group_size, grouping_of
-from ..method.memory import kind_of, refuse
 from ..method.options import is_number, shown, whole_number
-from ..method.parameters import is_left_alone, param_name
 from ..method.penalties import PENALTIES
 from ..method.selection import Candidates, Room, Selection
 from ..method.split import is_coupled
 from ..method.warn import warn
 from .hold import penalised_groups
+from .members import Members, led, left
 from .unwrap import optimizer_in
 
 
@@ -32,12 +30,14 @@ class _Population(NamedTuple):
     Attributes:
         groups, sizes: of each parameter: its param group, and how many elements one of its groups has.
         scales: what ``group_scale`` takes for that number: of coupled groups another one.
+        removed: how many of its elements or groups were removed since the schedule began.
     """
 
     params: list[Tensor]
     groups: list[Mapping[str, Any]]
     sizes: list[int]
     scales: list[float]
+    removed: list[int]
 
     def those_of(self, wanted: Sequence[bool]) -> _Population:
         """The parameters that are wanted."""
@@ -65,6 +65,10 @@ class SparsitySchedule:
     looked up among the magnitudes, and ``lam`` is set to what has that cut: beta * cut^2 / 2 for l0, beta * cut for l1,
     the inverse of its cut for transformed l1; for top-k ``density`` is set to 1 - s(t). Nothing else is edited. With
     ``group_scale`` norms are compared after each group's scale is divided out.
+
+    The share is one of what was there when the schedule was made. What :func:`rvsm_kernels.shrink` has removed since
+    counts as zero, so that the rest alone is asked for of what is left, or nothing. Parameters that come later count
+    with what they have then.
 
     Groups with ``penalty="nm"`` are left alone, but for ``pull_rate``: the pattern says how many of their elements are
     zero.
@@ -144,6 +148,7 @@ class SparsitySchedule:
         self.holds = False  # whether zeros are held already
         self.last_step = 0
         self._handles: list[Any] = []
+        self._members = Members(of)
         self._cuts: dict[str, _Cut] = {}  # of each kind, or of each group
         self._rooms: dict[str, Room] = {}
         for i, group in self._groups():
@@ -190,8 +195,24 @@ class SparsitySchedule:
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros that the schedule asks for now."""
+        """The share of zeros that the schedule asks for now, of what was there when it began; removed ones count."""
         return self.target * (1 - (1 - self._progress) ** self.power)
+
+    @property
+    def removed(self) -> float:
+        """The share of what was there when the schedule began that :func:`rvsm_kernels.shrink` has removed since."""
+        if self._members.stale(self._optimizer):
+            self._members.count(self._optimizer)
+        return self._members.share_removed
+
+    @property
+    def sparsity_left(self) -> float:
+        """The share of zeros that the schedule asks for of what is left: what ``optimizer.sparsity()`` can be held to.
+
+        Over all competitions together. Without a removal it is :attr:`sparsity`.
+        """
+        removed = self.removed
+        return max(0.0, (self.sparsity - removed) / (1 - removed)) if 0 < removed < 1 else self.sparsity
 
     def __repr__(self) -> str:
         cuts = ", ".join(f"{key} {cut:.4g}" for key, cut in self._cuts.items() if cut is not None)
@@ -220,6 +241,7 @@ class SparsitySchedule:
     def _select(self) -> None:
         """Look up the cuts that give the share of this step."""
         self._optimizer._view.forget_cuts()
+        self._members.count(self._optimizer)
         found = {key: self._cut(key, population) for key, population in self._populations().items()}
         for key, cut in found.items():
             if isinstance(cut, float) and not math.isfinite(cut):
@@ -228,25 +250,20 @@ class SparsitySchedule:
         self._cuts = found
 
     def _populations(self) -> dict[str, _Population]:
-        populations: dict[str, _Population] = {}
-        seen: set[int] = set()
-        for i, group in self._groups():
+        for i, added in self._groups():
             if i >= self._checked:
-                self._check(i, group)
+                self._check(i, added)
                 self._checked = i + 1
-            if group["penalty"] in ("topk", "nm"):
+        populations: dict[str, _Population] = {}
+        for i, group, _, p in led(self._optimizer):
+            if group["penalty"] == "topk":
                 continue
-            for j, p in enumerate(group["params"]):
-                if id(p) in seen or is_lazy(p) or is_left_alone(p) or not p.requires_grad or p.numel() == 0:
-                    continue
-                if kind_of(p) is None:
-                    refuse(p, param_name(group, i, j))
-                seen.add(id(p))
-                population = populations.setdefault(self._key(i, group), _Population([], [], [], []))
-                population.params.append(p)
-                population.groups.append(group)
-                population.sizes.append(group_size(p.shape, grouping_of(group)))
-                population.scales.append(self._optimizer._view.coupled.size_of_groups(p, group))
+            population = populations.setdefault(self._key(i, group), _Population([], [], [], [], []))
+            population.params.append(p)
+            population.groups.append(group)
+            population.sizes.append(group_size(p.shape, grouping_of(group)))
+            population.scales.append(self._optimizer._view.coupled.size_of_groups(p, group))
+            population.removed.append(self._members.removed(p))
         return populations
 
     def _key(self, i: int, group: Mapping[str, Any]) -> str:
@@ -263,15 +280,18 @@ class SparsitySchedule:
         """
         of_each = zip(population.params, population.groups, strict=True)
         found = [self._optimizer._view.candidates(p, group, self.of == "groups") for p, group in of_each]
+        removed = sum(population.removed)  # also of weights that have nothing left
         population = population.those_of([c.count() > 0 for c in found])
         found = [c for c in found if c.count() > 0]
+        if not found:
+            return None
         candidates = [dataclasses.replace(c, scale=1.0) for c in found]  # see _taus
         select = self._optimizer._view.select_for(population.params)
         of_elements = self.of == "elements" and set(population.sizes) != {1}
         if of_elements or any(map(_is_scaled, population.groups)):
-            candidates, zeros = self._by_size(population, candidates)
+            candidates, zeros = self._by_size(population, candidates, removed)
         else:
-            zeros = round(self.sparsity * sum(c.count() for c in candidates))
+            zeros = left(self.sparsity, sum(c.count() for c in candidates) + removed, removed)
         if zeros == 0:
             return None
         tensors = [c.w for c in candidates]
@@ -283,15 +303,18 @@ class SparsitySchedule:
         on_device = room.cut.device.type != "cpu" and all(isinstance(g["lam"], Tensor) for g in population.groups)
         return room.cut.clone() if on_device else float(room.cut)
 
-    def _by_size(self, population: _Population, candidates: Sequence[Candidates]) -> tuple[list[Candidates], int]:
-        """What is compared of groups of several sizes, and how many of them go to zero."""
+    def _by_size(
+        self, population: _Population, candidates: Sequence[Candidates], removed: int
+    ) -> tuple[list[Candidates], int]:
+        """What is compared of groups of several sizes, and how many of them go to zero beside the removed."""
         scaled = [
             _taus(c.magnitudes(), g, n) if _is_scaled(g) else c.magnitudes()
             for c, g, n in zip(candidates, population.groups, population.scales, strict=True)
         ]
         first = scaled[0]
         if self.of == "groups":
-            return [Candidates(r) for r in scaled], round(self.sparsity * sum(r.numel() for r in scaled))
+            had = sum(r.numel() for r in scaled) + removed
+            return [Candidates(r) for r in scaled], left(self.sparsity, had, removed)
         together = torch.cat([r.to(first.device, torch.float64) for r in scaled])
         sizes = torch.cat(
             [
@@ -300,7 +323,7 @@ class SparsitySchedule:
             ]
         )
         zeros = sizes[together.argsort()].cumsum(0)  # elements that are zero if so many groups are
-        wanted = self.sparsity * float(zeros[-1])
+        wanted = max(0.0, self.sparsity * (float(zeros[-1]) + removed) - removed)
         k = int((zeros <= wanted).sum())
         if k < len(zeros) and float(zeros[k]) - wanted < wanted - (float(zeros[k - 1]) if k > 0 else 0.0):
             k += 1
@@ -309,6 +332,8 @@ class SparsitySchedule:
     def _apply(self) -> None:
         """Set lam, density and beta of every group."""
         self._watch()
+        if self._members.stale(self._optimizer):
+            self._members.count(self._optimizer)
         for i, group in self._groups():
             if self.pull_rate is not None:
                 first, last = self.pull_rate
@@ -316,7 +341,7 @@ class SparsitySchedule:
                 if device_numbers.is_positive(lr):  # lr 0 moves nothing, whatever beta is
                     device_numbers.put(group, "beta", rate / lr)
             if group["penalty"] == "topk":
-                group["density"] = max(1.0 - self.sparsity, 1e-12)
+                group["density"] = self._members.density(i, self.sparsity)
             if self.holds:
                 device_numbers.put(group, "lam", 0.0)
                 group["hold_zeros"] = True  # also where a checkpoint of 0.1.0 has been loaded
@@ -340,14 +365,17 @@ class SparsitySchedule:
             device_numbers.put(group, "lam", group["beta"] * (tau if isinstance(group["lam"], Tensor) else float(tau)))
 
     def _watch(self) -> None:
-        """With a pull_rate: set beta from lr once more when a step begins; a scheduler may have moved lr by then."""
-        if self.pull_rate is None or self._handles:
+        """Set beta from lr once more when a step begins; a scheduler may have moved lr by then. So with densities."""
+        topk = any(group["penalty"] == "topk" for _, group in self._groups())
+        if (self.pull_rate is None and not topk) or self._handles:
             return
         me = weakref.ref(self)  # the optimizer must not keep the schedule
 
         def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             schedule = me()
-            if schedule is not None:
+            if schedule is None:
+                return
+            if schedule.pull_rate is not None or schedule._members.stale(schedule._optimizer):
                 schedule._apply()
 
         self._handles = [self._optimizer.register_step_pre_hook(before_step)]
@@ -359,7 +387,7 @@ class SparsitySchedule:
     def __setstate__(self, state: dict[str, Any]) -> None:
         earlier = {"_rooms": {}, "hold": False, "holds": False, "_handles": []}
         state = {key: value for key, value in state.items() if key != "_hold"}
-        self.__dict__.update({**earlier, **state})  # what 0.1.0 did not pickle
+        self.__dict__.update({**earlier, "_members": Members(state["of"]), **state})  # what 0.1.0 did not pickle
         self._watch()
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -367,12 +395,22 @@ class SparsitySchedule:
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is, as plain values; what was given to the constructor is not in it."""
         cuts = {key: None if cut is None else float(cut) for key, cut in self._cuts.items()}
-        return {"last_step": self.last_step, "cuts": cuts, "holds": self.holds}
+        return {
+            "last_step": self.last_step,
+            "cuts": cuts,
+            "holds": self.holds,
+            "members": self._members.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from there; the optimizer's lam and beta are those of that step then."""
+        """Go on from there; the optimizer's lam and beta are those of that step then.
+
+        What parameters had when the schedule began is found by their names, or their places where they have none. A
+        checkpoint without it (of an earlier version) leaves what they have had here.
+        """
         self.last_step, self._cuts = int(state_dict["last_step"]), dict(state_dict["cuts"])
         self.holds = self.hold and bool(state_dict.get("holds", False))  # 0.1.0 does not say
+        self._members.load_state_dict(state_dict.get("members", {}), self._optimizer)
         self._apply()
 
 
