@@ -27,7 +27,11 @@ def widths(net: Any) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("make", [rk.RVSM, rk.RVSMAdamW], ids=["sgd", "adamw"])
-@pytest.mark.parametrize("options", [{}, {"penalty": "l1"}, {"penalty": "tl1", "group_scale": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"penalty": "l1"}, {"penalty": "tl1", "group_scale": True}, {"penalty": "topk", "lam": 1.0, "density": 1.0}],
+    ids=str,
+)
 def test_two_removals_on_the_way_to_half(make: Any, options: dict[str, Any]) -> None:
     """In the end half of the channels of each layer are gone, as without a removal on the way."""
     net = Net()
@@ -44,7 +48,8 @@ def test_two_removals_on_the_way_to_half(make: Any, options: dict[str, Any]) -> 
     assert schedule.removed == 0.5 and schedule.sparsity_left == 0
     before = [p.detach().clone() for p in net.parameters()]
     train(net, optimizer, range(12, 16), schedule)
-    assert all(group["lam"] == 0 for group in optimizer.param_groups if group["penalty"] is not None)
+    penalised = [group for group in optimizer.param_groups if group["penalty"] is not None]
+    assert all(group["lam"] == 0 or group["density"] == 1 for group in penalised)
     assert optimizer.sparsity().total.zeros == 0
     assert not any(torch.equal(p, w) for p, w in zip(net.parameters(), before, strict=True))
 
