@@ -116,7 +116,11 @@ def test_encoder_of_torch() -> None:
         model.layers[0].self_attn.out_proj.weight[:, :6] = 0
         model.layers[1].linear2.weight[:, ::2] = 0
     before = outputs(model, x)
-    assert rk.shrink(model, example_inputs=x).groups == 10
+    report = rk.shrink(model, example_inputs=x)
+    assert report.groups == 10
+    # Of ten tokens and two layers: q, k, v, the output projection and the MLP, and twice 5 x 5 of each sample's heads.
+    whole, halved_heads, halved_mlp = (36 + 12 + 32) * 12, (18 + 6 + 32) * 12, (36 + 12 + 16) * 12
+    assert report.macs == (20 * whole + 4 * 2 * 25 * 12, 10 * (halved_heads + halved_mlp) + 2 * 2 * 25 * (6 + 12))
     close(before, outputs(model, x))
 
 

@@ -354,6 +354,20 @@ def _compare(expected: list[Tensor], outputs: list[Tensor]) -> None:
                 raise ValueError("an output is another without it")
 
 
+@contextlib.contextmanager
+def _every_operation() -> Iterator[None]:
+    """Attention in operations that are counted: not one call of a whole layer, nor a fused kernel of a CPU."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def _sizes(model: nn.Module, example_inputs: Any) -> tuple[int, int | None, int]:
     """(elements of parameters, MACs, bytes of parameters and buffers)."""
     count = sum(p.numel() for p in model.parameters())
@@ -361,7 +375,7 @@ def _sizes(model: nn.Module, example_inputs: Any) -> tuple[int, int | None, int]
     from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
 
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, _every_operation():
             _run(model, example_inputs)
         return count, counter.get_total_flops() // 2, size
     except Exception:  # a model whose operations cannot be counted can be cut all the same
