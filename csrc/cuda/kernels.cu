@@ -35,8 +35,10 @@ constexpr int step_blocks() {
   if (kHasState) return sizeof(S) == 8 ? 2 : 3;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
   if (kHasState) return sizeof(S) == 4 && Base::kStates == 0 ? 3 : 2;
-#else
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if (kHasState) return sizeof(S) == 4 ? 3 : 2;
+#else
+  if (kHasState) return sizeof(S) == 4 && Base::kStates == 0 ? 3 : 2;
 #endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if (sizeof(S) == 8) return Base::kStates > 0 ? 2 : kBlocks<S>;
@@ -51,7 +53,7 @@ constexpr int step_blocks() {
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return kHalf ? 3 : 4;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return kHalf ? (Base::kWritesGrad ? 4 : 5) : kBlocks<S>;
+  return kHalf ? (Base::kWritesGrad ? 3 : 5) : kBlocks<S>;
 #else
   return kHalf ? 5 : kBlocks<S>;
 #endif
@@ -80,10 +82,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 2 && kBlocks<S> > 5 ? 5
 template <class S, class Base>
 constexpr int resident_blocks() {
   if (Base::kStates > 1) return sizeof(S) == 4 ? 3 : 2;
+  if (sizeof(S) == 4 && Base::kStates > 0 && kMostBlocks > 5) return 4;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 860
-  if (sizeof(S) == 4) return Base::kStates > 0 ? 4 : 5;
+  if (sizeof(S) == 4) return 5;
 #endif
-  if (sizeof(S) == 4 && Base::kStates > 0 && kMostBlocks > 5) return 5;
   return sizeof(S) == 2 ? 4 : kBlocks<S>;
 }
 
