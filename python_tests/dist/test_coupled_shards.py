@@ -83,11 +83,23 @@ def follow_one_process(folder: Path) -> None:
             assert any(z.all(0).any() for z in zeros)
             assert all(torch.equal(p == 0, z) for p, z in zip(weights(ours), zeros, strict=True))
         for of in ("groups", "elements") if ours.param_groups[0]["penalty"] != "topk" else ():
-            schedules = [rk.SparsitySchedule(optimizer, 0.5, end=1, of=of) for optimizer in (ours, theirs)]
+            schedules = [rk.SparsitySchedule(optimizer, 0.5, end=1, every=1, of=of) for optimizer in (ours, theirs)]
             for schedule in schedules:
                 schedule.step()
             lams = [optimizer.param_groups[0]["lam"] for optimizer in (ours, theirs)]
             assert lams[0] == pytest.approx(lams[1], rel=1e-5)
+            # The same of a small model, whose schedule began with one more channel that was removed before sharding.
+            state = schedules[1].state_dict()
+            state["members"] = {
+                name: [had + (had > 0) * (1 if of == "groups" else shape[0]), [shape[0], shape[1] + 1], grouping]
+                for name, (had, shape, grouping) in state["members"].items()
+            }
+            for schedule in schedules:
+                schedule.load_state_dict(state)
+                schedule.step()
+            assert schedules[0].removed == schedules[1].removed > 0
+            fewer = [optimizer.param_groups[0]["lam"] for optimizer in (ours, theirs)]
+            assert fewer[0] == pytest.approx(fewer[1], rel=1e-5)
 
 
 def one_message(folder: Path) -> None:

@@ -11,7 +11,6 @@ from torch.nn.parameter import is_lazy
 
 from ..dist.coupled import CoupledWeight
 from ..method.groups import group_count, group_size, grouping_of
-from ..method.memory import kind_of, refuse
 from ..method.parameters import is_left_alone, param_name
 from ..method.split import is_coupled
 from .split_optimizer import SplitOptimizer
@@ -41,8 +40,6 @@ def led(optimizer: SplitOptimizer) -> Iterator[tuple[int, Mapping[str, Any], str
         for j, p in enumerate(group["params"]):
             if id(p) in seen or is_lazy(p) or is_left_alone(p) or not p.requires_grad or p.numel() == 0:
                 continue
-            if kind_of(p) is None:
-                refuse(p, param_name(group, i, j))
             seen.add(id(p))
             yield i, group, param_name(group, i, j), p
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..dist.gathered import has_flat_params
 from ..method import device_numbers
 from ..method.groups import group_size, grouping_of
+from ..method.memory import kind_of, refuse
 from ..method.options import is_number, shown, whole_number
 from ..method.penalties import PENALTIES
 from ..method.selection import Candidates, Room, Selection
@@ -255,9 +256,11 @@ class SparsitySchedule:
                 self._check(i, added)
                 self._checked = i + 1
         populations: dict[str, _Population] = {}
-        for i, group, _, p in led(self._optimizer):
+        for i, group, name, p in led(self._optimizer):
             if group["penalty"] == "topk":
                 continue
+            if kind_of(p) is None:
+                refuse(p, name)
             population = populations.setdefault(self._key(i, group), _Population([], [], [], [], []))
             population.params.append(p)
             population.groups.append(group)
