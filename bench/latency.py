@@ -1,4 +1,4 @@
-"""``python -m bench latency``: time of a forward pass on the CPU with fewer channels, over that of the dense network."""
+"""``python -m bench latency``: a forward pass on the CPU, of networks with fewer channels over the dense one."""
 
 from __future__ import annotations
 
