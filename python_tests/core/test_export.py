@@ -236,6 +236,21 @@ def test_zeros_of_int8_weights_stay() -> None:
         assert bool((net.get_parameter(name).dequantize()[zero[name]] == 0).all())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vgg", "transformer"])
+def test_int8_weights_are_exported(name: str, tmp_path: Path) -> None:
+    """Weights of int8 alone: the exporter to ONNX has no product of int8 matrices."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model, x = shrunk(name)
+    with silent():
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        program = torch.export.export(model, (x,))
+        torch.export.save(program, tmp_path / "net.pt2")
+        again = torch.export.load(tmp_path / "net.pt2").module()
+    assert_near(flat(again(x)), outputs(model, x))
+    check_onnx(model, x, tmp_path / "net.onnx", dynamic=False)
+
+
 # ---- fresh processes -------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +263,7 @@ def test_fresh_processes_predict_the_same(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(model, (x,), dynamic_shapes=shapes_of(x)), tmp_path / "net.pt2")
     rk.save_sparse(model, tmp_path / "net.safetensors")
     (tmp_path / "net.pickle").write_bytes(pickle.dumps(model))
+    (tmp_path / "shapes.pickle").write_bytes(pickle.dumps(copy.deepcopy(model).to("meta")))
     torch.save({"x": larger(x), "wanted": outputs(model, larger(x))[0]}, tmp_path / "data.pt")
     start = """
 import sys, torch
@@ -271,6 +287,12 @@ assert "rvsm_kernels" not in sys.modules and "architectures" not in sys.modules
         "pickle": """
 import pickle
 check(pickle.load(open("net.pickle", "rb"))(x).detach())
+""",
+        "load_sparse": """
+import pickle
+import rvsm_kernels as rk
+net = pickle.load(open("shapes.pickle", "rb")).to_empty(device="cpu")
+check(rk.load_sparse(net, "net.safetensors").eval()(x).detach())
 """,
     }
     for name, code in loads.items():
