@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import logging
 import warnings
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import resnet
-from .config import Config, MissingPackage, require
+from .config import Config, MissingPackage
 from .markdown import duration, stamp, table
 from .results import Result, Results, Row
 from .timing import Step, interleave, wall_clock
@@ -60,9 +61,17 @@ def _silent() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+def _check_onnx() -> None:
+    """Raise MissingPackage where one of the packages is not there, which ``make bench`` does not install."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = f"`pip install {' '.join(missing)}`, or `make .venv/frameworks` in the clone"
+        raise MissingPackage(f"{', '.join(missing)} cannot be found: {remedy}")
+
+
 def _onnxruntime(model: nn.Module, x: Tensor) -> Step:
     """As many threads as torch has, of which none spins while another network is timed."""
-    require("onnx", "onnxscript", "onnxruntime")
+    _check_onnx()
     import onnxruntime
 
     with _silent():
