@@ -60,6 +60,7 @@ $(VENV)/triton: $(VENV)/installed
 # What rvsm_kernels.integrations is for; torch has come already.
 $(VENV)/frameworks: $(VENV)/installed
 	$(PIP) transformers accelerate lightning
+	$(PIP) onnx onnxscript onnxruntime  # what networks are exported with, and what runs them then
 	touch $@
 
 build: build/module.stamp

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import accuracy, floors, host, memory, report, sizes, static, throughput, train
+from . import accuracy, floors, host, latency, memory, report, sizes, static, throughput, train
 from .baselines import ENGINES
 from .config import FULL, QUICK, RESULTS, ROOT, SMOKE, Config, MissingPackage, available_engines, missing_engines, shown
 
@@ -25,6 +25,7 @@ _MEASURES: dict[str, Callable[[Config], object]] = {
     "floors": floors.run,
     "static": static.run,
     "sizes": sizes.run,
+    "latency": latency.run,
 }
 """Measure to function; a measure is a command, or a task of ``train``. A function that judges returns False where its
 verdict is bad."""
@@ -41,7 +42,8 @@ _COMMANDS = {
     "memory": "peak bytes beyond torch.optim.SGD's",
     "floors": "measured against floor; exits 1 if one falls short",
     "static": "registers, spills and widths of access of every CUDA kernel; needs no GPU",
-    "sizes": "bytes of a network on the disk, by the share of its zeros and the form of the file",
+    "sizes": "bytes of a network on the disk, by its zeros, its channels and the form of the file",
+    "latency": "time of a forward pass on the CPU, by the share of the channels that were removed; --full: five minutes",
     "report": "Markdown tables and plots from the JSON",
 }
 

@@ -35,6 +35,7 @@ _SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "host": ("Host time", ()),
     "memory": ("Memory", ()),
     "sizes": ("Bytes on the disk (`python -m bench sizes`)", ()),
+    "latency": ("Time of a smaller network (`python -m bench latency`)", ()),
 }
 """Block name to (title, plots under its table): the sections of report.md."""
 

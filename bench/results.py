@@ -70,8 +70,9 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
     }
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["torchao"] = importlib.metadata.version("torchao")
+    for package in ("torchao", "onnxruntime"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
     return found
 
 

@@ -7,17 +7,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import rvsm_kernels as rk
 
-from . import cases
+from . import resnet
 from .config import Config, require
 from .markdown import stamp, table
 from .results import Result, Results, Row
 
 SHARES = (0.5, 0.8, 0.9, 0.95)
+"""Of zeros."""
+REMOVED = (0.25, 0.5, 0.75)
+"""Of the channels of each coupled set."""
 
 FORMS: dict[str, dict[str, object]] = {
     "dense float32": {"forms": ("dense",)},
@@ -30,29 +32,15 @@ FORMS: dict[str, dict[str, object]] = {
 """Column to the options of ``rk.save_sparse``; "chosen" is what it does without any."""
 
 
-def zeroed(share: float) -> nn.Module:
-    """The tensors of ResNet-20 with normal elements scaled as He et al. do, the smallest set to zero by one cut.
-
-    Where the zeros lie decides about the bytes, not what the elements were trained for.
-    """
-    gen = torch.Generator().manual_seed(0)
-    specs = cases.specs("ResNet-20")
-    params = nn.ParameterList()
-    for spec in specs:
-        fan_in = max(1, spec.numel // spec.shape[0])
-        params.append(nn.Parameter(torch.randn(spec.shape, generator=gen) * (2 / fan_in) ** 0.5))
-    weights = [p for p, spec in zip(params, specs, strict=True) if spec.penalised]
-    optimizer = rk.RVSM(
-        [{"params": weights, "penalty": "topk", "budget": "global", "density": 1 - share, "beta": 1.0}], lr=0.1
-    )
-    optimizer.sparsify_()
-    return params
-
-
 def networks() -> Iterator[tuple[str, nn.Module]]:
-    """What is measured: a row of the table each. Networks of fewer channels come here too."""
+    """What is measured: a row of the table each; the dense network first."""
+    yield "dense", resnet.dense()
     for share in SHARES:
-        yield f"{share:.0%} zeros", zeroed(share)
+        yield f"{share:.0%} zeros", resnet.zero(resnet.dense(), share)
+    for share in REMOVED:
+        yield f"{share:.0%} of the channels removed", resnet.shrink(resnet.dense(), share)
+    both = resnet.zero(resnet.shrink(resnet.dense(), 0.5), 0.8)
+    yield "50% of the channels removed, 80% zeros in the rest", both
 
 
 def measure(label: str, model: nn.Module) -> Row:
@@ -78,19 +66,20 @@ def run(config: Config) -> None:
 
 
 def render(result: Result) -> str:
-    """The table: kilobytes, in brackets after gzip, and how many times smaller than dense float32."""
+    """The table: kilobytes, in brackets after gzip, and how many times smaller than the dense network in float32."""
     forms = list(result["rows"][0]["forms"])
+    dense = result["rows"][0]["forms"]["dense float32"]["bytes"]
     rows = []
     for row in result["rows"]:
-        dense = row["forms"]["dense float32"]["bytes"]
         cells = []
         for form in forms:
             of = row["forms"][form]
             cells.append(f"{of['bytes'] / 1e3:.0f} ({of['gzip'] / 1e3:.0f}), {dense / of['bytes']:.3g}×")
-        rows.append([row["network"], *cells])
+        rows.append([row["network"], f"{row['parameters']:,}", *cells])
     note = (
         "Kilobytes of a file of `rk.save_sparse` with everything in it, in brackets after gzip -9, and how many times"
-        " smaller than dense float32. The tensors of ResNet-20 (272,474 parameters) with random elements, the smallest"
-        " set to zero by one cut. CSR: columns of one or two bytes. Chosen: what `rk.save_sparse` takes, by tensor."
+        " smaller than the dense network in float32. ResNet-20 with random weights: the smallest set to zero by one"
+        " cut, or a share of the channels of each coupled set removed by `rk.shrink`. CSR: columns of one or two bytes."
+        " Chosen: what `rk.save_sparse` takes, by tensor."
     )
-    return "\n\n".join([table(["ResNet-20", *forms], rows), note, stamp(result)])
+    return "\n\n".join([table(["ResNet-20", "parameters", *forms], rows), note, stamp(result)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import accuracy_tables, digits_task, sizes, targets_task, text_task
+from . import accuracy_tables, digits_task, latency, sizes, targets_task, text_task
 from .baselines import LABELS
 from .cases import BASES
 from .floors import number
@@ -227,5 +227,6 @@ KINDS = {
     "targets": targets_task.table,
     "accuracy": accuracy_tables.table,
     "sizes": sizes.render,
+    "latency": latency.render,
 }
 """The function of every result file; also blocks of a README, beside ``headline`` and ``overview``."""

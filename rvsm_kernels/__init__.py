@@ -5,6 +5,7 @@ from .engines.proximal import prox
 from .engines.registry import engines
 from .model.param_groups import describe, param_groups
 from .model.recalibrate import recalibrate
+from .model.semi_structured import SemiStructuredReport, to_semi_structured
 from .model.ship import load_sparse, save_sparse
 from .model.sparsity import SparsityReport, sparsity
 from .model.surgery import ShrinkReport, shrink
@@ -26,6 +27,7 @@ __all__ = [
     "PenaltySchedule",
     "RVSMAdamW",
     "RVSMWrapper",
+    "SemiStructuredReport",
     "ShrinkReport",
     "SparsityReport",
     "SparsitySchedule",
@@ -44,6 +46,7 @@ __all__ = [
     "sparse_state_dict",
     "sparsity",
     "suggest",
+    "to_semi_structured",
     "to_torch_state_dict",
     "unwrap",
 ]
