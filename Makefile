@@ -99,6 +99,8 @@ smoke: build $(VENV)/frameworks
 	$(BIN)/python examples/one_layer.py --quick --out build/one_layer
 	$(BIN)/python examples/train.py --smoke
 	$(BIN)/python examples/robust.py --smoke
+	$(BIN)/python examples/shrink.py --smoke
+	$(BIN)/python examples/shrink.py --net transformer --smoke
 	$(BIN)/python examples/frameworks/trainer.py --smoke
 	$(BIN)/python examples/frameworks/accelerate_loop.py --smoke
 	$(BIN)/python examples/frameworks/lightning_module.py --smoke

@@ -43,7 +43,7 @@ _COMMANDS = {
     "floors": "measured against floor; exits 1 if one falls short",
     "static": "registers, spills and widths of access of every CUDA kernel; needs no GPU",
     "sizes": "bytes of a network on the disk, by its zeros, its channels and the form of the file",
-    "latency": "time of a forward pass on the CPU, by the share of the channels that were removed; --full: five minutes",
+    "latency": "time of a forward pass on the CPU, by the share of the channels that were removed; --full: minutes",
     "report": "Markdown tables and plots from the JSON",
 }
 

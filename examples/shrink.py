@@ -9,8 +9,9 @@ In the same number of epochs: the dense network; RVSM with coupled l0 groups, le
 layer by a schedule, removed by ``rk.shrink`` at mid-training; Torch-Pruning's group-norm pruner, whose regularisation
 runs for the same steps before it removes as many; and filters with the smallest l1 norms, removed at mid-training at
 once. The table has the accuracy on the test images, parameters, multiplications, bytes of the file (dense, and as
-int8), and how long a batch takes. The transformer reads patches of the images; it is trained dense by AdamW, and by
-RVSMAdamW led to half of the neurons of each MLP and half of the heads of each attention.
+int8), and how long a batch takes: in torch, by torch.compile, and exported to ONNX in onnxruntime. The transformer
+reads patches of the images; it is trained dense by AdamW, and by RVSMAdamW led to half of the neurons of each MLP and
+half of the heads of each attention.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class Row:
     bytes_int8: int
     eager_ms: float
     compiled_ms: float | None
+    onnxruntime_ms: float | None
 
 
 class Training:
@@ -261,6 +263,21 @@ def _milliseconds(run: Callable[[], Any]) -> float:
     return statistics.median(samples)
 
 
+def _in_onnxruntime(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Any] | None:
+    """The network exported to ONNX, run with as many threads; None where its packages are not there."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # which torch.onnx needs
+    except ModuleNotFoundError:
+        return None
+    torch.onnx.export(model, (x,), folder / "net.onnx", dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(folder / "net.onnx", options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, feed)
+
+
 def measured(method: str, training: Training, compiled: bool) -> Row:
     """The row of a network that has been trained."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -274,6 +291,7 @@ def measured(method: str, training: Training, compiled: bool) -> Row:
     torch.backends.mha.set_fastpath_enabled(fast)
     with tempfile.TemporaryDirectory() as folder:
         sizes = [rk.save_sparse(model, Path(folder) / "net", int8=int8).file_bytes for int8 in (False, True)]
+        exported = _in_onnxruntime(model, x, Path(folder)) if compiled else None
     by_inductor = torch.compile(model) if compiled else None
     return Row(
         method=method,
@@ -284,20 +302,21 @@ def measured(method: str, training: Training, compiled: bool) -> Row:
         bytes_int8=sizes[1],
         eager_ms=_milliseconds(lambda: model(x)),
         compiled_ms=None if by_inductor is None else _milliseconds(lambda: by_inductor(x)),
+        onnxruntime_ms=None if exported is None else _milliseconds(exported),
     )
 
 
 def as_table(rows: list[Row]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| method | accuracy | parameters | MACs | file | file, int8 | batch, eager | batch, compiled |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | accuracy | parameters | MACs | file | file, int8 | batch, eager | compiled | onnxruntime |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in rows:
-        compiled = "" if r.compiled_ms is None else f"{r.compiled_ms:.1f} ms"
+        others = ["" if ms is None else f"{ms:.1f} ms" for ms in (r.compiled_ms, r.onnxruntime_ms)]
         lines.append(
             f"| {r.method} | {r.accuracy:.2f} % | {r.parameters:,} | {r.macs / 1e6:.2f} M | {r.bytes / 1e3:.0f} KB |"
-            f" {r.bytes_int8 / 1e3:.0f} KB | {r.eager_ms:.1f} ms | {compiled} |"
+            f" {r.bytes_int8 / 1e3:.0f} KB | {r.eager_ms:.1f} ms | {others[0]} | {others[1]} |"
         )
     return "\n".join(lines)
 
@@ -329,7 +348,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2, help="of each of the three stages, or of the encoder")
     parser.add_argument("--width", type=int, help="channels of the first stage (16), or of the transformer (64)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-compile", action="store_true", help="without the time of torch.compile")
+    parser.add_argument("--no-compile", action="store_true", help="without the times of torch.compile and onnxruntime")
     parser.add_argument("--smoke", action="store_true", help="one block, few channels, two epochs of 256 images")
     parser.add_argument("--out", type=Path, help="a folder for shrink.json, shrink.md and shrink.png")
     options = parser.parse_args()
