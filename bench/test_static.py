@@ -188,8 +188,8 @@ def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
         # The pull alone, momentum and the prox in half types; float32 groups with momentum that a block sums itself.
         if "16, NoBase<" in kernel.name or "16, Sgd<1>, false" in kernel.name or kernel.name.startswith("prox"):
             least = min(least, 0.5 if "NoBase<1>" in kernel.name else 0.625)
-        if kernel.name == "resident_kernel<float, Sgd<1>, true>":
-            least = 0.625
+        if kernel.name == "resident_kernel<float, Sgd<1>, true>":  # since zeros can be held; half reads ahead enough
+            least = 0.5
         if kernel.name.startswith("sum_kernel"):  # several loads in flight; half types have twice the sums
             least = min(least, 0.5 if "16" in kernel.name else 0.625)
         if "AdamW" in kernel.name:
