@@ -312,8 +312,8 @@ def note(result: dict[str, Any]) -> str:
     return (
         f"{walkers:,} walkers, n = {n:,}; the long walk: {result['trend_walkers']:,} walkers. The largest of"
         f" {3 * len(result['simulated'])} distances from an exact value: {worst(result):.1f} standard errors."
-        f" Truncation errors of the series with d = 1: at most {mean:.0e} of E[τ], {odd:.0e} of P(τ odd). Model I with d = 1 keeps"
-        f" P(τ odd)/P(τ even) ≤ 2 up to δ = {result['largest_delta']:.4f}."
+        f" Truncation errors of the series with d = 1: at most {mean:.0e} of E[τ], {odd:.0e} of P(τ odd). Model I"
+        f" with d = 1 keeps P(τ odd)/P(τ even) ≤ 2 up to δ = {result['largest_delta']:.4f}."
     )
 
 
