@@ -215,7 +215,7 @@ def nattack(
     the result is the sample of the lowest margin of all. An image that the model gets wrong stays.
 
     Steps, population, sigma, lr and the start are the defaults of the toolbox that the paper names (cmhcbb/attackbox),
-    which begins at mu ~ N(0, 1); the code of Li et al. has a population of 300 or 500 and a start of 0.001. An image
+    which begins at mu ~ N(0, 1); the code of Li et al. has a population of 200 to 500 and a start of 0.001. An image
     takes at most 1 + steps * population queries, 150,001.
 
     Args:
