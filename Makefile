@@ -97,6 +97,7 @@ ptx ptx-full ptx-mutants: $(VENV)/installed
 smoke: build $(VENV)/frameworks
 	$(BIN)/python -m bench --smoke
 	$(BIN)/python examples/one_layer.py --quick --out build/one_layer
+	$(BIN)/python examples/random_walk.py --quick --out build/random_walk-smoke
 	$(BIN)/python examples/train.py --smoke
 	$(BIN)/python examples/robust.py --smoke
 	$(BIN)/python examples/shrink.py --smoke

@@ -107,8 +107,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "rvscgd_theorem": lambda: claims.rvscgd_theorem(d, seeds, generator(3)),
         "hard_thresholding": lambda: claims.hard_thresholding(d, 6, seeds, generator(4)),
         "admm": lambda: claims.admm_gap(d, seeds, generator(5), steps=500 if args.quick else 2_000),
+        "saddle": lambda: claims.saddle(d, generator(8)),
+        "escape": lambda: claims.escape(d, seeds, generator(9), (1e-1, 1e-2) if args.quick else (1e-1, 1e-2, 1e-3)),
+        "annulus": lambda: claims.annulus(generator(10), 20_000 if args.quick else 200_000),
         "figure2": lambda: figures.level_lines(args.out),
         "figure4": lambda: figures.thresholding(args.out),
+        "figure5": lambda: figures.huber_functions(args.out),
         "figure6": lambda: figures.gamma_angles(args.out, generator(6)),
         "figure7": lambda: figures.lagrangian(args.out, generator(7)),
     }
@@ -154,6 +158,12 @@ ADMM = {
     **{"penalty": "penalty", "method": "method", "zeros": "d − ‖ū‖₀", "gap": "‖w̄ − ū‖"},
     **{"angle_u": "θ(ū,w*)", "loss_u": "f(ū)", "change": "last ‖Δw‖"},
 }
+SADDLE = {
+    **{"k": "k", "c": "c", "gradient": "‖∇f(−c w*)‖", "cubic": "change of f across, over −h³/(3πkc²)"},
+    "along": "curvature along w*, over the largest",
+}
+ESCAPE = {"noise": "noise", "saddle": "largest ‖w + c w*‖", "target": "largest ‖w − w*‖", "steps": "steps to θ < π/2"}
+ANNULUS = {"k": "k", "M": "M", "ratio": "largest ratio", "bound": "1 + 3/M"}
 DEVIATIONS = {"penalty": "penalty", **tables.LABELS, "zeros, moved": "d − ‖ū‖₀, printed row moved left"}
 
 
@@ -175,6 +185,9 @@ def report(result: dict[str, Any]) -> str:
         f" {hard['eligible_recovered']} of {hard['eligible']} runs that start on it (in {hard['recovered']} of all"
         f" {hard['seeds']}), ‖w − w*‖ ≤ {hard['distance']:.1e}",
         f"ADMM, d = {admm[0]['d']}, {admm[0]['steps']} steps:\n\n{markdown(admm, ADMM)}",
+        f"The saddle:\n\n{markdown(result['saddle'], SADDLE)}",
+        f"Gradient descent from −w* plus noise:\n\n{markdown(result['escape'], ESCAPE)}",
+        f"Lipschitz constant of ∇f outside radius M:\n\n{markdown(result['annulus'], ANNULUS)}",
     ]
     return "\n\n".join(texts)
 
@@ -190,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report(result))
     path = args.out / "one_layer.json"
     files.write_json(path, without_nan(result))
-    print(f"\n{result['settings']['seconds']} s; {path} and four figures written")
+    print(f"\n{result['settings']['seconds']} s; {path} and five figures written")
 
 
 if __name__ == "__main__":

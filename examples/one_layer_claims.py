@@ -293,3 +293,112 @@ def admm_gap(d: int, seeds: int, generator: torch.Generator, steps: int = 2_000,
         row |= {name: part[j].nanmean().item() for name, part in parts.items()}
         rows.append({**row, "change": changes[j].max().item()})
     return rows
+
+
+# ---- The lemmas on the loss: its saddle, its gradient away from 0 ----------------------------------------------------
+
+
+def saddle_share(k: int) -> float:
+    """c: the degenerate saddle is at w = -c w* (Lemma 5.1.1 of arXiv 1812.05719)."""
+    return (k * k - k) / (k * k + (math.pi - 1) * k)
+
+
+def saddle(d: int, generator: torch.Generator, ks: tuple[int, ...] = (2, 5, 20)) -> list[Numbers]:
+    """Lemma 5.1.1: the saddle is a critical point, and degenerate: across w* the loss falls with the third power.
+
+    A step of size h across gives f(w + h v) - f(w) = -h^3/(3 pi k c^2) to the first order: the quadratic term is 0.
+
+    Returns:
+        For each k: ``gradient``, the norm of (3.16) at the saddle; ``cubic``, the change of f over that prediction, for
+        h = c/1000 in random directions, the farthest from 1; ``along``, the second difference of f along w* over
+        its largest curvature.
+    """
+    rows = []
+    for k in ks:
+        target, c = random_directions(1, d, generator)[0], saddle_share(k)
+        point, h = -c * target, c / 1000
+        across = torch.stack([at_angle(target[None], math.pi / 2, generator)[0] for _ in range(20)])
+        here = population_loss(point, target, k)
+        change = (population_loss(point + h * across, target, k) - here) / (-(h**3) / (3 * math.pi * k * c * c))
+        both = population_loss(point + h * target, target, k) + population_loss(point - h * target, target, k)
+        rows.append(
+            {
+                "k": k,
+                "c": c,
+                "gradient": population_gradient(point, target, k).norm().item(),
+                "cubic": change[(change - 1).abs().argmax()].item(),
+                "along": ((both - 2 * here) / (h * h * curvature(k))).item(),
+            }
+        )
+    return rows
+
+
+def escape(
+    d: int,
+    seeds: int,
+    generator: torch.Generator,
+    noises: tuple[float, ...] = (1e-1, 1e-2, 1e-3),
+    lr: float = 1.0,
+    max_steps: int = 60_000,
+) -> list[Numbers]:
+    """Gradient descent on f from w^0 = -w*: it ends at the saddle, unless noise is added to w^0 (Lemma 5.4.3).
+
+    Returns:
+        For each size of the noise (0 first, its Gaussian vector has that norm): ``saddle`` and ``target``, the largest
+        distance of the end from -c w* and from w*; ``steps``, the mean number until theta is below pi/2.
+    """
+    target = random_directions(seeds, d, generator)
+    noise = random_directions(seeds, d, generator)
+    rows: list[Numbers] = []
+    for size in (0.0, *noises):
+        w, passed = -target + size * noise, torch.full((seeds,), math.nan, dtype=target.dtype)
+        for step in range(1, max_steps + 1 if size else 1_001):
+            new = w - lr * population_gradient(w, target, K)
+            if not size:  # rounding is a noise too: what is exactly opposite to w* is kept there
+                new = (new * target).sum(1, keepdim=True) * target
+            moved, w = (new - w).norm(dim=1).max(), new
+            over = passed.isnan() & ((w * target).sum(1) > 0)
+            passed[over] = step
+            if moved <= 1e-12 and (not size or not passed.isnan().any()):
+                break
+        distance = {"saddle": w + saddle_share(K) * target, "target": w - target}
+        rows.append(
+            {
+                "noise": size,
+                **{name: x.norm(dim=1).max().item() for name, x in distance.items()},
+                "steps": passed.mean().item(),
+            }
+        )
+    return rows
+
+
+def annulus(generator: torch.Generator, pairs: int = 200_000, ks: tuple[int, ...] = (1, 2, 5)) -> list[Numbers]:
+    """Lemma 5.1.2: ||grad f(w1) - grad f(w2)|| <= (1 + 3 ||w*||/M) ||w1 - w2|| outside the ball of radius M.
+
+    The pairs lie in one half-plane that w* bounds, half of them close together and near the ball, where it is worst.
+
+    Returns:
+        For each k and M, with ||w*|| = 1: the largest ``ratio`` of the two norms, and the ``bound``.
+    """
+    target = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    rows: list[Numbers] = []
+    for k in ks:
+        for m in (0.05, 0.2, 1.0, 5.0):
+
+            def points(count: int, near: bool, m: float = m) -> Tensor:
+                stretch = torch.rand(count, generator=generator, dtype=torch.float64)
+                r = m * (1 + 0.01 * stretch if near else 1 / (1 - 0.99 * stretch))
+                theta = math.pi * torch.rand(count, generator=generator, dtype=torch.float64)
+                return torch.stack([r * theta.cos(), r * theta.sin()], dim=1)
+
+            first = torch.cat([points(pairs // 2, False), points(pairs // 2, True)])
+            second = points(pairs // 2, False)
+            step = 1e-4 * m * random_directions(pairs // 2, 2, generator)
+            close = first[pairs // 2 :] + step
+            inside = (close.norm(dim=1) < m) | (close[:, 1] < 0)
+            close = torch.where(inside[:, None], first[pairs // 2 :] * 1.0001, close)
+            second = torch.cat([second, close])
+            difference = population_gradient(first, target, k) - population_gradient(second, target, k)
+            ratio = difference.norm(dim=1) / (first - second).norm(dim=1)
+            rows.append({"k": k, "M": m, "ratio": ratio.nan_to_num(0.0).max().item(), "bound": 1 + 3 / m})
+    return rows

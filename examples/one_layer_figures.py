@@ -1,4 +1,4 @@
-"""Figures 2, 4, 6 and 7 of arXiv 1812.05719 as PNG."""
+"""Figures 2, 4, 5, 6 and 7 of arXiv 1812.05719 as PNG."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 import rvsm_kernels as rk
 from one_layer_model import angle
@@ -73,6 +74,23 @@ def thresholding(out: Path) -> str:
         panel.set_title(title, fontsize=10)
     figure.suptitle("Thresholding at λ = 1/2", fontsize=11)
     return _save(figure, out / "figure4_thresholding.png")
+
+
+def huber(x: Tensor, penalty: str, lam: float, a: float = 1.0) -> Tensor:
+    """min over y of (y - x)^2/2 + lam P(y) for each entry of x, by the prox; for l1 it is Huber's function."""
+    y = rk.prox(x, penalty, lam, a)
+    return (y - x).square() / 2 + lam * penalty_of(y.reshape(-1, 1), penalty, a).reshape(x.shape)
+
+
+def huber_functions(out: Path, lam: float = 0.05) -> str:
+    """Figure 5: the Huber functions of l0, l1 and TL1 at lambda = 0.05. The text gives no a; here a = 1."""
+    x = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    figure, axes = plt.subplots(figsize=(5.5, 3.6))
+    for penalty in PENALTIES:
+        axes.plot(x, huber(x, penalty, lam), color=COLOURS[penalty], label=NAMES[penalty])
+    axes.set(xlabel="x", ylabel="f(x)", title=f"Huber functions, λ = {lam:g}")
+    _plain(axes)
+    return _save(figure, out / "figure5_huber.png")
 
 
 def gamma_angles(out: Path, generator: torch.Generator, d: int = 10, count: int = 100) -> tuple[str, dict[str, Any]]:

@@ -225,6 +225,9 @@ def summary(result: Result) -> str:
         robust = test.get(f"robust_{which}", {})
         if robust:
             lines.append("   under attack: " + ", ".join(f"{name} {100 * x:.2f} %" for name, x in robust.items()))
+        queries = test.get(f"queries_{which}", {})
+        if queries:
+            lines.append("   queries an image: " + ", ".join(f"{name} {x:,.0f}" for name, x in queries.items()))
     if result["printed"]:
         lines.append(f"printed in the paper: {', '.join(recipes.columns(result['printed'], ' %'))}")
     share = result["step_seconds_per_epoch"] / max(result["seconds_per_epoch"], 1e-12)

@@ -19,7 +19,7 @@ class Row:
     Attributes:
         settings: what differs from the defaults of the script.
         printed: what the papers print, in percent; A1 is natural accuracy, A2 to A5 are accuracies under FGSM,
-            IFGSM^20, C&W and NAttack. NAttack is not implemented: A5 has nothing to be compared with.
+            IFGSM^20, C&W and NAttack. Table 4.5 alone prints A5, and only ``--attacks`` with A5 in it runs NAttack.
         note: what somebody who runs the row should know before.
     """
 
@@ -61,10 +61,6 @@ def _natural(accuracy: float, zeros: float) -> dict[str, float]:
 
 def _channels(accuracy: float, channels: float) -> dict[str, float]:
     return {"accuracy": accuracy, "channel sparsity": channels}
-
-
-NOT_RUN = ("A5",)
-"""Printed columns whose attack is not implemented."""
 
 
 def _robust(text: str, last: str | None = None) -> dict[str, float]:
@@ -274,7 +270,7 @@ TABLES: dict[str, dict[str, Row]] = {
 
 def columns(printed: dict[str, float], unit: str = "") -> list[str]:
     """Printed numbers as words: "A1 78.28" and so on."""
-    return [f"{name} {x:g}{unit}{' (NAttack, not run here)' if name in NOT_RUN else ''}" for name, x in printed.items()]
+    return [f"{name} {x:g}{unit}" for name, x in printed.items()]
 
 
 def recipes(robust: bool) -> dict[str, Row]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from builds import DEVICE
 from torch import Tensor, nn
 
-from deep.attacks import ALPHA, EPSILON, Attack, accuracies, cw, fgsm, ifgsm
+from deep.attacks import ALPHA, EPSILON, Attack, accuracies, cw, fgsm, ifgsm, nattack
 
 ROUNDING = 1e-6
 """x + epsilon and the way back are each rounded once, by half an ulp of 1 at most; eight times that."""
@@ -28,6 +28,7 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
     "ifgsm": functools.partial(ifgsm, steps=4),
     "pgd": functools.partial(ifgsm, steps=3, random_start=True),
     "cw": functools.partial(cw, steps=5),
+    "nattack": functools.partial(nattack, steps=5, population=20),
 }
 RADII = [0.0, 1 / 255, EPSILON, 0.3, 1.0]
 
@@ -264,6 +265,121 @@ def test_cw_goes_on_to_kappa_and_stays_without_a_margin(net: nn.Module) -> None:
     assert not torch.equal(cw(net, x, y, kappa=100.0)[wrong], x[wrong])
 
 
+# NAttack
+
+WEAK = 0.02
+"""Too small a radius for the linear models below: no sample fools them, and every step is made."""
+
+
+def linear_pair(seed: int = 0) -> tuple[nn.Linear, Tensor, Tensor, Tensor, Tensor]:
+    """A linear model of two classes, grey images that it gets right, their margins, and the least margins in the ball.
+
+    The margin falls fastest to that corner of the ball which the signs of the difference of the two rows name.
+    """
+    torch.manual_seed(seed)
+    model = nn.Linear(20, 2).double()
+    x = 0.3 + 0.4 * torch.rand(30, 20, dtype=torch.float64)
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([3.0, 0.0]))
+        margins = model(x) @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+        least = margins - WEAK * (model.weight[0] - model.weight[1]).abs().sum()
+    assert least.min() > 0
+    return model, x, torch.zeros(30, dtype=torch.int64), margins, least
+
+
+def margin_of(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x) @ torch.tensor([1.0, -1.0], dtype=x.dtype)
+
+
+@pytest.mark.parametrize(("start", "share"), [(1.0, 0.45), (1e-3, 0.95)])
+def test_nattack_comes_nearer_to_a_known_optimum_with_more_steps(start: float, share: float) -> None:
+    """The toolbox's start of 1 puts most pixels so far outside of the ball that all their samples are clipped alike."""
+    model, x, y, margins, least = linear_pair()
+    shares = []
+    for steps in (1, 20, 100, 400):
+        torch.manual_seed(1)
+        found = margin_of(model, nattack(model, x, y, WEAK, steps, population=50, lr=0.3, start=start))
+        assert (found >= least - 1e-12).all()
+        shares.append(((margins - found) / (margins - least)).mean().item())
+    assert shares == sorted(shares)
+    assert shares[0] < 0.6 * shares[-1] and shares[-1] > share
+
+
+def test_nattack_is_its_formula() -> None:
+    """Two steps for one image after the other, with the same random numbers."""
+    model, x, y, _, _ = linear_pair()
+    x, y = x[:1], y[:1]
+    torch.manual_seed(3)
+    actual = nattack(model, x, y, WEAK, steps=2, population=7, sigma=0.2, lr=0.5, start=0.1)
+    torch.manual_seed(3)
+    mu = 0.1 * torch.randn(1, 20, dtype=torch.float64)
+    met = []
+    for _ in range(2):
+        noise = torch.randn(7, 20, dtype=torch.float64)
+        squashed = (1 + torch.tanh(torch.atanh((2 * x - 1) * (1 - 1e-6)) + mu + 0.2 * noise)) / 2
+        samples = x + (squashed - x).clamp(-WEAK, WEAK)
+        p = model(samples).softmax(1).log().detach()
+        rewards = -(p[:, 0] - p[:, 1]) / 2
+        met += list(zip(rewards.tolist(), samples, strict=True))
+        rewards = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-7)
+        mu = mu + 0.5 / (7 * 0.2) * (rewards[:, None] * noise).sum(0)
+    torch.testing.assert_close(actual[0], max(met, key=lambda pair: pair[0])[1], rtol=0, atol=1e-12)
+
+
+def test_nattack_follows_the_seed(net: nn.Module) -> None:
+    x, y = batch(1400, 1420)
+
+    def images(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return nattack(net, x, y, 0.1, steps=3, population=10)
+
+    assert torch.equal(images(0), images(0)) and not torch.equal(images(0), images(1))
+
+
+def test_nattack_asks_for_no_gradient(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of autograd, nor of a model that has none: its logits come out of NumPy."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a gradient was asked for")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    monkeypatch.setattr(torch.autograd, "backward", refuse)
+
+    def black_box(z: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled() and not z.requires_grad
+        return torch.tensor(net(z).numpy())
+
+    x, y = batch(1400, 1500)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        right = net(x).argmax(1) == y
+        fooled = net(nattack(black_box, x, y, 0.3, steps=30, population=40)).argmax(1) != y
+    assert right.sum() > 80 and (fooled & right).sum() > 0.4 * right.sum()
+
+
+def test_nattack_stops_asking_when_an_image_is_fooled(net: nn.Module) -> None:
+    """One query for each image, a population for each step of an image that is right and not fooled yet."""
+    x, y = batch(1400, 1450)
+    wrong = net(x).argmax(1) != y
+    asked: dict[str, int] = {}
+    accuracies(net, [(x, y)], [Attack("nattack", 0.0, steps=4, population=9)], DEVICE, asked)
+    assert asked == {"NAttack": 50 + 4 * 9 * int((~wrong).sum())}
+    accuracies(net, [(x, y)], [Attack("nattack", 0.3, steps=60, population=9)], DEVICE, asked)
+    assert asked["NAttack"] < 0.5 * (50 + 60 * 9 * int((~wrong).sum()))
+    torch.manual_seed(0)
+    perturbed = nattack(net, x, y, 0.3, steps=60, population=9)
+    assert torch.equal(perturbed[wrong], x[wrong])
+
+
+def test_queries_are_counted_for_each_attack(net: nn.Module) -> None:
+    x, y = batch(0, 10)
+    asked: dict[str, int] = {}
+    attacks = [Attack("fgsm"), Attack("ifgsm", steps=7), Attack("cw", steps=3)]
+    accuracies(net, [(x[:6], y[:6]), (x[6:], y[6:])], attacks, DEVICE, asked)
+    assert asked == {"FGSM": 10, "IFGSM^7": 70, "C&W": 40}
+
+
 # What an attack leaves alone, and what it bears
 
 
@@ -316,7 +432,7 @@ def test_a_gradient_of_nan_moves_nothing(attack: Callable[..., Tensor]) -> None:
     perturbed = attack(broken, x, y)
     assert perturbed.isfinite().all()
     assert not torch.equal(perturbed, x)
-    if attack is not ATTACKS["pgd"]:  # its start is random
+    if attack not in (ATTACKS["pgd"], ATTACKS["nattack"]):  # a start and samples that are random
         assert torch.equal(perturbed.flatten(2)[..., :32], x.flatten(2)[..., :32])
     assert attack(lambda z: broken(z) * math.nan, x, y).isfinite().all()
 
@@ -329,7 +445,8 @@ def test_autocast(net: nn.Module, attack: Callable[..., Tensor]) -> None:
         perturbed = attack(net, x, y, epsilon=0.1)
     assert perturbed.dtype == torch.float32 and perturbed.isfinite().all()
     assert (perturbed - x).abs().max() <= 0.1 + ROUNDING
-    assert mean_loss(net, perturbed, y) > 1.2 * mean_loss(net, x, y)
+    # Black pixels do not move under NAttack, and its five steps are few.
+    assert mean_loss(net, perturbed, y) > (1.05 if attack is ATTACKS["nattack"] else 1.2) * mean_loss(net, x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -353,8 +470,11 @@ def test_logits_in_float64_keep_their_digits() -> None:
 
 
 BAD: list[tuple[Callable[..., Tensor], str, list[Any]]] = [
-    *((f, "epsilon", [-0.01, 1.01, math.nan, math.inf]) for f in (fgsm, ifgsm, cw)),
-    *((f, "steps", [0, -1, 2.0, True]) for f in (ifgsm, cw)),
+    *((f, "epsilon", [-0.01, 1.01, math.nan, math.inf]) for f in (fgsm, ifgsm, cw, nattack)),
+    *((f, "steps", [0, -1, 2.0, True]) for f in (ifgsm, cw, nattack)),
+    (nattack, "population", [0, -1, 2.0, True]),
+    *((nattack, name, [0.0, -0.1, math.nan, math.inf]) for name in ("sigma", "lr")),
+    (nattack, "start", [-1.0, math.nan, math.inf]),
     (ifgsm, "alpha", [0.0, -0.1, math.nan, math.inf]),
     (cw, "lr", [0.0, -0.1, math.nan, math.inf]),
     (cw, "c", [-1.0, math.nan, math.inf]),
@@ -394,10 +514,15 @@ def test_an_attack_is_its_function(net: nn.Module) -> None:
         assert attack.label == label
         assert torch.equal(attack(net, x, y), expected)
     assert not torch.equal(cases[-1][2], cw(net, x, y, 0.1))
+    torch.manual_seed(0)
+    expected = nattack(net, x, y, 0.1, 2, 9, 0.2, 0.5, 0.3)
+    torch.manual_seed(0)
+    attack = Attack("nattack", 0.1, steps=2, population=9, sigma=0.2, lr=0.5, start=0.3)
+    assert attack.label == "NAttack" and torch.equal(attack(net, x, y), expected)
 
 
 def test_bad_attacks() -> None:
-    with pytest.raises(ValueError, match=r"Invalid attack: 'pgd' .*'fgsm', 'ifgsm', 'cw'"):
+    with pytest.raises(ValueError, match=r"Invalid attack: 'pgd' .*'fgsm', 'ifgsm', 'cw', 'nattack'"):
         Attack("pgd")
     with pytest.raises(TypeError, match="steps"):
         Attack("fgsm", steps=3)

@@ -569,7 +569,7 @@ def test_recipes_are_the_printed_tables() -> None:
     assert (settings.alpha, settings.epsilon, settings.milestones) == (2 / 255, 8 / 255, (80, 120, 160))
 
 
-def test_a5_is_printed_in_one_table_and_said_not_to_be_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a5_is_printed_in_one_table(capsys: pytest.CaptureFixture[str]) -> None:
     """NAttack's column is in Table 4.5 (Table 2 of 002) and in no other."""
     found = {name: row.printed["A5"] for name, row in recipes.recipes(True).items() if "A5" in row.printed}
     table = {
@@ -583,10 +583,12 @@ def test_a5_is_printed_in_one_table_and_said_not_to_be_run(capsys: pytest.Captur
     assert {name.split("/")[0] for name in found} == {"table4.5"}
     with pytest.raises(SystemExit):
         robust.main(["--list"])
-    assert "A5 49.11 (NAttack, not run here)" in capsys.readouterr().out
+    assert "A5 49.11" in capsys.readouterr().out
     test = {"accuracy_w": 0, "accuracy_u": 0} | {w: {"zeros": 0, "zero_channels": 0, "small": 0} for w in "wu"}
     result = {"test": test, "printed": {"A5": 49.11}, "step_seconds_per_epoch": 0, "seconds_per_epoch": 1}
-    assert "A5 49.11 % (NAttack, not run here)" in cli.summary(result)
+    assert "A5 49.11 %" in cli.summary(result)
+    result["test"] |= {"robust_w": {"NAttack": 0.5}, "queries_w": {"NAttack": 1234.4}}
+    assert "NAttack 50.00 %" in cli.summary(result) and "queries an image: NAttack 1,234" in cli.summary(result)
 
 
 def test_a_recipe_says_what_one_should_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -614,6 +616,7 @@ def test_the_recorded_command_gives_the_settings_again(script: Any) -> None:
     kind = robust.RobustSettings if is_robust else Settings
     others = {"data": "mnist", "penalty": "topk", "method": "rgsm", "structure": "kernels", "engine": "reference"}
     others |= {"milestones": (1, 2), "augment": True, "model": "en2resnet8", "device": "cuda", "density": 0.25}
+    others |= {"attacks": ("A5", "A3")}
     given = {}
     for field in dataclasses.fields(kind):
         if field.name in others:
@@ -660,11 +663,31 @@ def test_adversarial_training_trains_on_the_attacked_images(tmp_path: Path) -> N
     assert result["attacked_images"] == 40
     for which in ("robust_w", "robust_u"):
         assert set(result[which]) == {"natural", "FGSM", "IFGSM^20", "C&W"}
+    assert result["queries_w"] == {"FGSM": 1, "IFGSM^20": 20, "C&W": 3}
     assert robust.perturbation(replace(settings, adversarial=0)) is None
 
 
+def test_attacks_are_chosen_by_the_papers_names() -> None:
+    """NAttack is the toolbox's and runs on request only; clean images are measured in any case."""
+    testers = robust.testers(robust.RobustSettings())
+    assert [attack.label for attack in testers] == ["FGSM", "IFGSM^20", "C&W"]
+    settings, _ = cli.arguments(["--attacks", "A5,A2"], "", robust.RobustSettings, {}, True)
+    assert settings.attacks == ("A5", "A2") and "--attacks A5,A2" in settings.command("robust.py")
+    fgsm, nattack = robust.testers(settings)
+    assert (fgsm.name, nattack.name, nattack.epsilon) == ("fgsm", "nattack", 8 / 255)
+    options = (nattack.steps, nattack.population, nattack.sigma, nattack.lr, nattack.start)
+    assert options == (500, 300, 0.1, 0.02, 1.0)
+    assert robust.testers(robust.RobustSettings(attacks=("A1",))) == []
+    assert robust.SMOKE["attacks"] == robust.ATTACKS
+
+
 @pytest.mark.parametrize(
-    "bad", [{"epsilon": 2.0}, {"alpha": 0.0}, {"ifgsm_steps": 0}, {"cw_lr": 0.0}, {"adversarial": -1}]
+    "bad",
+    [
+        *({"epsilon": 2.0}, {"alpha": 0.0}, {"ifgsm_steps": 0}, {"cw_lr": 0.0}, {"adversarial": -1}),
+        *({"nattack_population": 0}, {"nattack_sigma": 0.0}),
+        *({"attacks": names} for names in (("A6",), ("A2", "A2"), (), ("",))),
+    ],
 )
 def test_bad_attacks_are_refused_before_training(bad: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(bad)).split("_")[-1]):

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import one_layer_claims as claims
+import one_layer_figures as figures
 import one_layer_tables as tables
 import rvsm_kernels as rk
 from deep import cli
@@ -287,3 +288,52 @@ def test_command_lines_that_cannot_be(
         cli.guarded(lambda: one_layer.main(words.format(file=tmp_path / "file").split()))
     assert caught.value.code in (1, 2)
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- the lemmas on the loss, and the Huber functions -----------------------------------------------------------------
+
+
+def test_the_saddle_is_a_degenerate_critical_point() -> None:
+    for row in claims.saddle(12, generator(1)):
+        assert row["gradient"] <= ROUNDING
+        assert row["cubic"] == pytest.approx(1, abs=0.02)
+        assert row["along"] == pytest.approx(1, abs=1e-6)
+
+
+def test_noise_leaves_the_saddle() -> None:
+    """The time that it takes grows as the inverse of the noise: the slope of theta is quadratic near pi."""
+    still, *noisy = claims.escape(12, 20, generator(2), noises=(1e-1, 1e-2))
+    assert still["saddle"] < 1e-9 and math.isnan(still["steps"])
+    assert all(row["target"] < 1e-9 for row in noisy)
+    assert 5 < noisy[1]["steps"] / noisy[0]["steps"] < 12
+
+
+def test_the_gradient_is_lipschitz_outside_a_ball() -> None:
+    rows = claims.annulus(generator(3), pairs=20_000)
+    assert all(row["ratio"] <= row["bound"] for row in rows)
+    # Far out the largest curvature is reached, near 0 the negative one is the larger.
+    assert all(row["ratio"] == pytest.approx(curvature(row["k"]), rel=0.01) for row in rows if row["M"] == 5.0)
+    assert all(row["ratio"] > 2 * curvature(row["k"]) for row in rows if row["M"] == 0.05)
+
+
+@pytest.mark.parametrize("lam", [0.05, 0.5])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_huber_functions_are_minima(penalty: str, lam: float) -> None:
+    """Against a fine grid, and in closed form: l1 is Huber's function, l0 is min(x^2/2, lambda)."""
+    x = torch.linspace(-2, 2, 81, dtype=torch.float64)
+    y = torch.arange(-4000, 4001, dtype=torch.float64) / 2000  # exactly 0 in the middle
+    values = figures.huber(x, penalty, lam)
+    penalties = penalty_of(y[:, None], penalty, 1.0)
+    grid = ((y - x[:, None]).square() / 2 + lam * penalties).amin(1)
+    torch.testing.assert_close(values, grid, rtol=0, atol=1e-6)
+    r = x.abs()
+    closed = {
+        "l1": torch.where(r <= lam, r.square() / 2, lam * r - lam**2 / 2),
+        "l0": (r.square() / 2).clamp(max=lam),
+    }
+    if penalty in closed:
+        torch.testing.assert_close(values, closed[penalty], rtol=0, atol=1e-15)
+
+
+def test_the_huber_figure(tmp_path: Path) -> None:
+    assert (tmp_path / figures.huber_functions(tmp_path)).stat().st_size > 5_000
