@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -339,6 +340,19 @@ def draw(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
+def record(rows: list[Row], settings: Settings, head: dict[str, Any]) -> None:
+    """Fill the table of examples/README.md."""
+    from bench.markdown import stamp
+    from bench.report import fill
+
+    readme = Path(__file__).parent / "README.md"
+    images = "all images" if settings.images is None else f"{settings.images:,} images"
+    note = f"{settings.data}, {images}, {settings.epochs} epochs, seed {settings.seed}."
+    text = f"{as_table(rows)}\n\n{note} {stamp(head)}"
+    before = readme.read_text(encoding="utf-8")
+    readme.write_text(fill(before, f"shrink-{settings.net}", lambda name: text), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=("resnet", "transformer"), default="resnet")
@@ -350,8 +364,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="without the times of torch.compile and onnxruntime")
     parser.add_argument("--smoke", action="store_true", help="one block, few channels, two epochs of 256 images")
-    parser.add_argument("--out", type=Path, help="a folder for shrink.json, shrink.md and shrink.png")
+    parser.add_argument("--out", type=Path, help="a folder for the table (JSON) and the picture")
+    parser.add_argument("--record", action="store_true", help="write examples/results and the README's table")
     options = parser.parse_args()
+    head: dict[str, Any] = {}
+    if options.record:
+        from bench.results import environment
+
+        options.out = Path(__file__).parent / "results"
+        head = environment("cpu", " ".join(["python", "examples/shrink.py", *sys.argv[1:]]))
     is_resnet = options.net == "resnet"
     settings = Settings(
         net=options.net,
@@ -379,11 +400,12 @@ def main() -> None:
         rows.append(measured(method, training, compiled=not (options.no_compile or options.smoke)))
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
-            found = {"settings": asdict(settings), "rows": [asdict(row) for row in rows]}
-            (options.out / "shrink.json").write_text(json.dumps(found, indent=1) + "\n")
-            (options.out / "shrink.md").write_text(as_table(rows) + "\n")
+            found = {**head, "settings": asdict(settings), "rows": [asdict(row) for row in rows]}
+            (options.out / f"shrink-{options.net}.json").write_text(json.dumps(found, indent=1) + "\n")
     if options.out is not None:
-        draw(rows, options.out / "shrink.png")
+        draw(rows, options.out / f"shrink-{options.net}.png")
+    if options.record:
+        record(rows, settings, head)
     print(as_table(rows))
 
 
