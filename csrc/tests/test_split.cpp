@@ -146,5 +146,14 @@ int main() {
   CHECK(gap_of<Method::delayed>(1.0, 1.0, 0.5, state) == 0.75 && state == 0.5, "w - the u of the step before");
   state = 0.25;
   CHECK(gap_of<Method::admm>(1.0, 1.25, 0.75, state) == 0.75 && state == 0.5, "w - u + dual, the dual v - u");
+  // Zeros of both signs are held where the options ask for it, and nothing else is.
+  for (const bool hold : {false, true}) {
+    Options o;
+    o.hold_zeros = hold;
+    const Split<float> s = split_of<float>(record_of(o, 1, false).data(), 1);
+    CHECK(is_held(0.f, s) == hold && is_held(-0.f, s) == hold, "zeros");
+    for (const float w : {1e-45f, -1.f, INFINITY, NAN}) CHECK(!is_held(w, s), "%g is no zero", double(w));
+  }
+  CHECK(unless_held(true, NAN) == 0 && unless_held(false, 2.f) == 2, "what is held counts as 0");
   return finish("split", cases);
 }

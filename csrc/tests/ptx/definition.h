@@ -184,7 +184,7 @@ inline Result step_element(const Tensor& t, const Element& before, Real grad, Ra
     return e;
   };
   const Element x = with(u.low), y = with(u.high);
-  Result r;
+  Result r{};
   r.low = {std::min(x.w, y.w), std::min(x.m, y.m), std::min(x.kept, y.kept),
            std::min(x.g, y.g), std::min(x.v, y.v), std::min(x.largest, y.largest)};
   r.high = {std::max(x.w, y.w), std::max(x.m, y.m), std::max(x.kept, y.kept),

@@ -33,6 +33,7 @@ Profile profile_of(int index) {
 void share_numbers(std::vector<TensorOptions>& tensors) {
   for (TensorOptions& t : tensors) {
     t.step = tensors[0].step;
+    t.counted = t.counted && t.step.base == BaseKind::adamw;
     if (!t.grouped) t.step.group_lasso = 0;
     t.step.group_scale = false;
   }
