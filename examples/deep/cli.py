@@ -198,18 +198,21 @@ def versions() -> dict[str, str]:
 
 
 def pictures(training: Training, result: Result, out: Path) -> None:
-    """Accuracy against sparsity over the epochs, channel norms (Figure 5 of 002), weights (Figure 1)."""
+    """Accuracy against sparsity over the epochs, channel norms (Figure 5 of 002), weights (Figure 1), one layer's map."""
     part = "zero_channels" if training.settings.groups else "zeros"
     points = [(row["u"][part], row["accuracy_u"]) for row in training.history]
     plots.accuracy_sparsity(out / "accuracy.png", {"u, epoch by epoch": points}, part.replace("_", " "))
     norms = {"w": methods.channel_norms(training.model)}
     weights = {"w": methods.all_weights(training.model)}
+    maps = {"before": training.first_map, "w": methods.map_layer(training.model)}
     if training.has_u:
         with training.sparse_weights():
             norms["u"] = methods.channel_norms(training.model)
             weights["u"] = methods.all_weights(training.model)
+            maps["u"] = methods.map_layer(training.model)
     plots.channel_norms(out / "channel_norms.png", norms)
     plots.weights(out / "weights.png", weights)
+    plots.weight_maps(out / "weight_maps.png", maps)
 
 
 def summary(result: Result) -> str:

@@ -108,6 +108,7 @@ class Training:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.sizes = methods.sizes(self.model)
         """Weights and channels of each layer before any pruning."""
+        self.first_map = methods.map_layer(self.model)
         kind = torch.device(s.device).type
         self.scaler = torch.amp.GradScaler(kind, enabled=s.amp and kind == "cuda")
         self.pruned: list[Any] | None = None

@@ -150,3 +150,15 @@ def channel_norms(model: nn.Module) -> Tensor:
 def all_weights(model: nn.Module) -> Tensor:
     """The weights of convolutions and linear layers, in one row."""
     return torch.cat([model.get_parameter(row.name).flatten().float().cpu() for row in rk.sparsity(model).rows])
+
+
+@torch.no_grad()
+def map_layer(model: nn.Module) -> Tensor:
+    """The weights of the last convolution with a kernel above 1x1, outputs x inputs x height x width.
+
+    Of an ensemble that of its first member, as in Figures 4.1 and A.2 of the dissertation.
+    """
+    net = getattr(model, "net", model)
+    member = net.members[0] if hasattr(net, "members") else net
+    convolutions = [m for m in member.modules() if isinstance(m, nn.Conv2d) and m.weight[0, 0].numel() > 1]
+    return convolutions[-1].weight.detach().float().cpu().clone()

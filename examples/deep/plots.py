@@ -78,3 +78,24 @@ def channel_norms(path: Path, norms: dict[str, Tensor]) -> None:
 def weights(path: Path, values: dict[str, Tensor]) -> None:
     """Histograms of the weights, side by side; the counts on a log scale (Figure 1 of 002)."""
     _histogram(path, values, "weight", "weights", log=True)
+
+
+def weight_maps(path: Path, maps: dict[str, Tensor]) -> None:
+    """One convolution's weights as pictures, outputs by inputs, for each place of its kernel (dissertation, A.1).
+
+    Args:
+        maps: by label, outputs x inputs x height x width; of a larger kernel the middle 3 x 3 is shown.
+    """
+    places = []
+    for weight in maps.values():
+        top, left = (max(0, (n - 3) // 2) for n in weight.shape[2:])
+        places.append(weight[:, :, top : top + 3, left : left + 3].flatten(2).unbind(2))
+    most = max(float(weight.abs().quantile(0.995)) for weight in maps.values()) or 1.0
+    shape = len(maps), max(map(len, places))
+    figure, all_axes = plt.subplots(*shape, figsize=(1.3 * shape[1], 1.5 * shape[0]), squeeze=False)
+    for label, row, pictures in zip(maps, all_axes, places, strict=True):
+        for axes, picture in zip(row, pictures, strict=False):
+            axes.imshow(picture.numpy(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+        row[0].set_ylabel(label)
+    _save(path, figure)

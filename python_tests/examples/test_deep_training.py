@@ -753,7 +753,7 @@ def test_a_result_says_how_it_came_about(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(result), "no path of a machine"
     assert len(result["history"]) == 2
     assert {path.name for path in tmp_path.iterdir()} == {
-        *(CHECKPOINT, "result.json", "accuracy.png", "channel_norms.png", "weights.png")
+        *(CHECKPOINT, "result.json", "accuracy.png", "channel_norms.png", "weights.png", "weight_maps.png")
     }
     train.main([*words, "--resume"])
     again = json.loads((tmp_path / "result.json").read_text())
