@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import shipped
 import torch
+
 from deep import data
 from deep.loop import Training
 from deep.settings import Settings
