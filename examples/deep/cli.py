@@ -198,7 +198,7 @@ def versions() -> dict[str, str]:
 
 
 def pictures(training: Training, result: Result, out: Path) -> None:
-    """Accuracy against sparsity over the epochs, channel norms (Figure 5 of 002), weights (Figure 1), one layer's map."""
+    """Accuracy against sparsity over the epochs, channel norms (Figure 5 of 002), weights (1), a map of one layer."""
     part = "zero_channels" if training.settings.groups else "zeros"
     points = [(row["u"][part], row["accuracy_u"]) for row in training.history]
     plots.accuracy_sparsity(out / "accuracy.png", {"u, epoch by epoch": points}, part.replace("_", " "))
