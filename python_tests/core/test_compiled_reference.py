@@ -32,6 +32,7 @@ OPTIONS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "AdamW, delayed": (rk.RVSMAdamW, {"penalty": "tl1", "method": "rvsm-delayed", "dtype": torch.float64}),
     "AdamW, master": (rk.RVSMAdamW, {**L1, "master_weights": True, "dtype": torch.float16}),
+    "AdamW, zeros that stay": (rk.RVSMAdamW, {**L1, "hold_zeros": True, "method": "admm"}),
     "AdamW, stochastic": (rk.RVSMAdamW, {**L1, "rounding": "stochastic", "dtype": torch.bfloat16}),
 }
 
@@ -50,6 +51,9 @@ def made(name: str = "nesterov", **more: Any) -> tuple[list[nn.Parameter], Any]:
     dtype = options.pop("dtype", torch.float32)
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((6, 4), (3, 5), (7,))]
+    if options.get("hold_zeros"):
+        for p in params:
+            p.data[::2] = 0.0
     bias = {"params": params[2:], "penalty": None, "group_dim": None, "group_lasso": 0.0}
     return params, cls([{"params": params[:2]}, bias], **options, engine="reference")
 

@@ -97,6 +97,20 @@ def _reads_what_one_process_reads(pair: Pair) -> None:
     pair.check(exact=True)
 
 
+def zeros_stay_after_sparsify(folder: Path) -> None:
+    """``sparsify_(hold=True)`` and the steps after it: shard by shard, with states beside them."""
+    for make, placement in itertools.product((rk.RVSM, rk.RVSMAdamW), placements()):
+        pair = Pair(make, mesh_of(), [placement], method="admm")
+        pair.step(2)
+        for optimizer in (pair.ours, pair.theirs):
+            optimizer.sparsify_(hold=True)
+        zeros = [p.full_tensor() == 0 for p in pair.sharded]
+        assert any(bool(z.any()) for z in zeros)
+        pair.step(3)
+        pair.check(exact=True)
+        assert all(torch.equal(p.full_tensor() == 0, z) for p, z in zip(pair.sharded, zeros, strict=True))
+
+
 def topk_with_masters(folder: Path) -> None:
     """The cut is that of the float32 weights."""
     for placement in placements():
@@ -437,8 +451,8 @@ CHECKS = (
     blocks_follow_one_process, blocks_that_a_shard_cuts, half_types_follow, send_one_message,
     found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused, gradients_elsewhere,
     reading_gathers_nothing, topk_with_masters, a_group_without_gradients, twice_across_ranks_is_refused,
-    a_gradient_of_another_type, prox_of_dtensors, a_schedule_finds_the_same_cuts, zeros_are_held, a_nan_on_one_rank,
-    what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
+    a_gradient_of_another_type, prox_of_dtensors, a_schedule_finds_the_same_cuts, zeros_are_held, zeros_stay_after_sparsify,
+    a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
 )  # fmt: skip
 
 

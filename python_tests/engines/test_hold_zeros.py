@@ -218,6 +218,55 @@ def test_sparsify_and_hold(engine: str) -> None:
     assert torch.equal(w.detach() == 0, zero) and (bias != 0).all()
 
 
+@quick_in_all
+def test_grad_scaler(engine: str) -> None:
+    """The scale is taken off in the same pass; a step that is called off changes nothing."""
+    params = params_of()
+    optimizer = rk.RVSM(params, lr=0.1, momentum=0.9, lam=0.05, beta=0.5, hold_zeros=True, engine=engine)
+    zeros = [p.detach() == 0 for p in params]
+    optimizer.grad_scale, optimizer.found_inf = (torch.tensor(x, device=DEVICE) for x in (4.0, 0.0))
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    optimizer.grad_scale, optimizer.found_inf = (torch.tensor(x, device=DEVICE) for x in (4.0, 1.0))
+    optimizer.step()
+    for p, zero, w in zip(params, zeros, before, strict=True):
+        assert torch.equal(p == 0, zero) and torch.equal(p.detach(), w)
+
+
+@quick_in_all
+def test_a_parameter_twice(engine: str) -> None:
+    p = params_of()[0]
+    zero = p.detach() == 0
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = rk.RVSM([p, p], lr=0.1, momentum=0.9, lam=0.05, beta=0.5, hold_zeros=True, engine=engine)
+    for _ in range(2):
+        optimizer.step()
+    assert torch.equal(p == 0, zero)
+
+
+@quick_in_all
+@pytest.mark.parametrize("split", ["none", "l0", "l1"])
+def test_around_another_optimizer(split: str, engine: str) -> None:
+    """Its gradients are 0 there, in p.grad, with a penalty and without, and a closure is no way around."""
+    params = params_of()
+    options = {"lam": 0.05, "beta": 0.5, **SPLITS[split], "hold_zeros": True}
+    optimizer = rk.RVSMWrapper(torch.optim.Adam(params, lr=0.01, weight_decay=0.1), **options, engine=engine)
+    assert not optimizer._step_supports_amp_scaling  # the pull writes gradients
+    zeros, gradients = [p.detach() == 0 for p in params], [p.grad.clone() for p in params if p.grad is not None]
+
+    def closure() -> float:
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone()
+        return 1.0
+
+    for step in (optimizer.step, optimizer.step, lambda: optimizer.step(closure)):
+        step()
+        for p, zero, g in zip(params, zeros, gradients, strict=True):
+            assert p.grad is not None and torch.equal(p == 0, zero) and (p.grad[zero] == 0).all()
+            assert (optimizer.state[p]["exp_avg"][zero] == 0).all()
+            assert split == "l1" or torch.equal(p.grad[~zero], g[~zero])
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="hold_zeros=True needs an eps above 0"):
         rk.RVSMAdamW(params_of(), eps=0.0, hold_zeros=True)
