@@ -451,8 +451,8 @@ CHECKS = (
     blocks_follow_one_process, blocks_that_a_shard_cuts, half_types_follow, send_one_message,
     found_inf_changes_nothing, a_step_with_lr_0_moves_nothing, what_is_refused, gradients_elsewhere,
     reading_gathers_nothing, topk_with_masters, a_group_without_gradients, twice_across_ranks_is_refused,
-    a_gradient_of_another_type, prox_of_dtensors, a_schedule_finds_the_same_cuts, zeros_are_held, zeros_stay_after_sparsify,
-    a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
+    a_gradient_of_another_type, prox_of_dtensors, a_schedule_finds_the_same_cuts, zeros_are_held,
+    zeros_stay_after_sparsify, a_nan_on_one_rank, what_looks_at_whole_tensors, ddp_keeps_ranks_equal,
 )  # fmt: skip
 
 
