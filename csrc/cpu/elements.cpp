@@ -58,6 +58,12 @@ struct ElementPull {
   ElementPull at(int64_t) const { return *this; }
 };
 
+// Whether u was made before the loop, not of the v that it has.
+template <class Pull>
+constexpr bool kInMemory = false;
+template <class T>
+constexpr bool kInMemory<WindowPull<T>> = true;
+
 // The numbers of a step in the type of the arithmetic.
 template <class Base, class T>
 struct Numbers {
@@ -86,7 +92,8 @@ inline void step_loop(T* __restrict w, T* __restrict g, T* const* states, int64_
     for (int k = 0; k < kStates; ++k) si[k] = unless_held(held, state[k][i]);
     T& of_method = si[Base::kStates];
     const T v = thresholded<kMethod>(wi, of_method);
-    const T gap = Pull::kPull ? gap_of<kMethod>(wi, v, pull.u(v, i), of_method) : T(0);
+    const T u = kInMemory<Pull> ? unless_held(held, pull.u(v, i)) : pull.u(v, i);
+    const T gap = Pull::kPull ? gap_of<kMethod>(wi, v, u, of_method) : T(0);
     T d = Base::kReadsGrad ? unless_held(held, g[i]) * numbers.split.grad : T(0);
     split_step(wi, d, gap, pull.direction(wi, i), numbers.split, KnownSplit<Pull::kPull, Pull::kLasso>{});
     Base::step(wi, si, d, numbers.base, on);

@@ -16,7 +16,7 @@ constexpr int64_t kPieceOfWindows = 1024;
 // as short as this the memory is never idle, and 2:4 takes hardly longer than l0.
 constexpr int64_t kShortPiece = 256;
 
-// u stands in memory.
+// u stands in memory, made of the method's state as it was, also where an element is held.
 template <class T>
 struct WindowPull {
   static constexpr bool kPull = true, kLasso = false;

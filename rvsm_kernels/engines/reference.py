@@ -111,7 +111,7 @@ def step_params(
         of_each = zip(params, v if groups is None else found, strict=True)
         norms = [norms_for(p, x, options, inputs, row=0) for p, x in of_each]
         if options.pattern is not None:
-            u = [keep_largest(x, options.pattern) for x in v]
+            u = _unless_held([keep_largest(x, options.pattern) for x in found], held)
         elif options.topk:
             u = [keep_above(x, r, inputs.cuts[p]) for x, r, p in zip(v, norms, params, strict=True)]
         else:

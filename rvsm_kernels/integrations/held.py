@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 
 from ..method.options import shown
 from ..model.recalibrate import check_batches, recalibrate
@@ -66,8 +67,14 @@ def _anew(loader: Any, size: int) -> DataLoader[Any]:
             "recalibrate=True needs one training loader, of data with a length: give recalibrate a loader of its own"
         )
     generator = torch.Generator().manual_seed(0)
-    collate = getattr(loader, "collate_fn", None)
-    return DataLoader(dataset, batch_size=size, shuffle=True, generator=generator, collate_fn=collate)
+    order: dict[str, Any] = {"shuffle": True, "generator": generator}
+    sampler = copy.copy(getattr(loader, "sampler", None))
+    if isinstance(sampler, Sampler) and not isinstance(sampler, SequentialSampler):  # it may take a part of the data
+        if hasattr(sampler, "generator"):
+            sampler.generator = generator
+        order = {"sampler": sampler}
+    collate, drop_last = getattr(loader, "collate_fn", None), bool(getattr(loader, "drop_last", False))
+    return DataLoader(dataset, batch_size=size, drop_last=drop_last, collate_fn=collate, **order)
 
 
 @contextlib.contextmanager

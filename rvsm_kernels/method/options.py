@@ -85,6 +85,12 @@ def _any_finite(what: str) -> Callable[[str, Any], None]:
     return check
 
 
+def _switch(name: str, value: Any) -> None:
+    """A check for True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"Invalid {name} value: {shown(value)} (True or False is needed)")
+
+
 def _betas(name: str, value: Any) -> None:
     """A check for the two decay rates of AdamW's moments."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -202,7 +208,7 @@ SPLIT_OPTIONS = (
     Option("group_lasso", 0.0, _number("group_lasso value"), "strength of group_lasso * sum ||w_G||, >= 0"),
     Option("decoupled", True, None, "the gap pulls the weights (True) or is added to the gradient (False)"),
     Option("method", "rvsm", choice(tuple(METHODS)), "what pulls, and what is remembered of it"),
-    Option("hold_zeros", False, None, "an element that is 0 stays 0, and so do its states"),
+    Option("hold_zeros", False, _switch, "an element that is 0 stays 0, and so do its states"),
     Option("maximize", False, None, "turn the gradient of the loss around"),
 )
 """The options of the splitting, whatever the base."""

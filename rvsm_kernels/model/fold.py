@@ -51,7 +51,8 @@ class _Input:
     def constant(self, i: int) -> float | None:
         """The value of a channel, None where it has several: equal up to the rounding of an interpolation."""
         low, high = float(self.low[i]), float(self.high[i])
-        return (low + high) / 2 if high - low <= 16 * self.eps * max(1.0, abs(high)) else None  # False for NaN
+        slack = 16 * self.eps * max(1.0, abs(high)) if self.eps < 1e-4 else 0.0  # of a half type it would be a difference
+        return (low + high) / 2 if high - low <= slack else None  # False for NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +209,8 @@ def _places(model: nn.Module, names: set[str], tensors: Mapping[str, Tensor]) ->
             continue
         bias = module._parameters.get("bias")
         of_bias = owners.get(id(bias), []) if bias is not None else []
-        found[name] = _Place(tensors[name], module, of_bias[0][0] if len(of_bias) == 1 else None)
+        alone = len(of_bias) == 1 and of_bias[0][0] in tensors  # else it has another name, and may be read by that
+        found[name] = _Place(tensors[name], module, of_bias[0][0] if alone else None)
     return found
 
 

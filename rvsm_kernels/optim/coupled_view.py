@@ -29,6 +29,7 @@ class CoupledView:
     def __init__(self, view: SparseView) -> None:
         self._view_ref = weakref.ref(view)
         self._norms: dict[Tensor, Norms] | None = None  # while one method of the view looks
+        self._known_cuts: dict[Tensor, Tensor] | None = None  # of these norms
 
     @property
     def _view(self) -> SparseView:
@@ -38,7 +39,7 @@ class CoupledView:
 
     def forget(self) -> None:
         """Make the norms anew from here on."""
-        self._norms = None
+        self._norms = self._known_cuts = None
 
     def norms_of(self, p: Tensor) -> Norms:
         """The norms of a weight's coupled groups.
@@ -87,10 +88,13 @@ class CoupledView:
 
     def _cuts(self) -> dict[Tensor, Tensor]:
         """The cuts of top-k of all weights that :meth:`norms_of` knows."""
+        if self._known_cuts is not None:
+            return self._known_cuts
         optimizer = self._view._optimizer
         members, values = optimizer._couplings.find(optimizer.param_groups), optimizer.param_groups
         now = [device_numbers.read(group) for group in values]
-        return coupled_cuts(members.values(), now, lambda member: self.norms_of(member.p).firsts)
+        self._known_cuts = coupled_cuts(members.values(), now, lambda member: self.norms_of(member.p).firsts)
+        return self._known_cuts
 
     def value(self, parts: Sequence[SplitParams]) -> Tensor | None:
         """lam P(u) of all coupled groups, each once, 0-dim float64; None where there are none."""

@@ -57,9 +57,14 @@ def penalised_groups(optimizer: SplitOptimizer) -> list[dict[str, Any]]:
     Raises:
         ValueError: one whose zeros cannot be held: an AdamW whose eps is 0.
     """
-    groups = [group for group in optimizer.param_groups if group["penalty"] is not None]
-    for group in groups:
-        optimizer._validate({**group, "hold_zeros": True})
+    groups = []
+    for i, group in enumerate(optimizer.param_groups):
+        if group["penalty"] is not None:
+            try:
+                optimizer._validate({**group, "hold_zeros": True})
+            except ValueError as error:
+                raise ValueError(f"group {i}: {error}") from None
+            groups.append(group)
     return groups
 
 
@@ -71,11 +76,19 @@ def begin_to_hold(optimizer: SplitOptimizer) -> None:
     for p, group in _held_params(optimizer):
         zeros = _zeros_of(optimizer, p, group)
         for states in {id(s[p]): s[p] for s in (optimizer.state, optimizer._states) if p in s}.values():
-            for state in states.values():
+            for name, state in states.items():
                 # A quantized state of another library is left: its step is taken back.
                 plain = isinstance(state, Tensor) and (kind_of(state) is None or is_of_shards(state))
-                if plain and state.shape == p.shape and state.is_floating_point():
+                if plain and state.shape == p.shape and state.is_floating_point() and name != "step":
                     _clear_(state, p, zeros)
+
+
+@torch.no_grad()
+def clear_gradients(optimizer: SplitOptimizer) -> None:
+    """p.grad <- 0 where a weight is held, as the pull does it in its pass."""
+    for p, group in _held_params(optimizer):
+        if p.grad is not None:
+            _clear_(p.grad, p, _zeros_of(optimizer, p, group))
 
 
 class TakenBack:

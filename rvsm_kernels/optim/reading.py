@@ -86,11 +86,11 @@ class ReadsU:
         """
         if not isinstance(hold, bool):
             raise TypeError(f"Invalid hold value: {shown(hold)} (True or False is needed)")
-        if hold:  # all that can fail comes before the first write
-            penalised_groups(cast("SplitOptimizer", self))
-        self._view.sparsify_(frozen)
-        if hold:
-            with self._lock:
+        with self._lock:
+            if hold:  # all that can fail comes before the first write
+                penalised_groups(cast("SplitOptimizer", self))
+            self._view.sparsify_(frozen)
+            if hold:
                 begin_to_hold(cast("SplitOptimizer", self))
 
     def penalty_value(self) -> Tensor:

@@ -147,6 +147,7 @@ class SparsitySchedule:
             penalised_groups(self._optimizer)
         self.hold = hold
         self.holds = False  # whether zeros are held already
+        self._held_groups = 0  # how many param groups there were then
         self.last_step = 0
         self._handles: list[Any] = []
         self._members = Members(of)
@@ -235,7 +236,7 @@ class SparsitySchedule:
         self._apply()
         if holds_from_now:
             self._optimizer.sparsify_(hold=True)
-            self.holds = True
+            self.holds, self._held_groups = True, len(self._optimizer.param_groups)
             self._apply()
 
     @torch.no_grad()
@@ -346,8 +347,8 @@ class SparsitySchedule:
             if group["penalty"] == "topk":
                 group["density"] = self._members.density(i, self.sparsity)
             if self.holds:
-                device_numbers.put(group, "lam", 0.0)
-                group["hold_zeros"] = True  # also where a checkpoint of 0.1.0 has been loaded
+                if i < self._held_groups:
+                    device_numbers.put(group, "lam", 0.0)
                 continue
             if group["penalty"] in ("topk", "nm"):
                 continue
@@ -388,7 +389,7 @@ class SparsitySchedule:
         return {**self.__dict__, "_handles": [], "_rooms": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        earlier = {"_rooms": {}, "hold": False, "holds": False, "_handles": []}
+        earlier = {"_rooms": {}, "hold": False, "holds": False, "_held_groups": 0, "_handles": []}
         state = {key: value for key, value in state.items() if key != "_hold"}
         self.__dict__.update({**earlier, "_members": Members(state["of"]), **state})  # what 0.1.0 did not pickle
         self._watch()
@@ -402,6 +403,7 @@ class SparsitySchedule:
             "last_step": self.last_step,
             "cuts": cuts,
             "holds": self.holds,
+            "held_groups": self._held_groups,
             "members": self._members.state_dict(),
         }
 
@@ -412,7 +414,12 @@ class SparsitySchedule:
         checkpoint without it (of an earlier version) leaves what they have had here.
         """
         self.last_step, self._cuts = int(state_dict["last_step"]), dict(state_dict["cuts"])
-        self.holds = self.hold and bool(state_dict.get("holds", False))  # 0.1.0 does not say
+        held, self.holds = self.holds, self.hold and bool(state_dict.get("holds", False))  # 0.1.0 does not say
+        if held or self.holds:  # the optimizer may have loaded a checkpoint that does not say
+            self._held_groups = int(state_dict.get("held_groups", len(self._optimizer.param_groups)))
+            for group in self._optimizer.param_groups[: self._held_groups]:
+                if group["penalty"] is not None:
+                    group["hold_zeros"] = self.holds
         self._members.load_state_dict(state_dict.get("members", {}), self._optimizer)
         self._apply()
 

@@ -18,7 +18,7 @@ from ..method.options import make_plain, shown
 from ..method.split import is_split, state_name
 from . import advice, checkpoint, method_states
 from .attributes import ends_scaling, names_its_arguments, takes_closure
-from .hold import TakenBack
+from .hold import TakenBack, clear_gradients
 from .split_optimizer import SplitOptimizer
 
 _SCALING = ("grad_scale", "found_inf")
@@ -276,9 +276,12 @@ class RVSMWrapper(SplitOptimizer):
                 return known.pop()
             with torch.enable_grad():
                 loss = closure()
-            if any(options.writes_gradient for options in self._options):
-                with torch.no_grad():
+            has_terms = (o.lasso or (o.split and not o.values["decoupled"]) for o in self._options)
+            with torch.no_grad():
+                if any(has_terms):
                     self._do_step_outside_graphs()
+                else:  # a decoupled pull comes once a step
+                    clear_gradients(self)
             return loss
 
         return evaluate
