@@ -374,3 +374,56 @@ def test_an_error_changes_nothing() -> None:
     with pytest.raises(TypeError, match="state history"):
         rk.shrink(model, optimizer, example_inputs=x)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_infinite_outputs_hide_nothing() -> None:
+    """A bias that code reads too, beside logits that are masked: folding would change the finite ones."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.b(torch.relu(self.a(x))) + 2 * self.b.bias
+            return torch.cat([y, torch.full_like(y[:, :1], -torch.inf)], 1)
+
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(32, 8)
+    with torch.no_grad():
+        model.a.weight[:5], model.a.bias[:5] = 0, 1
+        before = model(x)
+        report = rk.shrink(model, example_inputs=x)
+        torch.testing.assert_close(model(x), before)
+    assert not report.folded
+
+
+def test_a_bias_with_another_name_is_left() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.first = self.b.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    model, x = Named().eval(), torch.randn(3, 8)
+    model._parameters["first"] = model._parameters.pop("first")
+    with torch.no_grad():
+        model.a.weight[:5], model.a.bias[:5] = 0, 1
+        before = model(x)
+        rk.shrink(model, example_inputs=x)
+        torch.testing.assert_close(model(x), before)
+
+
+def test_a_half_type_that_varies_is_no_constant() -> None:
+    """A padded depthwise convolution makes border and inside of a constant: 0.1 apart is not the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 2, 1)).bfloat16()
+    with torch.no_grad():
+        model[0].weight[:2], model[0].bias[:2] = 0, 0.1
+    x = torch.randn(2, 3, 8, 8, dtype=torch.bfloat16)
+    before = model.eval()(x)
+    report = rk.shrink(model, example_inputs=x)
+    assert not report.folded and torch.equal(model(x), before)

@@ -297,6 +297,29 @@ def test_options_in_tensors() -> None:
     assert float(lam) == 0 and all(torch.equal(w == 0, z) for w, z in zip(weights, zeros, strict=True))
 
 
+def test_groups_that_come_later_are_not_led() -> None:
+    weights, optimizer, schedule = start()
+    train(weights, optimizer, schedule, range(END))
+    late = nn.Parameter(torch.zeros(7))
+    optimizer.add_param_group({"params": [late], "lam": 1e-9})
+    late.grad = torch.ones(7)
+    train(weights, optimizer, schedule, range(END, END + 2))
+    assert optimizer.param_groups[-1]["lam"] == 1e-9 and (late != 0).all()
+    optimizer.param_groups[0]["hold_zeros"] = False  # and it stays so
+    schedule.step()
+    assert optimizer.param_groups[0]["hold_zeros"] is False
+
+
+def test_an_earlier_state_releases_the_zeros() -> None:
+    weights, optimizer, schedule = start()
+    train(weights, optimizer, schedule, range(END - 2))
+    before = schedule.state_dict()
+    train(weights, optimizer, schedule, range(END - 2, END))
+    assert optimizer.param_groups[0]["hold_zeros"] is True
+    schedule.load_state_dict(before)
+    assert not schedule.holds and optimizer.param_groups[0]["hold_zeros"] is False
+
+
 def test_errors() -> None:
     weights = weights_of()
     with pytest.raises(ValueError, match="Invalid hold"):

@@ -97,8 +97,10 @@ def test_every_base_method_and_penalty(base: str, split: str, method: str, engin
 
 
 @quick_in_all
+@pytest.mark.parametrize("method", ["rvsm", "rvsm-delayed", "admm"])
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 3)])
-def test_windows(pattern: tuple[int, int], engine: str) -> None:
+def test_windows(pattern: tuple[int, int], method: str, engine: str) -> None:
+    """Also with states that are not 0 where the weights are."""
     made = []
     for hold in (True, False):
         gen = torch.Generator().manual_seed(3)
@@ -106,8 +108,11 @@ def test_windows(pattern: tuple[int, int], engine: str) -> None:
         w[torch.rand(w.shape, generator=gen) < 0.3] = 0.0
         p = nn.Parameter(w.to(DEVICE))
         p.grad = torch.randn(w.shape, generator=gen).to(DEVICE)
-        options = {"penalty": "nm", "pattern": pattern, "lam": 1.0, "beta": 0.5, "hold_zeros": hold}
-        made += [[p], rk.RVSM([p], lr=0.1, momentum=0.9, engine=engine, **options)]
+        options = {"penalty": "nm", "pattern": pattern, "lam": 1.0, "beta": 0.5, "method": method}
+        optimizer = rk.RVSM([p], lr=0.1, momentum=0.9, engine=engine, **options)
+        with_states(optimizer, [p])
+        optimizer.param_groups[0]["hold_zeros"] = hold
+        made += [[p], optimizer]
     check(made[0], made[2], made[1], made[3])
 
 
@@ -267,6 +272,38 @@ def test_around_another_optimizer(split: str, engine: str) -> None:
             assert split == "l1" or torch.equal(p.grad[~zero], g[~zero])
 
 
+def test_a_repeated_closure_pulls_once() -> None:
+    """LBFGS evaluates again and again: what is decoupled pulls once a step, what is held has no gradient each time."""
+    found = []
+    for hold in (False, True):
+        p = nn.Parameter(torch.tensor([0.0, 0.5, 2.0]))
+        optimizer = rk.RVSMWrapper(
+            torch.optim.LBFGS([p], lr=0.1, max_iter=3), penalty="l0", lam=1.0, beta=1.0, hold_zeros=hold
+        )
+        calls = []
+
+        def closure(p: nn.Parameter = p, calls: list[Tensor] = calls) -> Tensor:
+            calls.append(p.detach().clone())
+            p.grad = torch.zeros(3)
+            p.grad[0] = 1.0
+            return p.detach().sum()
+
+        optimizer.step(closure)
+        assert len(calls) > 1
+        found.append(p.detach().clone())
+    assert torch.equal(found[0][1:], found[1][1:]) and found[1][0] == 0 != found[0][0]
+
+
+def test_a_counter_is_no_state_of_elements() -> None:
+    p = nn.Parameter(torch.tensor(0.0))
+    optimizer = rk.RVSMAdamW([p], lr=0.1, lam=1.0, beta=1.0)
+    p.grad = torch.tensor(1.0)
+    optimizer.step()
+    p.data.zero_()
+    optimizer.sparsify_(hold=True)
+    assert optimizer.state[p]["step"] == 1 and optimizer.state[p]["exp_avg"] == 0
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="hold_zeros=True needs an eps above 0"):
         rk.RVSMAdamW(params_of(), eps=0.0, hold_zeros=True)
@@ -274,6 +311,10 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="hold_zeros=True needs an eps above 0"):
         adamw.sparsify_(hold=True)
     assert adamw.param_groups[0]["hold_zeros"] is False
+    with pytest.raises(ValueError, match="hold_zeros=True needs an eps above 0"):  # float32 rounds it to 0
+        rk.RVSMAdamW(params_of(), eps=1e-50, hold_zeros=True)
+    with pytest.raises(TypeError, match="Invalid hold_zeros value: 'no'"):
+        rk.RVSM(params_of(), lr=0.1, hold_zeros="no")
     optimizer = rk.RVSM(params_of(), lr=0.1)
     with pytest.raises(TypeError, match="Invalid hold value: 1"):
         optimizer.sparsify_(hold=1)

@@ -191,7 +191,9 @@ def _adamw_step(
 
 def _check_adamw(group: Mapping[str, Any]) -> None:
     if group["hold_zeros"] and group["eps"] < 1e-30:  # which float32 may round to 0
-        raise ValueError("hold_zeros=True needs an eps above 0, 1e-30 or more: the step is 0 / eps where the moments are 0")
+        raise ValueError(
+            "hold_zeros=True needs an eps above 0, 1e-30 or more: the step is 0 / eps where the moments are 0"
+        )
 
 
 ADAMW = Base(

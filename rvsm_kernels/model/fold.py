@@ -51,7 +51,9 @@ class _Input:
     def constant(self, i: int) -> float | None:
         """The value of a channel, None where it has several: equal up to the rounding of an interpolation."""
         low, high = float(self.low[i]), float(self.high[i])
-        slack = 16 * self.eps * max(1.0, abs(high)) if self.eps < 1e-4 else 0.0  # of a half type it would be a difference
+        slack = (
+            16 * self.eps * max(1.0, abs(high)) if self.eps < 1e-4 else 0.0
+        )  # of a half type it would be a difference
         return (low + high) / 2 if high - low <= slack else None  # False for NaN
 
 

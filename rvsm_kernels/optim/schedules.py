@@ -414,12 +414,14 @@ class SparsitySchedule:
         checkpoint without it (of an earlier version) leaves what they have had here.
         """
         self.last_step, self._cuts = int(state_dict["last_step"]), dict(state_dict["cuts"])
-        held, self.holds = self.holds, self.hold and bool(state_dict.get("holds", False))  # 0.1.0 does not say
-        if held or self.holds:  # the optimizer may have loaded a checkpoint that does not say
-            self._held_groups = int(state_dict.get("held_groups", len(self._optimizer.param_groups)))
-            for group in self._optimizer.param_groups[: self._held_groups]:
-                if group["penalty"] is not None:
-                    group["hold_zeros"] = self.holds
+        held = self._held_groups
+        self.holds = self.hold and bool(state_dict.get("holds", False))  # 0.1.0 does not say
+        count = int(state_dict.get("held_groups", len(self._optimizer.param_groups)))
+        self._held_groups = count if self.holds else 0
+        # The optimizer may have loaded a checkpoint that does not say which zeros are held.
+        for group in self._optimizer.param_groups[: max(held, self._held_groups)]:
+            if group["penalty"] is not None:
+                group["hold_zeros"] = self.holds
         self._members.load_state_dict(state_dict.get("members", {}), self._optimizer)
         self._apply()
 
