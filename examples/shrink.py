@@ -1,8 +1,8 @@
 """A network loses half of its channels while it is trained, and goes on as the smaller network that it is.
 
     python examples/shrink.py                       # digits, two minutes on two cores
-    python examples/shrink.py --data fashion-mnist  # needs its files, see examples/README.md; half an hour
-    python examples/shrink.py --net transformer     # neurons and attention heads
+    python examples/shrink.py --data fashion-mnist  # needs its files, see examples/README.md
+    python examples/shrink.py --net transformer     # neurons and attention heads, half a minute
     python examples/shrink.py --smoke               # seconds
 
 In the same number of epochs: the dense network; RVSM with coupled l0 groups, led to half of the channels of each
