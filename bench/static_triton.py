@@ -196,11 +196,8 @@ def measure(targets: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _spills(row: dict[str, Any]) -> bool:
-    if row.get("MEASURES") == "True":
-        allowed = _MEASURING_STACK
-    else:
-        allowed = _HELD_STACK if row["target"] == "cuda:80" else 0
-    return bool(row["spilled"] > allowed)
+    of_steps = _HELD_STACK if row["target"] == "cuda:80" else 0
+    return bool(row["spilled"] > (_MEASURING_STACK if row.get("MEASURES") == "True" else of_steps))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
