@@ -31,8 +31,9 @@ from .shards import dividing_ranks, first_index_here, is_sharded, refuse_cut_blo
 _PENALTY = COLUMNS.index("penalty")
 _FREE = 1e30
 """What stands for the norm of slices of no group: no penalty moves a group so large, nor does a group lasso."""
-_ALIKE = ("penalty", "lam", "beta", "a", "density", "budget", "budget_name", "group_scale")
+_ALIKE = ("penalty", "lam", "beta", "a", "group_scale")
 """What weights that hang together must agree on."""
+_ALIKE_OF_TOPK = (*_ALIKE, "density", "budget", "budget_name")
 
 
 class CoupledWeight(NamedTuple):
@@ -429,7 +430,7 @@ def _check_alike(device: _Device, groups: Sequence[Mapping[str, Any]]) -> None:
         if place == member.place:
             continue
         group, other = groups[member.place], groups[place]
-        for option in _ALIKE:
+        for option in _ALIKE_OF_TOPK if group["penalty"] == "topk" else _ALIKE:
             mine, theirs = group[option], other[option]
             if is_on_device(mine) or is_on_device(theirs):  # to compare them would wait
                 continue

@@ -369,7 +369,7 @@ class SparsitySchedule:
             device_numbers.put(group, "lam", group["beta"] * (tau if isinstance(group["lam"], Tensor) else float(tau)))
 
     def _watch(self) -> None:
-        """Set beta from lr once more when a step begins; a scheduler may have moved lr by then. So with densities."""
+        """When a step begins: beta anew, for a scheduler may have moved lr, and densities, after a removal."""
         topk = any(group["penalty"] == "topk" for _, group in self._groups())
         if (self.pull_rate is None and not topk) or self._handles:
             return
