@@ -82,7 +82,7 @@ class BuildPython(build_py):
         note = Path(self.build_lib) / "rvsm_kernels" / "no_module.txt"
         note.unlink(missing_ok=True)
         if no_module is not None:
-            note.write_text(no_module + "\n")
+            note.write_text(no_module + "\n", encoding="utf-8")
 
 
 def has_compiler() -> bool:

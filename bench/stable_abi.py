@@ -30,8 +30,8 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 STATES = ("exp_avg", "exp_avg_sq", "dual")
 
-# Source to (variable that names a compiler, compiler, flags, libraries of torch). The libraries are found by their names
-# alone: they are in the process already.
+# Source to (variable that names a compiler, compiler, flags, libraries of torch). The names of the libraries are enough:
+# they are in the process already.
 SOURCES = {
     "stable_abi_today.cpp": ("CXX", "g++", ["-std=c++20"], ["-ltorch_python", "-ltorch_cpu", "-lc10"]),
     "stable_abi_lists.cpp": ("CXX", "g++", ["-std=c++20"], ["-ltorch_cpu"]),
@@ -46,16 +46,22 @@ def compile_into(folder: Path) -> None:
     includes = [package / "include", package / "include/torch/csrc/api/include", sysconfig.get_path("include")]
     common = ["-O2", "-shared", "-fPIC", *(f"-I{include}" for include in includes), f"-L{package / 'lib'}"]
     for source, (variable, default, flags, libraries) in SOURCES.items():
-        target = folder / f"{Path(source).stem}.so"
+        target = folder / file_of(source)
         if not target.exists():
             compiler = shlex.split(os.environ.get(variable, "").strip() or default)
             command = [*compiler, *flags, *common, str(HERE / source), "-o", str(target), *libraries]
             subprocess.run(command, check=True)
 
 
-def load_module(path: Path) -> ModuleType:
-    """The module in a file."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+def file_of(source: str) -> str:
+    """The name of what is compiled; today's way is compiled for one torch, and may end the process beside another."""
+    stem = Path(source).stem
+    return f"{stem}-{torch.__version__}.so" if stem == "stable_abi_today" else f"{stem}.so"
+
+
+def load_module(folder: Path, source: str) -> ModuleType:
+    """The module of a source."""
+    spec = importlib.util.spec_from_file_location(Path(source).stem, folder / file_of(source))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -74,7 +80,7 @@ def torch_symbols(path: Path) -> tuple[int, int]:
 def microseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """The median time of each call; they take turns."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
+    for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
@@ -92,22 +98,18 @@ def ways(params: list[Tensor], folder: Path) -> dict[str, Callable[[], object]]:
     grads = [p.grad for p in params]
     facts = [(p.dtype, p.shape, p.stride()) for p in params]
     written = [*weights, *(t for tensors in lists for t in tensors)]
-    torch.ops.load_library(str(folder / "stable_abi_lists.so"))
+    torch.ops.load_library(str(folder / file_of("stable_abi_lists.cpp")))
     op, increment = torch.ops.rvsm_stable_abi.look.default, torch.autograd.graph.increment_version
-    addresses = load_module(folder / "stable_abi_addresses.so")
-    calls: dict[str, Callable[[], object]] = {
+    addresses = load_module(folder, "stable_abi_addresses.c")
+    today = load_module(folder, "stable_abi_today.cpp")
+    return {
+        "today: all five, and counting the writes": lambda: today.look(params, states, STATES),
         "stable op: the list of gradients": lambda: [p.grad for p in params],
         "stable op: the call with five lists": lambda: op(weights, grads, *lists),
         "limited API: addresses of gradients": lambda: addresses.look(params, None),
         "limited API: those, type and layout": lambda: addresses.look(params, facts),
         "both: counting the writes": lambda: increment(written),
     }
-    try:
-        today = load_module(folder / "stable_abi_today.so")
-    except ImportError as error:
-        print(f"today's way does not load: {error}")
-        return calls
-    return {"today: all five, and counting the writes": lambda: today.look(params, states, STATES), **calls}
 
 
 def todays(params: list[Tensor]) -> dict[str, Callable[[], object]]:

@@ -22,6 +22,7 @@ add_library(rvsm_torch INTERFACE)
 target_include_directories(rvsm_torch SYSTEM INTERFACE ${RVSM_TORCH_INCLUDES})
 target_compile_definitions(rvsm_torch INTERFACE _GLIBCXX_USE_CXX11_ABI=${RVSM_TORCH_ABI} TORCH_API_INCLUDE_EXTENSION_H)
 foreach(library c10 torch torch_cpu torch_python)
+  unset(RVSM_LIB_${library} CACHE) # with build isolation each build has its torch in another folder
   find_library(RVSM_LIB_${library} ${library} PATHS ${RVSM_TORCH_LIBRARY_DIRS} NO_DEFAULT_PATH REQUIRED)
   target_link_libraries(rvsm_torch INTERFACE ${RVSM_LIB_${library}})
 endforeach()

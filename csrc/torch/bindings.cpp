@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <cctype>
+#include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -15,6 +17,7 @@
 #include "../cuda/kernels.h"
 #include "../math/group_view.h"
 #include "../plan/plan.h"
+#include "register.h"
 
 namespace py = pybind11;
 
@@ -22,9 +25,21 @@ namespace {
 
 using rvsm::Plan;
 
+// native.py looks for these words in the file of a module that does not load.
+const char built_for[] = "built for torch " TORCH_VERSION;
+
+// torch keeps its C++ interface within a minor version only; beside another one a function may be missing, or read what
+// is elsewhere by now. So this comes before anything of torch is called. RVSM_OTHER_TORCH=1 loads it.
+void check_torch() {
+  const std::string here = py::str(py::module_::import("torch").attr("__version__"));
+  const std::string minor = std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR);
+  const bool same = here.compare(0, minor.size(), minor) == 0 && !std::isdigit(here.c_str()[minor.size()]);
+  const char* const wanted = std::getenv("RVSM_OTHER_TORCH");
+  if (!same && (wanted == nullptr || std::string(wanted) != "1"))
+    throw py::import_error("another minor version; RVSM_OTHER_TORCH=1 loads it all the same");
+}
+
 py::dict build_info() {
-  // native.py looks for these words in the file of a module that does not load.
-  static const char built_for[] = "built for torch " TORCH_VERSION;
   py::dict info;
   info["built for"] = built_for + sizeof("built for ") - 1;
   info["compiler"] = __VERSION__;
@@ -87,6 +102,9 @@ void advise_huge_pages([[maybe_unused]] const at::Tensor& t) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  check_torch();
+  rvsm::register_ops();
+  rvsm::register_whole_ops();
   m.doc() = "The compiled engine of rvsm_kernels.";
   m.def("build_info", &build_info);
 #if defined(RVSM_CUDA)

@@ -17,6 +17,7 @@
 #include "../plan/device_selection.h"
 #include "../plan/tensors.h"
 #include "checks.h"
+#include "register.h"
 
 namespace rvsm {
 
@@ -405,24 +406,6 @@ at::Tensor magnitude_counts_meta(at::TensorList tensors, const c10::List<std::op
 }
 }  // namespace
 
-TORCH_LIBRARY(rvsm_kernels, m) {
-  m.def("prox(Tensor w, str? penalty, float tau, float a=1.0, int[]? group_dim=None, int group_block=1) -> Tensor");
-  m.def(
-      "prox_(Tensor(a!)[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
-      "bool group_scale=False, int group_block=1) -> ()");
-  m.def(
-      "penalty_value(Tensor[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
-      "bool group_scale=False, int group_block=1) -> Tensor");
-  m.def(
-      "sums_of_u(Tensor[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale, "
-      "int group_block, Tensor?[] cuts, bool zeros) -> Tensor");
-  m.def("squares(Tensor[] w, int[] group_dim, int group_block=1) -> Tensor[]");
-  m.def(
-      "cuts_(Tensor(a!)[] cuts, Tensor(b!)[] last, Tensor[] w, Tensor?[] masters, Tensor?[] duals, int[] survivors, "
-      "bool between=False, int[]? sizes=None) -> ()");
-  m.def("magnitude_counts(Tensor[] w, Tensor?[] masters, Tensor?[] duals, int low, int high) -> Tensor");
-}
-
 // The same functions for every device: they ask each tensor for its own.
 static void implement(torch::Library& m) {
   m.impl("cuts_", cuts_);
@@ -432,23 +415,42 @@ static void implement(torch::Library& m) {
   m.impl("squares", squares);
 }
 
-TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) {
-  implement(m);
-  m.impl("magnitude_counts", magnitude_counts);
-  m.impl("sums_of_u", sums_of_u);
-}
+// Not by TORCH_LIBRARY, whose work is done when the library is loaded: bindings.cpp looks at torch's version first.
+void register_ops() {
+  static torch::Library all = MAKE_TORCH_LIBRARY(rvsm_kernels);
+  all.def("prox(Tensor w, str? penalty, float tau, float a=1.0, int[]? group_dim=None, int group_block=1) -> Tensor");
+  all.def(
+      "prox_(Tensor(a!)[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
+      "bool group_scale=False, int group_block=1) -> ()");
+  all.def(
+      "penalty_value(Tensor[] w, str? penalty, float lam, float beta, float a=1.0, int[]? group_dim=None, "
+      "bool group_scale=False, int group_block=1) -> Tensor");
+  all.def(
+      "sums_of_u(Tensor[] w, str? penalty, float lam, float beta, float a, int[]? group_dim, bool group_scale, "
+      "int group_block, Tensor?[] cuts, bool zeros) -> Tensor");
+  all.def("squares(Tensor[] w, int[] group_dim, int group_block=1) -> Tensor[]");
+  all.def(
+      "cuts_(Tensor(a!)[] cuts, Tensor(b!)[] last, Tensor[] w, Tensor?[] masters, Tensor?[] duals, int[] survivors, "
+      "bool between=False, int[]? sizes=None) -> ()");
+  all.def("magnitude_counts(Tensor[] w, Tensor?[] masters, Tensor?[] duals, int low, int high) -> Tensor");
+
+  static torch::Library cpu = MAKE_TORCH_LIBRARY_IMPL(rvsm_kernels, CPU);
+  implement(cpu);
+  cpu.impl("magnitude_counts", magnitude_counts);
+  cpu.impl("sums_of_u", sums_of_u);
 #if defined(RVSM_CUDA)
-TORCH_LIBRARY_IMPL(rvsm_kernels, CUDA, m) { implement(m); }
+  static torch::Library cuda = MAKE_TORCH_LIBRARY_IMPL(rvsm_kernels, CUDA);
+  implement(cuda);
 #endif
 
-TORCH_LIBRARY_IMPL(rvsm_kernels, Meta, m) {
-  m.impl("prox", prox_meta);
-  m.impl("prox_", prox_meta_);
-  m.impl("penalty_value", penalty_value_meta);
-  m.impl("squares", squares_meta);
-  m.impl("cuts_", cuts_meta);
-  m.impl("magnitude_counts", magnitude_counts_meta);
-  m.impl("sums_of_u", sums_of_u_meta);
+  static torch::Library meta = MAKE_TORCH_LIBRARY_IMPL(rvsm_kernels, Meta);
+  meta.impl("prox", prox_meta);
+  meta.impl("prox_", prox_meta_);
+  meta.impl("penalty_value", penalty_value_meta);
+  meta.impl("squares", squares_meta);
+  meta.impl("cuts_", cuts_meta);
+  meta.impl("magnitude_counts", magnitude_counts_meta);
+  meta.impl("sums_of_u", sums_of_u_meta);
 }
 
 }  // namespace rvsm

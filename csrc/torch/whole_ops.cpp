@@ -9,6 +9,7 @@
 
 #include "../cpu/whole.h"
 #include "checks.h"
+#include "register.h"
 
 namespace rvsm {
 
@@ -97,19 +98,20 @@ void divide_meta_(at::TensorList w, at::ArrayRef<double>) { check_meta(w); }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(rvsm_kernels, m) {
-  m.def("divide_(Tensor(a!)[] w, float[] norms) -> ()");
-  m.def("support_(Tensor(a!) bits, Tensor w, Tensor cut) -> int");
-  m.def("threshold_where_changed_(Tensor(a!) w, Tensor cut, Tensor bits) -> bool");
-}
+void register_whole_ops() {
+  static torch::Library all(torch::Library::FRAGMENT, "rvsm_kernels", std::nullopt, __FILE__, __LINE__);
+  all.def("divide_(Tensor(a!)[] w, float[] norms) -> ()");
+  all.def("support_(Tensor(a!) bits, Tensor w, Tensor cut) -> int");
+  all.def("threshold_where_changed_(Tensor(a!) w, Tensor cut, Tensor bits) -> bool");
 
-TORCH_LIBRARY_IMPL(rvsm_kernels, CPU, m) {
-  m.impl("divide_", divide_);
-  m.impl("support_", support_);
-  m.impl("threshold_where_changed_", threshold_where_changed_);
-}
+  static torch::Library cpu = MAKE_TORCH_LIBRARY_IMPL(rvsm_kernels, CPU);
+  cpu.impl("divide_", divide_);
+  cpu.impl("support_", support_);
+  cpu.impl("threshold_where_changed_", threshold_where_changed_);
 
-// The other two answer with what is in the tensors.
-TORCH_LIBRARY_IMPL(rvsm_kernels, Meta, m) { m.impl("divide_", divide_meta_); }
+  // The other two answer with what is in the tensors.
+  static torch::Library meta = MAKE_TORCH_LIBRARY_IMPL(rvsm_kernels, Meta);
+  meta.impl("divide_", divide_meta_);
+}
 
 }  // namespace rvsm

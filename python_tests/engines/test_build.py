@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 SETTINGS = (
     "MAX_JOBS CMAKE_BUILD_PARALLEL_LEVEL RVSM_CMAKE_ARGS RVSM_BUILD_DIR RVSM_NATIVE RVSM_CUDA RVSM_ISA CXX CC CUDACXX"
-    " TORCH_CUDA_ARCH_LIST TRITON_INTERPRET"
+    " TORCH_CUDA_ARCH_LIST TRITON_INTERPRET RVSM_OTHER_TORCH"
 ).split()
 
 needs_cmake = pytest.mark.skipif(CMAKE is None, reason="there is no CMake here")
@@ -443,7 +443,7 @@ def test_a_module_for_another_torch_that_does_not_work(load: Load, error: Except
     [(b"\0built for\0built for torch 2.11.0\0", "torch 2.11.0"), (b"\0torch\0", "an unknown torch")],
 )
 def test_a_module_that_does_not_load(load: Load, content: bytes, built_for: str) -> None:
-    with quiet():
+    with pytest.warns(RuntimeWarning, match=f"runs without its compiled module: .*built for {built_for}, this is"):
         native = load(files={f"_C{EXTENSION_SUFFIXES[0]}": content})
     assert f"was built for {built_for}, this is torch {torch.__version__}" in native.load_error
     assert "does not load" in native.load_error and "build it again" in native.load_error
@@ -483,26 +483,42 @@ def test_rvsm_isa(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
             load(Compiled())
 
 
-@pytest.mark.slow
-def test_a_program_beside_another_torch(compiled: Any) -> None:
-    """From the import to a step, and what a bug report holds; an unknown RVSM_ISA changes nothing."""
+def program_beside_another_torch(**settings: str) -> subprocess.CompletedProcess[str]:
+    """From the import to a step and what a bug report holds, in a process whose torch has another version."""
     code = (
         "import runpy, torch; torch.__version__ = '2.99.0'; import rvsm_kernels as rk\n"
         "rk.prox(torch.ones(3), 'l1', 0.5); runpy.run_module('rvsm_kernels', run_name='__main__')\n"
     )
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "RVSM_ISA": "nonsense"}
+    environment = {**os.environ, "PYTHONPATH": paths, **settings}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.mark.slow
+def test_a_program_beside_another_torch(compiled: Any) -> None:
+    """The module refuses before it calls torch, the import says so, and another engine serves."""
+    result = program_beside_another_torch()
+    why = r"built for torch \S+, this is torch 2\.99\.0, and it does not load \(another minor version; RVSM_OTHER_TORCH"
+    assert re.search(f"RuntimeWarning: rvsm_kernels runs without its compiled module: .*{why}", result.stderr)
+    assert re.search(rf"native +cpu +.*{why}=1 loads it all the same\); build it again", result.stdout)
+    assert re.search(r"reference +any +available", result.stdout)
+
+
+@pytest.mark.slow
+def test_a_program_that_tries_another_torch(compiled: Any) -> None:
+    """RVSM_OTHER_TORCH=1 loads the module, with a warning; an unknown RVSM_ISA changes nothing."""
+    result = program_beside_another_torch(RVSM_OTHER_TORCH="1", RVSM_ISA="nonsense")
     assert "RuntimeWarning: The compiled module of rvsm_kernels was built for torch" in result.stderr
     assert "RVSM_ISA is 'nonsense'" in result.stderr
     assert re.search(
         r"warning +the compiled module was built for torch \S+, this is torch 2\.99\.0: build", result.stdout
     )
     assert re.search(r"native +cpu +available", result.stdout)
-    del environment["RVSM_ISA"]
     code = "from rvsm_kernels import _C; print(_C.build_info()['vectors'])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert re.search(rf"vectors +{plain.stdout}", result.stdout)
 

@@ -33,7 +33,10 @@ load_error: str | None = None
 """Why the compiled engine is missing, or None."""
 
 other_torch: str | None = None
-"""A note that the compiled module was built for another minor version of torch, though it loads and works; or None."""
+"""A note that the compiled module was built for another minor version of torch, though it loads and works; or None.
+
+Only with ``RVSM_OTHER_TORCH=1``: without, such a module does not load.
+"""
 
 _PACKAGE = Path(__file__).parents[1]
 _ISAS = ("base", "avx2", "avx512")
@@ -43,9 +46,14 @@ _REBUILD = (
 )
 
 
+def _file() -> Path | None:
+    """The file of the compiled module for this Python."""
+    return next((f for suffix in EXTENSION_SUFFIXES if (f := _PACKAGE / f"_C{suffix}").exists()), None)
+
+
 def _why_not_loaded(error: Exception) -> str:
     """Why the import of the compiled module failed."""
-    file = next((f for suffix in EXTENSION_SUFFIXES if (f := _PACKAGE / f"_C{suffix}").exists()), None)
+    file = _file()
     if file is not None:
         # The words that build_info() in bindings.cpp reads its answer from.
         built = re.search(rb"built for (torch [\w.+-]+)\0", file.read_bytes())
@@ -54,7 +62,7 @@ def _why_not_loaded(error: Exception) -> str:
         return f"{file} {versions}, and it does not load ({error}); {_REBUILD}"
     note = _PACKAGE / "no_module.txt"  # setup.py writes it
     if note.exists():
-        return f"{_PACKAGE} holds no compiled module: {note.read_text().strip()}"
+        return f"{_PACKAGE} holds no compiled module: {note.read_text(encoding='utf-8').strip()}"
     others = [f.name for f in sorted(_PACKAGE.glob("_C.*")) if f.suffix in (".so", ".pyd")]
     if others:
         return (
@@ -106,6 +114,8 @@ try:
 except Exception as error:  # a source tree that was not built, or a build for another torch
     _C = None  # type: ignore[assignment]
     load_error = _why_not_loaded(error)
+    if _file() is not None:  # an engine was installed, and another one serves in its place
+        warnings.warn(f"rvsm_kernels runs without its compiled module: {load_error}", RuntimeWarning, stacklevel=2)
 
 if load_error is None and _minor(_C.build_info()["built for"]) != _minor(torch.__version__):
     # torch keeps its C++ interface within a minor version only. The warning comes first: the rest may crash.
