@@ -30,8 +30,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 STATES = ("exp_avg", "exp_avg_sq", "dual")
 
-# Source to (variable that names a compiler, compiler, flags, libraries of torch). The names of the libraries are enough:
-# they are in the process already.
+# Source to (variable that names a compiler, compiler, flags, libraries of torch, which are in the process already).
 SOURCES = {
     "stable_abi_today.cpp": ("CXX", "g++", ["-std=c++20"], ["-ltorch_python", "-ltorch_cpu", "-lc10"]),
     "stable_abi_lists.cpp": ("CXX", "g++", ["-std=c++20"], ["-ltorch_cpu"]),
@@ -90,6 +89,14 @@ def microseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
+def counts_writes(folder: Path) -> bool:
+    """Whether a call of the op, whose schema says what it writes, is seen by autograd's check of saved tensors."""
+    torch.ops.load_library(str(folder / file_of("stable_abi_lists.cpp")))
+    w = torch.ones(1)
+    torch.ops.rvsm_stable_abi.look.default([w], *([torch.ones(1)] for _ in range(4)))
+    return w._version > 0
+
+
 def ways(params: list[Tensor], folder: Path) -> dict[str, Callable[[], object]]:
     """Name to call, for parameters with gradients."""
     states = {p: {name: torch.zeros_like(p) for name in STATES} for p in params}
@@ -98,7 +105,6 @@ def ways(params: list[Tensor], folder: Path) -> dict[str, Callable[[], object]]:
     grads = [p.grad for p in params]
     facts = [(p.dtype, p.shape, p.stride()) for p in params]
     written = [*weights, *(t for tensors in lists for t in tensors)]
-    torch.ops.load_library(str(folder / file_of("stable_abi_lists.cpp")))
     op, increment = torch.ops.rvsm_stable_abi.look.default, torch.autograd.graph.increment_version
     addresses = load_module(folder, "stable_abi_addresses.c")
     today = load_module(folder, "stable_abi_today.cpp")
@@ -146,6 +152,7 @@ def main() -> None:
         params: list[Tensor] = [torch.nn.Parameter(torch.ones(1)) for _ in range(arguments.parameters)]
         for p in params:
             p.grad = torch.ones(1)
+        print(f"the stable op counts its writes: {'yes' if counts_writes(folder) else 'no'}")
         for name, value in microseconds({**todays(params), **ways(params, folder)}, arguments.rounds).items():
             print(f"{name:<41} {value:8.1f} us")
 
