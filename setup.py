@@ -59,7 +59,9 @@ class CMakeBuild(build_ext):
         source = Path(__file__).resolve().parent
         build = Path(setting("RVSM_BUILD_DIR") or Path(self.build_temp) / "cmake").resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        ninja = shutil.which("ninja")
+        # By its path: a kept build folder remembers the one of an isolated build, which is gone by the next.
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         configure = [
             cmake, "-S", str(source), "-B", str(build), *generator,
             f"-DPython3_EXECUTABLE={sys.executable}",

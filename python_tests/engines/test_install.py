@@ -1,6 +1,6 @@
 """What pip installs: one small build, in folders with spaces and a locale without UTF-8, and what is done with it.
 
-The environments have pip and, by a path file, the torch, setuptools and triton of the Python that runs the tests.
+The environments have, by a path file, what the Python that runs the tests has: pip, torch, setuptools, triton.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def succeeds(command: Sequence[str | Path], cwd: Path, env: dict[str, str], **op
 
 def make_environment(folder: Path) -> Path:
     """The Python of a new environment."""
-    venv.create(folder, with_pip=True, symlinks=True)
+    venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
