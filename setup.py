@@ -64,6 +64,7 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         configure = [
             cmake, "-S", str(source), "-B", str(build), *generator,
+            "-U", "_Python3_*",  # what a kept build folder remembers of another Python
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",

@@ -4,7 +4,7 @@
 #include <Python.h>
 
 static PyObject *s_grad, *s_data_ptr, *s_dtype, *s_shape, *s_stride;
-static unsigned long long *table; /* the addresses of the last call */
+static unsigned long long* table; /* the addresses of the last call */
 static Py_ssize_t room;
 
 static PyObject* call_method(PyObject* object, PyObject* name) {

@@ -1,5 +1,5 @@
-// For bench/stable_abi.py: looks at the tensors of parameters as csrc/plan/slot.cpp does, through torch's C++ classes and
-// Python's own objects, and does nothing with them.
+// For bench/stable_abi.py: looks at the tensors of parameters as csrc/plan/slot.cpp does, through torch's C++ classes
+// and Python's own objects, and does nothing with them.
 #include <Python.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -25,8 +25,7 @@ bool agree(const at::Tensor& t, const at::Tensor& w) {
 
 void* address_of(const at::Tensor& t) {
   const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
-  return static_cast<char*>(impl->unsafe_storage().mutable_data()) +
-         impl->storage_offset() * int64_t(impl->itemsize());
+  return static_cast<char*>(impl->unsafe_storage().mutable_data()) + impl->storage_offset() * int64_t(impl->itemsize());
 }
 
 // look(params, states, names): the dict of a parameter is states[param]; `names` are three of its keys. Counts a write
