@@ -1,4 +1,4 @@
-"""``python -m bench.beta``: the picture of docs/using.md that shows what beta does, from a few short trainings.
+"""``python -m bench.beta``: the picture of docs/targets.md that shows what beta does, from a few short trainings.
 
 Handwritten digits (bench/digits.py). After three dense epochs ``rk.suggest`` gives the lam of 90 % zeros and the beta
 that closes 95 % of a gap within several shares of the steps to come; both then stay as they are.
