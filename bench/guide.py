@@ -105,7 +105,7 @@ def draw(targets: dict[float, Run], pulls: dict[str, Run]) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=80, metadata={"Software": None})
+    figure.savefig(PICTURE, dpi=120, metadata={"Software": None})
     plt.close(figure)
 
 

@@ -22,6 +22,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "index.md",
+    "SECURITY.md": "security.md",
     "bench/NOTES.md": "notes.md",
     "bench/README.md": "bench.md",
     "bench/results/report.md": "report.md",
@@ -83,7 +84,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
 
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Files) -> str:
-    """Formulas as MathML, which browsers draw without a script; names of docstrings as links, where they have a place."""
+    """Formulas as MathML, which browsers draw without a script; names in docstrings as links."""
 
     def drawn(formula: re.Match[str]) -> str:
         latex = formula["latex"].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")

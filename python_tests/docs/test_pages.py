@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 import torch
 
+import rvsm_kernels
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", ROOT / "examples" / "README.md"]
@@ -154,3 +156,12 @@ def test_make_targets_exist() -> None:
     targets = {name for line in rules for name in line.split()}
     asked = {word for param in commands("make") for word in param.values[0] if "=" not in word}
     assert asked <= targets and {"bench", "test"} <= asked
+
+
+def test_the_version_is_one() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    released = re.findall(
+        r"^## \[(\d\S*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert released[0][0] == rvsm_kernels.__version__
+    assert f"\nversion: {released[0][0]}\ndate-released: {released[0][1]}\n" in citation
