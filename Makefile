@@ -116,7 +116,7 @@ smoke: build $(VENV)/frameworks
 
 # Into build/site: a link that leads nowhere and a page outside of the menu are errors.
 site: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/linters: $(VENV)/installed
 	$(PIP) ruff mypy clang-format pre-commit
