@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,14 +80,26 @@ def trained(options: dict[str, Any], target: float, rate: float | None, seed: in
     return digits.train(method, "native", seed, data, EPOCHS, every, led(target, rate), both)
 
 
-def draw(targets: dict[float, Run], pulls: dict[str, Run]) -> None:
-    """Zeros over the epochs to the left, accuracy over them to the right."""
+@contextlib.contextmanager
+def two_plots(path: Path, dpi: int) -> Iterator[tuple[Any, Any]]:
+    """The axes to the left and to the right of a picture, which is written when they are drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3))
+    yield left, right
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw(targets: dict[float, Run], pulls: dict[str, Run], left: Any, right: Any) -> None:
+    """Zeros over the epochs to the left, accuracy over them to the right."""
     begin, end = EPOCHS / 8, EPOCHS * 5 / 8
     for (target, run), colour in zip(targets.items(), COLOURS[1:], strict=False):
         epochs = [point["epoch"] for point in run["curve"]]
@@ -101,12 +115,6 @@ def draw(targets: dict[float, Run], pulls: dict[str, Run]) -> None:
     right.set(xlabel="epoch", ylabel="accuracy with u, %")
     right.set_title("90 % asked for, pulled less and more", loc="left", fontsize=9)
     right.legend(fontsize=7, frameon=False)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(PICTURE, dpi=120, metadata={"Software": None})
-    plt.close(figure)
 
 
 def statistics_table(data: Any) -> str:
@@ -132,7 +140,8 @@ def main() -> None:
     }
     for label, run in pulls.items():
         print(f"{label}: {run['curve'][-1]}", flush=True)
-    draw(targets, pulls)
+    with two_plots(PICTURE, dpi=120) as plots:
+        draw(targets, pulls, *plots)
     found = statistics_table(data)
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), "guide", lambda name: found), encoding="utf-8")
 
