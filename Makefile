@@ -17,10 +17,10 @@ export PYTHONPATH := $(CURDIR)
 SOURCES := $(wildcard $(foreach f,math cpu cuda plan torch,csrc/$(f)/*) cmake/*) CMakeLists.txt
 TESTS := $(wildcard csrc/tests/*.h csrc/tests/*.cpp)
 PTX_TESTS := $(wildcard csrc/tests/ptx/*.h csrc/tests/ptx/*.cpp)
-PYTHON_SOURCES := rvsm_kernels bench examples python_tests setup.py csrc/math/fit_tl1.py
+PYTHON_SOURCES := rvsm_kernels bench docs examples python_tests setup.py csrc/math/fit_tl1.py
 CMAKE := cmake -G Ninja -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 
-.PHONY: bench test test-all test-cpp gpu-check sanitize ptx ptx-full ptx-mutants smoke lint format build clean
+.PHONY: bench test test-all test-cpp gpu-check sanitize ptx ptx-full ptx-mutants smoke site lint format build clean
 
 bench: build
 	$(BIN)/python -m bench
@@ -61,6 +61,11 @@ $(VENV)/triton: $(VENV)/installed
 $(VENV)/frameworks: $(VENV)/installed
 	$(PIP) transformers accelerate lightning
 	$(PIP) onnx onnxscript onnxruntime  # what networks are exported with, and what runs them then
+	touch $@
+
+# What builds the site from docs/, the docstrings and the other pages of the repository.
+$(VENV)/docs: $(VENV)/installed
+	$(PIP) mkdocs mkdocs-material "mkdocstrings[python]" latex2mathml
 	touch $@
 
 build: build/module.stamp
@@ -108,6 +113,10 @@ smoke: build $(VENV)/frameworks
 	$(BIN)/python examples/frameworks/lightning_module.py --smoke
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 examples/gpt2.py --smoke
 	$(BIN)/python examples/runs.py --smoke  # needs Fashion-MNIST, see examples/README.md
+
+# Into build/site: a link that leads nowhere and a page outside of the menu are errors.
+site: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/linters: $(VENV)/installed
 	$(PIP) ruff mypy clang-format pre-commit

@@ -69,13 +69,13 @@ def _cell(cell: dict[int, float] | None, other: dict[int, float] | None, seeds: 
     return text if gain is None else f"{text} ({100 * gain[0]:+.1f} ± {100 * gain[1]:.1f})"
 
 
-def _part(result: Result, cells: Cells, problem: str, of: str, names: Iterable[str] | None = None) -> str | None:
+def _part(result: Result, cells: Cells, problem: str, of: str) -> str | None:
     """The table of a problem and of what is counted; None where nothing was trained."""
     shares = sorted({share for p, o, _, share in cells if (p, o) == (problem, of) and share > 0})
     lines = []
     for name, label, base in _names(result):
         found = [cells.get((problem, of, name, share)) for share in shares]
-        if not any(found) or (names is not None and name not in names):
+        if not any(found):
             continue
         against = _gradual(base) if name not in (_gradual(base), one_shot("dense"), one_shot(f"dense-{base}")) else ""
         others = [cells.get((problem, of, against, share)) for share in shares]
@@ -151,9 +151,37 @@ def table(result: Result) -> str:
     return "\n\n".join([*parts, _note(result), *smoke, markdown.stamp(result)])
 
 
+_FRONT = (
+    ("fashion", "elements", 0.9),
+    ("fashion", "elements", 0.95),
+    ("fashion", "elements", 0.99),
+    ("digits", "elements", 0.95),
+    ("digits", "elements", 0.98),
+    ("digits", "channels", 0.5),
+)
+"""The rows of the front page."""
+
+
 def headline(result: Result) -> str:
-    """The short answer: elements of Fashion-MNIST over SGD."""
+    """The short answer over SGD: asked for, got, accuracies of RVSM, of gradual pruning and of the dense net."""
     cells = _cells(result["rows"])
-    names = ("one-shot", "gradual", "gradual-each", "pat", "l0", "l0-hold")
-    text = _part(result, cells, "fashion", "elements", names) or markdown.NOT_MEASURED
-    return "\n\n".join([text, f"Fashion-MNIST; {_dense(result, cells, 'fashion')}.", markdown.stamp(result)])
+    got: dict[tuple[str, str, str, float], list[float]] = {}
+    for row in result["rows"]:
+        got.setdefault((row["problem"], row["of"], row["method"], row["share"]), []).append(row["got"])
+    lines = []
+    for problem, of, share in _FRONT:
+        found = [cells.get((problem, of, name, share)) for name in ("l0-hold", "gradual")]
+        dense = cells.get((problem, "elements", "dense", 0.0))
+        if all(found) and dense:
+            shares = markdown.spread(got[problem, of, "l0-hold", share])
+            accuracies = [markdown.spread(list(cell.values())) for cell in (*found, dense) if cell]
+            what = f"{_SHORT[problem]}, {'weights' if of == 'elements' else of}"
+            lines.append([what, f"{share:.0%}", f"{shares} %", *accuracies])
+    if not lines:
+        return f"{markdown.NOT_MEASURED}\n\n{markdown.stamp(result)}"
+    header = ["zeros of", "asked for", "got", "accuracy: RVSM l0, hold, %", "gradual pruning, %", "dense, %"]
+    note = f"{result['seeds']} seeds: mean (least–greatest). "
+    return "\n\n".join([markdown.table(header, lines), note + markdown.stamp(result)])
+
+
+_SHORT = {"fashion": "Fashion-MNIST", "digits": "digits"}

@@ -1,4 +1,4 @@
-"""``python -m bench.beta``: the picture of docs/using.md that shows what beta does, from a few short trainings.
+"""``python -m bench.beta``: the picture of docs/targets.md that shows what beta does, from a few short trainings.
 
 Handwritten digits (bench/digits.py). After three dense epochs ``rk.suggest`` gives the lam of 90 % zeros and the beta
 that closes 95 % of a gap within several shares of the steps to come; both then stay as they are.
@@ -16,13 +16,12 @@ import rvsm_kernels as rk
 
 from . import digits
 from .config import ROOT, require
+from .guide import COLOURS, two_plots
 
 TARGET = 0.9
 DENSE, EPOCHS = 3, 20
 WITHIN = (1.0, 0.3, 0.1, 0.03, 0.01)
 """Shares of the steps."""
-
-_COLOURS = ("#000000", "#0072B2", "#009E73", "#E69F00", "#D55E00")
 
 
 def train(within: float, data: tuple[digits.Images, digits.Images]) -> dict[str, Any]:
@@ -50,15 +49,9 @@ def train(within: float, data: tuple[digits.Images, digits.Images]) -> dict[str,
         return {**row, "u": digits.accuracy(model, held_out), "zeros": rk.sparsity(model).share}
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], left: Any, right: Any) -> None:
     """Sizes of the weights to the left, what the network is worth to the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3))
-    for row, within, colour in zip(rows, WITHIN, _COLOURS, strict=True):
+    for row, within, colour in zip(rows, WITHIN, COLOURS, strict=True):
         sizes = row["sizes"].clamp(1e-4, 30).sort().values[::50]
         share = torch.arange(len(sizes)) / len(sizes) * 100
         left.plot(sizes, share, color=colour, label=f"{within:.0%}: lr·β {row['rate']:.2g}")
@@ -75,12 +68,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     right.set(xscale="log", xlabel="lr·β at first", ylabel="%")
     right.set_title("what it is worth", loc="left", fontsize=9)
     right.legend(fontsize=7, frameon=False)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80, metadata={"Software": None})
-    plt.close(figure)
 
 
 def main(path: Path = ROOT / "docs" / "beta.png") -> None:
@@ -92,7 +79,8 @@ def main(path: Path = ROOT / "docs" / "beta.png") -> None:
         told = {key: round(value, 4) for key, value in rows[-1].items() if key != "sizes"}
         small = (rows[-1]["sizes"] < 0.01).float().mean().item()
         print(f"within {within:g}: {told}, below a hundredth of the cut {small:.1%}", flush=True)
-    draw(rows, path)
+    with two_plots(path, dpi=80) as plots:
+        draw(rows, *plots)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import accuracy_tables, tables, targets_task
+from . import accuracy_tables, tables
 from .config import RESULTS, ROOT, MissingPackage, require, shown
 from .markdown import NOT_MEASURED
 from .results import Result, digest, read_json
@@ -18,7 +18,6 @@ REPORT = "report.md"
 _SOURCES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "headline": ("throughput", tables.headline),
     "overview": ("throughput", tables.overview),
-    "targets-headline": ("targets", targets_task.headline),
     "accuracy-headline": ("accuracy", accuracy_tables.headline),
     **{kind: (kind, render) for kind, render in tables.KINDS.items()},
 }

@@ -32,11 +32,10 @@ _OVERVIEW: tuple[_Chosen, ...] = (
 _HEADLINES: tuple[_Chosen, ...] = (
     ("ResNet-18", "l0", None, "sgd"),
     ("ResNet-18", "l0", 1, "sgd"),
-    ("5000x5000", "l0", 1, "sgd"),
     ("GPT-2 small", "l0", None, "sgd"),
     ("GPT-2 small", "l0", None, "adamw"),
 )
-"""Those on the front page: elements and channels, small and large, the case that costs the most, and AdamW."""
+"""Those on the front page: elements and channels, small and large, and AdamW."""
 
 _OPTIMIZERS = {
     "sgd": "`RVSM`",

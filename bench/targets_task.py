@@ -140,20 +140,6 @@ def table(result: Result) -> str:
     return "\n\n".join([markdown.table(header, lines), note, *doubt, markdown.stamp(result)])
 
 
-def headline(result: Result) -> str:
-    """The rows of l0 in short: asked for, got, accuracy with u beside the dense run's."""
-    dense = markdown.spread(last(rows_of(result, "dense"), "accuracy_u"))
-    lines = []
-    for method in methods_of(result):
-        rows = rows_of(result, method.name)
-        if rows and method.options.get("penalty") == "l0":
-            what = "input channels" if "structure" in method.options else "weights"
-            got, accuracy = markdown.spread(last(rows, "got"), 2), markdown.spread(last(rows, "accuracy_u"))
-            lines.append([what, f"{LEADS[method.name][1].share:.0%}", f"{got} %", f"{accuracy} %", f"{dense} %"])
-    header = ["zeros of", "asked for", "got", "test accuracy with u", "dense"]
-    return "\n\n".join([markdown.table(header, lines), markdown.stamp(result)])
-
-
 TASK = Task(
     "targets", METHODS, lambda: require("numpy", "sklearn"), _head, digits.train_and_test, _train, _outcome, table
 )

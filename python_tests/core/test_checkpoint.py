@@ -229,11 +229,28 @@ def test_load_of_an_invalid_checkpoint_changes_nothing(engine: str) -> None:
             optimizer.load_state_dict(bad)
         assert optimizer.state_dict()["param_groups"] == before["param_groups"]
         assert len(optimizer.state_dict()["state"]) == len(before["state"]) > 0
+    bad = copy.deepcopy(before)
+    bad["state"][1]["momentum_buffer"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"momentum_buffer for .* has shape \[3\]"):
+        optimizer.load_state_dict(bad)
     fewer = {**before, "param_groups": before["param_groups"][:1]}
     with pytest.raises(ValueError, match="param"):
         optimizer.load_state_dict(fewer)
     backward(model, optimizer, 2)
     checked_step(optimizer)
+
+
+@pytest.mark.parametrize("step", [-5.0, float("nan"), float("inf")])
+def test_a_count_of_steps_that_cannot_be(step: float) -> None:
+    model = small()
+    optimizer = rk.RVSMAdamW(rk.param_groups(model, penalty="l0", lam=1e-4, beta=1.0), lr=1e-3)
+    train(model, optimizer, range(1))
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["state"][0]["step"] = torch.tensor(step)
+    with pytest.raises(ValueError, match="counts steps, from 0 on"):
+        optimizer.load_state_dict(bad)
+    train(model, optimizer, range(1, 2))
+    assert optimizer.state[next(model.parameters())]["step"] == 2
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""param_groups on the models of transformers, tiny ones from configurations; docs/using.md says what is taken."""
+"""param_groups on the models of transformers, tiny ones from configurations; docs/groups.md says what is taken."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def share(model: nn.Module, structure: str | None) -> float:
 @each
 def test_shares_are_those_of_the_docs(name: str) -> None:
     """In per cent: of the weights, then of those that are heads."""
-    docs = (Path(__file__).parents[2] / "docs" / "using.md").read_text()
+    docs = (Path(__file__).parents[2] / "docs" / "groups.md").read_text()
     row = re.search(rf"^\| {re.escape(name)} \| ([\d.]+) \| ([\d.]+) \|", docs, re.MULTILINE)
-    assert row is not None, f"docs/using.md has no row of {name}"
+    assert row is not None, f"docs/groups.md has no row of {name}"
     model = MODELS[name]()
     assert [f"{100 * share(model, structure):.1f}" for structure in (None, "heads")] == list(row.groups())
 

@@ -303,6 +303,23 @@ def test_statistics_of_u_at_the_end(tmp_path: Path) -> None:
     assert int((module.net[0].weight == 0).sum()) > 0
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_statistics_of_u_in_half_types(tmp_path: Path, precision: str) -> None:
+    """The batches of the statistics get the types that the batches of the training get."""
+    seen: list[torch.dtype] = []
+
+    class Seen(Called):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            seen.extend((x.dtype, out.dtype))
+            return out
+
+    trainer = trainer_of(tmp_path, SparseWeightsCallback(recalibrate=True, batches=2), max_epochs=1, precision=precision)
+    trainer.fit(Seen(), loader(), loader())
+    assert seen and set(seen[1::2]) == {torch.bfloat16}
+    assert set(seen[::2]) == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
+
+
 def test_what_recalibrate_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batches must be"):
         SparseWeightsCallback(recalibrate=True, batches=0)

@@ -47,16 +47,22 @@ class Recalibration:
         """Whether there is anything to do."""
         return self._loader is not None
 
-    def run(self, model: nn.Module, training: Callable[[], tuple[Any, int]]) -> None:
+    def run(
+        self,
+        model: nn.Module,
+        training: Callable[[], tuple[Any, int]],
+        convert: Callable[[Any], Any] = lambda batch: batch,
+    ) -> None:
         """Estimate the statistics of a model for the weights that it holds; random states are as before.
 
         Args:
             training: gives the loader of the training and the size of its batches.
+            convert: what becomes of a batch before the model gets it.
         """
         if self.is_on:
             with _random_states_kept():
                 loader = _anew(*training()) if self._loader is True else self._loader
-                recalibrate(model, loader, self._batches)  # type: ignore[arg-type]
+                recalibrate(model, map(convert, loader), self._batches)  # type: ignore[arg-type]
 
 
 def _anew(loader: Any, size: int) -> DataLoader[Any]:

@@ -84,7 +84,9 @@ class SparseWeightsCallback(pl.Callback):
             sizes = [getattr(x, "batch_size", None) for x in (loader, getattr(loader, "batch_sampler", None))]
             return loader, next((size for size in sizes if size is not None), 1)
 
-        self._recalibration.run(module, training)
+        precision = module.trainer.precision_plugin  # type: ignore[union-attr]
+        with precision.forward_context():
+            self._recalibration.run(module, training, precision.convert_input)  # of bf16-true: into bfloat16
 
     def _close(self, *_: Any) -> None:
         self._held.close()

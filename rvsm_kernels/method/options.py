@@ -187,9 +187,27 @@ ADAMW_OPTIONS = (
 """The options of ``torch.optim.AdamW``'s step."""
 
 SPLIT_OPTIONS = (
-    Option("penalty", "l0", choice(PENALTY_NAMES, or_none=True), "the penalty P, None for none"),
-    Option("lam", 1e-6, _number("lam value"), "strength of the penalty, in units of the loss; 0 switches it off"),
-    Option("beta", 1e-2, _number("beta value"), "strength of the coupling; 0 switches the splitting off"),
+    Option(
+        "penalty",
+        "l0",
+        choice(PENALTY_NAMES, or_none=True),
+        "the penalty P. 'l0', 'l1', 'tl1' (transformed l1): what is small goes to zero. 'topk': the share density"
+        " survives. 'nm': pattern[0] of every pattern[1] elements survive. None: no penalty, the plain optimizer",
+    ),
+    Option(
+        "lam",
+        1e-6,
+        _number("lam value"),
+        "strength of the penalty, in units of the loss; 0 switches it off. With beta it fixes the cut, below which u is"
+        " zero: sqrt(2 lam / beta) of l0, lam / beta of l1",
+    ),
+    Option(
+        "beta",
+        1e-2,
+        _number("beta value"),
+        "strength of the coupling; 0 switches the splitting off. A step closes the share lr * beta of the"
+        " gap between w and u",
+    ),
     Option("a", 1.0, _number("a value", above=0.0), "shape of transformed l1, > 0"),
     Option(
         "density",
@@ -200,14 +218,42 @@ SPLIT_OPTIONS = (
     Option("budget", "tensor", choice(("tensor", "global")), "what a density is a share of: of each tensor, or of all"),
     Option("budget_name", None, _name, "groups of top-k with budget='global' and the same name share one cut"),
     Option("pattern", None, _optional(check_pattern), "(n, m) of N:M sparsity: how many of how many survive"),
-    Option("group_dim", None, _dims, "the dimensions that index the groups, None for elements"),
-    Option("group_block", 1, at_least_one, "how many consecutive indices of group_dim make one group, >= 1"),
-    Option("coupling", None, _coupling, "the coupled group of each index of group_dim, a tuple of ints; None for none"),
+    Option(
+        "group_dim",
+        None,
+        _dims,
+        "the dimensions that index the groups. None: elements. 1: input channels of a Conv or Linear weight. 0: output"
+        " channels. (0, 1): kernels. (): the tensor",
+    ),
+    Option(
+        "group_block",
+        1,
+        at_least_one,
+        "how many consecutive indices of group_dim make one group, such as the rows of an attention head, >= 1",
+    ),
+    Option(
+        "coupling",
+        None,
+        _coupling,
+        "the coupled group of each index of group_dim, a tuple of ints: equal ones are one group, also across weights;"
+        " a negative one belongs to none",
+    ),
     Option("coupling_name", "coupled", _name, "equal integers of coupling under one name are one group"),
     Option("group_scale", False, None, "multiply lam by sqrt(group size)"),
     Option("group_lasso", 0.0, _number("group_lasso value"), "strength of group_lasso * sum ||w_G||, >= 0"),
-    Option("decoupled", True, None, "the gap pulls the weights (True) or is added to the gradient (False)"),
-    Option("method", "rvsm", choice(tuple(METHODS)), "what pulls, and what is remembered of it"),
+    Option(
+        "decoupled",
+        True,
+        None,
+        "the gap pulls the weights before the step (True) or is added to the gradient, through momentum (False)",
+    ),
+    Option(
+        "method",
+        "rvsm",
+        choice(tuple(METHODS)),
+        "'rvsm': w is pulled to u = prox(w). 'rvsm-delayed': to the u of the step before. 'admm': with its multiplier."
+        " The last two keep a state as large as the weight",
+    ),
     Option("hold_zeros", False, _switch, "an element that is 0 stays 0, and so do its states"),
     Option("maximize", False, None, "turn the gradient of the loss around"),
 )
@@ -216,8 +262,18 @@ SPLIT_OPTIONS = (
 UNIT_NORM = Option("unit_norm", False, None, "w <- w / ||w|| of each whole tensor at the end of the step")
 
 PRECISION_OPTIONS = (
-    Option("master_weights", False, None, "float32 weights behind parameters of a half type"),
-    Option("rounding", "nearest", choice(("nearest", "stochastic")), "of a half-type parameter without a master"),
+    Option(
+        "master_weights",
+        False,
+        None,
+        "float32 weights behind parameters of a half type: 2 bytes more of bfloat16, 4 of float16",
+    ),
+    Option(
+        "rounding",
+        "nearest",
+        choice(("nearest", "stochastic")),
+        "how a half-type parameter without a master is rounded; 'stochastic' is right in the mean",
+    ),
     Option("seed", 0, _seed, "of the random bits of rounding, an integer >= 0"),
     Option("state_dtype", None, choice(tuple(STATE_TYPES), or_none=True), "of the base's states; None: as torch"),
 )

@@ -202,7 +202,7 @@ def traced(model: nn.Module, example_inputs: Any) -> ChannelTrace:
 
 
 def coupled_channels(model: nn.Module, example_inputs: Any) -> CoupledChannels:
-    """Find the coupled groups of a model (docs/using.md, Coupled channels).
+    """Find the coupled groups of a model (docs/groups.md, Coupled channels).
 
     Args:
         model: any module that runs on the example inputs in eval mode.

@@ -84,7 +84,7 @@ def _listed(channels: tuple[int, ...]) -> str:
 def shrink(model: nn.Module, optimizer: Any = None, *, example_inputs: Any) -> ShrinkReport:
     """Remove every channel, neuron and attention head that all its readers have let go of, in place.
 
-    A coupled group (docs/using.md, Coupled channels) goes where the slices of all weights that read it are exactly
+    A coupled group (docs/groups.md, Coupled channels) goes where the slices of all weights that read it are exactly
     zero, however they came to be: with it go the filters that make it, norms, biases, depthwise filters, rows of q, k
     and v. So does a channel whose filters are zero where it is made, so that biases and norms make a constant of it,
     where the biases of all that read it can take what the constant adds to them: of Linear layers, and of convolutions

@@ -40,8 +40,9 @@ class RVSMAdamW(SplitOptimizer):
         betas: decay rates of the two moments, in [0, 1).
         eps, weight_decay, amsgrad, maximize: as ``torch.optim.AdamW``. ``maximize`` turns the loss gradient around; the
             pull, weight decay and group_lasso keep their signs.
-        penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, coupling, coupling_name,
-            group_scale, group_lasso, decoupled, method, hold_zeros: see :class:`rvsm_kernels.RVSM`. With
+        penalty, lam, beta, a, density, budget, budget_name, pattern: see :class:`rvsm_kernels.RVSM`.
+        group_dim, group_block, coupling, coupling_name, group_scale, group_lasso: see :class:`rvsm_kernels.RVSM`.
+        decoupled, method, hold_zeros: see :class:`rvsm_kernels.RVSM`. With
             ``decoupled=False`` the pull passes through the moments, which take its size away: what is left of it is
             hardly more than its sign.
         master_weights, rounding, seed, state_dtype, amp_scaling, engine, statistics: see :class:`rvsm_kernels.RVSM`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -90,9 +91,11 @@ def regrouped(state_dict: Mapping[str, Any], groups: Groups, base: Base, kind: s
     theirs, ours = _names(saved), _names(groups)
     same = [len(g["params"]) for g in saved] == [len(g["params"]) for g in groups]
     by_name = theirs is not None and ours is not None and set(theirs) == set(ours)
-    if same and (not by_name or theirs == ours):
-        return None
+    params = [p for group in groups for p in group["params"]]
     keys = [key for group in saved for key in group["params"]]
+    if same and (not by_name or theirs == ours):
+        _check_states(keys, params, state_dict["state"], ours)
+        return None
     count = sum(len(group["params"]) for group in groups)
     if by_name:
         assert theirs is not None and ours is not None
@@ -115,8 +118,7 @@ def regrouped(state_dict: Mapping[str, Any], groups: Groups, base: Base, kind: s
             )
         at_place = {place: k for k, place in enumerate(their_order)}
         places = [at_place[place] for place in order]
-    params = [p for group in groups for p in group["params"]]
-    _check_shapes([keys[k] for k in places], params, state_dict["state"], ours)
+    _check_states([keys[k] for k in places], params, state_dict["state"], ours)
     group_of = [i for i, group in enumerate(saved) for _ in group["params"]]
     new, begin = [], 0
     for i, group in enumerate(groups):
@@ -128,12 +130,16 @@ def regrouped(state_dict: Mapping[str, Any], groups: Groups, base: Base, kind: s
     return {**state_dict, "param_groups": new}
 
 
-def _check_shapes(keys: Sequence[Any], params: Sequence[Tensor], state: Mapping[Any, Any], names: Any) -> None:
-    """Raise ValueError unless the states of a checkpoint have the shapes of their parameters."""
+def _check_states(keys: Sequence[Any], params: Sequence[Tensor], state: Mapping[Any, Any], names: Any) -> None:
+    """Raise ValueError unless the states of a checkpoint have their parameters' shapes, and count steps from 0 on."""
     for k, (key, p) in enumerate(zip(keys, params, strict=True)):
         for what, value in (state.get(key) or {}).items():
+            name = names[k] if names is not None else f"parameter {k}"
+            # A tensor without values (meta, fake) counts nothing.
+            readable = not isinstance(value, Tensor) or (type(value) is Tensor and not value.is_meta)
+            if what == "step" and readable and not 0 <= float(value) < math.inf:
+                raise ValueError(f"the checkpoint's step for {name} is {float(value):g}; it counts steps, from 0 on")
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != p.shape:
-                name = names[k] if names is not None else f"parameter {k}"
                 raise ValueError(
                     f"the checkpoint's {what} for {name} has shape {list(value.shape)}, the parameter {list(p.shape)}:"
                     f" these are parameters of another model, or in another order; {_ADVICE}"

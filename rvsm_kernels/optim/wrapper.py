@@ -46,9 +46,10 @@ class RVSMWrapper(SplitOptimizer):
 
     Args:
         optimizer: any ``torch.optim.Optimizer`` whose groups have an ``lr``; step the wrapper, not this.
-        penalty, lam, beta, a, density, budget, budget_name, pattern, group_dim, group_block, coupling, coupling_name,
-            group_scale, group_lasso, decoupled, method, hold_zeros, engine, statistics: see :class:`rvsm_kernels.RVSM`;
-            options are for groups that do not set them.
+        penalty, lam, beta, a, density, budget, budget_name, pattern: see :class:`rvsm_kernels.RVSM`; options are for
+            groups that do not set them.
+        group_dim, group_block, coupling, coupling_name, group_scale, group_lasso: see :class:`rvsm_kernels.RVSM`.
+        decoupled, method, hold_zeros, engine, statistics: see :class:`rvsm_kernels.RVSM`.
 
     Raises:
         TypeError: something that is no optimizer, or one that makes sparse weights already; a wrong type.
@@ -229,8 +230,8 @@ class RVSMWrapper(SplitOptimizer):
             The loss of the closure, or what the wrapped optimizer returns.
 
         Raises:
-            what :meth:`rvsm_kernels.RVSM.step` raises, and RuntimeError in schedulefree's eval mode, before anything
-            changes. What the wrapped optimizer raises comes after the pull.
+            RuntimeError: in schedulefree's eval mode; and what :meth:`rvsm_kernels.RVSM.step` raises. Both before
+                anything changes. What the wrapped optimizer raises comes after the pull.
         """
         self._view.refuse_while_open("step()")
         name = type(self.optimizer).__name__
