@@ -31,7 +31,7 @@ try:
     from deep import cli, files, plots
     from deep.loop import CHECKPOINT, Training
     from robust import RobustSettings
-    from runs_sets import SETS, TIMED, Run, seeded
+    from runs_sets import SETS, SWEPT_NETS, TIMED, Run, seeded
 except ModuleNotFoundError as error:
     explain(error, __name__)
     raise
@@ -250,7 +250,7 @@ def content(name: str) -> str:
 
 
 def figures(out: Path) -> None:
-    """Accuracy against sparsity of the sets, as far as they were trained."""
+    """Accuracy against sparsity of the sets, and the sweep of (f), as far as they were trained."""
     for name, of, what in (("a", "zero_channels", "zero input channels of u"), ("b", "zeros", "zero weights of u")):
         result = files.read_json(out / f"{name}.json")
         if result is not None:
@@ -259,6 +259,34 @@ def figures(out: Path) -> None:
                 for label, tests in by_label(result).items()
             }
             plots.accuracy_sparsity(out / f"{name}.png", points, what, line=False)
+    result = files.read_json(out / "f.json")
+    if result is not None:
+        plots.sweep(out / "f.png", swept(result), "λ₁")
+
+
+SWEPT_PANELS = {
+    "zero channels of u": CHANNELS["zero channels of u, %"],
+    "natural accuracy (A1)": lambda t: t["robust_u"]["natural"],
+    "under FGSM (A2)": lambda t: t["robust_u"]["FGSM"],
+    "under IFGSM²⁰ (A3)": lambda t: next(x for key, x in t["robust_u"].items() if key.startswith("IFGSM")),
+}
+
+
+def swept(result: Result) -> dict[str, dict[str, dict[float, list[float]]]]:
+    """What the figure of (f) shows: by quantity, net and lambda_1 the values of the runs; no pruning stands at 0."""
+    tests = by_label(result)
+    runs = [run for run in SETS["f"]() if run.label in tests]
+    return {
+        quantity: {
+            net: {
+                run.settings.lam if run.settings.method == "rgsm" else 0.0: [get(test) for test in tests[run.label]]
+                for run in runs
+                if run.settings.model == model
+            }
+            for model, net in SWEPT_NETS.items()
+        }
+        for quantity, get in SWEPT_PANELS.items()
+    }
 
 
 def rounds(text: str) -> int:
