@@ -126,7 +126,7 @@ def test_the_printed_lambda_leaves_no_channel() -> None:
 
 
 def test_the_sweep_compares_nets_of_one_size() -> None:
-    """As in the paper: two small nets hardly smaller than the one, five seeds, the printed lambda_1 among the values."""
+    """As in the paper: two nets against one of about their size, five seeds, the printed lambda_1 among the values."""
     nets = {run.settings.model: run.settings for run in runs.SETS["f"]()}
     two, one = (models.build(name, 1, size=14, width=nets[name].width) for name in ("en2resnet8", "resnet14"))
     two_size, one_size = (sum(p.numel() for p in net.parameters()) for net in (two, one))

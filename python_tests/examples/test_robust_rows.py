@@ -50,13 +50,14 @@ def test_a_row_builds_its_net_and_trains_a_step(name: str) -> None:
         assert {block.skip for block in blocks} == {noskip is None}
         assert any(block.shortcut is not None for block in blocks) == (noskip is None)
         assert {isinstance(block.noise, models.Noise) for block in blocks} == {members is not None}
-    penalised = (
-        {(group["penalty"], group["lam"], group["beta"]) for group in training.optimizer.param_groups[:1]}
-        if (training.has_u)
-        else set()
-    )
-    wanted = row.settings
-    assert penalised == ({(wanted["penalty"], wanted["lam"], wanted["beta"])} if "method" in wanted else set())
+    told = ("penalty", "lam", "beta", "group_lasso", "method")
+    group = training.optimizer.param_groups[0]
+    if "method" in row.settings:  # rvsm and rgsm are one method of the optimizer, on elements and on groups
+        wanted = {"group_lasso": 0.0, **row.settings, "method": "rvsm"}
+        assert {key: group[key] for key in told} == {key: wanted[key] for key in told}
+        assert (group["group_dim"] is None) == (row.settings["method"] == "rvsm")
+    else:
+        assert isinstance(training.optimizer, torch.optim.SGD) and not training.has_u
 
     before = [p.detach().clone() for p in training.model.parameters()]
     assert training.train_epoch()["loss"] < 4
