@@ -166,6 +166,14 @@ Get = Callable[[Result], float]
 ACCURACY: dict[str, Get] = {"accuracy of w, %": lambda t: t["accuracy_w"], "of u, %": lambda t: t["accuracy_u"]}
 ZEROS: dict[str, Get] = {"zero weights of u, %": lambda t: t["u"]["zeros"]}
 CHANNELS: dict[str, Get] = {"zero channels of u, %": lambda t: t["u"]["zero_channels"]}
+
+
+def zero_channels_of(test: Result, kernel: int) -> float:
+    """The share of u's zero input channels among those of the convolutions with kernels of that height."""
+    layers = [layer for layer in test["u"]["layers"] if len(layer["shape"]) == 4 and layer["shape"][2] == kernel]
+    return sum(layer["zero_channels"] for layer in layers) / sum(layer["channels"] for layer in layers)
+
+
 COLUMNS: dict[str, dict[str, Get]] = {
     "a": {**ACCURACY, **CHANNELS, **ZEROS},
     "b": {**ACCURACY, **ZEROS},
@@ -179,7 +187,9 @@ COLUMNS: dict[str, dict[str, Get]] = {
     "e": {**ACCURACY, **CHANNELS, **ZEROS},
     "f": {
         **CHANNELS,
-        **ZEROS,
+        "zero channels of 1×1 shortcuts, %": lambda t: zero_channels_of(t, 1),
+        "of 3×3 convolutions, %": lambda t: zero_channels_of(t, 3),
+        "A1 of w, %": lambda t: t["robust_w"]["natural"],
         **{
             f"{name} of u, %": lambda t, key=key: t["robust_u"][key]
             for name, key in (("A1", "natural"), ("A2", "FGSM"), ("A3", "IFGSM^20"))

@@ -158,3 +158,13 @@ def test_the_sweep_is_drawn_from_its_rows(tmp_path: Path) -> None:
             assert panels["under IFGSM²⁰ (A3)"][net][lam] == [test["robust_u"]["IFGSM^20"] for test in five]
     plots.sweep(tmp_path / "f.png", panels, "λ₁")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_zero_channels_by_kernel() -> None:
+    """Shortcuts and 3 x 3 convolutions together give the share of all; linear layers have no part in it."""
+    for row in rows("f"):
+        of = {kernel: runs.zero_channels_of(row["test"], kernel) for kernel in (1, 3)}
+        layers = [layer for layer in row["test"]["u"]["layers"] if len(layer["shape"]) == 4]
+        counts = {k: sum(layer["channels"] for layer in layers if layer["shape"][2] == k) for k in of}
+        both = sum(of[k] * counts[k] for k in of) / sum(counts.values())
+        assert both == pytest.approx(row["test"]["u"]["zero_channels"], abs=1e-12)
