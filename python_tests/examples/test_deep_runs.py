@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,37 @@ def test_zero_channels_by_kernel() -> None:
         counts = {k: sum(layer["channels"] for layer in layers if layer["shape"][2] == k) for k in of}
         both = sum(of[k] * counts[k] for k in of) / sum(counts.values())
         assert both == pytest.approx(row["test"]["u"]["zero_channels"], abs=1e-12)
+
+
+def test_the_readme_says_which_net_is_sparser() -> None:
+    """The order of the nets under the table of (f), from its rows, and the numbers of its sentences."""
+    tests = runs.by_label({"rows": rows("f")})
+
+    def of(net: str, lam: float, get: Callable[[dict[str, Any]], float]) -> list[float]:
+        return [100 * get(test) for test in tests[f"{net}, λ₁ = {lam:g}" if lam else f"{net}, dense"]]
+
+    text = " ".join(runs.README.read_text(encoding="utf-8").split())
+    pairs = {}
+    for lam in runs_sets.SWEPT[1:]:
+        two, one = (of(net, lam, lambda t: t["u"]["zero_channels"]) for net in runs_sets.SWEPT_NETS.values())
+        assert (min(two) > max(one)) == (lam < 0.1) and (statistics.fmean(two) > statistics.fmean(one)) == (lam < 0.1)
+        pairs[lam] = f"{statistics.fmean(two):.1f} against {statistics.fmean(one):.1f} %"
+        two, one = (of(net, lam, lambda t: runs.zero_channels_of(t, 3)) for net in runs_sets.SWEPT_NETS.values())
+        assert lam < 0.07 or statistics.fmean(two) < statistics.fmean(one)
+    assert f"{pairs[0.05]}, {pairs[0.07]}" in text and f"{pairs[0.1]} and {pairs[0.15]}" in text
+
+    keys = ("natural", "FGSM", "IFGSM^20")
+    mean = {
+        (net, lam, key): statistics.fmean(of(net, lam, lambda t, key=key: t["robust_u"][key]))
+        for net in runs_sets.SWEPT_NETS.values()
+        for lam in runs_sets.SWEPT
+        for key in keys
+    }
+    two, one = runs_sets.SWEPT_NETS.values()
+    below = max(mean[net, 0.0, key] - mean[net, 0.05, key] for net in (two, one) for key in keys)
+    assert f"no mean is more than {below:.1f} points below" in text
+    costs = " and ".join(f"{mean[net, 0.0, 'natural'] - mean[net, 0.1, 'natural']:.1f}" for net in (two, one))
+    assert f"At 0.1 A1 costs {costs} points" in text
+    ahead = {(lam, key): mean[two, lam, key] - mean[one, lam, key] for lam in runs_sets.SWEPT for key in keys}
+    assert all(abs(ahead[lam, key]) < 1 for lam in (0.0, 0.05, 0.07) for key in keys)
+    assert all(-2 < ahead[0.1, key] < 0 and ahead[0.15, key] < -5 for key in keys[1:])
