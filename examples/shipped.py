@@ -34,7 +34,8 @@ try:
     from deep import cli, files
     from deep.loop import CHECKPOINT, EVALUATION_BATCH, Training, to_float
     from robust import RobustSettings
-    from runs import BUILD, LENET, PRUNING, README, RESULTS, RGSM, SMALL_ROBUST, TABLE_3_1, Run, slug
+    from runs import BUILD, README, RESULTS, slug
+    from runs_sets import LENET, PRUNING, RGSM, SMALL_ROBUST, TABLE_3_1, Run
 except ModuleNotFoundError as error:
     explain(error, __name__)
     raise

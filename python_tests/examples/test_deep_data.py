@@ -280,6 +280,23 @@ def test_idx(tmp_path: Path, packed: bool, pad: int | None) -> None:
         assert images.y.tolist() == Y[:n].tolist() and images.y.dtype == torch.int64
 
 
+def test_pooling_takes_the_mean_of_each_square(tmp_path: Path) -> None:
+    folder = write_idx(tmp_path, IDX, packed=False)
+    for pool, pad in ((1, None), (2, None), (4, 32)):
+        images, whole = data.load("mnist", folder, pad, pool).train, data.load("mnist", folder, pad).train
+        size = whole.x.shape[2] // pool
+        means = whole.x.double().unflatten(3, (size, pool)).unflatten(2, (size, pool)).mean((3, 5))
+        assert images.x.dtype == torch.uint8 and images.x.shape == (6, 1, size, size)
+        assert (images.x - means).abs().max() <= 0.5
+        assert torch.equal(images.y, whole.y)
+
+
+@pytest.mark.parametrize("pool", [-2, 0, 3, 56])
+def test_pooling_that_does_not_fit(tmp_path: Path, pool: int) -> None:
+    with pytest.raises(DataError, match=f"28 x 28, not whole squares of {pool} x {pool}"):
+        data.load("mnist", write_idx(tmp_path, IDX, packed=False), pool=pool)
+
+
 @pytest.mark.parametrize("pad", [-4, 0, 26, 29])
 def test_padding_that_does_not_fit(tmp_path: Path, pad: int) -> None:
     assert f"to {pad}" in refusal("mnist", write_idx(tmp_path, IDX, packed=False), pad)

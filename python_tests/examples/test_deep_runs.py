@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 
 import robust
 import runs
+import runs_sets
 from bench.report import fill
-from deep import cli, files, recipes
+from deep import cli, files, models, plots, recipes
 from deep.settings import Settings
 
 SETS = sorted(runs.SETS)
@@ -58,7 +60,7 @@ def test_every_set_has_what_its_table_needs() -> None:
     for name in SETS:
         labels = runs.by_label({"rows": rows(name)})
         assert list(labels) == list(dict.fromkeys(run.label for run in runs.SETS[name]()))
-        assert {len(tests) for tests in labels.values()} == ({1} if name == "d" else {len(runs.SEEDS)})
+        assert {len(tests) for tests in labels.values()} == {runs_sets.SEEDS[name]}
 
 
 def test_the_comparison_sees_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +86,7 @@ def test_a_damaged_result_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["f"], "no set f; there are a, b, c, d, e, time"),
+        (["g"], "no set g; there are a, b, c, d, e, f, time"),
         (["time", "--rounds", "0"], "--rounds: a median needs at least 1 epoch"),
         (["time", "--rounds", "x"], "--rounds"),
         (["time", "--check"], "nothing to compare in time"),
@@ -119,6 +121,85 @@ def test_the_readme_says_what_channels_cost() -> None:
 def test_the_printed_lambda_leaves_no_channel() -> None:
     """What the note of the recipe says, in the committed runs of (e)."""
     printed = [row["test"] for row in rows("e") if "as printed" in row["label"]]
-    assert [(test["u"]["zero_channels"], test["accuracy_u"]) for test in printed] == [(1.0, 0.1)] * len(runs.SEEDS)
+    assert [(test["u"]["zero_channels"], test["accuracy_u"]) for test in printed] == [(1.0, 0.1)] * runs_sets.SEEDS["e"]
     note = recipes.recipes(False)["table4.1/gl"].note
     assert "in each of three seeds" in note and "accuracy of 10 %" in note
+
+
+def test_the_sweep_compares_nets_of_one_size() -> None:
+    """As in the paper: two nets against one of about their size, five seeds, the printed lambda_1 among the values."""
+    nets = {run.settings.model: run.settings for run in runs.SETS["f"]()}
+    two, one = (models.build(name, 1, size=14, width=nets[name].width) for name in ("en2resnet8", "resnet14"))
+    two_size, one_size = (sum(p.numel() for p in net.parameters()) for net in (two, one))
+    assert (two_size, one_size) == (39_428, 44_130)
+    printed = {row.settings.get("lam", 0.0) for row in recipes.TABLES["table4.6"].values()}
+    assert printed <= set(runs_sets.SWEPT) and runs_sets.SEEDS["f"] == 5
+    for run in runs.SETS["f"]():
+        pruned = run.settings.method == "rgsm"
+        assert ("dense" in run.label) != pruned
+        if pruned:
+            row = recipes.TABLES["table4.6"]["resnet38-0.05"].settings
+            same = ("method", "penalty", "beta", "group_lasso")
+            assert {name: getattr(run.settings, name) for name in same} == {name: row[name] for name in same}
+
+
+def test_the_sweep_is_drawn_from_its_rows(tmp_path: Path) -> None:
+    tests = {}
+    for k, run in enumerate(runs.seeded("f", smoke=False)):
+        robust_u = {"natural": 0.9, "FGSM": 0.8, "IFGSM^20": 0.7 + k / 1000}
+        tests[run.label, run.settings.seed] = {"u": {"zero_channels": k / 100}, "robust_u": robust_u}
+    found = [{"label": label, "seed": seed, "test": test} for (label, seed), test in tests.items()]
+    panels = runs.swept({"rows": found})
+    assert list(panels) == list(runs.SWEPT_PANELS)
+    for net in runs_sets.SWEPT_NETS.values():
+        for lam in runs_sets.SWEPT:
+            label = f"{net}, λ₁ = {lam:g}" if lam else f"{net}, dense"
+            five = [tests[label, seed] for seed in range(5)]
+            assert panels["zero channels of u"][net][lam] == [test["u"]["zero_channels"] for test in five]
+            assert panels["under IFGSM²⁰ (A3)"][net][lam] == [test["robust_u"]["IFGSM^20"] for test in five]
+    plots.sweep(tmp_path / "f.png", panels, "λ₁")
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_zero_channels_by_kernel() -> None:
+    """Shortcuts and 3 x 3 convolutions together give the share of all; linear layers have no part in it."""
+    for row in rows("f"):
+        of = {kernel: runs.zero_channels_of(row["test"], kernel) for kernel in (1, 3)}
+        layers = [layer for layer in row["test"]["u"]["layers"] if len(layer["shape"]) == 4]
+        counts = {k: sum(layer["channels"] for layer in layers if layer["shape"][2] == k) for k in of}
+        both = sum(of[k] * counts[k] for k in of) / sum(counts.values())
+        assert both == pytest.approx(row["test"]["u"]["zero_channels"], abs=1e-12)
+
+
+def test_the_readme_says_which_net_is_sparser() -> None:
+    """The order of the nets under the table of (f), from its rows, and the numbers of its sentences."""
+    tests = runs.by_label({"rows": rows("f")})
+
+    def of(net: str, lam: float, get: Callable[[dict[str, Any]], float]) -> list[float]:
+        return [100 * get(test) for test in tests[f"{net}, λ₁ = {lam:g}" if lam else f"{net}, dense"]]
+
+    text = " ".join(runs.README.read_text(encoding="utf-8").split())
+    pairs = {}
+    for lam in runs_sets.SWEPT[1:]:
+        two, one = (of(net, lam, lambda t: t["u"]["zero_channels"]) for net in runs_sets.SWEPT_NETS.values())
+        assert (min(two) > max(one)) == (lam < 0.1) and (statistics.fmean(two) > statistics.fmean(one)) == (lam < 0.1)
+        pairs[lam] = f"{statistics.fmean(two):.1f} against {statistics.fmean(one):.1f} %"
+        two, one = (of(net, lam, lambda t: runs.zero_channels_of(t, 3)) for net in runs_sets.SWEPT_NETS.values())
+        assert lam < 0.07 or statistics.fmean(two) < statistics.fmean(one)
+    assert f"{pairs[0.05]}, {pairs[0.07]}" in text and f"{pairs[0.1]} and {pairs[0.15]}" in text
+
+    keys = ("natural", "FGSM", "IFGSM^20")
+    mean = {
+        (net, lam, key): statistics.fmean(of(net, lam, lambda t, key=key: t["robust_u"][key]))
+        for net in runs_sets.SWEPT_NETS.values()
+        for lam in runs_sets.SWEPT
+        for key in keys
+    }
+    two, one = runs_sets.SWEPT_NETS.values()
+    below = max(mean[net, 0.0, key] - mean[net, 0.05, key] for net in (two, one) for key in keys)
+    assert f"no mean is more than {below:.1f} points below" in text
+    costs = " and ".join(f"{mean[net, 0.0, 'natural'] - mean[net, 0.1, 'natural']:.1f}" for net in (two, one))
+    assert f"At 0.1 A1 costs {costs} points" in text
+    ahead = {(lam, key): mean[two, lam, key] - mean[one, lam, key] for lam in runs_sets.SWEPT for key in keys}
+    assert all(abs(ahead[lam, key]) < 1 for lam in (0.0, 0.05, 0.07) for key in keys)
+    assert all(-2 < ahead[0.1, key] < 0 and ahead[0.15, key] < -5 for key in keys[1:])
