@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
+from builds import shared_folder
 
 from . import sass
 from .baselines import Unavailable
@@ -101,17 +103,21 @@ def test_vector_loops() -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[Kernel]:
-    """Every kernel of this build."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    """Every kernel of this build, read once: cuobjdump takes a minute."""
     try:
         library: Path = module()
-        return kernels_of(library)
+        with shared_folder(tmp_path_factory, "kernels") as file:
+            if not file.exists():
+                file.write_bytes(pickle.dumps(kernels_of(library)))
+            return pickle.loads(file.read_bytes())
     except Unavailable as error:
         if os.environ.get("RVSM_CUDA") == "1":
             pytest.fail(f"RVSM_CUDA=1, but {error}")
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 def test_no_kernel_spills(compiled: list[Kernel]) -> None:
     """No stack, no local memory, on any architecture."""
     assert compiled
@@ -119,6 +125,7 @@ def test_no_kernel_spills(compiled: list[Kernel]) -> None:
     assert not spilled, "\n".join(spilled)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_there(compiled: list[Kernel]) -> None:
     """Each storage type has its step, prox, norms and penalty, on every architecture."""
     for arch in {kernel.arch for kernel in compiled}:
@@ -135,6 +142,7 @@ def test_every_kernel_is_there(compiled: list[Kernel]) -> None:
                     assert {f"general_kernel<{storage}, {base}, {state}>" for state in ("false", "true")} <= set(names)
 
 
+@pytest.mark.slow
 def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
     """A step reads w, g and its states and writes w and the states in accesses of 16 bytes, one set for each kind of u;
     the pull alone reads g only where it writes to it. 64-bit accesses are double's single elements and never pairs of
@@ -169,6 +177,7 @@ def test_vectors_are_128_bits_wide(compiled: list[Kernel]) -> None:
             assert kernel.stores[64] == 0 or kind in ("sum_kernel", "penalty_kernel", "measure_kernel"), line(kernel)
 
 
+@pytest.mark.slow
 def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
     """Three quarters of the threads for every kernel of a step over float32 and half types; but the value of a penalty
     divides in double precision, float64 has twice as much to hold, and half types hold two phases at once where a
@@ -201,6 +210,7 @@ def test_occupancy_on_sm_90(compiled: list[Kernel]) -> None:
         assert kernel.occupancy >= least, line(kernel)
 
 
+@pytest.mark.slow
 def test_steps_are_bound_by_memory(compiled: list[Kernel]) -> None:
     """Every vector loop of a step over float32 and float64 needs less time for its instructions, its slow units and its
     latency than the memory of an H200 for its bytes. In half types tl1 and groups need up to half as much again, in

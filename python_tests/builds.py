@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +56,17 @@ MARKED_ENGINES = [pytest.param(name, marks=pytest.mark.slow) if is_slow(name) el
 
 quick_in_all = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 """For a test with the fixture `engine`: the quick check runs it on every engine, also on those that `is_slow` names."""
+
+
+@contextlib.contextmanager
+def shared_folder(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A folder for what the processes that share the tests make once: one of them at a time is inside."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    with open(base / f"{name}.lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield base / name
 
 
 def few(engine: str, count: int) -> int:

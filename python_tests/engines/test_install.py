@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builds import shared_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ("csrc", "cmake", "rvsm_kernels", "CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py")
@@ -168,22 +168,11 @@ class Built:
         succeeds(install, self.folder, environment(**NO_UTF8))
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time."""
-    with open(path, "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Made by the first of the processes that share the tests."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    built = Built(shared / "installed")
-    with locked(shared / "installed.lock"):
+    with shared_folder(tmp_path_factory, "installed") as folder:
+        built = Built(folder)
         done = built.folder / "done"
         if not done.exists():
             shutil.rmtree(built.folder, ignore_errors=True)

@@ -314,7 +314,9 @@ def test_statistics_of_u_in_half_types(tmp_path: Path, precision: str) -> None:
             seen.extend((x.dtype, out.dtype))
             return out
 
-    trainer = trainer_of(tmp_path, SparseWeightsCallback(recalibrate=True, batches=2), max_epochs=1, precision=precision)
+    trainer = trainer_of(
+        tmp_path, SparseWeightsCallback(recalibrate=True, batches=2), max_epochs=1, precision=precision
+    )
     trainer.fit(Seen(), loader(), loader())
     assert seen and set(seen[1::2]) == {torch.bfloat16}
     assert set(seen[::2]) == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
