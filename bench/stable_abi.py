@@ -53,9 +53,9 @@ def compile_into(folder: Path) -> None:
 
 
 def file_of(source: str) -> str:
-    """The name of what is compiled; today's way is compiled for one torch, and may end the process beside another."""
-    stem = Path(source).stem
-    return f"{stem}-{torch.__version__}.so" if stem == "stable_abi_today" else f"{stem}.so"
+    """The name of what is compiled; today's way fits one torch and one Python, beside others it may end the process."""
+    stem, suffix = Path(source).stem, sysconfig.get_config_var("EXT_SUFFIX")
+    return f"{stem}-{torch.__version__}{suffix}" if stem == "stable_abi_today" else f"{stem}.so"
 
 
 def load_module(folder: Path, source: str) -> ModuleType:

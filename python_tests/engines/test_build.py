@@ -161,6 +161,15 @@ def test_blank_build_folder(script: Setup, monkeypatch: pytest.MonkeyPatch) -> N
     assert configure[configure.index("-B") + 1] == str(script.folder / "temp" / "cmake")
 
 
+def test_a_kept_build_folder_forgets_another_environment(script: Setup) -> None:
+    """Whose ninja is gone, as that of build isolation, or whose Python is another."""
+    ninja = program(script.folder / "bin" / "ninja")
+    configure, _ = script.build()
+    assert f"-DCMAKE_MAKE_PROGRAM={ninja}" in configure
+    at = configure.index("-U")
+    assert configure[at + 1 : at + 3] == ["_Python3_*", f"-DPython3_EXECUTABLE={sys.executable}"]
+
+
 @pytest.mark.parametrize("value", ["", " ", "g++", "ccache g++", "'g++' -m64"])
 def test_compilers_that_are_there(script: Setup, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("CXX", value)
@@ -483,10 +492,13 @@ def test_rvsm_isa(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
             load(Compiled())
 
 
-def program_beside_another_torch(**settings: str) -> subprocess.CompletedProcess[str]:
-    """From the import to a step and what a bug report holds, in a process whose torch has another version."""
+MINOR = ".".join(torch.__version__.split(".")[:2])
+
+
+def program_beside(version: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """From the import to a step and what a bug report holds, in a process whose torch has a version."""
     code = (
-        "import runpy, torch; torch.__version__ = '2.99.0'; import rvsm_kernels as rk\n"
+        f"import runpy, torch; torch.__version__ = {version!r}; import rvsm_kernels as rk\n"
         "rk.prox(torch.ones(3), 'l1', 0.5); runpy.run_module('rvsm_kernels', run_name='__main__')\n"
     )
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -498,19 +510,27 @@ def program_beside_another_torch(**settings: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-def test_a_program_beside_another_torch(compiled: Any) -> None:
+@pytest.mark.parametrize("version", ["2.99.0", f"{MINOR}0.1"])
+def test_a_program_beside_another_torch(compiled: Any, version: str) -> None:
     """The module refuses before it calls torch, the import says so, and another engine serves."""
-    result = program_beside_another_torch()
-    why = r"built for torch \S+, this is torch 2\.99\.0, and it does not load \(another minor version; RVSM_OTHER_TORCH"
+    result = program_beside(version)
+    why = rf"built for torch \S+, this is torch {re.escape(version)}, and it does not load"
+    why += r" \(another minor version; RVSM_OTHER_TORCH"
     assert re.search(f"RuntimeWarning: rvsm_kernels runs without its compiled module: .*{why}", result.stderr)
     assert re.search(rf"native +cpu +.*{why}=1 loads it all the same\); build it again", result.stdout)
     assert re.search(r"reference +any +available", result.stdout)
 
 
 @pytest.mark.slow
+def test_a_program_beside_another_patch_of_torch(compiled: Any) -> None:
+    result = program_beside(f"{MINOR}.99+cu130")
+    assert re.search(r"native +cpu +available", result.stdout) and "RuntimeWarning" not in result.stderr
+
+
+@pytest.mark.slow
 def test_a_program_that_tries_another_torch(compiled: Any) -> None:
     """RVSM_OTHER_TORCH=1 loads the module, with a warning; an unknown RVSM_ISA changes nothing."""
-    result = program_beside_another_torch(RVSM_OTHER_TORCH="1", RVSM_ISA="nonsense")
+    result = program_beside("2.99.0", RVSM_OTHER_TORCH="1", RVSM_ISA="nonsense")
     assert "RuntimeWarning: The compiled module of rvsm_kernels was built for torch" in result.stderr
     assert "RVSM_ISA is 'nonsense'" in result.stderr
     assert re.search(

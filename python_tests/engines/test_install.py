@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -31,6 +32,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the environments are made for Linux"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here"),
+    *(
+        pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"there is no {name} here")
+        for name in ("pip", "setuptools", "cmake")
+    ),
 ]
 
 STEP = """

@@ -84,7 +84,8 @@ class SparseWeightsCallback(pl.Callback):
             sizes = [getattr(x, "batch_size", None) for x in (loader, getattr(loader, "batch_sampler", None))]
             return loader, next((size for size in sizes if size is not None), 1)
 
-        precision = module.trainer.precision_plugin  # type: ignore[union-attr]
+        trainer: Any = module.trainer
+        precision = trainer.precision_plugin
         with precision.forward_context():
             self._recalibration.run(module, training, precision.convert_input)  # of bf16-true: into bfloat16
 
