@@ -1,5 +1,5 @@
 # make bench   set up, build, run the main job and print its table, then measure the speed; ends with 0 on any machine
-# make test    set up, build, then a check of every part: at most three minutes of tests on two idle cores
+# make test    set up, build, then a check of every part: about five minutes of tests on two idle cores
 # make test-all   set up, build, every test (C++ and Python)
 # make gpu-check OUT=DIR   on a machine with a GPU, with the torch of $(PYTHON): tests, sanitizers, floors, throughput
 # The rest is for people who work on the project.

@@ -222,7 +222,7 @@ def pat(problem: Problem) -> Step:
     _needs(problem, "sgd", "adamw")
     case = problem.case
     if case.penalty != "l1":
-        raise Unavailable("torchao.prototype.pat has the lasso and the group lasso only")
+        raise Unavailable("of the penalties measured here torchao.prototype.pat has the lasso and the group lasso")
     grouper = _pat_grouper(problem)
     prune = import_pat()
     params = problem.parameters()
