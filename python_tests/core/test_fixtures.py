@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builds import DEVICE
-from tools import checkpoints
+from tools import checkpoints, releases
 from torch import Tensor, nn
 
+import rvsm_kernels as rk
 from runner import same_bits
 
 
@@ -88,3 +90,31 @@ def test_a_pickled_optimizer_loads_and_steps_as_one_that_loads_its_state_dict(na
     for got, want in zip(checkpoints.states(loaded), checkpoints.states(other), strict=True):
         for a, b in zip(got, want, strict=True):
             assert a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+
+
+RELEASES = sorted(checkpoints.FIXTURES.glob("release_*.pt"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", releases.KINDS)
+@pytest.mark.parametrize("path", RELEASES, ids=lambda path: path.stem)
+def test_what_a_release_saved_loads_and_goes_on(path: Path, kind: str, on_cpu: None) -> None:
+    """Bit for bit, without a pickle."""
+    file = torch.load(path, weights_only=True)[kind]
+    optimizer = releases.resumed(kind, file)
+    assert any(saved.keys() for group in file["expected_state"] for saved in group)
+    for got, want in zip(checkpoints.values(optimizer), file["expected"], strict=True):
+        assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+    for got, want in zip(checkpoints.states(optimizer), file["expected_state"], strict=True):
+        for a, b in zip(got, want, strict=True):
+            assert a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in b)
+    # It could not pass by chance: without the states the steps end elsewhere.
+    empty = {**file, "optimizer": {**file["optimizer"], "state": {}}}
+    ends = checkpoints.values(releases.resumed(kind, empty))
+    assert not all(
+        same_bits(a, b) for x, y in zip(ends, file["expected"], strict=True) for a, b in zip(x, y, strict=True)
+    )
+
+
+def test_this_release_is_among_them() -> None:
+    assert f"release_{rk.__version__.replace('.', '_')}" in [path.stem for path in RELEASES]
