@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -28,14 +28,21 @@ PROJECT = ("csrc", "cmake", "rvsm_kernels", "CMakeLists.txt", "LICENSE", "README
 NO_UTF8 = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 OFFLINE = ("No matching distribution found", "Could not find a version", "Failed to establish a new connection")
 
+
+def has(name: str) -> bool:
+    """Whether a package is installed. To look for the module pip would give this process the distutils of Python."""
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the environments are made for Linux"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here"),
-    *(
-        pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"there is no {name} here")
-        for name in ("pip", "setuptools", "cmake")
-    ),
+    *(pytest.mark.skipif(not has(name), reason=f"there is no {name} here") for name in ("pip", "setuptools", "cmake")),
 ]
 
 STEP = """
