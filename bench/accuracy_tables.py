@@ -10,7 +10,7 @@ from . import markdown
 from .results import Result, Row
 
 Cells = dict[tuple[str, str, str, float], dict[int, float]]
-"""(problem, of, method, share) to seed to accuracy."""
+"""(problem, of, method, share) to seed to accuracy, or to another number of a row."""
 
 _WHAT = {
     "elements": "zeros among the weights",
@@ -28,11 +28,11 @@ def trained(method: str) -> str:
     return method.replace("one-shot", "dense")
 
 
-def _cells(rows: Iterable[Row]) -> Cells:
+def _cells(rows: Iterable[Row], what: str = "accuracy") -> Cells:
     cells: Cells = {}
     for row in rows:
         key = row["problem"], row["of"], row["method"], row["share"]
-        cells.setdefault(key, {})[row["seed"]] = row["accuracy"]
+        cells.setdefault(key, {})[row["seed"]] = row[what]
     return cells
 
 
@@ -160,20 +160,17 @@ _FRONT = (
     ("digits", "channels", 0.5),
 )
 """The rows of the front page."""
+_SHORT = {"fashion": "Fashion-MNIST", "digits": "digits"}
 
 
 def headline(result: Result) -> str:
     """The short answer over SGD: asked for, got, accuracies of RVSM, of gradual pruning and of the dense net."""
-    cells = _cells(result["rows"])
-    got: dict[tuple[str, str, str, float], list[float]] = {}
-    for row in result["rows"]:
-        got.setdefault((row["problem"], row["of"], row["method"], row["share"]), []).append(row["got"])
-    lines = []
+    cells, zeros, lines = _cells(result["rows"]), _cells(result["rows"], "got"), []
     for problem, of, share in _FRONT:
         found = [cells.get((problem, of, name, share)) for name in ("l0-hold", "gradual")]
         dense = cells.get((problem, "elements", "dense", 0.0))
         if all(found) and dense:
-            shares = markdown.spread(got[problem, of, "l0-hold", share])
+            shares = markdown.spread(list(zeros[problem, of, "l0-hold", share].values()))
             accuracies = [markdown.spread(list(cell.values())) for cell in (*found, dense) if cell]
             what = f"{_SHORT[problem]}, {'weights' if of == 'elements' else of}"
             lines.append([what, f"{share:.0%}", f"{shares} %", *accuracies])
@@ -182,6 +179,3 @@ def headline(result: Result) -> str:
     header = ["zeros of", "asked for", "got", "accuracy: RVSM l0, hold, %", "gradual pruning, %", "dense, %"]
     note = f"{result['seeds']} seeds: mean (least–greatest). "
     return "\n\n".join([markdown.table(header, lines), note + markdown.stamp(result)])
-
-
-_SHORT = {"fashion": "Fashion-MNIST", "digits": "digits"}

@@ -197,6 +197,21 @@ def test_what_a_table_says_of_few_seeds_and_lost_layers() -> None:
     assert accuracy_tables.headline({**head, "methods": methods, "rows": rows}).startswith("*not measured yet*")
 
 
+def test_the_front_page_says_whose_accuracy_it_is() -> None:
+    row = {"problem": "digits", "of": "elements", "share": 0.95, "seed": 0}
+    rows = [
+        {**row, "method": "l0-hold", "got": 0.951, "accuracy": 0.93},
+        {**row, "method": "gradual", "got": 0.95, "accuracy": 0.92},
+        {**row, "method": "dense", "share": 0.0, "got": 0.0, "accuracy": 0.97},
+    ]
+    head = {**environment("cpu", "python -m bench accuracy"), **accuracy._head(False)}
+    header, _, line = accuracy_tables.headline({**head, "rows": rows}).splitlines()[:3]
+    assert [word in cell for word, cell in zip(("RVSM", "gradual", "dense"), header.split("|")[4:7], strict=True)] == [
+        True
+    ] * 3
+    assert line == "| digits, weights | 95% | 95.1 % | 93.0 | 92.0 | 97.0 |"
+
+
 # ---- Fashion-MNIST ---------------------------------------------------------------------------------------------------
 
 

@@ -78,7 +78,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
     parts = FENCE.split(markdown.replace(OPTIONS, options_table()))
     for index in range(0, len(parts), 2):
         parts[index] = re.sub(r"<!--.*?-->\n?", "", parts[index], flags=re.DOTALL)
-    # Links have code in their texts: they are found with the code in place, but never begin inside a block.
+    # Links have code in their texts, so they are found with the code in place. What looks like one inside of code
+    # leads to no file, and stays.
     text = LINK.sub(led, "".join(parts))
     return re.sub(r"!?\[((?:[^\[\]]|\[[^\]]*\])*)\]\(nowhere\)", r"\1", text)
 

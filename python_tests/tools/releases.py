@@ -19,10 +19,7 @@ from torch import Tensor, nn
 
 import rvsm_kernels as rk
 
-try:
-    from .checkpoints import FIXTURES, clone, numbers, states, step, values
-except ImportError:  # as `tools.releases`, of the tests
-    from tools.checkpoints import FIXTURES, clone, numbers, states, step, values
+from .checkpoints import FIXTURES, clone, numbers, states, step, values
 
 SHAPES = (((8, 6, 3, 3), (6, 8)), ((5, 7),))
 """The shapes of the parameters, for each param group."""
